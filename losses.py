@@ -1,0 +1,125 @@
+"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024), written once.
+
+Every function is a pure function of log-probabilities: it knows no model, no device and no setting. The Llama of
+`train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call the same ones.
+
+    NPO, Eq. 3:   L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
+    its weight:   grad L = W * grad log pi_theta,   W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)          (Eq. 5)
+
+W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows when to stop.
+
+Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer tokens (the
+end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence (B,) or token (N,);
+means are taken by the caller, who knows the size of the whole batch. All are finite, value and gradient, for |beta * log-ratio| up to 1e4:
+no probability is ever formed where its logarithm will do.
+
+Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K is D(policy || reference)
+by default (theirs is the other direction). KTO is in none of its equations; see `kto_loss`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KL_DIRECTIONS = ("policy_reference", "reference_policy")
+
+
+def _check(beta: float, *logps: Tensor):
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be a positive finite number, got {beta}")
+    if len({x.shape for x in logps}) > 1:  # broadcasting (B,) with (B, 1) would silently pair every sequence with every other
+        raise ValueError(f"log-probabilities must have one shape, got {[tuple(x.shape) for x in logps]}")
+
+
+def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """log pi(target) for each answer token, (N, V) logits and (N,) targets -> (N,), nats, at least float32.
+
+    The target's logit less the log-sum-exp: the softmax is never materialised.
+    """
+    assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def nll_loss(policy_logps: Tensor) -> Tensor:
+    """-log pi_theta(y|x), (B,): the retain loss RT, FG and IDK (Section 2), and fine-tuning."""
+    return -policy_logps
+
+
+def ga_loss(policy_logps: Tensor) -> Tensor:
+    """log pi_theta(y|x), (B,): gradient ascent on the forget set's likelihood (Eq. 1). Not bounded below."""
+    return policy_logps
+
+
+def npo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
+    """-(2/beta) log sigmoid(-beta (log pi_theta - log pi_ref)), (B,) (Eq. 3). Bounded below by 0.
+
+    (2/beta) log 2 where the policy is the reference. The factor 2/beta makes W = 1 there, and gradient ascent the limit
+    beta -> 0 (Proposition 1). Raises ValueError for a beta that isn't positive, or for shapes that differ.
+    """
+    _check(beta, policy_logps, reference_logps)
+    return -(2 / beta) * F.logsigmoid(-beta * (policy_logps - reference_logps))
+
+
+def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
+    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient multiplies GA's with.
+
+    Written as 2 sigmoid(beta * log-ratio), which neither over- nor underflows into 0/0.
+    """
+    _check(beta, policy_logps, reference_logps)
+    return 2 * torch.sigmoid(beta * (policy_logps - reference_logps))
+
+
+def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
+             reference_rejected_logps: Tensor, beta: float) -> Tensor:
+    """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), Delta = log pi_theta - log pi_ref.
+
+    Chosen is the refusal ("I don't know"), rejected the forget answer. NPO is twice this without the chosen half.
+    """
+    _check(beta, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    chosen = policy_chosen_logps - reference_chosen_logps
+    rejected = policy_rejected_logps - reference_rejected_logps
+    return -(1 / beta) * F.logsigmoid(beta * (chosen - rejected))
+
+
+def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float, beta: float) -> Tensor:
+    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's undesirable side.
+
+    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid variant, so that
+    z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z unclamped. z estimates a
+    divergence over the global batch (see `kto_baseline`); no gradient flows through it.
+    """
+    _check(beta, policy_logps, reference_logps)
+    baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()
+    if not (baseline >= 0).all():
+        raise ValueError(f"kl_baseline must not be negative (clamp it at 0), got {baseline}")
+    return -(2 / beta) * F.logsigmoid(beta * (baseline - (policy_logps - reference_logps)))
+
+
+def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float, gamma: float = 0.0) -> Tensor:
+    """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference, length-normalised.
+
+    `answer_lengths` (B,) counts the answer's tokens, at least 1.
+    """
+    _check(beta, policy_logps, answer_lengths)
+    if not (answer_lengths >= 1).all():
+        raise ValueError(f"answer_lengths must be at least 1, got {answer_lengths}")
+    return -(2 / beta) * F.logsigmoid(-(beta / answer_lengths) * policy_logps - gamma)
+
+
+def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "policy_reference") -> Tensor:
+    """K per answer token in nats, (N, V) and (N, V) -> (N,) (Section 2). The reference side has no gradient.
+
+    "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the authors' code.
+    Raises ValueError for another direction.
+    """
+    if direction not in KL_DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(KL_DIRECTIONS)}, got {direction!r}")
+    assert policy_logits.shape == reference_logits.shape, (policy_logits.shape, reference_logits.shape)
+    dtype = torch.promote_types(policy_logits.dtype, torch.float32)
+    policy = policy_logits.log_softmax(-1, dtype=dtype)
+    reference = reference_logits.detach().log_softmax(-1, dtype=dtype)
+    first, second = (policy, reference) if direction == "policy_reference" else (reference, policy)
+    return (first.exp() * (first - second)).sum(-1)
