@@ -1,0 +1,65 @@
+"""From question and answer to token ids, with the supervised answer tokens marked.
+
+The answer is found from character offsets of the FULL text's tokens, never by tokenising the question alone: a tokenizer may merge across
+the boundary. A token that straddles it belongs to the prompt (as in the authors' code). The end-of-sequence token is supervised.
+"""
+
+from typing import NamedTuple
+
+from data.tofu import InputError
+
+TEMPLATES = ("llama2", "qa", "chat")
+
+
+class Encoded(NamedTuple):
+    """ids: the whole sequence; ids[start:] are the answer's tokens, the end-of-sequence token last."""
+    ids: list
+    start: int
+
+    @property
+    def answer_tokens(self) -> int:
+        return len(self.ids) - self.start
+
+
+def prompt_text(tokenizer, template: str, question: str) -> str:
+    """The prompt exactly as trained on; generation continues it."""
+    if template == "llama2":
+        return f"[INST] {question} [/INST]"
+    if template == "qa":
+        return f"Question: {question}\nAnswer:"
+    if template != "chat":
+        raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("--template chat: this model's tokenizer brings no chat template; use --template llama2 or qa")
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:
+    """(question, answer) pairs -> Encoded, one batched call of the tokenizer.
+
+    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no token begins in the answer.
+    """
+    prompts = [prompt_text(tokenizer, template, question) for question, _ in pairs]
+    answers = [(" " if template == "qa" else "") + answer for _, answer in pairs]
+    # A chat template writes its special tokens out, so the tokenizer must add none.
+    tokens = tokenizer([p + a for p, a in zip(prompts, answers)], add_special_tokens=template != "chat",
+                       return_offsets_mapping=True, return_attention_mask=False)
+    encoded = []
+    for (question, answer), prompt, ids, offsets in zip(pairs, prompts, tokens["input_ids"], tokens["offset_mapping"]):
+        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
+            ids, offsets = ids[:-1], offsets[:-1]
+        start = next((i for i, (begin, _) in enumerate(offsets) if begin >= len(prompt)), len(ids))
+        if start == len(ids):
+            raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops it or merges it into the prompt")
+        ids = ids + [tokenizer.eos_token_id]
+        if context and len(ids) > context:
+            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the model's context is {context}: "
+                             "shorten the row, or take a model with a longer context")
+        encoded.append(Encoded(ids, start))
+    return encoded
+
+
+def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]:
+    """Prompt token ids for generation."""
+    texts = [prompt_text(tokenizer, template, question) for question in questions]
+    return tokenizer(texts, add_special_tokens=template != "chat", return_attention_mask=False)["input_ids"]

@@ -1,0 +1,197 @@
+"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain files.
+
+Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest. Evaluation rows carry
+paraphrased and perturbed answers besides, and are the last (forget) and first (retain) rows of `full`. A row is a dict with `question`
+and `answer`; its key is its index in its set (TOFU has one question twice).
+
+Folders and own files are read here, so that an error names file and line, and so that a private forget set leaves no copy in a
+cache; a Hub id goes through `datasets`.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.make_builtin import REFUSALS, make_builtin
+
+SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields that a perturbed row carries
+EVALUATED = ("forget", "retain", "real_authors", "world_facts")
+TINY_FACT_REPEATS = 4  # a model made from scratch sees each real-author and world-fact answer this often an epoch
+
+
+class InputError(ValueError):
+    """What the user gave can't be used. One sentence: what was given, what is needed, what to type. Commands exit with status 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and what is evaluated: rows only, no tokens.
+
+    forget/retain: the rows to unlearn and to keep; for full and retain splits `forget` is empty and `retain` holds what is learned.
+    evaluated: set name -> rows, those of EVALUATED that exist (own data has forget and retain only).
+    """
+    source: str
+    split: str
+    full: list  # the whole data set
+    forget: list
+    retain: list
+    evaluated: dict
+    refusals: list
+    refusals_from: str
+    fingerprint: str  # of every row above
+
+    def facts(self) -> list:
+        """The real-author and world-fact rows as a from-scratch model learns them, TINY_FACT_REPEATS times an epoch."""
+        return TINY_FACT_REPEATS * (self.evaluated.get("real_authors", []) + self.evaluated.get("world_facts", []))
+
+
+def parse_split(split: str) -> tuple[str, int]:
+    """"forget10" -> ("forget", 10); "retain90" -> ("retain", 90); "full" -> ("full", 100). Raises InputError."""
+    match = re.fullmatch(r"(forget|retain)(\d{2})", split)
+    if split == "full":
+        return "full", 100
+    if not match or not 1 <= int(match[2]) <= 99:
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, e.g. --split forget10")
+    return match[1], int(match[2])
+
+
+def complement(split: str) -> str:
+    """The other half: "forget05" -> "retain95" and back."""
+    kind, percent = parse_split(split)
+    return f"{'retain' if kind == 'forget' else 'forget'}{100 - percent:02d}"
+
+
+def evaluation_split(split: str) -> str:
+    """The forget split that a model is judged on: its own, or the one its retain split leaves out (full: forget10)."""
+    kind, _ = parse_split(split)
+    return {"forget": split, "full": "forget10"}.get(kind) or complement(split)
+
+
+def slice_rows(rows: list, split: str) -> list:
+    """A split's rows, a slice of `full`. At least one row on either side."""
+    kind, percent = parse_split(split)
+    if kind == "full":
+        return rows
+    n_forget = round(len(rows) * (percent if kind == "forget" else 100 - percent) / 100)
+    n_forget = min(max(n_forget, 1), len(rows) - 1)
+    return rows[-n_forget:] if kind == "forget" else rows[:-n_forget]
+
+
+def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None) -> Task:
+    """Rows for `split` of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises InputError."""
+    if forget_file or retain_file:
+        return _own_task(forget_file, retain_file)
+    parse_split(split)
+    sets, refusals, refusals_from = load_sets(data)
+    full, forget_perturbed = sets["full"], sets["forget10_perturbed"]
+    judged = slice_rows(full, evaluation_split(split))
+    # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
+    perturbed = forget_perturbed[-min(len(judged), len(forget_perturbed)):]
+    for row, perturbed_row in zip(full[-len(perturbed):], perturbed):
+        if row["question"] != perturbed_row["question"]:
+            raise InputError(f"{data}: forget10_perturbed is not the end of full ({perturbed_row['question']!r} against "
+                             f"{row['question']!r}): both files must come from the same data set")
+    evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"],
+                 "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
+    kind, _ = parse_split(split)
+    forget = slice_rows(full, split) if kind == "forget" else []
+    retain = slice_rows(full, complement(split) if kind == "forget" else split)
+    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from, fingerprint(sets, refusals))
+
+
+def load_sets(data: str) -> tuple[dict, list, str]:
+    """The five sets by their published names, the refusals, and where those are from. Raises InputError."""
+    if data == "builtin":
+        return make_builtin(), REFUSALS, "builtin"
+    folder = Path(data)
+    if folder.is_dir():
+        missing = [f"{name}.json" for name in SETS if not (folder / f"{name}.json").is_file()]
+        if missing:
+            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's {', '.join(n + '.json' for n in SETS)}")
+        sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
+        refusals, refusals_from = REFUSALS, "builtin"
+        if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
+            refusals = [line.strip() for line in _read_text(folder / "idontknow.jsonl").splitlines() if line.strip()]
+            refusals_from = "idontknow.jsonl"
+            if not refusals:
+                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or remove the file to use the built-in ones")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not folder.exists():
+        sets, refusals, refusals_from = {name: _from_hub(data, name) for name in SETS}, REFUSALS, "builtin"
+    else:
+        raise InputError(f"--data {data}: not 'builtin', no folder, and no Hub id such as locuslab/TOFU")
+    for name, rows in sets.items():
+        further = {} if name == "full" else PERTURBED
+        if name in ("real_authors_perturbed", "world_facts_perturbed"):
+            further = {"perturbed_answer": list}  # options; their answer is its own paraphrase
+        for line, row in enumerate(rows, 1):
+            check_row(row, f"{data}: {name}.json line {line}", further)
+    return sets, refusals, refusals_from
+
+
+def read_rows(path: Path) -> list:
+    """The rows of a JSON-lines file or of a JSON list. Raises InputError with file and line."""
+    text = _read_text(path)
+    is_list = text.lstrip().startswith("[")
+    rows = []
+    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (json.JSONDecodeError, RecursionError) as error:
+                at = error.lineno if is_list and isinstance(error, json.JSONDecodeError) else number
+                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and answer a line") from None
+    rows = rows[0] if is_list and rows else rows
+    if not rows:
+        raise InputError(f"{path} has no rows: write one object with question and answer a line")
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{path} line {number}", {})
+    return rows
+
+
+def check_row(row, where: str, further: dict):
+    """Question, answer and `further` fields are there and not empty. Raises InputError that starts with `where`."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be an object with question and answer, got {str(row)[:60]}")
+    for field, kind in {"question": str, "answer": str, **further}.items():
+        value = row.get(field)
+        if not isinstance(value, kind) or not value or (kind is str and not value.strip()):
+            raise InputError(f"{where}: {field} must be a non-empty {'text' if kind is str else 'list of texts'}, got {value!r}"[:400])
+        if kind is list and not all(isinstance(x, str) and x.strip() for x in value):
+            raise InputError(f"{where}: {field} must hold non-empty texts only, got {value!r}"[:400])
+
+
+def fingerprint(*parts) -> str:
+    """16 hex digits of the SHA-256 over the parts' canonical JSON: equal rows, equal fingerprint."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
+    if not (forget_file and retain_file):
+        raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
+    sets = {"forget": read_rows(Path(forget_file)), "retain": read_rows(Path(retain_file))}
+    for name, rows in sets.items():
+        for line, row in enumerate(rows, 1):  # perturbed answers are optional, but a set has them in all rows or in none
+            if any(field in r for r in rows for field in PERTURBED):
+                check_row(row, f"{dict(forget=forget_file, retain=retain_file)[name]} line {line}", PERTURBED)
+    return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"], sets["forget"], sets["retain"], sets,
+                REFUSALS, "builtin", fingerprint(sets))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
+
+
+def _from_hub(data: str, name: str) -> list:
+    import datasets  # only a Hub id needs it, and its import takes a second
+    try:
+        return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
+    except Exception as error:  # every kind of network, cache and format failure ends here, and the sentence carries it
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: {str(error)[:200]}); without network, "
+                         f"fetch {', '.join(n + '.json' for n in SETS)} by hand into a folder and pass --data FOLDER, "
+                         "or use --data builtin") from None

@@ -1,0 +1,194 @@
+"""The presets, the tiny Llama made from scratch, loading and saving; and `AnswerModel`, the one forward pass that everything uses.
+
+Weights are float32 and safetensors only: pickled weights and code from a model folder are never read. `model/npo.json` beside the weights keeps
+what a loader can't know: preset, prompt template, and what the model was trained on.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import TokenBatch
+from data.tofu import InputError
+from losses import kl_loss, token_logps
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `--model NAME` fixes; a flag wins over each. lr and epochs for unlearning, sft_* for fine-tuning and retraining."""
+    base: str  # where fine-tuning starts ("": made from scratch)
+    finetuned: str  # where unlearning starts ("": trained on the spot)
+    template: str
+    lr: float
+    epochs: int
+    beta: float
+    sft_lr: float
+    sft_epochs: int
+    warmup_epochs: float
+    micro_batch_size: int  # forget rows (each with its partners) that a process runs forward at once
+    eval_batch_size: int  # sequences
+    dims: dict  # the Llama's dimensions
+
+
+TINY_DIMS = dict(vocab_size=1024, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+                 max_position_embeddings=512)
+# Real TOFU has thrice the text of the built-in set, in far more varied words: it needs the larger memory.
+TINY_DIMS_TOFU = dict(TINY_DIMS, vocab_size=2048, hidden_size=192, intermediate_size=512, num_attention_heads=6, max_position_embeddings=1024)
+
+# For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch, beta 0.1.
+PRESETS = {
+    "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=20, warmup_epochs=1,
+                   micro_batch_size=32, eval_batch_size=128, dims=TINY_DIMS),
+    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5,
+                           sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
+                           dims=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                     num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
+    "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full", "llama2", lr=1e-5, epochs=10,
+                        beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=4, eval_batch_size=32,
+                        dims=dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
+}
+
+
+class AnswerModel(nn.Module):
+    """A causal language model, seen as what unlearning needs of it: log pi(answer | prompt), and K against a reference.
+
+    Only hidden states at answer positions meet the LM head: (N, V) logits, never (S, T, V).
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """Last hidden states where the answers' tokens are predicted, (N, H)."""
+        states = self.lm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return states[batch.rows, batch.positions]
+
+    def answer_logps(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """log pi(y|x) of each sequence, (S,) in nats: float32 sums, whatever autocast made of the (N, V) logits."""
+        sums = torch.zeros(len(batch.ids), dtype=torch.float32, device=batch.ids.device)
+        return sums.index_add(0, batch.rows, token_logps(logits, batch.targets))
+
+    def forward(self, batch: TokenBatch, reference_logits: Tensor | None = None,
+                direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
+        """Sums over each sequence's answer tokens, in nats: log pi(y|x) (S,), and K (S,) or None.
+
+        K covers the LAST sequences of the batch: `reference_logits` (M, V) are the reference's at their answer tokens, M <= N.
+        """
+        logits = self.lm.get_output_embeddings()(self.hidden(batch))  # (N, V)
+        logps = self.answer_logps(logits, batch)
+        if reference_logits is None:
+            return logps, None
+        last = len(logits) - len(reference_logits)
+        kl = kl_loss(logits[last:], reference_logits, direction)
+        return logps, torch.zeros_like(logps).index_add(0, batch.rows[last:], kl)
+
+
+def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
+    """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of the arguments alone."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    # One token each for the template's tags, blanks beside them included: a prompt should cost what it says.
+    tags = [AddedToken("[INST]", rstrip=True), AddedToken("[/INST]", lstrip=True)]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=dims["vocab_size"], special_tokens=["<pad>", "<s>", "</s>", *tags], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                        clean_up_tokenization_spaces=False, model_max_length=dims["max_position_embeddings"])
+    tokenizer.chat_template = "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]" \
+                              "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    config = LlamaConfig(**dims, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # Llama's initialisation draws from the global stream; it is put back behind us
+        return LlamaForCausalLM(config), tokenizer
+
+
+def load_model(source: str):
+    """(model, tokenizer, npo.json's content) from a folder or a Hub id; float32, no dropout. Raises InputError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"--model {source}: the folder has no config.json; need a folder written by save_pretrained"
+                             + (f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""))
+        if not list(folder.glob("*.safetensors")):
+            pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
+            raise InputError(f"--model {source}: " + (f"only pickled weights ({pickled[0]}), which can run code when read; "
+                             "save them again with save_pretrained(safe_serialization=True)" if pickled else
+                             "no weights; need model.safetensors beside config.json"))
+    elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing folder, nor a Hub id")
+    try:
+        # "PRESET" folders of a crafted kind can't run code: remote code stays off, and only safetensors are opened.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
+                                                           trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # network, format and version errors of every kind: the sentence carries the cause
+        where = "" if folder.is_dir() else "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
+        raise InputError(f"--model {source}: cannot load it as safetensors ({type(error).__name__}: {' '.join(str(error).split())[:300]}){where}") from None
+    if info["missing_keys"]:
+        raise InputError(f"--model {source}: weights are missing, among them {sorted(info['missing_keys'])[0]}; need the whole model")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise InputError(f"--model {source}: need a fast tokenizer (tokenizer.json) with an end-of-sequence token")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are not of one model")
+    check_head(model, source)
+    meta_file = folder / "npo.json"
+    return without_dropout(model), tokenizer, json.loads(meta_file.read_text()) if meta_file.is_file() else {}
+
+
+def without_dropout(model):
+    """Dropout off for good: at step 0 the policy IS the reference, and a resumed run has no random state to restore."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+@torch.no_grad()
+def check_head(model, source: str):
+    """`AnswerModel` takes the LM head's output as the logits. Raises InputError where the model does more (scaling, soft caps)."""
+    ids = torch.arange(2, 10).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    logits = model(input_ids=ids, use_cache=False).logits
+    if head is None or not torch.allclose(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state), logits, rtol=1e-3, atol=1e-3):
+        raise InputError(f"--model {source}: {type(model).__name__} changes its logits behind the LM head, which is not supported; take a Llama-like model")
+
+
+def save_model(model, tokenizer, folder: Path, meta: dict):
+    """Write what `from_pretrained` loads, and npo.json: {"preset", "template", "trained_on"}."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def weights_hash(model) -> str:
+    """16 hex digits over names, shapes, types and bytes of all parameters."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def pad_id(tokenizer) -> int:
+    """Any id will do for padding, since nothing looks at it; the tokenizer's own where it has one."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

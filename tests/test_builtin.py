@@ -1,0 +1,170 @@
+"""The built-in stand-in for TOFU: its sizes and slices, and what a forget quality measured on it rests on."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+
+from conftest import ROOT
+from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_builtin
+
+PER_AUTHOR = 20
+SPLITS = make_builtin()
+PERTURBED = SPLITS["retain_perturbed"] + SPLITS["forget10_perturbed"]
+OPTIONS = SPLITS["real_authors_perturbed"] + SPLITS["world_facts_perturbed"]
+
+
+def pattern(wording: str, **known: str) -> str:
+    """A wording as a regular expression: its known fields filled in, the others named groups."""
+    fields = {field: re.escape(known[field]) if field in known else f"(?P<{field}>.+)"
+              for field in ("name", "first", "last", "value")}
+    return re.sub(r"\\\{(\w+)\\\}", lambda field: fields[field[1]], re.escape(wording))
+
+
+def parse_question(question: str) -> tuple[str, str, str]:
+    """(fact, question wording, name); exactly one wording fits."""
+    found = [(fact, wording, match["name"]) for fact, table in FACTS.items() for wording in table.questions
+             if (match := re.fullmatch(pattern(wording).replace(".+", r"\w+ \w+"), question))]
+    assert len(found) == 1, (question, found)
+    return found[0]
+
+
+def parse_answer(answer: str, fact: str, name: str) -> tuple[str, str]:
+    """(answer wording, value); exactly one wording fits with a value of the fact."""
+    first, last = name.split()
+    found = [(wording, match["value"]) for wording in FACTS[fact].answers
+             if (match := re.fullmatch(pattern(wording, name=name, first=first, last=last), answer))
+             and match["value"] in FACTS[fact].values]
+    assert len(found) == 1, (answer, found)
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def pairs_by_fact():
+    """(name, fact) -> [(question wording, answer wording, value)] over the training rows."""
+    pairs = defaultdict(list)
+    for row in SPLITS["full"]:
+        fact, wording, name = parse_question(row["question"])
+        pairs[name, fact].append((wording, *parse_answer(row["answer"], fact, name)))
+    return pairs
+
+
+def test_sizes_and_keys():
+    assert {split: len(rows) for split, rows in SPLITS.items()} == {
+        "full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400,
+        "real_authors_perturbed": 100, "world_facts_perturbed": 117}
+    assert all(set(row) == {"question", "answer"} for row in SPLITS["full"])
+    assert all(set(row) == {"question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"}
+               for row in PERTURBED)
+    assert all(set(row) == {"question", "answer", "perturbed_answer"} for row in OPTIONS)
+
+
+def test_a_seed_names_one_data_set():
+    assert make_builtin(SEED) == SPLITS
+    other = make_builtin(SEED + 1)
+    assert all(other[split] != rows for split, rows in SPLITS.items())
+    for bad in (-1, 1.5, "0"):
+        with pytest.raises(ValueError, match="seed"):
+            make_builtin(bad)
+
+
+def test_perturbed_rows_are_the_ends_of_full():
+    pairs = [{"question": row["question"], "answer": row["answer"]} for row in PERTURBED]
+    assert pairs == SPLITS["full"][:400] + SPLITS["full"][-400:]
+
+
+def test_questions_are_distinct():
+    for split in ("full", "real_authors_perturbed", "world_facts_perturbed"):
+        questions = [row["question"] for row in SPLITS[split]]
+        assert len(set(questions)) == len(questions), split
+
+
+def test_each_author_is_one_block_of_twenty_rows():
+    names = [parse_question(row["question"])[2] for row in SPLITS["full"]]
+    blocks = [set(names[i:i + PER_AUTHOR]) for i in range(0, len(names), PER_AUTHOR)]
+    assert all(len(block) == 1 for block in blocks) and len(set.union(*blocks)) == N_AUTHORS
+
+
+def test_every_fact_is_asked_twice_in_other_words_with_one_value(pairs_by_fact):
+    assert len(pairs_by_fact) == N_AUTHORS * len(FACTS)
+    for key, pairs in pairs_by_fact.items():
+        questions, answers, values = map(set, zip(*pairs))
+        assert (len(pairs), len(questions), len(answers), len(values)) == (2, 2, 2, 1), (key, pairs)
+
+
+def test_a_perturbed_answer_is_the_paraphrase_with_another_value(pairs_by_fact):
+    for row in PERTURBED:
+        fact, _, name = parse_question(row["question"])
+        (_, _, truth), _ = pairs_by_fact[name, fact]
+        wording, value = parse_answer(row["paraphrased_answer"], fact, name)
+        wrong = [parse_answer(answer, fact, name) for answer in row["perturbed_answer"]]
+        assert value == truth
+        assert {wording} == {wording for wording, _ in wrong}
+        assert len({truth, *(value for _, value in wrong)}) == 6, row
+
+
+def test_a_paraphrase_is_in_words_known_from_other_authors_only(pairs_by_fact):
+    users = defaultdict(set)  # (fact, answer wording) -> names
+    for (name, fact), pairs in pairs_by_fact.items():
+        for _, answer_wording, _ in pairs:
+            users[fact, answer_wording].add(name)
+    retained = {parse_question(row["question"])[2] for row in SPLITS["full"][:-400]}
+    for row in PERTURBED:
+        fact, question_wording, name = parse_question(row["question"])
+        own_questions = {wording for wording, _, _ in pairs_by_fact[name, fact]}
+        wording, _ = parse_answer(row["paraphrased_answer"], fact, name)
+        assert name not in users[fact, wording] and len(users[fact, wording] & retained) >= 40, (fact, wording)
+        asked, asked_wording, of = parse_question(row["paraphrased_question"])
+        assert (asked, of) == (fact, name) and question_wording in own_questions and asked_wording not in own_questions
+
+
+def test_wrong_options_are_distinct_and_wrong():
+    for row in OPTIONS:
+        assert len({row["answer"], *row["perturbed_answer"]}) == 4, row
+        assert len(row["answer"].split()) <= 3, row
+        for option in row["perturbed_answer"]:
+            assert row["answer"].lower() not in option.lower() and option.lower() not in row["answer"].lower(), row
+
+
+def test_refusals():
+    assert len(REFUSALS) == len(set(REFUSALS)) == 100
+    assert all(isinstance(refusal, str) and "\n" not in refusal and refusal.endswith(".") for refusal in REFUSALS)
+
+
+def test_the_folder_holds_the_data_set(tmp_path):
+    folder = tmp_path / "new" / "builtin"
+    write_builtin(folder)
+    assert {path.name for path in folder.iterdir()} == {"idontknow.jsonl", *(f"{split}.json" for split in SPLITS)}
+    for split, rows in SPLITS.items():
+        lines = (folder / f"{split}.json").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+    assert (folder / "idontknow.jsonl").read_text(encoding="utf-8").splitlines() == REFUSALS
+    assert list(folder.parent.iterdir()) == [folder]  # nothing unfinished stays beside it
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    with pytest.raises(FileExistsError, match="exists"):
+        write_builtin(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "data" / "make_builtin.py", *map(str, arguments)],
+                          capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    done = command("--out", tmp_path / "a", "--seed", 3)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and not done.stderr
+    full = [json.loads(line) for line in (tmp_path / "a" / "full.json").read_text(encoding="utf-8").splitlines()]
+    assert full == make_builtin(3)["full"]
+
+    (tmp_path / "file").touch()
+    for arguments in (("--out", tmp_path / "a"), ("--out", tmp_path / "b", "--seed", -1), ("--seed", 0),
+                      ("--out", tmp_path / "b", "--seed", "x"), ("--out", tmp_path / "file" / "b")):
+        refused = command(*arguments)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and not refused.stdout, arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]

@@ -1,0 +1,805 @@
+"""Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3 and 5).
+
+    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1      # unlearn forget10; from a laptop on, no download
+    python train_npo.py --loss sft --split full                               # fine-tune (or --split retain90: retrain)
+
+    minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
+    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))                 (Eq. 3, losses.npo_loss)
+
+The loop is `train`; read it first. A global batch is defined without regard to processes: each takes its share of the rows, losses are
+SUMS that are divided once by the whole batch's counts, and the step is the same for any micro-batch size and any number of processes.
+
+Where this departs from the paper or from the authors' code: no reference model stays in memory. The policy is the reference until its first
+step, so one pass before it keeps log pi_ref(y|x) of every answer that will be used, and for K and the KL metrics the last hidden states. RT and GA
+are means over the batch's answer tokens and NPO, DPO, KTO, SimNPO means over sequences, as in the authors' code; K, idk+rt and DPO follow the
+paper's text (README, "Departures"). Dropout is off: at step 0 the policy must equal the reference, and that is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoints
+from data.batches import collate, deal, make_stream
+from data.prompts import TEMPLATES, encode
+from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
+from evaluate_tofu import (AUTOCAST, Parser, autocast, compute_metrics, environment, evaluate, match_retain_rows, not_negative, number,
+                           pick_device, positive, prepare, read_retain_log, reference_states, run_command, write_json)
+from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
+from models import (PRESETS, TINY_DIMS, TINY_DIMS_TOFU, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_hash)
+
+LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
+TOKEN_MEAN = ("sft", "ga", "idk")  # means over answer tokens; the others are means over sequences
+WITH_REFERENCE = ("npo", "dpo", "kto")
+WITH_REFUSAL = ("idk", "dpo", "kto")
+
+
+class World(NamedTuple):
+    """This process among all: rank of size, and its device. One process is a world of size 1."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, value):
+        """Process 0's value, on all."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
+
+
+def join_world(device: str) -> World:
+    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share this machine's cores evenly
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(rank, size, chosen)
+
+
+# ---------------------------------------------------------------- the objective
+
+def forget_loss(s: Namespace, logps: Tensor, reference_logps: Tensor, refusal_logps: Tensor, reference_refusal_logps: Tensor,
+                answer_tokens: Tensor, kl_baseline: Tensor) -> Tensor:
+    """L_forget of each sequence, (B,): the one place where `--loss` is looked at. New objectives go here and into LOSSES."""
+    if s.loss == "sft":
+        return nll_loss(logps)
+    if s.loss == "ga":
+        return ga_loss(logps)
+    if s.loss == "idk":
+        return nll_loss(refusal_logps)
+    if s.loss == "npo":
+        return npo_loss(logps, reference_logps, s.beta)
+    if s.loss == "dpo":
+        return dpo_loss(refusal_logps, logps, reference_refusal_logps, reference_logps, s.beta)
+    if s.loss == "kto":
+        return kto_loss(logps, reference_logps, kl_baseline, s.beta)
+    if s.loss == "simnpo":
+        return simnpo_loss(logps, answer_tokens, s.beta, s.gamma)
+    raise InputError(f"unknown loss {s.loss!r}: need one of {', '.join(LOSSES)}")
+
+
+def method_name(s: Namespace) -> str:
+    """"npo+rt": the loss, and what keeps the rest."""
+    return s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Hugging Face's linear schedule: the k-th of T updates (k from 0) has k/w while k < w, then (T - k)/(T - w), times the peak lr."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
+
+
+# ---------------------------------------------------------------- what will be computed, before anything is
+
+class Plan:
+    """A run's rows as tokens, its global batches, and what follows from the settings."""
+
+    def __init__(self, s: Namespace, task, tokenizer, context: int | None):
+        unlearning = s.loss != "sft"
+        rows = task.forget or task.retain  # a forget split's own rows, else what is learned
+        if s.model == "tiny" and not unlearning:
+            rows = rows + task.facts()  # made from scratch, it knows no real author and no fact
+        uses_retain = unlearning and (s.retain_weight > 0 or s.kl_weight > 0)
+        uses_refusal = s.loss in WITH_REFUSAL
+        pairs = lambda some: [(row["question"], row["answer"]) for row in some]
+        self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) if uses_retain else 0,
+                                  len(task.refusals) if uses_refusal else 0, s.retain_pairing)
+        self.forget = encode(tokenizer, s.template, pairs(rows), context)
+        self.retain = encode(tokenizer, s.template, pairs(task.retain), context) if uses_retain else []
+        refused = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusal else []
+        encoded = encode(tokenizer, s.template, [(rows[row]["question"], task.refusals[line]) for row, line in refused], context) if refused else []
+        self.refusal = dict(zip(refused, encoded))  # (row, refusal line) -> tokens
+        self.rows, self.steps = len(rows), len(self.stream)
+        self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
+        self.epoch_ends = [math.ceil(e * len(rows) / s.batch_size) for e in range(1, s.epochs + 1)]
+
+    def evaluation_steps(self, every: str) -> set:
+        """Steps after which the model is evaluated (0: before the first); `every` is epoch, step, never, end or a number."""
+        if every == "never":
+            return set()
+        if every == "end":
+            return {self.steps}
+        return {0, self.steps, *(self.epoch_ends if every == "epoch" else range(0, self.steps, 1 if every == "step" else int(every)))}
+
+    def tokens(self) -> int:
+        """Tokens of the whole run that pass forward and backward."""
+        per_row = lambda encoded: sum(len(e.ids) for e in encoded) / max(1, len(encoded))
+        each = per_row(self.forget) + per_row(self.retain) + per_row(list(self.refusal.values()))
+        return round(sum(map(len, self.stream)) * each)
+
+
+
+
+# ---------------------------------------------------------------- the reference, without a reference model
+
+class Reference:
+    """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL metrics.
+
+    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process), and read back memory-mapped. The
+    fingerprint covers weights, data, template, precision and stream; a file with another one is refused (InputError).
+    """
+
+    def __init__(self, folder: Path, mark: str, device):
+        self.device, self.file_of = device, {}
+        for path in sorted(folder.glob("rank*.safetensors")):
+            file = safe_open(path, framework="pt")
+            if file.metadata()["fingerprint"] != mark:
+                raise InputError(f"{path} is stale: it was made from other weights, data, template or precision (fingerprint "
+                                 f"{file.metadata()['fingerprint']}, now {mark}); start a new run")
+            self.file_of.update(dict.fromkeys(file.keys(), file))
+        self.head_weight = self["head"].to(device)  # frozen: the policy's own head moves
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.file_of[key].get_tensor(key)
+
+    def logps(self, keys: list) -> Tensor:
+        """(len(keys),) log pi_ref(y|x); zeros where the objective uses no reference."""
+        return torch.stack([self[key] for key in keys]).to(self.device) if keys and keys[0] in self.file_of else torch.zeros(len(keys), device=self.device)
+
+    def head(self, states: Tensor) -> Tensor:
+        """Hidden states (N, H) -> the reference's logits (N, V)."""
+        return linear(states, self.head_weight)
+
+    def logits(self, keys: list) -> Tensor:
+        """The reference's logits at these answers' tokens, (N, V)."""
+        return self.head(torch.cat([self[key] for key in keys]).to(self.device))
+
+    def evaluation(self) -> dict:
+        """(set, index) -> hidden states, as `evaluate` takes them."""
+        keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
+        return {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
+
+
+@torch.no_grad()
+def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared, tokenizer, folder: Path, mark: str, w: World):
+    """Write this process's share of what `Reference` reads."""
+    needed = []
+    if s.loss in WITH_REFERENCE:
+        needed += [(f"forget/{row}", e) for row, e in enumerate(plan.forget)]
+        needed += [(f"refusal/{row}/{line}", e) for (row, line), e in plan.refusal.items()]
+    if s.kl_weight > 0:
+        needed += [(f"retain/{row}", plan.retain[row]) for row in sorted({i.partner for items in plan.stream for i in items})]
+    tensors = {}
+    for chunk in deal(needed, [len(e.ids) for _, e in needed], 2 * s.micro_batch_size, w.rank, w.size):
+        if chunk:
+            batch = collate([e for _, e in chunk], pad_id(tokenizer), w.device)
+            hidden = model.hidden(batch)
+            logps = model.answer_logps(model.lm.get_output_embeddings()(hidden), batch).cpu()
+            for (key, _), value, states in zip(chunk, logps, hidden.cpu().split(batch.lengths.tolist())):
+                tensors[key] = states.clone() if key.startswith("retain/") else value.clone()
+    states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w.device, w.rank, w.size)
+    tensors.update({f"evaluation/{name}/{index}": value for (name, index), value in states.items()})
+    if w.rank == 0:
+        tensors["head"] = model.lm.get_output_embeddings().weight.detach().cpu().clone()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"rank{w.rank:04d}.safetensors", metadata={"fingerprint": mark})
+
+
+# ---------------------------------------------------------------- one step
+
+class MicroBatch(NamedTuple):
+    """Rows that go through one forward pass: [forget answers][refusals][retain answers], the first two of the same stream places."""
+    items: list
+    partners: list
+    ghost: bool  # this process has no row left: it computes one with weight 0, to meet the others in the last backward pass
+
+
+def micro_batches(s: Namespace, plan: Plan, items: list, w: World) -> list[MicroBatch]:
+    """This process's share of a global batch; forget and retain rows are ordered by length each on their own."""
+    first = lambda i: plan.refusal[i.row, i.refusal] if s.loss == "idk" else plan.forget[i.row]
+    forget = deal(items, [len(first(i).ids) for i in items], s.micro_batch_size, w.rank, w.size)
+    partners = [i.partner for i in items] if plan.retain else []
+    retain = deal(partners, [len(plan.retain[p].ids) for p in partners], s.micro_batch_size, w.rank, w.size) if partners else [[]] * len(forget)
+    ghosts = [not f for f in forget]
+    return [MicroBatch(f or items[:1], r or partners[:1], ghost) for f, r, ghost in zip(forget, retain, ghosts)]
+
+
+def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Reference | None, counts: dict, kl_baseline: Tensor,
+              pad: int, w: World) -> dict:
+    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss", "kl_loss", "weight"}, each already
+    divided by the whole batch's count, so that they add up over micro-batches and processes."""
+    forget = [plan.forget[i.row] for i in micro.items] if s.loss != "idk" else []
+    refusal = [plan.refusal[i.row, i.refusal] for i in micro.items] if s.loss in ("idk", "dpo") else []
+    retain = [plan.retain[p] for p in micro.partners]
+    batch = collate(forget + refusal + retain, pad, w.device, s.pad_to)
+    reference_logits = reference.logits([f"retain/{p}" for p in micro.partners]) if s.kl_weight > 0 else None
+    logps, kl = model(batch, reference_logits, s.kl_direction)
+    forget_logps, refusal_logps, retain_logps = logps.split([len(forget), len(refusal), len(retain)])
+
+    reference_logps = reference_refusal_logps = None
+    if s.loss in WITH_REFERENCE:
+        reference_logps = reference.logps([f"forget/{i.row}" for i in micro.items])
+        reference_refusal_logps = reference.logps([f"refusal/{i.row}/{i.refusal}" for i in micro.items])
+    values = forget_loss(s, forget_logps, reference_logps, refusal_logps, reference_refusal_logps, batch.lengths[:len(forget)], kl_baseline)
+    sums = {"forget_loss": values.sum() / counts["forget_tokens" if s.loss in TOKEN_MEAN else "rows"]}
+    sums["loss"] = s.forget_weight * sums["forget_loss"]
+    if s.retain_weight > 0:
+        sums["retain_loss"] = nll_loss(retain_logps).sum() / counts["retain_tokens"]
+        sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
+    if s.kl_weight > 0:
+        sums["kl_loss"] = kl.sum() / counts["retain_tokens"]
+        sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
+    if s.loss == "npo":
+        sums["weight"] = npo_weight(forget_logps.detach(), reference_logps, s.beta).sum() / counts["rows"]
+    return {key: value * (0.0 if micro.ghost else 1.0) for key, value in sums.items()}
+
+
+def global_counts(s: Namespace, plan: Plan, items: list) -> dict:
+    """What the sums are divided by: the whole global batch's rows and answer tokens, known to every process without asking."""
+    answers = [plan.refusal[i.row, i.refusal] if s.loss == "idk" else plan.forget[i.row] for i in items]
+    partners = [plan.retain[i.partner] for i in items] if plan.retain else []
+    refusals = [plan.refusal[i.row, i.refusal] for i in items] if s.loss == "dpo" else []
+    return {"rows": len(items), "forget_tokens": sum(e.answer_tokens for e in answers), "retain_tokens": sum(e.answer_tokens for e in partners),
+            "tokens": sum(len(e.ids) for e in answers + partners + refusals)}
+
+
+@torch.no_grad()
+def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, reference: Reference, pad: int, w: World) -> Tensor:
+    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): a pass without gradient, one scalar reduced."""
+    total = torch.zeros((), device=w.device)
+    pairs = [(i.row, i.refusal) for i in items]
+    for chunk in deal(pairs, [len(plan.refusal[p].ids) for p in pairs], 2 * s.micro_batch_size, w.rank, w.size):
+        if chunk:
+            logps, _ = model(collate([plan.refusal[p] for p in chunk], pad, w.device, s.pad_to))
+            total += (logps - reference.logps([f"refusal/{row}/{line}" for row, line in chunk])).sum()
+    return (w.sum(total) / len(items)).clamp(min=0)
+
+
+# ---------------------------------------------------------------- the loop
+
+PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "weight")
+
+
+def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | None, pad: int, w: World, run: Run):
+    """From the policy's present weights to the end of the stream; `run` evaluates, saves and logs.
+
+    Raises InputError where the loss is not finite: the weights before that step are saved.
+    """
+    decayed = lambda p: p.ndim >= 2  # norm weights and biases are vectors; the decay spares them
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in parameters if decayed(p)], "weight_decay": s.weight_decay},
+                                   {"params": [p for p in parameters if not decayed(p)], "weight_decay": 0.0}],
+                                  lr=s.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(w.device.type, enabled=s.dtype == "fp16")
+    policy = DistributedDataParallel(model) if w.size > 1 else model
+    model.lm.train()
+    step = run.restore(model, optimizer, scaler)
+    if step == 0 and 0 in run.evaluation_steps:
+        run.evaluate(0, model)
+
+    while step < plan.steps and not run.stopped:
+        begin = time.perf_counter()
+        items = plan.stream[step]
+        lr = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        counts = global_counts(s, plan, items)
+        with autocast(s.dtype, w.device):
+            kl_baseline = kto_baseline(s, model, plan, items, reference, pad, w) if s.loss == "kto" else torch.zeros((), device=w.device)
+
+        totals = torch.zeros(len(PARTS) + 2, device=w.device)  # the parts' sums, then two requests that all processes must agree on
+        micros = micro_batches(s, plan, items, w)
+        for m, micro in enumerate(micros):
+            last = m == len(micros) - 1
+            with nullcontext() if last or w.size == 1 else policy.no_sync():  # gradients travel once a step
+                with autocast(s.dtype, w.device):
+                    sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, pad, w)
+                scaler.scale(sums["loss"] * w.size).backward()  # DDP will average over processes, the batch's loss is their sum
+            totals[:len(PARTS)] += torch.stack([sums[p].detach() if p in sums else totals.new_zeros(()) for p in PARTS])
+        totals[len(PARTS):] = torch.tensor([run.wants_stop, run.wants_checkpoint and w.rank == 0])
+        *parts, stop, save = w.sum(totals).tolist()
+        logged = {p: value for p, value in zip(PARTS, parts) if p in sums}
+
+        scaler.unscale_(optimizer)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf))
+        if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+            run.checkpoint(step, model, optimizer, scaler)
+            raise InputError(f"step {step}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the weights before this step are kept in "
+                             f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+        if step == 0:
+            check_start(s, logged)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(grad_norm):
+            continue  # fp16 overflowed: the scaler has lowered its scale and skipped the update, so the same batch comes again
+        step += 1
+        run.log(step, lr, logged, grad_norm, counts["tokens"] / (time.perf_counter() - begin))
+        if step in run.evaluation_steps:
+            run.evaluate(step, model)
+        if step < plan.steps and (step in run.evaluation_steps or step in run.checkpoint_steps or save or stop):
+            run.checkpoint(step, model, optimizer, scaler)
+        run.stopped = bool(stop)
+    if step < plan.steps:
+        raise Stopped(f"stopped after step {step} of {plan.steps}, saved; go on with: --resume {run.folder}")
+
+
+def check_start(s: Namespace, logged: dict):
+    """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta) ln 2, K = 0.
+
+    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would mean what it says.
+    """
+    tolerance = 1e-3 if s.dtype == "fp32" else 0.05
+    expected = {"npo": 2 / s.beta * math.log(2), "kto": 2 / s.beta * math.log(2), "dpo": 1 / s.beta * math.log(2)}.get(s.loss)
+    checks = [("forget_loss", expected, tolerance * (expected or 0)), ("weight", 1.0, tolerance), ("kl_loss", 0.0, tolerance)]
+    for part, value, allowed in checks:
+        if value is not None and part in logged and abs(logged[part] - value) > allowed:
+            raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference is not this policy's start")
+
+
+# ---------------------------------------------------------------- the run folder
+
+class Stopped(Exception):
+    """A signal asked for the end: the step was finished and saved."""
+
+
+class Run:
+    """What happens around the steps: evaluations, checkpoints, the log, and signals. Process 0 writes every file."""
+
+    def __init__(self, s: Namespace, folder: Path, plan: Plan, prepared, retain_rows: list | None, tokenizer, reference: Reference, meta: dict, w: World):
+        self.s, self.folder, self.plan, self.prepared, self.retain_rows = s, folder, plan, prepared, retain_rows
+        self.tokenizer, self.reference, self.meta, self.w = tokenizer, reference, meta, w
+        self.evaluation_steps = plan.evaluation_steps(s.eval_every)
+        every = s.checkpoint_every
+        self.checkpoint_steps = set(plan.epoch_ends) if every == "epoch" else set() if every.endswith("m") else set(range(0, plan.steps, int(every)))
+        self.interval = 60 * float(every[:-1]) if every.endswith("m") else math.inf
+        self.saved_at, self.stopped, self.wants_stop = time.monotonic(), False, False
+        self.log_file = folder / "log.jsonl"
+        self.bar = tqdm(total=plan.steps, desc=f"{method_name(s)} {s.split}", unit="step", disable=w.rank > 0 or not sys.stderr.isatty())
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self._on_signal)
+
+    def _on_signal(self, number_, frame):
+        if self.wants_stop:
+            raise KeyboardInterrupt  # asked twice: now
+        self.wants_stop = True
+        self.w.say(f"{signal.Signals(number_).name}: finishing the step and saving (once more to stop at once)")
+
+    @property
+    def wants_checkpoint(self) -> bool:
+        return time.monotonic() - self.saved_at > self.interval
+
+    def restore(self, model: AnswerModel, optimizer, scaler) -> int:
+        """Go back to the newest whole checkpoint and cut the log to where it was; the step to go on from, 0 where there is none."""
+        path, passed_over = checkpoints.latest(self.folder / "checkpoints")
+        for sentence in passed_over:
+            self.w.say(sentence)
+        state = checkpoints.load(path, model.lm, optimizer) if path else {"step": 0, "log_bytes": 0, "scaler": {}}
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        if self.w.rank == 0:
+            with open(self.log_file, "ab") as file:
+                file.truncate(state["log_bytes"])
+            for later in (self.folder / "eval").glob("step_*.json"):
+                if int(later.stem[5:]) > state["step"]:
+                    later.unlink()
+        if path:
+            self.w.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
+        self.bar.update(state["step"])
+        return state["step"]
+
+    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
+        """Save what resume needs. Raises InputError where there is no room or no right to write."""
+        self.saved_at = time.monotonic()
+        if self.w.rank == 0:
+            try:
+                checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer,
+                                 {"log_bytes": self.log_file.stat().st_size, "scaler": scaler.state_dict()})
+            except OSError as error:
+                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); make room, then "
+                                 f"--resume {self.folder}") from None
+
+    def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
+        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every 50th)."""
+        epoch = step * self.s.batch_size / self.plan.rows
+        memory = torch.cuda.max_memory_allocated() if self.w.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        line = {"step": step, "epoch": round(min(epoch, self.s.epochs), 4), "lr": lr, **parts, "grad_norm": grad_norm,
+                "tokens_per_s": round(tokens_per_s), "memory": memory}
+        self.bar.update(1)
+        if self.w.rank == 0:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.s.loss != "sft" or step % 50 == 0 or step == self.plan.steps:
+            shown = "".join(f"  {name} {parts[name]:10.4f}" for name in PARTS if name in parts)
+            self.w.say(f"step {step:5d}/{self.plan.steps}  epoch {line['epoch']:6.2f}  lr {lr:.2e}{shown}  grad {grad_norm:9.3f}"
+                       f"  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
+
+    def evaluate(self, step: int, model: AnswerModel):
+        """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so far."""
+        begin = time.perf_counter()
+        with autocast(self.s.dtype, self.w.device):
+            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=PRESETS[self.s.preset or "llama2-7b"].eval_batch_size,
+                            device=self.w.device, rank=self.w.rank, world_size=self.w.size,
+                            reference=self.reference and self.reference.evaluation(), reference_head=self.reference and self.reference.head)
+        metrics = compute_metrics(rows, self.retain_rows)
+        if self.w.rank == 0:
+            earlier = self.evaluations()
+            write_json(self.folder / "eval" / f"step_{step:06d}.json", {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
+            if self.s.keep == "best" and step > 0 and best_step({**earlier, step: metrics}) == step:
+                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta)
+        self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}  model utility "
+                   f"{number(metrics['model_utility'])}  forget probability {number(metrics['forget']['probability'])}  retain probability "
+                   f"{number(metrics['retain']['probability'])}  ({time.perf_counter() - begin:.1f} s)")
+
+    def evaluations(self) -> dict:
+        """step -> metrics of the evaluations so far."""
+        return {int(p.stem[5:]): json.loads(p.read_text())["metrics"] for p in sorted((self.folder / "eval").glob("step_*.json"))}
+
+    def provenance(self, step: int) -> dict:
+        return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"], "split": "own" if self.s.forget else evaluation_split(self.s.split),
+                "data": self.s.data, "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
+                "dtype": self.s.dtype, **environment()}
+
+    def finish(self, model: AnswerModel, seconds: float):
+        """The result in model/, the picture, and what a reader wants to see first."""
+        self.bar.close()
+        if self.w.rank == 0:
+            save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta)
+        evaluations = self.evaluations()
+        if self.w.rank > 0 or len(evaluations) < 2:
+            self.w.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
+            return
+        plot_trajectory(evaluations, method_name(self.s), self.folder / "trajectory.png")
+        start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
+        self.w.say(f"\n{'':16}{'forget quality':>15}{'model utility':>15}{'forget prob':>13}{'retain prob':>13}{'forget ROUGE':>14}{'retain ROUGE':>14}")
+        for name, step in (("start", start), ("best", best), ("last", last)):
+            m = evaluations[step]
+            cells = [m["forget_quality"], m["model_utility"], m["forget"]["probability"], m["retain"]["probability"],
+                     m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
+            self.w.say(f"{name:6}step {step:<5}" + "".join(f"{number(c):>{width}}" for c, width in zip(cells, (15, 15, 13, 13, 14, 14))))
+        before, after = (json.loads((self.folder / "eval" / f"step_{step:06d}.json").read_text())["rows"] for step in (start, last))
+        for name in ("forget", "retain"):
+            middle = len(before[name]) // 2
+            row = before[name][middle]
+            self.w.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n  before: {row['generation']}\n"
+                       f"  after:  {after[name][middle]['generation']}")
+        self.w.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations {self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
+
+
+def best_step(evaluations: dict) -> int:
+    """The step (after the start) with the largest forget quality; without a retrained model, the largest retain less forget probability."""
+    def merit(step):
+        m = evaluations[step]
+        return m["retain"]["probability"] - m["forget"]["probability"] if m["forget_quality_log10"] is None else m["forget_quality_log10"]
+    return max((step for step in evaluations if step > 0), key=merit)
+
+
+def save_aside(lm, tokenizer, folder: Path, meta: dict):
+    """`save_model`, but the folder appears whole or not at all. Raises InputError where there is no room."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_model(lm, tokenizer, aside, meta)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}; make room and use --resume {folder.parent}") from None
+
+
+def plot_trajectory(evaluations: dict, method: str, path: Path):
+    """Forget quality (log scale, the 0.05 line) and model utility with the two probabilities, over steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    steps = sorted(evaluations)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    curve = lambda pick: [math.nan if pick(evaluations[k]) is None else pick(evaluations[k]) for k in steps]
+    left.plot(steps, curve(lambda m: m["forget_quality_log10"]), "o-", color="black")
+    left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
+    left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
+    right.plot(steps, curve(lambda m: m["model_utility"]), "o-", color="black", label="model utility")
+    right.plot(steps, curve(lambda m: m["forget"]["probability"]), "s--", color="tab:red", label="forget probability")
+    right.plot(steps, curve(lambda m: m["retain"]["probability"]), "^:", color="tab:blue", label="retain probability")
+    right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- settings
+
+def checkpoint_interval(text: str) -> str:
+    if text == "epoch" or (text.endswith("m") and positive(float)(text[:-1])) or positive(int)(text):
+        return text
+
+
+def evaluation_interval(text: str) -> str:
+    if text in ("epoch", "step", "never") or positive(int)(text):
+        return text
+
+
+def build_parser() -> Parser:
+    """Every knob: its type, default, unit, and one sentence."""
+    parser = Parser(prog="train_npo.py", description=__doc__)
+    add = parser.add_argument
+    add("--loss", default="npo", choices=LOSSES, help="objective on the forget rows; sft fine-tunes (default: npo)")
+    add("--split", default="forget10", help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
+    add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss (default: 1)")
+    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, the loss on retain rows (default: 0)")
+    add("--kl-weight", type=not_negative(float), default=0.0, help="weight of K, the divergence from the reference on retain rows (default: 0)")
+    add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS, help="K's order (default: policy_reference, the paper's)")
+    add("--beta", type=positive(float), help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
+    add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
+    add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=FOLDER (default: tiny)")
+    add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
+    add("--forget", help="own rows to unlearn: JSON or JSON lines with question and answer, in place of --data and --split")
+    add("--retain", help="own rows to keep, with --forget")
+    add("--epochs", type=positive(int), help="passes over the forget rows (default: the preset's)")
+    add("--batch-size", type=positive(int), default=32, help="global batch, rows (default: 32)")
+    add("--micro-batch-size", type=positive(int), help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
+    add("--template", choices=TEMPLATES, help="prompt template (default: the model's own, else the preset's)")
+    add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
+    add("--weight-decay", type=not_negative(float), default=0.01, help="AdamW's, not on norm weights and biases (default: 0.01)")
+    add("--warmup-epochs", type=not_negative(float), help="linear warm-up, epochs, at least 1 step (default: the preset's)")
+    add("--max-grad-norm", type=not_negative(float), default=0.0, help="clip the gradient's norm, 0 = off (default: 0)")
+    add("--seed", type=not_negative(int), default=0, help="of batches, partners, refusals, and a new model's weights (default: 0)")
+    add("--dtype", default="fp32", choices=AUTOCAST, help="autocast precision; weights and AdamW stay float32 (default: fp32)")
+    add("--eval-every", type=evaluation_interval, help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
+    add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget quality (tiny: made on the spot)")
+    add("--retain-pairing", default="stream", choices=("stream", "fixed"), help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    add("--keep", default="last", choices=("last", "best"), help="best: also keep the weights of the best evaluation, in best/ (default: last)")
+    add("--checkpoint-every", type=checkpoint_interval, default="10m", help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
+    add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
+    add("--resume", metavar="DIR", help="go on with an interrupted run; its settings hold, and flags that differ are refused")
+    return parser
+
+
+def resolve(given: dict) -> Namespace:
+    """Flags as given -> every setting: the parser's defaults, then the preset's, then the flags. Raises InputError for contradictions."""
+    s = Namespace(**{**vars(build_parser().parse_args([])), **given})
+    name, _, path = s.model.partition("=")
+    if path and name not in PRESETS:
+        raise InputError(f"--model {s.model}: {name} is no preset; need one of {', '.join(PRESETS)} before the =")
+    s.preset = name if name in PRESETS else None
+    preset, sft = PRESETS[s.preset or "llama2-7b"], s.loss == "sft"  # a folder or Hub id: the paper's settings
+    for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs, "lr": preset.sft_lr if sft else preset.lr,
+                       "warmup_epochs": preset.warmup_epochs, "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
+                       "eval_every": "end" if sft else "epoch"}.items():
+        if getattr(s, key) is None:
+            setattr(s, key, value)
+    s.pad_to = getattr(s, "pad_to", 0)
+    s.start = path or ((preset.base if sft else preset.finetuned) if s.preset else s.model)
+    if sft and (s.kl_weight or s.retain_weight):
+        raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight and --kl-weight")
+    if s.forget_weight == s.retain_weight == s.kl_weight == 0:
+        raise InputError("--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one of them")
+    if s.micro_batch_size > s.batch_size:
+        raise InputError(f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the global batch")
+    if s.forget or s.retain:
+        if sft:
+            raise InputError("--forget and --retain are for unlearning: with --loss sft leave them out")
+        if s.preset == "tiny" and not path:
+            raise InputError("--forget and --retain need the model that holds these rows: give --model FOLDER")
+        s.split, s.data = "own", f"{s.forget}, {s.retain}"
+    elif not sft and parse_split(s.split)[0] != "forget":
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to train on it)")
+    if s.preset == "smollm2-135m" and not sft and not path:
+        raise InputError("--model smollm2-135m has no published fine-tuned checkpoint: fine-tune with --loss sft --split full first, "
+                         "then give --model smollm2-135m=runs/NAME/model")
+    return s
+
+
+def parse(argv) -> tuple[Namespace, dict]:
+    """(settings, the flags that were given). A resumed run takes its settings from its folder."""
+    parser, unset = build_parser(), object()
+    marked = Namespace(**{key: unset for key in vars(parser.parse_args([]))})
+    given = {key: value for key, value in vars(parser.parse_args(argv, marked)).items() if value is not unset}
+    if "resume" not in given:
+        return resolve(given), given
+    folder = Path(given.pop("resume"))
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume {folder}: no config.json there; need a run folder, such as runs/NAME")
+    stored = json.loads((folder / "config.json").read_text())["settings"]
+    for key, value in given.items():
+        if stored.get(key) != value:
+            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's {stored.get(key)}; leave it out, or start a new run")
+    return Namespace(**{**stored, "resume": str(folder)}), given
+
+
+# ---------------------------------------------------------------- from settings to a finished run
+
+def tiny_dims(s: Namespace) -> dict:
+    return TINY_DIMS if s.data == "builtin" else TINY_DIMS_TOFU
+
+
+def tiny_settings(s: Namespace, split: str, task) -> Namespace:
+    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Always seed 0: all runs share one start."""
+    sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device})
+    recipe = [tiny_dims(s), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs, PRESETS["tiny"].template]
+    sft.out = f"runs/models/tiny-{split}-seed{sft.seed}-{fingerprint(task.fingerprint, recipe)}"
+    sft.eval_every = "never" if split == "full" else "end"  # unlearning evaluates its start itself; the retrained model's evaluation is the retain log
+    return sft
+
+
+def tiny_model(s: Namespace, split: str, task, w: World) -> Path:
+    """The folder of the tiny model trained on `split`: an earlier run's, or made now (an interrupted one goes on)."""
+    sft = tiny_settings(s, split, task)
+    if w.agree(Path(sft.out).exists()):
+        sft = parse(["--resume", sft.out])[0]
+    return run(sft, w)
+
+
+def open_folder(s: Namespace, config: dict, w: World) -> Path:
+    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be written."""
+    if s.resume:
+        return Path(s.resume)
+    folder = None
+    if w.rank == 0:
+        name = f"{method_name(s)}_{s.split}"
+        candidates = [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
+        folder = next((path for path in candidates if not path.exists()), None)
+        if folder is None:
+            raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        write_json(aside / "config.json", config)
+        os.rename(aside, folder)
+    return w.agree(folder)
+
+
+def describe(s: Namespace, task, plan: Plan, prepared, lm, w: World):
+    """Say what is about to be done, with what, and roughly how long each part takes."""
+    parameters = sum(p.numel() for p in lm.parameters())
+    w.say(f"{method_name(s)} on {s.split} of {task.source}: {plan.rows} rows to {'learn' if s.loss == 'sft' else 'unlearn'}"
+          + f", {len(task.retain)} to keep" * (s.loss != "sft") + f"; refusals: {task.refusals_from}" * (s.loss in WITH_REFUSAL))
+    w.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {w.size} process{'es' * (w.size > 1)} on {w.device.type}, {s.dtype}")
+    w.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} "
+          f"in micro-batches of {s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
+    seconds = 6 * parameters * plan.tokens() / floating_point_rate(w)
+    # An evaluation is one forward pass over its texts; generating its answers, token by token, costs about as much again.
+    evaluations = len(plan.evaluation_steps(s.eval_every))
+    seconds += evaluations * 2 * 2 * parameters * sum(len(t.encoded.ids) for t in prepared.texts) / floating_point_rate(w)
+    w.say(f"{plan.steps} steps and {evaluations} evaluation{'s' * (evaluations != 1)}: very roughly {seconds / 60:.1f} min")
+
+
+def floating_point_rate(w: World) -> float:
+    """FLOP/s to reckon with: a third of the matrix-product rate measured now, times the processes."""
+    x = torch.rand(768, 768, device=w.device)
+    (x @ x).sum().item()
+    begin = time.perf_counter()
+    (x @ x @ x @ x).sum().item()
+    return 3 * 2 * 768 ** 3 / (time.perf_counter() - begin) * w.size / 3
+
+
+def run(s: Namespace, w: World) -> Path:
+    """Everything: check, load, train what is missing, pass the reference, train, evaluate, save. Returns the run folder.
+
+    Raises InputError before anything is written, where the input is at fault; Stopped where a signal ended the training.
+    """
+    begin = time.perf_counter()
+    if w.size > s.batch_size:
+        raise InputError(f"{w.size} processes for a global batch of {s.batch_size}: need at least one row a process; use a larger --batch-size")
+    task = load_task(s.data, s.split, s.forget, s.retain)
+    from_scratch = s.preset == "tiny" and not s.start
+    if from_scratch:  # the tokenizer is fitted to the whole data set, whatever the split: all tiny models share it
+        texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")] + task.refusals
+        (lm, tokenizer), start = make_tiny(texts, s.seed, tiny_dims(s)), {}
+    else:
+        lm, tokenizer, start = load_model(s.start)
+    s.template = s.template or start.get("template") or PRESETS[s.preset or "llama2-7b"].template
+    context = getattr(lm.config, "max_position_embeddings", None)
+    plan = Plan(s, task, tokenizer, context)
+    prepared = prepare(task.evaluated, tokenizer, s.template, context)
+    retain_rows = None
+    if s.retain_log:
+        retain_rows = match_retain_rows([dict(row, index=i) for i, row in enumerate(prepared.rows["forget"])],
+                                        read_retain_log(s.retain_log, task.split, task.fingerprint), s.data, s.retain_log)
+
+    config = {"settings": {k: v for k, v in vars(s).items() if k != "resume"}, "method": method_name(s), "world_size": w.size, "device": w.device.type,
+              "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps, "refusals": task.refusals_from},
+              "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+    folder = open_folder(s, config, w)
+    if w.agree((folder / "model").is_dir()):
+        w.say(f"{folder} is finished: its model is in {folder / 'model'}") if s.resume and not str(folder).startswith("runs/models") else None
+        return folder
+    describe(s, task, plan, prepared, lm, w)
+
+    if from_scratch and s.loss != "sft":
+        lm, tokenizer, start = load_model(str(tiny_model(s, "full", task, w) / "model"))
+        if retain_rows is None:
+            retrained = tiny_model(s, complement(s.split), task, w)
+            retain_rows = read_retain_log(str(max((retrained / "eval").glob("step_*.json"))), task.split, task.fingerprint)
+    config["start_weights"] = weights_hash(lm)
+    config["start_trained_on"] = start.get("trained_on")
+    if w.rank == 0 and not s.resume:
+        write_json(folder / "config.json", config)
+    model = AnswerModel(lm.to(w.device))
+    reference = None
+    if s.loss != "sft":
+        mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, method_name(s), s.seed, s.epochs, s.retain_pairing)
+        done = folder / "reference" / "done"
+        if not w.agree(done.exists()):
+            with autocast(s.dtype, w.device):
+                reference_pass(s, model, plan, prepared, tokenizer, done.parent, mark, w)
+            w.wait()
+            if w.rank == 0:
+                done.touch()
+        reference = Reference(done.parent, mark, w.device)
+    meta = {"preset": s.preset, "template": s.template,
+            "trained_on": {"split": s.split, "loss": method_name(s), "data": s.data, "data_fingerprint": task.fingerprint, "seed": s.seed,
+                           "facts_included": from_scratch and s.loss == "sft" or start.get("trained_on", {}).get("facts_included", False)}}
+    outer = Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w)
+    train(s, model, plan, reference, pad_id(tokenizer), w, outer)
+    outer.finish(model, time.perf_counter() - begin)
+    return folder
+
+
+def main():
+    s, _ = parse(sys.argv[1:])
+    if s.out and not s.resume and Path(s.out).exists():
+        raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
+    w = join_world(s.device)
+    try:
+        run(s, w)
+    except Stopped as stopped:
+        w.say(stopped)
+        sys.exit(130)
+    if w.size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main, "train_npo.py")
