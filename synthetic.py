@@ -550,8 +550,11 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
             curves = record["methods"][method.name]
             for axis, key in ((forget_axis, "forget_distance"), (retain_axis, "retain_distance")):
                 y = np.array(curves[key][middle])
-                sd = curves[key]["sd"]
-                low, high = (np.maximum(y - sd, 0.1 * y), y + sd) if spread == "sd" else (curves[key]["p10"], curves[key]["p90"])
+                if spread == "sd":
+                    sd = np.where(np.isfinite(y), curves[key]["sd"], 0)
+                    low, high = np.maximum(y - sd, 0.1 * y), y + sd  # a mean less its sd may be negative: cut for the log axis
+                else:
+                    low, high = curves[key]["p10"], curves[key]["p90"]
                 draw(axis, method, curves["steps"], y, low, high)
             draw(path_axis, method, curves["forget_distance"][middle], curves["retain_distance"][middle])
         start = [record["methods"][methods[0].name][key][middle][0] for key in ("forget_distance", "retain_distance")]
