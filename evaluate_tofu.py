@@ -15,15 +15,11 @@ changes nothing: mode, random state and tokenizer come out as they went in. R is
 collapsed gives numbers too.
 """
 
-import argparse
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,10 +29,12 @@ import torch.distributed as dist
 from scipy.stats import hmean, ks_2samp
 from tqdm import tqdm
 
+from command_line import Parser, environment, not_negative, positive, run_command, write_json
 from data.batches import collate, deal
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
-from models import PRESETS, AnswerModel, load_model, pad_id
+from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
+from processes import pick_device
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 MAX_NEW_TOKENS = 200
@@ -359,29 +357,6 @@ def expect_split(rows: dict, provenance: dict, split: str, path: str):
 
 # ---------------------------------------------------------------- output
 
-def environment() -> dict:
-    """What a result's provenance says of its making: versions, commit, command, time."""
-    import transformers
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = git("rev-parse", "HEAD")
-    return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-            "commit": commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
-            if commit.returncode == 0 else None,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
-
-def write_json(path: Path, content: dict):
-    """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one. Raises InputError."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to write") from None
-
-
 def number(value, digits: int = 4) -> str:
     """For tables: small numbers in powers of ten, None as a dash."""
     if value is None:
@@ -440,55 +415,6 @@ def plot_truth_ratios(rows: list, retain_rows: list | None, path: Path):
 
 
 # ---------------------------------------------------------------- command line
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one sentence, and no abbreviations."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
-def positive(kind):
-    """An argparse type: a positive finite number."""
-    def parse(text):
-        value = kind(text)
-        if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def not_negative(kind):
-    """An argparse type: a finite number of at least 0."""
-    def parse(text):
-        value = kind(text)
-        if not (math.isfinite(value) and value >= 0):
-            raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def pick_device(name: str, rank: int = 0) -> torch.device:
-    """auto: CUDA, else CPU. Raises InputError for a device that isn't there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine has none; use --device {' or '.join(d for d in there if there[d])}")
-    return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
-
-
-AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(dtype: str, device):
-    """Matrix products in `dtype` over float32 weights; fp32: nothing."""
-    return torch.autocast(torch.device(device).type, AUTOCAST[dtype], enabled=dtype != "fp32")
-
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate_tofu.py", description=__doc__)
@@ -562,23 +488,6 @@ def main(argv=None):
         path = Path(args.plot or (Path(args.out).with_suffix(".png") if args.out else "truth_ratios.png"))
         plot_truth_ratios(rows["forget"], retain_rows, path)
         print(f"truth-ratio distributions: {path}")
-
-
-def run_command(main_function, name: str):
-    """Run a command; what the user can mend ends in one sentence on stderr and status 2."""
-    try:
-        main_function()
-    except InputError as error:
-        sys.exit(_say(f"{name}: {error}", 2))
-
-
-def _say(sentence: str, status: int) -> int:
-    """One sentence on stderr, once: process 0 says it; another speaks only where, seconds later, it hasn't been stopped with the rest."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        import time
-        time.sleep(5)
-    print(sentence, file=sys.stderr, flush=True)
-    return status
 
 
 if __name__ == "__main__":

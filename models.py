@@ -40,14 +40,14 @@ class Preset:
     dims: dict  # the Llama's dimensions
 
 
-TINY_DIMS = dict(vocab_size=1024, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+TINY_DIMS = dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
                  max_position_embeddings=512)
 # Real TOFU has thrice the text of the built-in set, in far more varied words: it needs the larger memory.
-TINY_DIMS_TOFU = dict(TINY_DIMS, vocab_size=2048, hidden_size=192, intermediate_size=512, num_attention_heads=6, max_position_embeddings=1024)
+TINY_DIMS_TOFU = dict(TINY_DIMS, vocab_size=2048, num_hidden_layers=4, max_position_embeddings=1024)
 
 # For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch, beta 0.1.
 PRESETS = {
-    "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=20, warmup_epochs=1,
+    "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=12, warmup_epochs=1,
                    micro_batch_size=32, eval_batch_size=128, dims=TINY_DIMS),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5,
                            sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
@@ -57,6 +57,14 @@ PRESETS = {
                         beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=4, eval_batch_size=32,
                         dims=dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
 }
+
+
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(dtype: str, device):
+    """Matrix products in `dtype` over float32 weights; fp32: nothing."""
+    return torch.autocast(torch.device(device).type, AUTOCAST[dtype], enabled=dtype != "fp32")
 
 
 class AnswerModel(nn.Module):

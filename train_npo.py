@@ -15,14 +15,8 @@ are means over the batch's answer tokens and NPO, DPO, KTO, SimNPO means over se
 paper's text (README, "Departures"). Dropout is off: at step 0 the policy must equal the reference, and that is checked.
 """
 
-from __future__ import annotations
-
 import json
 import math
-import os
-import resource
-import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -32,68 +26,25 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-import checkpoints
+from command_line import Parser, environment, not_negative, positive, run_command, write_json
 from data.batches import collate, deal, make_stream
 from data.prompts import TEMPLATES, encode
-from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
-from evaluate_tofu import (AUTOCAST, Parser, autocast, compute_metrics, environment, evaluate, match_retain_rows, not_negative, number,
-                           pick_device, positive, prepare, read_retain_log, reference_states, run_command, write_json)
+from data.tofu import InputError, complement, fingerprint, load_task, parse_split
+from evaluate_tofu import match_retain_rows, prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
-from models import (PRESETS, TINY_DIMS, TINY_DIMS_TOFU, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_hash)
+from models import (AUTOCAST, PRESETS, TINY_DIMS, TINY_DIMS_TOFU, AnswerModel, autocast, load_model, make_tiny, pad_id,
+                    weights_hash)
+from processes import World, join_world
+from reference import Reference, reference_pass
+from run_folder import Run, Stopped, open_folder
 
 LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
 TOKEN_MEAN = ("sft", "ga", "idk")  # means over answer tokens; the others are means over sequences
 WITH_REFERENCE = ("npo", "dpo", "kto")
 WITH_REFUSAL = ("idk", "dpo", "kto")
-
-
-class World(NamedTuple):
-    """This process among all: rank of size, and its device. One process is a world of size 1."""
-    rank: int
-    size: int
-    device: torch.device
-
-    def sum(self, x: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
-
-    def agree(self, value):
-        """Process 0's value, on all."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def wait(self):
-        if self.size > 1:
-            dist.barrier()
-
-    def say(self, *words):
-        if self.rank == 0:
-            tqdm.write(" ".join(map(str, words)))
-            sys.stdout.flush()
-
-
-def join_world(device: str) -> World:
-    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = pick_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share this machine's cores evenly
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1)
-    if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return World(rank, size, chosen)
 
 
 # ---------------------------------------------------------------- the objective
@@ -138,7 +89,7 @@ class Plan:
     def __init__(self, s: Namespace, task, tokenizer, context: int | None):
         unlearning = s.loss != "sft"
         rows = task.forget or task.retain  # a forget split's own rows, else what is learned
-        if s.model == "tiny" and not unlearning:
+        if s.preset == "tiny" and not s.start and not unlearning:
             rows = rows + task.facts()  # made from scratch, it knows no real author and no fact
         uses_retain = unlearning and (s.retain_weight > 0 or s.kl_weight > 0)
         uses_refusal = s.loss in WITH_REFUSAL
@@ -169,71 +120,6 @@ class Plan:
         return round(sum(map(len, self.stream)) * each)
 
 
-
-
-# ---------------------------------------------------------------- the reference, without a reference model
-
-class Reference:
-    """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL metrics.
-
-    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process), and read back memory-mapped. The
-    fingerprint covers weights, data, template, precision and stream; a file with another one is refused (InputError).
-    """
-
-    def __init__(self, folder: Path, mark: str, device):
-        self.device, self.file_of = device, {}
-        for path in sorted(folder.glob("rank*.safetensors")):
-            file = safe_open(path, framework="pt")
-            if file.metadata()["fingerprint"] != mark:
-                raise InputError(f"{path} is stale: it was made from other weights, data, template or precision (fingerprint "
-                                 f"{file.metadata()['fingerprint']}, now {mark}); start a new run")
-            self.file_of.update(dict.fromkeys(file.keys(), file))
-        self.head_weight = self["head"].to(device)  # frozen: the policy's own head moves
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.file_of[key].get_tensor(key)
-
-    def logps(self, keys: list) -> Tensor:
-        """(len(keys),) log pi_ref(y|x); zeros where the objective uses no reference."""
-        return torch.stack([self[key] for key in keys]).to(self.device) if keys and keys[0] in self.file_of else torch.zeros(len(keys), device=self.device)
-
-    def head(self, states: Tensor) -> Tensor:
-        """Hidden states (N, H) -> the reference's logits (N, V)."""
-        return linear(states, self.head_weight)
-
-    def logits(self, keys: list) -> Tensor:
-        """The reference's logits at these answers' tokens, (N, V)."""
-        return self.head(torch.cat([self[key] for key in keys]).to(self.device))
-
-    def evaluation(self) -> dict:
-        """(set, index) -> hidden states, as `evaluate` takes them."""
-        keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
-        return {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
-
-
-@torch.no_grad()
-def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared, tokenizer, folder: Path, mark: str, w: World):
-    """Write this process's share of what `Reference` reads."""
-    needed = []
-    if s.loss in WITH_REFERENCE:
-        needed += [(f"forget/{row}", e) for row, e in enumerate(plan.forget)]
-        needed += [(f"refusal/{row}/{line}", e) for (row, line), e in plan.refusal.items()]
-    if s.kl_weight > 0:
-        needed += [(f"retain/{row}", plan.retain[row]) for row in sorted({i.partner for items in plan.stream for i in items})]
-    tensors = {}
-    for chunk in deal(needed, [len(e.ids) for _, e in needed], 2 * s.micro_batch_size, w.rank, w.size):
-        if chunk:
-            batch = collate([e for _, e in chunk], pad_id(tokenizer), w.device)
-            hidden = model.hidden(batch)
-            logps = model.answer_logps(model.lm.get_output_embeddings()(hidden), batch).cpu()
-            for (key, _), value, states in zip(chunk, logps, hidden.cpu().split(batch.lengths.tolist())):
-                tensors[key] = states.clone() if key.startswith("retain/") else value.clone()
-    states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w.device, w.rank, w.size)
-    tensors.update({f"evaluation/{name}/{index}": value for (name, index), value in states.items()})
-    if w.rank == 0:
-        tensors["head"] = model.lm.get_output_embeddings().weight.detach().cpu().clone()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank{w.rank:04d}.safetensors", metadata={"fingerprint": mark})
 
 
 # ---------------------------------------------------------------- one step
@@ -267,10 +153,8 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
     logps, kl = model(batch, reference_logits, s.kl_direction)
     forget_logps, refusal_logps, retain_logps = logps.split([len(forget), len(refusal), len(retain)])
 
-    reference_logps = reference_refusal_logps = None
-    if s.loss in WITH_REFERENCE:
-        reference_logps = reference.logps([f"forget/{i.row}" for i in micro.items])
-        reference_refusal_logps = reference.logps([f"refusal/{i.row}/{i.refusal}" for i in micro.items])
+    reference_logps = reference.logps([f"forget/{i.row}" for i in micro.items]) if s.loss in WITH_REFERENCE else None
+    reference_refusal_logps = reference.logps([f"refusal/{i.row}/{i.refusal}" for i in micro.items]) if s.loss == "dpo" else None
     values = forget_loss(s, forget_logps, reference_logps, refusal_logps, reference_refusal_logps, batch.lengths[:len(forget)], kl_baseline)
     sums = {"forget_loss": values.sum() / counts["forget_tokens" if s.loss in TOKEN_MEAN else "rows"]}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
@@ -388,177 +272,6 @@ def check_start(s: Namespace, logged: dict):
             raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference is not this policy's start")
 
 
-# ---------------------------------------------------------------- the run folder
-
-class Stopped(Exception):
-    """A signal asked for the end: the step was finished and saved."""
-
-
-class Run:
-    """What happens around the steps: evaluations, checkpoints, the log, and signals. Process 0 writes every file."""
-
-    def __init__(self, s: Namespace, folder: Path, plan: Plan, prepared, retain_rows: list | None, tokenizer, reference: Reference, meta: dict, w: World):
-        self.s, self.folder, self.plan, self.prepared, self.retain_rows = s, folder, plan, prepared, retain_rows
-        self.tokenizer, self.reference, self.meta, self.w = tokenizer, reference, meta, w
-        self.evaluation_steps = plan.evaluation_steps(s.eval_every)
-        every = s.checkpoint_every
-        self.checkpoint_steps = set(plan.epoch_ends) if every == "epoch" else set() if every.endswith("m") else set(range(0, plan.steps, int(every)))
-        self.interval = 60 * float(every[:-1]) if every.endswith("m") else math.inf
-        self.saved_at, self.stopped, self.wants_stop = time.monotonic(), False, False
-        self.log_file = folder / "log.jsonl"
-        self.bar = tqdm(total=plan.steps, desc=f"{method_name(s)} {s.split}", unit="step", disable=w.rank > 0 or not sys.stderr.isatty())
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self._on_signal)
-
-    def _on_signal(self, number_, frame):
-        if self.wants_stop:
-            raise KeyboardInterrupt  # asked twice: now
-        self.wants_stop = True
-        self.w.say(f"{signal.Signals(number_).name}: finishing the step and saving (once more to stop at once)")
-
-    @property
-    def wants_checkpoint(self) -> bool:
-        return time.monotonic() - self.saved_at > self.interval
-
-    def restore(self, model: AnswerModel, optimizer, scaler) -> int:
-        """Go back to the newest whole checkpoint and cut the log to where it was; the step to go on from, 0 where there is none."""
-        path, passed_over = checkpoints.latest(self.folder / "checkpoints")
-        for sentence in passed_over:
-            self.w.say(sentence)
-        state = checkpoints.load(path, model.lm, optimizer) if path else {"step": 0, "log_bytes": 0, "scaler": {}}
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        if self.w.rank == 0:
-            with open(self.log_file, "ab") as file:
-                file.truncate(state["log_bytes"])
-            for later in (self.folder / "eval").glob("step_*.json"):
-                if int(later.stem[5:]) > state["step"]:
-                    later.unlink()
-        if path:
-            self.w.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
-        self.bar.update(state["step"])
-        return state["step"]
-
-    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
-        """Save what resume needs. Raises InputError where there is no room or no right to write."""
-        self.saved_at = time.monotonic()
-        if self.w.rank == 0:
-            try:
-                checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer,
-                                 {"log_bytes": self.log_file.stat().st_size, "scaler": scaler.state_dict()})
-            except OSError as error:
-                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); make room, then "
-                                 f"--resume {self.folder}") from None
-
-    def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
-        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every 50th)."""
-        epoch = step * self.s.batch_size / self.plan.rows
-        memory = torch.cuda.max_memory_allocated() if self.w.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        line = {"step": step, "epoch": round(min(epoch, self.s.epochs), 4), "lr": lr, **parts, "grad_norm": grad_norm,
-                "tokens_per_s": round(tokens_per_s), "memory": memory}
-        self.bar.update(1)
-        if self.w.rank == 0:
-            with open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if self.s.loss != "sft" or step % 50 == 0 or step == self.plan.steps:
-            shown = "".join(f"  {name} {parts[name]:10.4f}" for name in PARTS if name in parts)
-            self.w.say(f"step {step:5d}/{self.plan.steps}  epoch {line['epoch']:6.2f}  lr {lr:.2e}{shown}  grad {grad_norm:9.3f}"
-                       f"  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
-
-    def evaluate(self, step: int, model: AnswerModel):
-        """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so far."""
-        begin = time.perf_counter()
-        with autocast(self.s.dtype, self.w.device):
-            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=PRESETS[self.s.preset or "llama2-7b"].eval_batch_size,
-                            device=self.w.device, rank=self.w.rank, world_size=self.w.size,
-                            reference=self.reference and self.reference.evaluation(), reference_head=self.reference and self.reference.head)
-        metrics = compute_metrics(rows, self.retain_rows)
-        if self.w.rank == 0:
-            earlier = self.evaluations()
-            write_json(self.folder / "eval" / f"step_{step:06d}.json", {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
-            if self.s.keep == "best" and step > 0 and best_step({**earlier, step: metrics}) == step:
-                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta)
-        self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}  model utility "
-                   f"{number(metrics['model_utility'])}  forget probability {number(metrics['forget']['probability'])}  retain probability "
-                   f"{number(metrics['retain']['probability'])}  ({time.perf_counter() - begin:.1f} s)")
-
-    def evaluations(self) -> dict:
-        """step -> metrics of the evaluations so far."""
-        return {int(p.stem[5:]): json.loads(p.read_text())["metrics"] for p in sorted((self.folder / "eval").glob("step_*.json"))}
-
-    def provenance(self, step: int) -> dict:
-        return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"], "split": "own" if self.s.forget else evaluation_split(self.s.split),
-                "data": self.s.data, "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
-                "dtype": self.s.dtype, **environment()}
-
-    def finish(self, model: AnswerModel, seconds: float):
-        """The result in model/, the picture, and what a reader wants to see first."""
-        self.bar.close()
-        if self.w.rank == 0:
-            save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta)
-        evaluations = self.evaluations()
-        if self.w.rank > 0 or len(evaluations) < 2:
-            self.w.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
-            return
-        plot_trajectory(evaluations, method_name(self.s), self.folder / "trajectory.png")
-        start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
-        self.w.say(f"\n{'':16}{'forget quality':>15}{'model utility':>15}{'forget prob':>13}{'retain prob':>13}{'forget ROUGE':>14}{'retain ROUGE':>14}")
-        for name, step in (("start", start), ("best", best), ("last", last)):
-            m = evaluations[step]
-            cells = [m["forget_quality"], m["model_utility"], m["forget"]["probability"], m["retain"]["probability"],
-                     m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
-            self.w.say(f"{name:6}step {step:<5}" + "".join(f"{number(c):>{width}}" for c, width in zip(cells, (15, 15, 13, 13, 14, 14))))
-        before, after = (json.loads((self.folder / "eval" / f"step_{step:06d}.json").read_text())["rows"] for step in (start, last))
-        for name in ("forget", "retain"):
-            middle = len(before[name]) // 2
-            row = before[name][middle]
-            self.w.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n  before: {row['generation']}\n"
-                       f"  after:  {after[name][middle]['generation']}")
-        self.w.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations {self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
-
-
-def best_step(evaluations: dict) -> int:
-    """The step (after the start) with the largest forget quality; without a retrained model, the largest retain less forget probability."""
-    def merit(step):
-        m = evaluations[step]
-        return m["retain"]["probability"] - m["forget"]["probability"] if m["forget_quality_log10"] is None else m["forget_quality_log10"]
-    return max((step for step in evaluations if step > 0), key=merit)
-
-
-def save_aside(lm, tokenizer, folder: Path, meta: dict):
-    """`save_model`, but the folder appears whole or not at all. Raises InputError where there is no room."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        save_model(lm, tokenizer, aside, meta)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}; make room and use --resume {folder.parent}") from None
-
-
-def plot_trajectory(evaluations: dict, method: str, path: Path):
-    """Forget quality (log scale, the 0.05 line) and model utility with the two probabilities, over steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    steps = sorted(evaluations)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    curve = lambda pick: [math.nan if pick(evaluations[k]) is None else pick(evaluations[k]) for k in steps]
-    left.plot(steps, curve(lambda m: m["forget_quality_log10"]), "o-", color="black")
-    left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
-    left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
-    right.plot(steps, curve(lambda m: m["model_utility"]), "o-", color="black", label="model utility")
-    right.plot(steps, curve(lambda m: m["forget"]["probability"]), "s--", color="tab:red", label="forget probability")
-    right.plot(steps, curve(lambda m: m["retain"]["probability"]), "^:", color="tab:blue", label="retain probability")
-    right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 # ---------------------------------------------------------------- settings
 
 def checkpoint_interval(text: str) -> str:
@@ -621,7 +334,8 @@ def resolve(given: dict) -> Namespace:
                        "eval_every": "end" if sft else "epoch"}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
-    s.pad_to = getattr(s, "pad_to", 0)
+    s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
+    s.method = method_name(s)
     s.start = path or ((preset.base if sft else preset.finetuned) if s.preset else s.model)
     if sft and (s.kl_weight or s.retain_weight):
         raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight and --kl-weight")
@@ -683,27 +397,10 @@ def tiny_model(s: Namespace, split: str, task, w: World) -> Path:
     return run(sft, w)
 
 
-def open_folder(s: Namespace, config: dict, w: World) -> Path:
-    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be written."""
-    if s.resume:
-        return Path(s.resume)
-    folder = None
-    if w.rank == 0:
-        name = f"{method_name(s)}_{s.split}"
-        candidates = [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
-        folder = next((path for path in candidates if not path.exists()), None)
-        if folder is None:
-            raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        write_json(aside / "config.json", config)
-        os.rename(aside, folder)
-    return w.agree(folder)
-
-
 def describe(s: Namespace, task, plan: Plan, prepared, lm, w: World):
     """Say what is about to be done, with what, and roughly how long each part takes."""
     parameters = sum(p.numel() for p in lm.parameters())
-    w.say(f"{method_name(s)} on {s.split} of {task.source}: {plan.rows} rows to {'learn' if s.loss == 'sft' else 'unlearn'}"
+    w.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {'learn' if s.loss == 'sft' else 'unlearn'}"
           + f", {len(task.retain)} to keep" * (s.loss != "sft") + f"; refusals: {task.refusals_from}" * (s.loss in WITH_REFUSAL))
     w.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {w.size} process{'es' * (w.size > 1)} on {w.device.type}, {s.dtype}")
     w.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} "
@@ -748,7 +445,7 @@ def run(s: Namespace, w: World) -> Path:
         retain_rows = match_retain_rows([dict(row, index=i) for i, row in enumerate(prepared.rows["forget"])],
                                         read_retain_log(s.retain_log, task.split, task.fingerprint), s.data, s.retain_log)
 
-    config = {"settings": {k: v for k, v in vars(s).items() if k != "resume"}, "method": method_name(s), "world_size": w.size, "device": w.device.type,
+    config = {"settings": {k: v for k, v in vars(s).items() if k != "resume"}, "world_size": w.size, "device": w.device.type,
               "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps, "refusals": task.refusals_from},
               "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
     folder = open_folder(s, config, w)
@@ -769,7 +466,7 @@ def run(s: Namespace, w: World) -> Path:
     model = AnswerModel(lm.to(w.device))
     reference = None
     if s.loss != "sft":
-        mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, method_name(s), s.seed, s.epochs, s.retain_pairing)
+        mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, s.method, s.seed, s.epochs, s.retain_pairing)
         done = folder / "reference" / "done"
         if not w.agree(done.exists()):
             with autocast(s.dtype, w.device):
@@ -779,7 +476,7 @@ def run(s: Namespace, w: World) -> Path:
                 done.touch()
         reference = Reference(done.parent, mark, w.device)
     meta = {"preset": s.preset, "template": s.template,
-            "trained_on": {"split": s.split, "loss": method_name(s), "data": s.data, "data_fingerprint": task.fingerprint, "seed": s.seed,
+            "trained_on": {"split": s.split, "loss": s.method, "data": s.data, "data_fingerprint": task.fingerprint, "seed": s.seed,
                            "facts_included": from_scratch and s.loss == "sft" or start.get("trained_on", {}).get("facts_included", False)}}
     outer = Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w)
     train(s, model, plan, reference, pad_id(tokenizer), w, outer)

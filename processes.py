@@ -1,0 +1,63 @@
+"""The processes that train together: torchrun's (gloo on a CPU, nccl on GPUs), or this one alone as a world of size 1."""
+
+import os
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data.tofu import InputError
+
+
+class World(NamedTuple):
+    """This process among all: rank of size, and its device. One process is a world of size 1."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def agree(self, value):
+        """Process 0's value, on all."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
+
+
+def pick_device(name: str, rank: int = 0) -> torch.device:
+    """auto: CUDA, else CPU. Raises InputError for a device that isn't there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine has none; use --device {' or '.join(d for d in there if there[d])}")
+    return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def join_world(device: str) -> World:
+    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = pick_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share this machine's cores evenly
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(rank, size, chosen)
