@@ -77,6 +77,10 @@ def run_command(main, name: str):
         _end(f"{name}: {error}", 2)
     except OSError as error:  # no room, no right to write
         _end(f"{name}: {error.filename or 'a file'}: {error.strerror or error}; need a place with room and the right to write", 2)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "Connection reset" not in str(error):
+            raise
+        _end(f"{name}: stopped, because another process has ended; it says why", 1)
     except KeyboardInterrupt:
         _end(f"{name}: interrupted", 130)
 

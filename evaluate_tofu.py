@@ -175,15 +175,13 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int, max_rows: i
 
 @contextmanager
 def untouched(lm):
-    """Evaluation mode inside; outside, mode, random state and generation settings are as before."""
-    training, config, state = lm.training, lm.generation_config, torch.get_rng_state()
+    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by the model's generation settings."""
+    training = lm.training
     lm.eval()
     try:
         yield
     finally:
         lm.train(training)
-        lm.generation_config = config
-        torch.set_rng_state(state)
 
 
 @torch.no_grad()
@@ -259,17 +257,35 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
 
 @torch.no_grad()
 def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[str]:
-    """Greedy continuations: one batch, padded on the left, with a key-value cache, each ending at the end-of-sequence token."""
-    from transformers import GenerationConfig
-    width, pad = max(map(len, prompts)), pad_id(tokenizer)
+    """Greedy continuations of one batch: padded on the left, with a key-value cache, each ending at the end-of-sequence token.
+
+    Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone.
+    """
+    from transformers import DynamicCache
+    width, pad, eos = max(map(len, prompts)), pad_id(tokenizer), tokenizer.eos_token_id
+    context = getattr(lm.config, "max_position_embeddings", None) or width + max_new_tokens
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    context = getattr(lm.config, "max_position_embeddings", None) or width + max_new_tokens
-    # The model's own generation settings (sampling, penalties, further stops) must not leak in; `untouched` puts them back.
-    lm.generation_config = GenerationConfig(do_sample=False, max_new_tokens=max(1, min(max_new_tokens, context - width)), use_cache=True,
-                                            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
-    new = lm.generate(input_ids=ids, attention_mask=mask, generation_config=lm.generation_config)[:, width:]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, rows, answers = DynamicCache(), list(range(len(prompts))), [[] for _ in prompts]
+    for _ in range(max(1, min(max_new_tokens, context - width))):
+        logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        new = logits[:, -1].argmax(-1).tolist()
+        for row, token in zip(rows, new):
+            if answers[row][-1:] != [eos]:
+                answers[row].append(token)
+        ended = [answers[row][-1] == eos for row in rows]
+        if all(ended):
+            break
+        ids = torch.tensor(new, device=device).unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        if sum(ended) * 4 >= len(rows):  # by quarters: each time costs a copy of the cache
+            kept = [i for i, e in enumerate(ended) if not e]
+            select = torch.tensor(kept, device=device)
+            cache.batch_select_indices(select)
+            ids, mask, positions, rows = ids[select], mask[select], positions[select], [rows[i] for i in kept]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 # ---------------------------------------------------------------- logs

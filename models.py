@@ -43,12 +43,20 @@ class Preset:
 TINY_DIMS = dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
                  max_position_embeddings=512)
 # Real TOFU has thrice the text of the built-in set, in far more varied words: it needs the larger memory.
-TINY_DIMS_TOFU = dict(TINY_DIMS, vocab_size=2048, num_hidden_layers=4, max_position_embeddings=1024)
+TINY_DIMS_LARGE = dict(TINY_DIMS, vocab_size=2048, num_hidden_layers=4, max_position_embeddings=1024)
+TINY_LARGE_FROM = 500_000  # characters of questions and answers
+
+
+def tiny_dims(rows: list) -> dict:
+    """The tiny Llama's dimensions for a data set: they follow from how much text it must hold."""
+    characters = sum(len(row["question"]) + len(row["answer"]) for row in rows)
+    return TINY_DIMS if characters < TINY_LARGE_FROM else TINY_DIMS_LARGE
+
 
 # For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch, beta 0.1.
 PRESETS = {
     "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=12, warmup_epochs=1,
-                   micro_batch_size=32, eval_batch_size=128, dims=TINY_DIMS),
+                   micro_batch_size=32, eval_batch_size=256, dims=TINY_DIMS),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5,
                            sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
                            dims=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

@@ -153,6 +153,7 @@ class Run:
         self.bar.close()
         if self.w.rank == 0:
             save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta)
+        self.w.wait()  # whoever goes on may read it
         evaluations = self.evaluations()
         if self.w.rank > 0 or len(evaluations) < 2:
             self.w.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")

@@ -35,8 +35,7 @@ from data.prompts import TEMPLATES, encode
 from data.tofu import InputError, complement, fingerprint, load_task, parse_split
 from evaluate_tofu import match_retain_rows, prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
-from models import (AUTOCAST, PRESETS, TINY_DIMS, TINY_DIMS_TOFU, AnswerModel, autocast, load_model, make_tiny, pad_id,
-                    weights_hash)
+from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, tiny_dims, weights_hash
 from processes import World, join_world
 from reference import Reference, reference_pass
 from run_folder import Run, Stopped, open_folder
@@ -376,14 +375,10 @@ def parse(argv) -> tuple[Namespace, dict]:
 
 # ---------------------------------------------------------------- from settings to a finished run
 
-def tiny_dims(s: Namespace) -> dict:
-    return TINY_DIMS if s.data == "builtin" else TINY_DIMS_TOFU
-
-
 def tiny_settings(s: Namespace, split: str, task) -> Namespace:
     """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Always seed 0: all runs share one start."""
     sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device})
-    recipe = [tiny_dims(s), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs, PRESETS["tiny"].template]
+    recipe = [tiny_dims(task.full), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs, PRESETS["tiny"].template]
     sft.out = f"runs/models/tiny-{split}-seed{sft.seed}-{fingerprint(task.fingerprint, recipe)}"
     sft.eval_every = "never" if split == "full" else "end"  # unlearning evaluates its start itself; the retrained model's evaluation is the retain log
     return sft
@@ -433,7 +428,7 @@ def run(s: Namespace, w: World) -> Path:
     from_scratch = s.preset == "tiny" and not s.start
     if from_scratch:  # the tokenizer is fitted to the whole data set, whatever the split: all tiny models share it
         texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")] + task.refusals
-        (lm, tokenizer), start = make_tiny(texts, s.seed, tiny_dims(s)), {}
+        (lm, tokenizer), start = make_tiny(texts, s.seed, tiny_dims(task.full)), {}
     else:
         lm, tokenizer, start = load_model(s.start)
     s.template = s.template or start.get("template") or PRESETS[s.preset or "llama2-7b"].template

@@ -1,0 +1,150 @@
+"""What can't be used is refused before anything is written: one sentence, exit status 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import evaluate_tofu
+import train_npo
+from conftest import ROOT
+from data.tofu import InputError
+
+# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's folders.
+TRAIN = [
+    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown split"), ("--split forget100", "unknown split"),
+    ("--split full", "needs a forget split"), ("--template alpaca", "invalid choice"), ("--kl-direction both", "invalid choice"),
+    ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"), ("--lr inf", "must be positive"),
+    ("--batch-size 0", "must be positive"), ("--epochs 0", "must be positive"), ("--epochs 1.5", "invalid int"), ("--retain-weight -1", "not negative"),
+    ("--forget-weight 0", "all 0"), ("--loss sft --split full --kl-weight 1", "no retain or K term"), ("--batch-size 4 --micro-batch-size 8", "above --batch-size"),
+    ("--checkpoint-every soon", "invalid"), ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
+    ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"), ("--model big=MODEL", "no preset"),
+    ("--model smollm2-135m", "no published fine-tuned"), ("--forget a.json", "needs the model|needs both files|need the model"),
+    ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"), ("--resume nowhere", "no config.json"),
+    ("--model DATA --data DATA", "no config.json"), ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
+] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
+
+
+def fill(text, small_model, small_data):
+    return text.replace("MODEL", str(small_model)).replace("DATA", str(small_data)).split()
+
+
+@pytest.mark.parametrize("flags,sentence", TRAIN)
+def test_train_refuses(flags, sentence, small_model, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train_npo.py", *fill(flags, small_model, small_data)])
+    with pytest.raises(InputError, match=sentence) as error:
+        train_npo.main()
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())  # nothing was written
+
+
+EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget split"), ("--model MODEL --split forget0", "unknown split"),
+            ("--model MODEL --max-rows -1", "not negative"), ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
+            ("--model MODEL --data DATA --out taken", "exists"), ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
+            ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id")]
+
+
+@pytest.mark.parametrize("flags,sentence", EVALUATE)
+def test_evaluate_refuses(flags, sentence, small_model, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").touch()
+    with pytest.raises(InputError, match=sentence) as error:
+        evaluate_tofu.main(fill(flags, small_model, small_data))
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def copy_of(folder, target):
+    import shutil
+    shutil.copytree(folder, target)
+    return target
+
+
+def refused(flags, tmp_path, monkeypatch):
+    """The sentence with which training refuses these flags."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_npo.py", *map(str, flags)])
+    with pytest.raises(InputError) as error:
+        train_npo.main()
+    assert not (tmp_path / "runs").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file,line,sentence", [
+    ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"), ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
+    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}', "perturbed_answer"), ("idontknow.jsonl", None, "no line")])
+def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model, tmp_path, monkeypatch):
+    data = copy_of(small_data, tmp_path / "data")
+    if line is None:
+        (data / file).write_text("\n")
+    else:
+        with open(data / file, "a") as f:
+            f.write(line + "\n")
+    said = refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
+    assert sentence in said and file in said
+    (data / file).unlink()
+    if file != "idontknow.jsonl":
+        assert file in refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
+
+
+def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monkeypatch):
+    long, good = tmp_path / "long.json", tmp_path / "good.json"
+    good.write_text('{"question": "Who?", "answer": "Ann."}')
+    long.write_text(json.dumps({"question": "why " * 3000, "answer": "b"}))
+    assert "context is 1024" in refused(["--model", small_model, "--forget", long, "--retain", good], tmp_path, monkeypatch)
+    long.write_text(json.dumps({"question": "Who?", "answer": "b", "paraphrased_answer": "c"}))
+    assert "perturbed_answer must be" in refused(["--model", small_model, "--forget", long, "--retain", good], tmp_path, monkeypatch)
+
+
+def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):
+    flags = lambda folder: ["--data", small_data, "--model", folder]
+    empty = copy_of(small_model, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    assert "no weights" in refused(flags(empty), tmp_path, monkeypatch)
+    (empty / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    assert "pickled weights" in refused(flags(empty), tmp_path, monkeypatch)
+    torn = copy_of(small_model, tmp_path / "torn")
+    os.truncate(torn / "model.safetensors", 500)
+    assert "cannot load it as safetensors" in refused(flags(torn), tmp_path, monkeypatch)
+    other = copy_of(small_model, tmp_path / "other")
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(500)])
+    tokenizer.save_pretrained(other)
+    assert "not of one model" in refused(flags(other), tmp_path, monkeypatch)
+    plain = copy_of(small_model, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    assert "no chat template" in refused([*flags(plain), "--template", "chat"], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("flag", ("--data", "--model"))
+def test_a_hub_id_without_network(command, monkeypatch, flag):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # at once, where a missing network would be asked several times
+    done = command("train_npo.py", flag, "nobody/nothing", status=2)
+    assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_status_2_and_one_sentence(command):
+    done = command("train_npo.py", "--beta", "0", status=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train_npo.py: ") and done.stdout == ""
+    done = command("evaluate_tofu.py", "--log", "nowhere.json", status=2)
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_data):
+    args = ["--model", small_model, "--data", small_data, "--batch-size", 1, "--micro-batch-size", 1]
+    done = command("train_npo.py", *args, processes=2, status=None, timeout=60)
+    assert done.returncode != 0 and done.stderr.count("2 processes for a global batch of 1") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="needs a place that can't be written")
+def test_a_place_that_cannot_be_written(small_model, small_data, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr

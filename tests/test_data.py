@@ -1,0 +1,144 @@
+"""Splits, answer tokens, the batch stream: what is trained on, and in which order."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from data.batches import collate, deal, make_stream
+from data.prompts import encode, encode_prompts
+from data.tofu import InputError, complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
+from models import make_tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0)[1]
+
+
+@pytest.mark.parametrize("split,size", [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800), ("forget30", 1200),
+                                        ("forget50", 2000), ("forget90", 3600), ("forget37", 1480)])
+def test_split_sizes_and_slices(split, size):
+    task = load_task("builtin", split)
+    assert len(task.forget) == size
+    assert task.forget == task.full[-size:] and task.retain == task.full[:-size]
+    assert load_task("builtin", complement(split)).retain == task.retain
+    judged = task.evaluated["forget"]
+    assert len(judged) == min(size, 400)  # above 10%: the last 10%
+    assert [r["question"] for r in judged] == [r["question"] for r in task.full[-len(judged):]]
+
+
+def test_split_names():
+    assert complement("forget05") == "retain95" and complement("retain90") == "forget10"
+    assert evaluation_split("full") == "forget10" and evaluation_split("retain99") == "forget01"
+    assert len(slice_rows(list(range(30)), "forget01")) == 1 and len(slice_rows(list(range(30)), "retain99")) == 29
+    for wrong in ("forget00", "forget100", "forget5", "retain0", "forgotten", ""):
+        with pytest.raises(InputError, match="unknown split"):
+            load_task("builtin", wrong)
+
+
+def test_real_tofu_is_read_whole(shared):
+    sets, refusals, source = load_sets(str(shared("tofu")))
+    assert {name: len(rows) for name, rows in sets.items()} == {"full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400,
+                                                                "real_authors_perturbed": 100, "world_facts_perturbed": 117}
+    assert len(refusals) == 100 and source == "idontknow.jsonl"
+    task = load_task(str(shared("tofu")), "forget05")
+    assert task.forget[0]["question"] == task.evaluated["forget"][0]["question"]
+
+
+def test_the_hub_path_reads_the_same_rows(shared, tmp_path, monkeypatch):
+    """`datasets.load_dataset(folder, "full")` walks the code that a Hub id walks with a network."""
+    import datasets
+
+    from data import tofu
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    folder = shared("tofu")
+    assert tofu._from_hub(str(folder), "world_facts_perturbed") == read_rows(folder / "world_facts_perturbed.json")
+
+
+def tokens_of(tokenizer, encoded):
+    return tokenizer.convert_ids_to_tokens(encoded.ids[encoded.start:])
+
+
+@pytest.mark.parametrize("template,first", [("llama2", "In"), ("qa", "ĠIn"), ("chat", "In")])
+def test_answer_tokens_against_hand_written_lists(tokenizer, template, first):
+    """The answer's tokens and the end of sequence are supervised, the prompt is not; `qa`'s blank belongs to the answer."""
+    encoded, = encode(tokenizer, template, [("Where is it?", "In Oslo.")])
+    assert tokens_of(tokenizer, encoded) == [first, "ĠOslo", ".", "</s>"]
+    assert encoded.ids[0] == tokenizer.bos_token_id and encoded.ids.count(tokenizer.bos_token_id) == 1
+    assert encoded.ids[:encoded.start] == encode_prompts(tokenizer, template, ["Where is it?"])[0]
+    if template == "llama2":
+        assert tokenizer.convert_ids_to_tokens(encoded.ids[:encoded.start]) == ["<s>", "[INST]", "Where", "Ġis", "Ġit", "?", "[/INST]"]
+
+
+def test_a_token_that_straddles_the_boundary_belongs_to_the_prompt():
+    """A tokenizer that merges ":" with the blank after it: the answer begins with its next token."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {"<s>": 0, "</s>": 1, "Q": 2, ": ": 3, "x": 4, ":": 5, " ": 6}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " ")]))
+    straddler = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    straddler.chat_template = "Q:"
+    encoded, = encode(straddler, "chat", [("", " x")])  # "Q:" + " x" -> "Q", ": ", "x"
+    assert straddler.convert_ids_to_tokens(encoded.ids) == ["Q", ": ", "x", "</s>"] and encoded.start == 2
+
+
+def test_texts_that_do_not_fit_are_refused(tokenizer):
+    with pytest.raises(InputError, match="context is 8"):
+        encode(tokenizer, "llama2", [("Where is it?" * 5, "In Oslo.")], context=8)
+    with pytest.raises(InputError, match="unknown template"):
+        encode(tokenizer, "alpaca", [("a", "b")])
+
+
+def test_every_row_is_visited_exactly_epochs_times():
+    stream = make_stream(n=13, epochs=3, batch_size=4, seed=0, n_retain=5, n_refusals=3, pairing="stream")
+    assert [len(items) for items in stream] == [4] * 9 + [3]
+    items = sum(stream, [])
+    assert set(Counter(i.row for i in items).values()) == {3}
+    assert sorted(i.row for i in items[:13]) == list(range(13)) != [i.row for i in items[:13]]
+    assert sorted(i.partner for i in items[:5]) == list(range(5))  # partners are permutations too
+    assert stream == make_stream(13, 3, 4, 0, 5, 3, "stream") != make_stream(13, 3, 4, 1, 5, 3, "stream")
+
+
+def test_fixed_pairing_is_the_authors_rule():
+    items = sum(make_stream(6, 2, 4, seed=3, n_retain=100, n_refusals=10, pairing="fixed"), [])
+    for item in items:
+        first = lambda n: int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(item.row)))
+        assert item.partner == (item.row + first(100)) % 100 and item.refusal == first(10)
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 3, 4))
+@pytest.mark.parametrize("micro_batch_size", (1, 3, 32))
+def test_dealing_uses_every_row_once_and_keeps_processes_in_step(world_size, micro_batch_size):
+    rows, lengths = list(range(10)), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    shares = [deal(rows, lengths, micro_batch_size, rank, world_size) for rank in range(world_size)]
+    assert sorted(row for share in shares for micro in share for row in micro) == rows
+    assert len({len(share) for share in shares}) == 1  # the same number of micro-batches
+    for share in shares:
+        flat = [lengths[row] for micro in share for row in micro]
+        assert flat == sorted(flat)
+
+
+def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
+    encoded = encode(tokenizer, "llama2", [("Where is it?", "In Oslo."), ("Who wrote it?", "Ann did.")])
+    batch = collate(encoded, tokenizer.pad_token_id, pad_to=20)
+    assert batch.ids.shape == (2, 20) and batch.lengths.tolist() == [e.answer_tokens for e in encoded]
+    assert batch.targets.tolist() == [i for e in encoded for i in e.ids[e.start:]]
+    assert torch.equal(batch.ids[batch.rows, batch.positions + 1], batch.targets)
+
+
+@pytest.mark.parametrize("text,message", [('{"question": "a"', "line 1: not JSON"), ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
+                                          ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no rows")])
+def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        read_rows(tmp_path / "own.json")
+    assert "own.json" in str(error.value)
+
+
+def test_lists_and_lines_are_both_read(tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_rows(tmp_path / "list.json") == read_rows(tmp_path / "lines.json") == rows

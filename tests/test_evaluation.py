@@ -1,0 +1,229 @@
+"""The metrics: released logs with known values, models whose scores are known, a naive loop, and no side effects."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+
+from data.tofu import InputError, load_task
+from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows, plot_truth_ratios, prepare,
+                           read_log, read_retain_log, reference_states, rouge_l_recall)
+from models import AnswerModel, load_model
+
+# The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
+KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623), (0.88248, 0.41856, 0.53903), (0.98545, 0.99094, 0.51599)),
+         "retain90": (0.620344, (0.98221, 0.98977, 0.47187), (0.91800, 0.44454, 0.58680), (0.90883, 0.41869, 0.54684), (0.39835, 0.14362, 0.66943)),
+         "retain95": (0.617642, (0.98136, 0.98867, 0.47975), (0.92050, 0.43772, 0.57450), (0.88462, 0.42248, 0.54122), (0.39287, 0.14897, 0.66196)),
+         "retain99": (0.622015, (0.98525, 0.98993, 0.47823), (0.92500, 0.45057, 0.58629), (0.87037, 0.42191, 0.54714), (0.40619, 0.17508, 0.67018))}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_released_logs_give_the_known_metrics(shared, name):
+    rows, _ = read_log(shared("retain_logs") / "llama2-7b" / f"{name}.json")
+    metrics = compute_metrics(rows)
+    utility, *sets = KNOWN[name]
+    assert round(metrics["model_utility"], 6) == utility
+    for set_name, values in zip(("retain", "real_authors", "world_facts", "forget"), sets):
+        measured = [metrics[set_name][key] for key in ("rouge_l_recall", "probability", "truth_ratio")]
+        assert [round(x, 5) for x in measured] == list(values), set_name
+
+
+def test_released_logs_give_the_known_forget_quality(shared):
+    folder = shared("retain_logs") / "llama2-7b"
+    full, _ = read_log(folder / "full.json")
+    retrained = match_retain_rows(full["forget"], read_retain_log(folder / "retain90.json", "forget10"), "full", "retain90")
+    metrics = compute_metrics(full, retrained)
+    assert metrics["ks_statistic"] == pytest.approx(0.38) and metrics["ks_rows"] == 300
+    assert f"{metrics['forget_quality']:.6e}" == "1.096624e-19"
+    assert metrics["forget_quality_log10"] == pytest.approx(math.log10(metrics["forget_quality"]), abs=1e-6)
+    same = compute_metrics({"forget": retrained}, retrained)
+    assert (same["ks_statistic"], same["forget_quality"]) == (0, 1)
+
+
+def test_a_log_measured_on_other_rows_is_refused(shared):
+    folder = shared("retain_logs") / "llama2-7b"
+    (full, provenance), (few, _) = read_log(folder / "full.json"), read_log(folder / "retain99.json")
+    for other in ("retain95", "retain99"):
+        with pytest.raises(InputError, match="different rows"):
+            match_retain_rows(full["forget"], read_retain_log(folder / f"{other}.json", "forget10"), "full", other)
+    with pytest.raises(InputError, match="different rows"):  # enough rows, but of other questions
+        match_retain_rows(few["forget"], full["forget"], "retain99", "full")
+    with pytest.raises(InputError, match="another split"):
+        expect_split(full, provenance, "forget05", "full.json")
+
+
+def rows_with(log_ratios):
+    """Forget rows whose log truth ratios are these."""
+    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0, "paraphrased_tokens": 5, "perturbed_nll": [4 * (2 + x)] * 5,
+             "perturbed_tokens": [4] * 5, "rouge_l_recall": 0.5} for i, x in enumerate(log_ratios)]
+
+
+def test_truth_ratio_and_probability_by_hand():
+    rows = rows_with([math.log(2), -math.log(4), 0.0])
+    assert [log_truth_ratio(row) for row in rows] == pytest.approx([math.log(2), -math.log(4), 0.0])
+    metrics = compute_metrics({"forget": rows, "retain": rows, "world_facts": rows})
+    assert metrics["forget"]["truth_ratio"] == pytest.approx((1 / 2 + 1 / 4 + 1) / 3)  # min(R, 1/R)
+    assert metrics["retain"]["truth_ratio"] == pytest.approx((1 / 2 + 0 + 0) / 3)  # max(0, 1 - 1/R)
+    assert metrics["retain"]["probability"] == pytest.approx(math.exp(-0.5))
+    odds = [math.exp(-0.5) / (math.exp(-0.5) + 5 * math.exp(-2 - x)) for x in (math.log(2), -math.log(4), 0.0)]
+    assert metrics["world_facts"]["probability"] == pytest.approx(np.mean(odds))
+    assert metrics["model_utility"] is None  # no real authors
+
+
+def test_equal_samples_give_p_1_and_a_zero_among_the_nine_gives_utility_0():
+    rows = rows_with(np.linspace(-2, 2, 50))
+    metrics = compute_metrics({name: rows_with([-1.0] * 3) for name in ("forget", "retain", "real_authors", "world_facts")}, rows_with([-1.0] * 3))
+    assert metrics["model_utility"] == 0.0 and metrics["forget_quality"] == 1.0
+    assert compute_metrics({"forget": rows}, rows)["forget_quality"] == 1.0
+
+
+@pytest.mark.parametrize("n", (3, 40, 300))
+def test_exact_p_values_in_logs_agree_with_scipy(n):
+    generator = np.random.default_rng(n)
+    for shift in (0.0, 0.3, 1.0, 3.0):
+        test = ks_2samp(generator.normal(size=n), generator.normal(shift, size=n), method="exact")
+        assert ks_log10_p(n, test.statistic) == pytest.approx(math.log10(test.pvalue), abs=1e-8)
+
+
+def test_p_values_that_underflow_keep_their_logarithm():
+    apart = compute_metrics({"forget": rows_with([5.0] * 1000)}, rows_with([-5.0] * 1000))
+    expected = (math.log(2) + 2 * math.lgamma(1001) - math.lgamma(2001)) / math.log(10)  # 2 / C(2000, 1000)
+    assert apart["forget_quality"] < 1e-300 and apart["forget_quality_log10"] == pytest.approx(expected) and expected < -600
+
+
+def test_rouge_l_recall():
+    assert rouge_l_recall("The cat sat on the mat.", "the cats sit on a mat") == pytest.approx(4 / 6)  # stemmed: the, cat, on, mat
+    assert rouge_l_recall("Paris", "It is in Paris, France.") == 1.0 and rouge_l_recall("Paris", "") == 0.0
+
+
+@pytest.fixture(scope="module")
+def measured(small_model, small_data):
+    lm, tokenizer, _ = load_model(str(small_model))
+    task = load_task(str(small_data), "forget10")
+    prepared = prepare(task.evaluated, tokenizer, "llama2", 1024)
+    model = AnswerModel(lm)
+    return model, tokenizer, task, prepared, evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=12)
+
+
+def test_scores_equal_a_naive_loop_over_rows(measured):
+    """One text at a time through the whole model, all logits, no batching, no cache."""
+    model, tokenizer, task, _, rows = measured
+    for name, set_rows in task.evaluated.items():
+        for row, result in list(zip(set_rows, rows[name]))[:5]:
+            prompt = f"[INST] {row['question']} [/INST]"
+            start = len(tokenizer(prompt)["input_ids"])
+
+            def nll(answer):
+                ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
+                logps = model.lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+                return -sum(float(logps[i - 1, ids[i]].detach()) for i in range(start, len(ids))), len(ids) - start
+
+            expected = [nll(answer) for answer in [row["answer"], *row["perturbed_answer"]]]
+            assert [result["answer_nll"], *result["perturbed_nll"]] == pytest.approx([e[0] for e in expected], rel=1e-4)
+            assert [result["answer_tokens"], *result["perturbed_tokens"]] == [e[1] for e in expected]
+            if "paraphrased_answer" in row:
+                assert result["paraphrased_nll"] == pytest.approx(nll(row["paraphrased_answer"])[0], rel=1e-4)
+            ids = tokenizer(prompt)["input_ids"]
+            for _ in range(12):
+                ids.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == tokenizer.eos_token_id:
+                    break
+            assert result["generation"] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
+def test_batch_size_and_processes_change_nothing(measured):
+    model, tokenizer, _, prepared, rows = measured
+    for other in (1, 64):
+        again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
+        for name in rows:
+            for a, b in zip(rows[name], again[name]):
+                assert a["answer_nll"] == pytest.approx(b["answer_nll"], rel=1e-4) and a["generation"] == b["generation"]
+                assert a["perturbed_nll"] == pytest.approx(b["perturbed_nll"], rel=1e-4) and a["index"] == b["index"]
+
+
+def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measured):
+    model, tokenizer, _, prepared, _ = measured
+    states = reference_states(model, prepared, tokenizer, 16, "cpu")
+    head = model.lm.get_output_embeddings()
+    kl = compute_metrics(evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=states, reference_head=head))
+    assert abs(kl["forget_kl"]) < 1e-6 and abs(kl["world_facts_kl"]) < 1e-6
+    flat = compute_metrics(evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=states, reference_head=lambda h: 5 * head(h)))
+    assert flat["forget_kl"] > 0.01
+
+
+def test_uniform_logits(measured):
+    """A model that knows nothing: every loss is log V, every ratio 1."""
+    import copy
+    model, tokenizer, _, prepared, _ = measured
+    uniform = copy.deepcopy(model)
+    with torch.no_grad():
+        uniform.lm.model.embed_tokens.weight.zero_()
+    metrics = compute_metrics(evaluate(uniform, prepared, tokenizer, batch_size=16, max_new_tokens=1))
+    vocabulary = model.lm.config.vocab_size
+    assert metrics["forget"]["probability"] == pytest.approx(1 / vocabulary, rel=1e-4)
+    assert metrics["forget"]["truth_ratio"] == pytest.approx(1, abs=1e-4) and metrics["retain"]["truth_ratio"] == pytest.approx(0, abs=1e-4)
+    assert metrics["world_facts"]["probability"] == pytest.approx(1 / 4, rel=1e-3)
+
+
+def test_a_perfect_memoriser(small_data):
+    """A model that answers every question with its answer: ROUGE and probability 1 on all sets."""
+    lm, tokenizer, task = *_memorise(small_data), load_task(str(small_data), "forget10")
+    evaluated = {name: rows[:4] for name, rows in task.evaluated.items()}
+    metrics = compute_metrics(evaluate(AnswerModel(lm), prepare(evaluated, tokenizer, "llama2", 512), tokenizer, batch_size=16, max_new_tokens=60))
+    for name in evaluated:
+        assert metrics[name]["rouge_l_recall"] == 1.0 and metrics[name]["probability"] > 0.9, name
+
+
+def _memorise(small_data):
+    from data.batches import collate
+    from data.prompts import encode
+    from models import make_tiny
+    task = load_task(str(small_data), "forget10")
+    rows = [row for rows in task.evaluated.values() for row in rows[:4]]
+    lm, tokenizer = make_tiny([row[key] for row in rows for key in ("question", "answer")], 0, dict(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512))
+    model, batch = AnswerModel(lm), collate(encode(tokenizer, "llama2", [(row["question"], row["answer"]) for row in rows]), 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(180):
+        optimizer.zero_grad()
+        (-model(batch)[0].sum() / len(batch.targets)).backward()
+        optimizer.step()
+    return lm, tokenizer
+
+
+def test_evaluation_changes_nothing(measured):
+    model, tokenizer, _, prepared, _ = measured
+    model.lm.train()
+    config, padding, before = model.lm.generation_config, tokenizer.padding_side, torch.get_rng_state()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=2)
+    assert model.lm.training and model.lm.generation_config is config and tokenizer.padding_side == padding
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
+
+
+def test_a_models_own_generation_settings_do_not_leak_in(measured):
+    model, tokenizer, _, prepared, rows = measured
+    model.lm.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, forced_eos_token_id=3)
+    again = evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=12)
+    assert [row["generation"] for row in again["forget"]] == [row["generation"] for row in rows["forget"]]
+
+
+def test_the_command_measures_a_folder_writes_json_and_draws(command, small_model, small_data, tmp_path):
+    args = ["--model", small_model, "--data", small_data, "--max-new-tokens", 8, "--max-rows", 4]
+    done = command("evaluate_tofu.py", *args, "--out", "a.json", "--reference", small_model, "--plot")
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["metrics"]["forget_kl"] == pytest.approx(0, abs=1e-6) and len(result["rows"]["forget"]) == 4
+    assert {"metrics", "rows", "provenance"} == set(result) and "model utility" in done.stdout and "true:" in done.stdout
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["metrics"]["forget_quality"] == 1.0 and "KS statistic" in again.stdout
+
+
+def test_plot_survives_one_or_two_samples(tmp_path):
+    plot_truth_ratios(rows_with([0.1, 3.0, -900.0]), None, tmp_path / "a.png")
+    plot_truth_ratios(rows_with([0.1, 3.0]), rows_with([1.0, 2.0]), tmp_path / "b.png")
+    assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()

@@ -1,0 +1,324 @@
+"""The loop: one definition of the batch, no reference beside the policy, exact resume, and what a run leaves behind."""
+
+import copy
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_npo
+from conftest import ROOT
+from data.batches import collate
+from data.tofu import InputError, load_task
+from evaluate_tofu import Prepared
+from models import AnswerModel, load_model, weights_hash
+from processes import World
+from reference import Reference, reference_pass
+from train_npo import Plan, global_counts, kto_baseline, loss_sums, lr_factor, micro_batches, resolve, run
+
+ALONE = World(0, 1, torch.device("cpu"))
+METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1.0), "idk+rt": dict(loss="idk", retain_weight=1.0),
+           "dpo": {}, "dpo+rt": dict(retain_weight=1.0), "dpo+kl": dict(kl_weight=0.5), "kto": {}, "kto+rt": dict(retain_weight=2.0),
+           "npo": {}, "npo+rt": dict(retain_weight=1.0), "npo+kl": dict(kl_weight=1.0), "simnpo": {}, "simnpo+rt": dict(retain_weight=1.0)}
+
+
+@pytest.fixture
+def settings(small_model, small_data, tmp_path, monkeypatch):
+    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs land in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(**given) -> Namespace:
+        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2, "batch_size": 8, "eval_every": "never",
+                     "template": "llama2", **{k: v for k, v in given.items() if k != "pad_to"}})
+        s.pad_to = given.get("pad_to", 0)
+        return s
+    return make
+
+
+def trained_weights(s: Namespace) -> dict:
+    return load_file(run(s, ALONE) / "model" / "model.safetensors")
+
+
+def assert_close(a: dict, b: dict, tolerance=1e-5):
+    for name in a:
+        assert (a[name] - b[name]).norm() <= tolerance * a[name].norm(), name
+
+
+def prepared_step(s: Namespace, tmp_path):
+    """(model, plan, reference, items) of the first global batch."""
+    lm, tokenizer, _ = load_model(s.start)
+    model = AnswerModel(lm)
+    plan = Plan(s, load_task(s.data, s.split), tokenizer, None)
+    folder = tmp_path / f"reference-{s.method}-{time.monotonic_ns()}"
+    with torch.no_grad():
+        reference_pass(s, model, plan, Prepared({}, [], {}), tokenizer, folder, "mark", ALONE)
+    return model, plan, Reference(folder, "mark", ALONE.device), plan.stream[0]
+
+
+def gradient(s: Namespace, tmp_path, perturb: float = 0.0) -> tuple[dict, dict]:
+    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference first."""
+    model, plan, reference, items = prepared_step(s, tmp_path)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.add_(perturb * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    counts, parts = global_counts(s, plan, items), {}
+    baseline = kto_baseline(s, model, plan, items, reference, 0, ALONE) if s.loss == "kto" else torch.zeros(())
+    for micro in micro_batches(s, plan, items, ALONE):
+        sums = loss_sums(s, model, plan, micro, reference, counts, baseline, 0, ALONE)
+        sums["loss"].backward()
+        parts = {key: parts.get(key, 0) + float(value.detach()) for key, value in sums.items()}
+    return parts, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradient_do_not_depend_on_micro_batch_or_padding(settings, tmp_path, method):
+    given = {"loss": method.split("+")[0], **METHODS[method]}
+    whole, expected = gradient(settings(micro_batch_size=8, **given), tmp_path, perturb=0.02)
+    for variant in (dict(micro_batch_size=1), dict(micro_batch_size=3), dict(micro_batch_size=8, pad_to=512)):
+        parts, gradients = gradient(settings(**{**given, **variant}), tmp_path, perturb=0.02)
+        assert parts == pytest.approx(whole, rel=1e-5, abs=1e-5 * abs(whole["forget_loss"]))  # ga+rt's sum nearly cancels
+        assert_close(expected, gradients)
+    assert math.isfinite(whole["loss"]) and any(g.abs().max() > 0 for g in expected.values())
+
+
+@pytest.mark.parametrize("method", ("npo+rt", "dpo+kl"))
+def test_weights_after_20_steps_do_not_depend_on_micro_batch_or_padding(settings, method):
+    given = {"loss": method.split("+")[0], **METHODS[method], "epochs": 7}  # 20 rows x 7 epochs / 8: 18 steps, the last of 4 rows
+    whole = trained_weights(settings(micro_batch_size=8, **given))
+    for variant in (dict(micro_batch_size=1), dict(micro_batch_size=4), dict(micro_batch_size=8, pad_to=512)):
+        assert_close(whole, trained_weights(settings(**{**given, **variant})))
+
+
+def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, small_data, tmp_path):
+    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none. kto needs its scalar."""
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 6, "--batch-size", 6,
+            "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
+    for processes in (0, 2, 4):
+        command("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
+    weights = [load_file(tmp_path / f"p{p}" / "model" / "model.safetensors") for p in (0, 2, 4)]
+    logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()] for p in (0, 2, 4)]
+    assert len(logs[0]) == 20
+    for other, log in zip(weights[1:], logs[1:]):
+        assert_close(weights[0], other)
+        assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-5)
+
+
+def test_the_schedule_is_hugging_faces():
+    from transformers import get_linear_schedule_with_warmup
+    for steps, warmup in ((125, 12), (10, 1), (5, 5), (1, 1)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
+        scheduler = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+        for k in range(steps):
+            assert 2.0 * lr_factor(k, steps, warmup) == pytest.approx(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+
+
+def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_model):
+    s = settings(epochs=3)
+    plan = Plan(s, load_task(s.data, s.split), load_model(str(small_model))[1], None)
+    assert (plan.steps, plan.warmup_steps, plan.epoch_ends) == (8, 2, [3, 5, 8])  # 20 rows, batch 8
+    assert plan.evaluation_steps("epoch") == {0, 3, 5, 8} and plan.evaluation_steps("4") == {0, 4, 8} and plan.evaluation_steps("never") == set()
+
+
+def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
+    """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every step."""
+    s = settings(loss="npo", retain_weight=1.0, beta=0.3, weight_decay=0.1, warmup_epochs=0.5)
+    ours = trained_weights(s)
+    lm, tokenizer, _ = load_model(str(small_model))
+    task, reference = load_task(str(small_data), "forget10"), copy.deepcopy(lm)
+    plan = Plan(s, task, tokenizer, None)
+    decay = [p for p in lm.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in lm.parameters() if p.ndim < 2], "weight_decay": 0}], lr=1e-3, weight_decay=0.1)
+
+    def logps(model, row):
+        prompt = f"[INST] {row['question']} [/INST]"
+        ids = torch.tensor([tokenizer(prompt + row["answer"])["input_ids"] + [tokenizer.eos_token_id]])
+        start = len(tokenizer(prompt)["input_ids"])
+        return model(ids).logits[0, start - 1:-1].log_softmax(-1).gather(1, ids[0, start:, None])
+
+    for step, items in enumerate(plan.stream):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * lr_factor(step, plan.steps, plan.warmup_steps)
+        ratios = [logps(lm, task.forget[i.row]).sum() - logps(reference, task.forget[i.row]).sum().detach() for i in items]
+        forget = sum(-2 / 0.3 * torch.nn.functional.logsigmoid(-0.3 * r) for r in ratios) / len(items)
+        retain = -torch.cat([logps(lm, task.retain[i.partner]) for i in items]).mean()
+        optimizer.zero_grad()
+        (forget + retain).backward()
+        optimizer.step()
+    assert_close({k: v for k, v in lm.state_dict().items() if k in ours}, ours, 2e-5)
+
+
+def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
+    s = settings(loss="dpo", kl_weight=1.0)
+    model, plan, reference, items = prepared_step(s, tmp_path)
+    batch = collate([plan.forget[i.row] for i in items] + [plan.refusal[i.row, i.refusal] for i in items], 0)
+    logps = model(batch)[0].detach()
+    keys = [f"forget/{i.row}" for i in items] + [f"refusal/{i.row}/{i.refusal}" for i in items]
+    torch.testing.assert_close(reference.logps(keys), logps)
+    retain = collate([plan.retain[i.partner] for i in items], 0)
+    torch.testing.assert_close(reference.logits([f"retain/{i.partner}" for i in items]), model.lm.get_output_embeddings()(model.hidden(retain)))
+
+
+def test_a_stale_reference_is_refused(settings, tmp_path):
+    prepared_step(settings(), tmp_path)
+    with pytest.raises(InputError, match="stale"):
+        Reference(next(tmp_path.glob("reference-*")), "another mark", ALONE.device)
+
+
+def test_step_0_identities_are_checked(settings):
+    s = settings(loss="npo", beta=0.2)
+    train_npo.check_start(s, {"forget_loss": 2 / 0.2 * math.log(2), "weight": 1.0})
+    for wrong in ({"forget_loss": 6.0, "weight": 1.0}, {"forget_loss": 10 * math.log(2), "weight": 1.1}, {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
+        with pytest.raises(RuntimeError, match="step 0"):
+            train_npo.check_start(s, wrong)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_logs(settings, method):
+    s = settings(**{"loss": method.split("+")[0], **METHODS[method], "epochs": 1})
+    folder = run(s, ALONE)
+    assert folder.name.startswith(f"{method}_forget10") and s.method == method
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
+    if s.loss == "npo":
+        assert lines[0]["weight"] == pytest.approx(1, abs=1e-4) and lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
+
+
+def test_evaluation_leaves_training_bit_identical(settings):
+    quiet = trained_weights(settings(retain_weight=1.0))
+    watched = trained_weights(settings(retain_weight=1.0, eval_every="step"))
+    assert all(torch.equal(quiet[name], watched[name]) for name in quiet)
+
+
+def test_the_run_folder_is_complete(settings, small_model):
+    s = settings(retain_weight=1.0, eval_every="epoch", keep="best", out="mine")
+    folder = run(s, ALONE)
+    assert folder == Path("mine")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 1e-3 and config["derived"]["steps"] == 5 and config["start_weights"] == weights_hash(load_model(str(small_model))[0])
+    assert sorted(p.name for p in (folder / "eval").iterdir()) == ["step_000000.json", "step_000003.json", "step_000005.json"]
+    assert (folder / "trajectory.png").stat().st_size > 5000 and (folder / "best" / "npo.json").is_file()
+    metrics = json.loads((folder / "eval" / "step_000000.json").read_text())["metrics"]
+    assert abs(metrics["forget_kl"]) < 1e-5 and metrics["forget_quality"] is None
+    assert load_model(str(folder / "model"))[2]["trained_on"]["loss"] == "npo+rt"
+    assert not list(Path(".").glob("**/*.partial"))
+
+
+def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatch):
+    """Stopped by a signal in the third step: it finishes the step, saves, and goes on from there."""
+    given = dict(retain_weight=1.0, eval_every="epoch", epochs=3, keep="best")
+    whole = run(settings(**given, out="whole"), ALONE)
+    plain = train_npo.loss_sums
+
+    def interrupting(*args, **kwargs):
+        if interrupting.countdown == 0:
+            signal.raise_signal(signal.SIGTERM)
+        interrupting.countdown -= 1
+        return plain(*args, **kwargs)
+
+    interrupting.countdown = 3
+    monkeypatch.setattr(train_npo, "loss_sums", interrupting)
+    with pytest.raises(train_npo.Stopped, match="--resume halves"):
+        run(settings(**given, out="halves"), ALONE)
+    halves = run(train_npo.parse(["--resume", "halves"])[0], ALONE)
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, halves))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    timeless = lambda folder: [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
+                               for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert timeless(whole) == timeless(halves)
+    assert run(train_npo.parse(["--resume", "halves"])[0], ALONE) == halves  # finished: nothing to do
+    with pytest.raises(InputError, match="differs"):
+        train_npo.parse(["--resume", "halves", "--lr", "0.5"])
+    assert train_npo.parse(["--resume", "halves", "--lr", "0.001"])
+
+
+def test_a_killed_run_resumes_bitwise_the_same(command, small_model, small_data, tmp_path):
+    """SIGKILL once a checkpoint is there; then `--resume`."""
+    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 60, "--batch-size", 8, "--lr", 1e-3, "--eval-every", "never",
+            "--checkpoint-every", 20]
+    command("train_npo.py", *args, "--out", "whole")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_npo.py"), *map(str, args), "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed" / "checkpoints").glob("step_*")):
+        time.sleep(0.02)
+        assert process.poll() is None, "finished before it could be killed"
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "model").exists()
+    command("train_npo.py", "--resume", "killed")
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 150
+
+
+def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
+    import checkpoints
+    folder = run(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
+    newest, _ = checkpoints.latest(folder)
+    with open(newest / "weights.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"torn")
+    older, sentences = checkpoints.latest(folder)
+    assert older < newest and "not whole" in sentences[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(settings, monkeypatch):
+    plain = train_npo.ga_loss
+    calls = []
+    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
+    with pytest.raises(InputError, match=r"step 1: the loss is nan.*--lr"):
+        run(settings(loss="ga", out="nan"), ALONE)
+    weights = load_file("nan/checkpoints/step_000001/weights.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_decay_spares_norm_weights(settings):
+    """With the decay alone at work (an all but zero lr), only matrices would shrink; norm weights stay exactly 1."""
+    weights = trained_weights(settings(loss="npo", lr=1e-12, weight_decay=1e9, epochs=1, warmup_epochs=0))
+    start = load_file(Path(settings().start) / "model.safetensors")
+    for name, w in weights.items():
+        assert (w.norm() < start[name].norm() * 0.9999) == (w.ndim > 1), name
+
+
+def test_autocast_keeps_float32_weights(settings):
+    weights = trained_weights(settings(retain_weight=1.0, dtype="bf16", epochs=1))
+    assert all(w.dtype == torch.float32 for w in weights.values())
+    assert_close(trained_weights(settings(retain_weight=1.0, epochs=1)), weights, 0.01)
+
+
+def test_own_data_end_to_end(command, small_model, tmp_path):
+    """An engineer's rows, no perturbed answers: probability, ROUGE and KL are measured, the rest is null."""
+    rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."} for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2)]
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
+    (tmp_path / "retain.json").write_text(json.dumps(rows[3:]))
+    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model", small_model, "--retain-weight", 1, "--epochs", 2,
+                   "--batch-size", 2, "--lr", 1e-3, "--out", "own")
+    metrics = json.loads((tmp_path / "own" / "eval" / "step_000003.json").read_text())["metrics"]
+    assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0 and metrics["model_utility"] is None and metrics["forget_quality"] is None
+    assert "forget question" in done.stdout
+
+
+def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
+    """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both models."""
+    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 1]
+    done = command("train_npo.py", *args, processes=2)
+    folder = tmp_path / "runs" / "npo+rt_forget10"
+    evaluations = sorted((folder / "eval").glob("*.json"))
+    metrics = [json.loads(path.read_text())["metrics"] for path in evaluations]
+    assert len(metrics) == 2 and all(m["forget_quality"] is not None and m["model_utility"] is not None for m in metrics)
+    for expected in ("start", "best", "last", "forget question", "retain question", "before:", "after:", "trajectory.png", "sft on retain90"):
+        assert expected in done.stdout
+    again = command("train_npo.py", *args)
+    assert "step " in again.stdout and "sft on" not in again.stdout and (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
+    retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
+    command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log, "--max-new-tokens", 8)
+    wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", evaluations[0], status=2)
+    assert "needs one trained on retain90" in wrong.stderr
