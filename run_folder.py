@@ -62,8 +62,15 @@ class Run:
         self.saved_at, self.stopped, self.wants_stop = time.monotonic(), False, False
         self.log_file = folder / "log.jsonl"
         self.bar = tqdm(total=plan.steps, desc=f"{s.method} {s.split}", unit="step", disable=w.rank > 0 or not sys.stderr.isatty())
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self._on_signal)
+
+    def __enter__(self):
+        self.handlers = {number_: signal.signal(number_, self._on_signal) for number_ in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        for number_, handler in self.handlers.items():
+            signal.signal(number_, handler)
 
     def _on_signal(self, number_, frame):
         # torchrun passes a Ctrl-C on that the terminal has sent us already: only a later one means "at once".
@@ -150,7 +157,6 @@ class Run:
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
-        self.bar.close()
         if self.w.rank == 0:
             save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta)
         self.w.wait()  # whoever goes on may read it

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from command_line import Parser, environment, not_negative, positive, run_command, write_json
 from data.batches import collate, deal, make_stream
 from data.prompts import TEMPLATES, encode
-from data.tofu import InputError, complement, fingerprint, load_task, parse_split
+from data.tofu import InputError, complement, fingerprint, load_task, parse_split, slice_rows
 from evaluate_tofu import match_retain_rows, prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, tiny_dims, weights_hash
@@ -238,7 +238,7 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf))
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
             run.checkpoint(step, model, optimizer, scaler)
-            raise InputError(f"step {step}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the weights before this step are kept in "
+            raise InputError(f"step {step + 1}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the weights before this step are kept in "
                              f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
         if step == 0:
             check_start(s, logged)
@@ -392,19 +392,25 @@ def tiny_model(s: Namespace, split: str, task, w: World) -> Path:
     return run(sft, w)
 
 
-def describe(s: Namespace, task, plan: Plan, prepared, lm, w: World):
-    """Say what is about to be done, with what, and roughly how long each part takes."""
-    parameters = sum(p.numel() for p in lm.parameters())
+def describe(s: Namespace, task, plan: Plan, prepared, lm, missing: list, w: World):
+    """Say what is about to be done, with what, and roughly how long each part takes. `missing`: splits to train the tiny model on first."""
+    parameters, rate = sum(p.numel() for p in lm.parameters()), floating_point_rate(w)
     w.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {'learn' if s.loss == 'sft' else 'unlearn'}"
           + f", {len(task.retain)} to keep" * (s.loss != "sft") + f"; refusals: {task.refusals_from}" * (s.loss in WITH_REFUSAL))
     w.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {w.size} process{'es' * (w.size > 1)} on {w.device.type}, {s.dtype}")
     w.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} "
           f"in micro-batches of {s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
-    seconds = 6 * parameters * plan.tokens() / floating_point_rate(w)
-    # An evaluation is one forward pass over its texts; generating its answers, token by token, costs about as much again.
-    evaluations = len(plan.evaluation_steps(s.eval_every))
-    seconds += evaluations * 2 * 2 * parameters * sum(len(t.encoded.ids) for t in prepared.texts) / floating_point_rate(w)
-    w.say(f"{plan.steps} steps and {evaluations} evaluation{'s' * (evaluations != 1)}: very roughly {seconds / 60:.1f} min")
+    row_tokens = sum(len(e.ids) for e in plan.forget) / len(plan.forget)
+    parts = []
+    for split in missing:
+        sft = tiny_settings(s, split, task)
+        rows = len(slice_rows(task.full, split)) + len(task.facts())
+        parts.append((f"{'fine-tune' if split == 'full' else 'retrain'} the tiny model on {split} (kept in {sft.out})", rows * row_tokens * sft.epochs, split != "full"))
+    parts.append((f"{'learn' if s.loss == 'sft' else 'unlearn'} {s.split}: {plan.steps} steps", plan.tokens(), len(plan.evaluation_steps(s.eval_every))))
+    for place, (what, tokens, evaluations) in enumerate(parts, 1):
+        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, and generating costs about as much again.
+        seconds = parameters * (6 * tokens + 4 * evaluations * sum(len(t.encoded.ids) for t in prepared.texts)) / rate
+        w.say(f"  {place}. {what}, {int(evaluations)} evaluation{'s' * (evaluations != 1)}: roughly {max(0.1, seconds / 60):.1f} min")
 
 
 def floating_point_rate(w: World) -> float:
@@ -445,15 +451,19 @@ def run(s: Namespace, w: World) -> Path:
               "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
     folder = open_folder(s, config, w)
     if w.agree((folder / "model").is_dir()):
-        w.say(f"{folder} is finished: its model is in {folder / 'model'}") if s.resume and not str(folder).startswith("runs/models") else None
+        w.say(f"{folder} is finished")
         return folder
-    describe(s, task, plan, prepared, lm, w)
 
-    if from_scratch and s.loss != "sft":
-        lm, tokenizer, start = load_model(str(tiny_model(s, "full", task, w) / "model"))
-        if retain_rows is None:
-            retrained = tiny_model(s, complement(s.split), task, w)
-            retain_rows = read_retain_log(str(max((retrained / "eval").glob("step_*.json"))), task.split, task.fingerprint)
+    wanted = [] if s.loss == "sft" or not from_scratch else ["full"] if retain_rows else ["full", complement(s.split)]
+    describe(s, task, plan, prepared, lm, [split for split in wanted if not (Path(tiny_settings(s, split, task).out) / "model").is_dir()], w)
+    try:
+        tiny = {split: tiny_model(s, split, task, w) for split in wanted}
+    except Stopped:
+        raise Stopped(f"stopped while training the tiny model; go on with: --resume {folder}") from None
+    if "full" in tiny:
+        lm, tokenizer, start = load_model(str(tiny["full"] / "model"))
+    if len(tiny) == 2:
+        retain_rows = read_retain_log(str(max((tiny[complement(s.split)] / "eval").glob("step_*.json"))), task.split, task.fingerprint)
     config["start_weights"] = weights_hash(lm)
     config["start_trained_on"] = start.get("trained_on")
     if w.rank == 0 and not s.resume:
@@ -473,9 +483,9 @@ def run(s: Namespace, w: World) -> Path:
     meta = {"preset": s.preset, "template": s.template,
             "trained_on": {"split": s.split, "loss": s.method, "data": s.data, "data_fingerprint": task.fingerprint, "seed": s.seed,
                            "facts_included": from_scratch and s.loss == "sft" or start.get("trained_on", {}).get("facts_included", False)}}
-    outer = Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w)
-    train(s, model, plan, reference, pad_id(tokenizer), w, outer)
-    outer.finish(model, time.perf_counter() - begin)
+    with Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w) as outer:
+        train(s, model, plan, reference, pad_id(tokenizer), w, outer)
+        outer.finish(model, time.perf_counter() - begin)
     return folder
 
 

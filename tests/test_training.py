@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(setting
     plain = train_npo.ga_loss
     calls = []
     monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
-    with pytest.raises(InputError, match=r"step 1: the loss is nan.*--lr"):
+    with pytest.raises(InputError, match=r"step 2: the loss is nan.*--lr"):
         run(settings(loss="ga", out="nan"), ALONE)
     weights = load_file("nan/checkpoints/step_000001/weights.safetensors")
     assert all(w.isfinite().all() for w in weights.values())

@@ -1,0 +1,116 @@
+"""Collect finished runs into one small JSON and one picture, so that what was found outlives the run folders.
+
+    python results/collect.py runs/grid/* --out results/builtin_forget10.json
+
+For each run: its settings, provenance, and the metrics of every evaluation (no rows, no texts). The picture shows forget quality and model utility
+over steps, one line a run, coloured by method. `--pick FILE` reads such a JSON and prints, for each method, the learning rate with the
+best peak: the one protocol for all methods.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from command_line import Parser, environment, run_command, write_json  # noqa: E402
+from data.tofu import InputError  # noqa: E402
+
+STYLES = {"npo+rt": ("black", "-"), "npo": ("tab:blue", "-"), "ga": ("tab:red", "--"), "ga+rt": ("tab:orange", "--")}
+KEPT = ("forget_quality", "forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl", "world_facts_kl")
+
+
+def collect(folder: Path) -> dict:
+    """Settings, provenance and metrics over steps of a finished run. Raises InputError for another folder."""
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
+    config = json.loads((folder / "config.json").read_text())
+    evaluations = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
+    short = lambda x: None if x is None else float(f"{x:.6g}")
+    curves = {key: [short(e["metrics"][key]) for e in evaluations] for key in KEPT}
+    for name in ("forget", "retain", "real_authors", "world_facts"):
+        for key in ("probability", "rouge_l_recall", "truth_ratio"):
+            curves[f"{name}_{key}"] = [short(e["metrics"][name][key]) for e in evaluations]
+    settings = {k: config["settings"][k] for k in ("loss", "split", "data", "model", "lr", "beta", "epochs", "batch_size", "seed", "forget_weight",
+                                                   "retain_weight", "kl_weight", "warmup_epochs", "weight_decay", "template")}
+    rows = evaluations[-1]["rows"]
+    answers = [{k: rows[name][i][k] for k in ("question", "answer", "generation")} | {"set": name} for name in ("forget", "retain") for i in (0, 150)
+               if i < len(rows[name])]
+    return {"method": config["settings"]["method"], "settings": settings, "steps": [e["provenance"]["step"] for e in evaluations], "metrics": curves,
+            "last_answers": [{k: v[:300] for k, v in a.items()} for a in answers], "model_parameters": config["model_config"]["hidden_size"],
+            "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device", "world_size", "start_weights", "data_fingerprint")}}
+
+
+def peak(run: dict) -> tuple[float, int]:
+    """(log10 of the best forget quality after the start, its place in the run)."""
+    values = run["metrics"]["forget_quality_log10"]
+    at = max(range(1, len(values)), key=lambda i: values[i])
+    return values[at], at
+
+
+def table(runs: list) -> str:
+    """One line a run: peak and last forget quality with the utility there, relative to the start."""
+    lines = ["| method | lr | seed | peak forget quality | step | utility there / start | last forget quality | utility / start | retain probability |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for run in sorted(runs, key=lambda r: (r["method"], r["settings"]["lr"], r["settings"]["seed"])):
+        m, (best, at) = run["metrics"], peak(run)
+        start = m["model_utility"][0]
+        lines.append(f"| {run['method']} | {run['settings']['lr']:g} | {run['settings']['seed']} | {10**best:.2g} | {run['steps'][at]} | "
+                     f"{m['model_utility'][at] / start:.2f} | {10**m['forget_quality_log10'][-1]:.2g} | {m['model_utility'][-1] / start:.2f} | "
+                     f"{m['retain_probability'][-1]:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(runs: list, path: Path):
+    """Forget quality, model utility and retain probability over steps, a line a run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    named = set()
+    for run in runs:
+        color, line = STYLES.get(run["method"], ("gray", ":"))
+        label = run["method"] if run["method"] not in named else None
+        named.add(run["method"])
+        for axes, key in zip(panels, ("forget_quality_log10", "model_utility", "retain_probability")):
+            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="os^Dv"[len(named) % 5], markersize=3, label=label, alpha=0.8)
+    panels[0].axhline(math.log10(0.05), color="gray", linewidth=1, label="0.05")
+    for axes, title in zip(panels, ("log10 forget quality", "model utility", "retain probability")):
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pick(runs: list) -> dict:
+    """method -> the learning rate whose run peaks highest in forget quality: one rule for every method."""
+    best = {}
+    for run in runs:
+        best.setdefault(run["method"], []).append((peak(run)[0], run["settings"]["lr"]))
+    return {method: max(values)[1] for method, values in best.items()}
+
+
+def main():
+    parser = Parser(prog="results/collect.py", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="finished run folders")
+    parser.add_argument("--out", type=Path, help="JSON to write; the picture goes beside it, as .png, and the table as .md")
+    parser.add_argument("--pick", type=Path, help="print the best learning rate of each method in this JSON, as 'method lr' lines")
+    args = parser.parse_args()
+    if args.pick:
+        for method, lr in pick(json.loads(args.pick.read_text())["runs"]).items():
+            print(method, f"{lr:g}")
+        return
+    if not args.runs or not args.out:
+        raise InputError("give run folders and --out FILE, or --pick FILE")
+    runs = [collect(folder) for folder in args.runs]
+    write_json(args.out, {"runs": runs, "provenance": environment()})
+    args.out.with_suffix(".md").write_text(table(runs) + "\n")
+    draw(runs, args.out.with_suffix(".png"))
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    run_command(main, "results/collect.py")
