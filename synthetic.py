@@ -493,8 +493,9 @@ def statistics(distance: np.ndarray, fresh: bool) -> dict:
     finite = np.where(np.isfinite(mean), distance, 0)  # the spread of an infinite mean is infinite
     result = {"mean": mean, "sd": np.where(np.isfinite(mean), finite.std(0), math.inf)}
     if fresh:
-        ranks = {"median": 0.5, "p10": 0.1, "p90": 0.9}
-        result |= {key: np.quantile(distance, rank, axis=0, method="nearest") for key, rank in ranks.items()}
+        for key, rank in {"median": 0.5, "p10": 0.1, "p90": 0.9}.items():  # between two instances, one of them perhaps infinite
+            quantile = np.quantile(np.minimum(distance, 1e300), rank, axis=0)
+            result[key] = np.where(quantile > 1e290, math.inf, quantile)
     return result | {"instances": distance}
 
 

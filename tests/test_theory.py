@@ -1,0 +1,131 @@
+"""Section 3's checks: they hold, their formulas are right, and every deliberate mistake turns a verdict."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+import theory_check
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer steps and configurations: the same checks in a second."""
+    monkeypatch.setattr(theory_check, "EXACT", 300)
+    monkeypatch.setattr(theory_check, "CHECKED", 1600)
+    monkeypatch.setattr(theory_check, "LAST", 200_000)
+    monkeypatch.setattr(theory_check, "SWEEPS", {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0), "beta": theory_check.BETAS, "d": (64, 128)})
+
+
+def failed() -> list[str]:
+    return [result["claim"] for result in theory_check.check(None) if not result["holds"]]
+
+
+def without_the_two(policy, reference, beta):
+    return -(1 / beta) * F.logsigmoid(-beta * (policy - reference))
+
+
+def plus_beta(policy, reference, beta):
+    return -(2 / beta) * F.logsigmoid(beta * (policy - reference))
+
+
+NPO_LOSS, GA_RATE, NPO_RATE = losses.npo_loss, theory_check.ga_rate, theory_check.npo_rate
+
+
+@pytest.mark.parametrize("mistake", [without_the_two, plus_beta, lambda policy, reference, beta: NPO_LOSS(policy.detach(), reference, beta)],
+                         ids=["no factor 2", "sigma(+beta ..)", "policy detached"])
+def test_a_mistake_in_the_loss_turns_verdicts_of_every_item(small, monkeypatch, mistake):
+    monkeypatch.setattr(losses, "npo_loss", mistake)
+    claims = failed()
+    for item in ("Proposition 1, small net", "Equation 5: NPO's gradient", "Theorem 2: NPO's late distance"):
+        assert any(claim.startswith(item) for claim in claims), (item, claims)
+
+
+def test_half_of_n_f_in_the_rates_turns_their_verdicts(small, monkeypatch):
+    monkeypatch.setattr(theory_check, "ga_rate", lambda n_f, eta, t: GA_RATE(n_f / 2, eta, t))
+    monkeypatch.setattr(theory_check, "npo_rate", lambda n_f, eta, beta, t, c: NPO_RATE(n_f / 2, eta, beta, t, c))
+    claims = failed()
+    for item in ("Theorem 2: gradient ascent's distance", "Theorem 2: NPO's distance grows"):
+        assert any(claim.startswith(item) for claim in claims), (item, claims)
+
+
+def test_a_wrong_weight_turns_equation_5(monkeypatch):
+    monkeypatch.setattr(losses, "npo_weight", lambda policy, reference, beta: torch.sigmoid(beta * (policy - reference)))
+    assert not theory_check.equation5(torch.Generator().manual_seed(0))[0][0]["holds"]
+
+
+def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(theory_check, "finish", lambda figure, axes, path: path.touch())  # drawn, but not rendered
+    assert theory_check.main(["--out", str(tmp_path)]) == 0
+    assert "FAILS" not in capsys.readouterr().out
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+    record = json.loads((tmp_path / "theory_check.json").read_text(), parse_constant=refuse)
+    assert {"claim", "holds", "numbers"} == set(record["verdicts"][0]) and record["provenance"]["command"]
+    assert len(list(tmp_path.glob("*.png"))) == 5 and all(result["holds"] for result in record["verdicts"])
+
+    monkeypatch.setattr(theory_check, "check", lambda *_: [theory_check.verdict("a claim", False, measured=1.0)])
+    assert theory_check.main(["--out", str(tmp_path)]) == 1
+    assert "FAILS  a claim" in capsys.readouterr().out
+
+
+def test_flows_solve_their_equations():
+    s = np.geomspace(1e-3, 1e5, 40)
+    for start in (-1.0, 0.0, 1.3):
+        ga = theory_check.ga_flow(start, s)
+        np.testing.assert_allclose(ga + np.exp(ga), start + np.exp(start) - s, rtol=1e-10, atol=1e-10)
+        npo, v_0 = theory_check.npo_flow(start, 1.0, s), 1 / (1 + np.exp(-start))
+
+        def clock(m):  # beta = 1 has a closed form: (1 + e^x)(1 + v_0 (1 + e^-x)), integrated
+            return ((m + np.exp(m)) + v_0 * (2 * m + np.exp(m) - np.exp(-m))) / 2
+        np.testing.assert_allclose(clock(start) - clock(npo), s, rtol=1e-6)
+
+
+def test_npo_flow_falls_by_one_over_beta_per_unit_of_log_t():
+    for beta in (0.2, 1.0, 2.0):
+        early, late = theory_check.npo_flow(0.3, beta, np.array([1.0, 1e5, 1e7]))[1:]
+        assert abs((early - late) / np.log(100) * beta - 1) < 0.02
+
+
+@pytest.mark.parametrize("loss", ["ga", "npo"])
+def test_margins_move_as_gradient_descent_moves_theta(loss):
+    """The batched, padded recursion against autograd on theta itself."""
+    rng = np.random.default_rng(0)
+    X, labels, theta_0 = rng.standard_normal((5, 9)) / 3, rng.choice([-1.0, 1.0], 5), rng.standard_normal(9)
+    signed = X * labels[:, None]
+    other = theory_check.signed_gram(8, 16, 0)
+    problems = theory_check.Problems([(signed @ signed.T, signed @ theta_0, {"eta": 0.7, "beta": 0.5}), (*other, {"eta": 0.1, "beta": 2.0})])
+    steps = np.array([1, 2, 40])
+    norms = problems.norms(problems.steps(loss, steps))[:, 0]
+    rows, reference = torch.from_numpy(signed), F.logsigmoid(torch.from_numpy(signed @ theta_0))
+    theta = torch.from_numpy(theta_0.copy()).requires_grad_()
+    for step in range(1, 41):
+        logps = F.logsigmoid(rows @ theta)
+        value = losses.ga_loss(logps) if loss == "ga" else losses.npo_loss(logps, reference, 0.5)
+        theta = (theta - 0.7 * torch.autograd.grad(value.mean(), theta)[0]).detach().requires_grad_()
+        if step in steps:
+            change = torch.from_numpy(X) @ (theta.detach() - torch.from_numpy(theta_0))  # |.| in X^T X is the length of X times the change
+            np.testing.assert_allclose(norms[list(steps).index(step)], change.norm().item(), rtol=1e-10)
+
+
+def test_rows_are_in_the_theorems_regime():
+    for n_f, d in ((2, 128), (16, 64), (64, 128)):
+        S, margin = theory_check.signed_gram(n_f, d, 0)
+        norms, products = np.sqrt(np.diag(S)), np.abs(S - np.diag(np.diag(S)))
+        assert products.max() <= theory_check.C_0 / n_f * (1 + 1e-9) and np.linalg.matrix_rank(S) == n_f
+        assert theory_check.NORMS[0] <= norms.min() and norms.max() <= theory_check.NORMS[1]
+        assert np.abs(margin).max() <= theory_check.B_THETA * theory_check.NORMS[1]
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", "--nonsense", "--out theory_check.py"])
+def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as refusal:
+        theory_check.main(flags.split())
+    said = capsys.readouterr()
+    assert refusal.value.code == 2 and said.out == "" and said.err.startswith("theory_check.py: ") and said.err.count("\n") == 1
