@@ -615,12 +615,15 @@ def report(title: str, methods: list, curves: np.ndarray, record: dict) -> str:
             spread = statistics(final[:, None], fresh=False)
             cells += [f"{spread['mean'][0]:.4g}", f"{spread['sd'][0]:.2g}", f"{np.median(final):.4g}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| claim | on the mean | instances | seeds needed |", "|---|---|---|---|"]
+    lines += ["", "| claim | on the mean | instances | means of five | seeds needed |", "|---|---|---|---|---|"]
     for item in record["verdicts"]:
         numbers = item["numbers"]
+        five = f"{numbers['holds_in_means_of']['5']:.0%}" if "holds_in_means_of" in numbers else "-"
         lines.append(f"| {item['claim']} | {'holds' if item['holds'] else '**fails**'} "
-                     f"| {numbers['share_of_instances']:.0%} | {numbers.get('seeds_needed', '-')} |")
-    lines += [f"| {item['claim']} | undecided, needs {item['needs']} | | |" for item in record["undecided"]]
+                     f"| {numbers['share_of_instances']:.0%} | {five} | {numbers.get('seeds_needed', '-')} |")
+    lines += [f"| {item['claim']} | undecided, needs {item['needs']} | | | |" for item in record["undecided"]]
+    lines += ["", "Instances: the share in which the claim holds by itself. Means of five: the share of means of five instances, drawn from these, that "
+              "show it. Seeds needed: the fewest whose mean gives the first column's answer in 95% of draws."] if len(curves) >= 20 else []
     return "\n".join(lines) + "\n"
 
 
@@ -834,6 +837,8 @@ def refuse_contradictions(parser: Parser, args):
             parser.error(f"{name} given without --grid-search: add it")
         if grid and len(set(grid)) < 2:
             parser.error(f"{name} {' '.join(f'{x:g}' for x in grid)} is one value, a grid has two or more: add another")
+    if (args.workers or 1) > 1 and not hasattr(os, "fork"):
+        parser.error(f"--workers {args.workers} given, but this system cannot fork: drop it")
     if args.grid_search and (args.lr or args.beta or args.eval_every):
         parser.error("--grid-search chooses lr and beta and looks at the last step: drop --lr, --beta and --eval-every")
     args.methods = tuple(names)
