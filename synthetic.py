@@ -6,11 +6,11 @@
     python synthetic.py --alpha 1 --instances 50    # does it hold on instances that the paper did not draw?
     python synthetic.py --alpha 1 --grid-search     # the grid behind lr and beta
 
-The experiment: x ~ N(+-alpha 1, I_16), labels from a logistic model whose slope and intercept are opposite on the forget
-and the retain set, policy pi_theta(1|x) = sigmoid(theta . relu(W x)) with W fixed. pi_ref is trained on both sets, pi_retr
-(the retrained model) on the retain set alone. Unlearning starts at pi_ref and descends one of the objectives of
-`losses.py`; a good method comes close to pi_retr in KL(pi_retr || pi_theta), on forget points (the forget distance) and
-on retain points (the retain distance). Every number of the published figures is reproduced, random stream included.
+The experiment: x ~ N(+-alpha 1, I_16), labels from a logistic model whose slope and intercept are opposite on the
+forget and the retain set, policy pi_theta(1|x) = sigmoid(theta . relu(W x)) with W fixed. pi_ref is trained on both
+sets, pi_retr (the retrained model) on the retain set alone. Unlearning starts at pi_ref and descends one of the
+objectives of `losses.py`; a good method comes close to pi_retr in KL(pi_retr || pi_theta), on forget points (the forget
+distance) and on retain points (the retain distance). The published curves are reproduced, random stream included.
 
 Where the published runs differ from the paper's text we follow the runs; the flag in brackets gives the text's version:
 - DPO has the factor 2/beta, Eq. 2 has 1/beta [--dpo-scale 1]. `losses.dpo_loss` is the text's; here it is doubled.
@@ -20,9 +20,9 @@ Where the published runs differ from the paper's text we follow the runs; the fl
   unbounded (a few directions are all but separable), so the "retrained model" is early-stopped, and it has to be.
 - Figure 3's caption says "difference"; what is drawn is the distance from pi_retr on both axes, as in Figure 4 (a3).
 
-Speed: the gradient of every objective is (1/n) Z^T (dL/dlogit), so one step of all methods is two matrix products on the
-stack of their parameters (closed-form dL/dlogit, checked against autograd on `losses.py` in the tests). One instance
-at a time, since its features (1 MB) then stay in a core's cache; instances are spread over processes.
+Speed: the gradient of every objective is (1/n) Z^T (dL/dlogit), so one step of all methods is two matrix products on
+the stack of their parameters (closed-form dL/dlogit, checked against autograd on `losses.py` in the tests). One
+instance at a time, since its features (1 MB) then stay in a core's cache; instances are spread over processes.
 """
 
 import argparse
@@ -40,7 +40,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-if __name__ == "__main__":  # the processes share the cores; BLAS threads on 128-column matrices would only get in their way
+# the processes share the cores; BLAS threads on 128-column matrices would only get in their way
+if __name__ == "__main__":
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
@@ -52,13 +53,14 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# Shapes: N features (of dimension D), n rows of a data set, M methods (columns that are unlearned together), K instances.
+# Shapes: D input dimensions, N features, n rows, M methods (unlearned together), K instances, E evaluations.
 D, N = 16, 128
 RETAIN_ROWS, FORGET_ROWS, TEST_ROWS = 1000, 200, 1000
 PUBLISHED_SEEDS = (1000, 2000, 3000, 4000, 5000)
 TRAIN_LR, TRAIN_STEPS = 0.05, 20_000  # of pi_ref and pi_retr
 METHODS = ("npo+rt", "npo", "npo+kl", "ga+rt", "ga", "ga+kl", "idk+rt", "dpo+rt", "dpo", "dpo+kl")
-IN_THE_FIGURE = ("npo+rt", "npo", "ga+rt", "ga", "idk+rt", "dpo+rt")  # what the paper's Figure 4 shows and its claims are about
+# what the paper's Figure 4 shows and its claims are about
+IN_THE_FIGURE = ("npo+rt", "npo", "ga+rt", "ga", "idk+rt", "dpo+rt")
 PUBLISHED = {  # alpha -> family -> (lr, beta)
     1: {"ga": (5e-4, None), "idk": (5e-4, None), "npo": (5e-3, 1.0), "dpo": (5e-3, 0.1)},
     0: {"ga": (1e-4, None), "idk": (1e-4, None), "npo": (5e-2, 10.0), "dpo": (5e-2, 5.0)},
@@ -75,7 +77,7 @@ KEPT = Path(__file__).resolve().parent / "runs" / "synthetic"  # pi_ref and pi_r
 
 @dataclass
 class Instance:
-    """One draw of the experiment, for every alpha: inputs are kept less their mean, which alpha shifts. Labels are 0 or 1."""
+    """One draw of the experiment, for every alpha: inputs kept less their mean, which alpha shifts; labels 0 or 1."""
     W: np.ndarray  # (N, D), the fixed first layer
     x_retain: np.ndarray  # (1000, D)
     y_retain: np.ndarray  # (1000,)
@@ -158,8 +160,8 @@ def make_method(name: str, lr: float, beta: float | None, label: str | None = No
     return Method(label or name, family, retain, lr, beta)
 
 
-def forget_slope(family: str, margin: np.ndarray, reference_margin: np.ndarray, same: np.ndarray, beta: np.ndarray | None,
-                 dpo_scale: float) -> np.ndarray:
+def forget_slope(family: str, margin: np.ndarray, reference_margin: np.ndarray, same: np.ndarray,
+                 beta: np.ndarray | None, dpo_scale: float) -> np.ndarray:
     """dL/dmargin of every forget sample, (M, n): the closed form of each objective's gradient.
 
     margin (M, n) is the logit of the sample's own label y: pi(y|x) = sigmoid(margin), and every gradient is this slope
@@ -183,16 +185,19 @@ def kl_distance(retrained_logits: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return (probs * (retrained_logits - logits) - log_sigmoid(-logits) + log_sigmoid(-retrained_logits)).mean(0)
 
 
-def retain_slope(logits: np.ndarray, reference_logits: np.ndarray, y: np.ndarray, retain: str, kl_direction: str) -> np.ndarray:
+def retain_slope(logits: np.ndarray, reference_logits: np.ndarray, y: np.ndarray, retain: str,
+                 kl_direction: str) -> np.ndarray:
     """dL/dlogit of the retain term ("rt" or "kl") for logits (n, M) of label 1; reference_logits and y are (n, 1)."""
-    if retain == "kl" and kl_direction == "policy_reference":  # the text's K = D(pi_theta || pi_ref): p (1 - p) (log-odds ratio)
+    # the text's K = D(pi_theta || pi_ref): p (1 - p) (log-odds ratio)
+    if retain == "kl" and kl_direction == "policy_reference":
         return sigmoid_(logits.copy()) * sigmoid_(-logits) * (logits - reference_logits)
-    target = y if retain == "rt" else sigmoid_(reference_logits.copy())  # cross-entropy's target is y, that of D(pi_ref || .) p_ref
+    # cross-entropy's target is y, that of D(pi_ref || .) p_ref
+    target = y if retain == "rt" else sigmoid_(reference_logits.copy())
     return sigmoid_(logits.copy()) - target
 
 
 class Problem:
-    """An instance at one alpha with its pi_ref and pi_retr: unlearns any list of methods and measures them on the way."""
+    """An instance at one alpha with its pi_ref and pi_retr: unlearns any list of methods and measures on the way."""
 
     def __init__(self, instance: Instance, alpha: float, models: np.ndarray, points: str = "test"):
         self.y_retain, sign = instance.y_retain, 2 * instance.y_forget - 1
@@ -205,15 +210,17 @@ class Problem:
             if points == "test" else (self.Z_forget * sign[:, None], self.Z_retain))]
 
     def distances(self, theta: np.ndarray) -> np.ndarray:
-        """Forget and retain distance of (N, M) parameters, (2, M). Overflow, inf - inf included, is an infinite distance."""
+        """Forget and retain distance of (N, M) parameters, (2, M). Overflow (inf - inf too) is an infinite distance."""
         distance = np.stack([kl_distance(retrained_logits, Z @ theta) for Z, retrained_logits in self.test])
         distance[~np.isfinite(distance)] = math.inf
         return distance
 
     def unlearn(self, methods: list, steps: int, eval_steps: list, dpo_scale: float, kl_direction: str) -> np.ndarray:
-        """Full-batch gradient descent from pi_ref, all methods at once: distances at `eval_steps` (len E), (M, 2, E)."""
-        order = sorted(range(len(methods)), key=lambda m: (-len(methods[m].retain), methods[m].retain, methods[m].family))
-        methods = [methods[m] for m in order]  # kl, rt, none: every retain term, and the pair of them, is a slice of columns
+        """Full-batch gradient descent from pi_ref, all methods at once: distances at `eval_steps`, (M, 2, E)."""
+        # columns in the order kl, rt, none: each retain term, and the pair of them, is then a slice
+        rank = {"kl": 0, "rt": 1, "": 2}
+        order = sorted(range(len(methods)), key=lambda m: (rank[methods[m].retain], methods[m].family))
+        methods = [methods[m] for m in order]
         with_retain = sum(bool(method.retain) for method in methods)
         kl = slice(0, sum(method.retain == "kl" for method in methods))
         rt = slice(kl.stop, with_retain)
@@ -221,7 +228,8 @@ class Problem:
         for family in sorted({method.family for method in methods}):
             columns = [m for m, method in enumerate(methods) if method.family == family]
             families.append((family, columns, np.array([[methods[m].beta or math.nan] for m in columns])))
-        forget_lr = np.array([method.lr for method in methods]) / len(self.Z_forget)  # the losses are means over their set
+        # the losses are means over their set
+        forget_lr = np.array([method.lr for method in methods]) / len(self.Z_forget)
         retain_lr = np.array([method.lr for method in methods[:with_retain]]) / len(self.Z_retain)
         theta = np.repeat(self.reference, len(methods), axis=1)
         reference_margin, reference_logits = (self.Z_forget @ self.reference).T, self.Z_retain @ self.reference
@@ -266,7 +274,8 @@ def reference_and_retrained_kept(instance: Instance, alpha: float, kept: Path) -
         return np.load(path)
     models = reference_and_retrained(Z_retain, instance.y_retain, Z_forget, instance.y_forget)
     kept.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.stem}.{os.getpid()}.npy")  # written aside and moved: never half a file under the name
+    # written aside and moved: never half a file under the name
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.npy")
     np.save(aside, models)
     aside.replace(path)
     return models
@@ -284,7 +293,7 @@ def unlearn_job(job) -> np.ndarray:
 
 
 class Workers:
-    """map over processes, with a progress bar; in this process where one worker is asked for. The numbers are the same."""
+    """map over processes, with a progress bar; in this process for one worker. The numbers are the same."""
 
     def __init__(self, count: int):
         # fork: a worker inherits numpy in milliseconds where a fresh interpreter would import torch again
@@ -303,7 +312,7 @@ class Workers:
 
 
 def run(workers: Workers, instances: list, alphas: list, methods: dict, args) -> dict:
-    """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance; forget distance first, then retain distance."""
+    """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance: forget distance, retain distance."""
     pairs = [(instance, alpha) for alpha in alphas for instance in instances]
     models = workers.map(train_job, [(*pair, args.kept) for pair in pairs], "pi_ref, pi_retr")
     jobs = [(instance, alpha, model, args.points, methods[alpha][start:start + COLUMNS], args.steps, args.eval_steps,
@@ -318,11 +327,12 @@ def run(workers: Workers, instances: list, alphas: list, methods: dict, args) ->
 
 # ------------------------------------------------------------------------------------- the claims, as verdicts
 #
-# A predicate takes curves {method: (2, E)} (forget, retain) of one instance or of a mean, and the steps (E,); it returns
-# whether the claim holds there and the numbers that decide. `verdict` puts it to the mean, and to every instance.
+# A predicate takes curves {method: (2, E)} (forget, retain), of one instance or of a mean, and the steps (E,). It says
+# whether the claim holds there, and the numbers that decide. `verdict` puts it to the mean, and to every instance.
 
 SMALL, WITHIN = 0.005, 1200  # the paper's "small forget distance (less than 0.005) within 1200 steps"
-LEVELS = np.geomspace(SMALL, 0.17, 10)  # of the forget distance, at which frontiers are compared; the start, 1.70, is ten times the last
+# of the forget distance, at which frontiers are compared; the start, 1.70, is ten times the last
+LEVELS = np.geomspace(SMALL, 0.17, 10)
 SEEDS = (1, 2, 3, 5, 8, 13, 21, 34, 50)
 
 
@@ -348,38 +358,41 @@ def diverges(curves: dict, steps: np.ndarray, *names: str):
 
 
 def levels_off(curves: dict, steps: np.ndarray, name: str):
-    """The retain distance stays below five times the start, and grows by less in the run's last quarter than in the one before."""
+    """The retain distance stays below five times the start, and grows by less in the last quarter than before it."""
     retain, quarter = curves[name][1], (len(steps) - 1) // 4
     start, half, late, end = retain[[0, -1 - 2 * quarter, -1 - quarter, -1]]
-    return retain.max() < 5 * start and end - late < max(late - half, 0) or end <= late, {
+    return retain.max() < 5 * start and (end <= late or end - late < late - half), {
         "start": start, "peak": retain.max(), "peak_step": steps[retain.argmax()], "third_quarter_growth": late - half,
         "last_quarter_growth": end - late}
 
 
 def frontier(curve: np.ndarray) -> np.ndarray:
-    """The Pareto frontier: the least retain distance on the path where the forget distance is at most each of LEVELS (else inf).
+    """The Pareto frontier: the least retain distance on the path where the forget distance is at most each of LEVELS.
 
-    Between two evaluations the path is a straight line in (log forget, retain): a fast method jumps over several levels at once.
+    inf where it never is. Between two evaluations the path is a straight line in (log forget, retain), since a fast
+    method jumps over several levels at once.
     """
     (forget, retain), level = curve, LEVELS[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
-        part = np.log(forget[:-1] / level) / np.log(forget[:-1] / forget[1:])  # of the way to the next point, where it crosses
+        # of the way to the next point, where it crosses
+        part = np.log(forget[:-1] / level) / np.log(forget[:-1] / forget[1:])
         crossing = retain[:-1] + part * np.diff(retain)
     crosses = (forget[:-1] - level) * (forget[1:] - level) < 0
     return np.minimum(np.where(forget <= level, retain, math.inf).min(1), np.where(crosses, crossing, math.inf).min(1))
 
 
 def better_frontier(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """At every level that any of them reaches, `name` has the smallest retain distance (ratio to the best of the others <= 1)."""
+    """At every level that any of them reaches, `name` has the smallest retain distance: a ratio of at most 1."""
     own, best = frontier(curves[name]), np.min([frontier(curves[other]) for other in others], axis=0)
     reached = np.isfinite(np.minimum(own, best))
     ratio = own[reached] / best[reached]  # 0 where only `name` gets there, inf where only another does
-    return bool((ratio <= 1).all()), {"levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
-                                      "median_ratio": float(np.median(ratio)) if len(ratio) else 1.0, "worst_ratio": ratio.max(initial=0.0)}
+    return bool((ratio <= 1).all()), {
+        "levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
+        "median_ratio": float(np.median(ratio)) if len(ratio) else 1.0, "worst_ratio": ratio.max(initial=0.0)}
 
 
 def distances_agree(curves: dict, steps: np.ndarray):
-    """Forget and retain distance differ by at most a tenth of their sum, at every step of every method of the figure."""
+    """Forget and retain distance differ by at most a tenth of their sum: all the figure's methods, at every step."""
     gap = {name: (abs(curves[name][0] - curves[name][1]) / curves[name].sum(0)).max() for name in IN_THE_FIGURE}
     return max(gap.values()) <= 0.1, {"largest_relative_gap": gap}
 
@@ -391,7 +404,7 @@ def smallest_distances(curves: dict, steps: np.ndarray, name: str, others: tuple
 
 
 def path_gap(curve: np.ndarray, other: np.ndarray) -> float:
-    """How far a path strays from another, in decades: the largest distance of its points to the other's line, both axes log10."""
+    """How far a path strays from another, in decades: its points' largest distance to the other's line, axes log10."""
     path, line = (np.log10(c[:, np.isfinite(c).all(0)]) for c in (curve, other))
     path = path[:, ::max(1, path.shape[1] // 200), None]  # (2, points, 1), against (2, 1, segments)
     start, along = line[:, None, :-1], np.diff(line)[:, None, :]
@@ -402,10 +415,12 @@ def path_gap(curve: np.ndarray, other: np.ndarray) -> float:
 
 def goes_to_ga(curves: dict, steps: np.ndarray):
     """Of all beta, the smallest has the path closest to ga's, and it is within 0.02 decades (5%) everywhere."""
-    gap = {float(name.partition("@")[2]): path_gap(curve, curves["ga"]) for name, curve in curves.items() if name != "ga"}
+    betas = {name: float(name.partition("@")[2]) for name in curves if name != "ga"}
+    gap = {beta: path_gap(curves[name], curves["ga"]) for name, beta in betas.items()}
     least = min(gap)
     return gap[least] == min(gap.values()) and gap[least] < 0.02, {
-        "path_gap_decades": {f"{beta:g}": gap[beta] for beta in sorted(gap)}, "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
+        "path_gap_decades": {f"{beta:g}": gap[beta] for beta in sorted(gap)},
+        "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
 
 
 def others_in_the_figure(name: str) -> tuple:
@@ -413,14 +428,16 @@ def others_in_the_figure(name: str) -> tuple:
 
 
 FIGURE4_GAP = (  # alpha > 0: claim, methods it needs, predicate
-    ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps", IN_THE_FIGURE, gets_small),
+    ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps", IN_THE_FIGURE,
+     gets_small),
     ("idk+rt never does", ("idk+rt",), idk_stays_far),
     ("The retain distances of ga and ga+rt diverge", ("ga", "ga+rt"), lambda c, s: diverges(c, s, "ga", "ga+rt")),
     ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), lambda c, s: levels_off(c, s, "npo+rt")),
     ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), lambda c, s: levels_off(c, s, "dpo+rt")),
     ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE,
      lambda c, s: better_frontier(c, s, "npo+rt", others_in_the_figure("npo+rt"))),
-    ("Without the retain set npo has a better Pareto frontier than ga", ("npo", "ga"), lambda c, s: better_frontier(c, s, "npo", ("ga",))),
+    ("Without the retain set npo has a better Pareto frontier than ga", ("npo", "ga"),
+     lambda c, s: better_frontier(c, s, "npo", ("ga",))),
 )
 FIGURE4_NO_GAP = (  # alpha = 0
     ("Forget and retain distances are equal", IN_THE_FIGURE, distances_agree),
@@ -433,8 +450,9 @@ FIGURE3 = (("npo's curve goes to ga's as beta -> 0", ("ga",), goes_to_ga),)
 def verdict(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
     """A claim on the mean of the instances (`holds`) and on each of them; with how the answer depends on their number.
 
-    curves (K, M, 2, E). From 20 instances on, `holds_in_means_of` is how often the claim holds on the mean of n instances drawn
-    from the K (200 draws each), and `seeds_needed` the least n from which that gives the answer of all K in 95% of draws.
+    curves (K, M, 2, E). From 20 instances on, `holds_in_means_of` is how often the claim holds on the mean of n
+    instances drawn from the K (200 draws each), and `seeds_needed` the least n from which on that gives the answer of
+    all K in 95% of draws.
     """
     def judge(values):
         return predicate(dict(zip(names, values)), steps)
@@ -443,11 +461,13 @@ def verdict(claim: str, predicate, names: list, curves: np.ndarray, steps: np.nd
     holds, numbers = judge(curves.mean(0))
     each = [judge(curve) for curve in curves]
     scalars = {key for key, value in numbers.items() if isinstance(value, float)}
-    numbers = {**numbers, "share_of_instances": sum(bool(held) for held, _ in each) / instances,
-               "instances": {"holds": [bool(held) for held, _ in each], **{key: [own[key] for _, own in each] for key in sorted(scalars)}}}
+    by_instance = {"holds": [bool(held) for held, _ in each]}
+    by_instance |= {key: [own[key] for _, own in each] for key in sorted(scalars)}
+    numbers = {**numbers, "share_of_instances": sum(by_instance["holds"]) / instances, "instances": by_instance}
     if instances >= 20:
         rng = np.random.default_rng(0)
-        chance = {n: np.mean([bool(judge(curves[rng.integers(instances, size=n)].mean(0))[0]) for _ in range(200)]) for n in SEEDS}
+        draws = {n: rng.integers(instances, size=(200, n)) for n in SEEDS}
+        chance = {n: np.mean([bool(judge(curves[draw].mean(0))[0]) for draw in draws[n]]) for n in SEEDS}
         agrees = [n for n in SEEDS if (chance[n] if holds else 1 - chance[n]) >= 0.95]
         steady = [n for n in agrees if all(m in agrees for m in SEEDS if m >= n)]
         numbers |= {"holds_in_means_of": chance, "seeds_needed": steady[0] if steady else f"more than {SEEDS[-1]}"}
@@ -460,7 +480,8 @@ def verdicts(claims: tuple, names: list, curves: np.ndarray, steps: np.ndarray, 
     for claim, needs, predicate in claims:
         missing = [name for name in needs if name not in names]
         if missing or steps[-1] < least_steps:
-            undecided.append({"claim": claim, "needs": f"methods {', '.join(missing)}" if missing else f"--steps {least_steps}"})
+            need = f"methods {', '.join(missing)}" if missing else f"--steps {least_steps}"
+            undecided.append({"claim": claim, "needs": need})
         else:
             decided.append(verdict(claim, predicate, names, curves, steps))
     return decided, undecided
@@ -470,7 +491,7 @@ def verdicts(claims: tuple, names: list, curves: np.ndarray, steps: np.ndarray, 
 
 
 def tidy(value, digits: int = 10):
-    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, an infinite distance as the string "inf"."""
+    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, an infinite distance as "inf"."""
     if isinstance(value, dict):
         return {str(key): tidy(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -493,7 +514,8 @@ def statistics(distance: np.ndarray, fresh: bool) -> dict:
     finite = np.where(np.isfinite(mean), distance, 0)  # the spread of an infinite mean is infinite
     result = {"mean": mean, "sd": np.where(np.isfinite(mean), finite.std(0), math.inf)}
     if fresh:
-        for key, rank in {"median": 0.5, "p10": 0.1, "p90": 0.9}.items():  # between two instances, one of them perhaps infinite
+        # between two instances, one of them perhaps infinite
+        for key, rank in {"median": 0.5, "p10": 0.1, "p90": 0.9}.items():
             quantile = np.quantile(np.minimum(distance, 1e300), rank, axis=0)
             result[key] = np.where(quantile > 1e290, math.inf, quantile)
     return result | {"instances": distance}
@@ -504,27 +526,27 @@ def provenance(args, seconds: float) -> dict:
         done = subprocess.run(["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    changed = git("status", "--porcelain", "--", "synthetic.py")
+    changed = "+changes" if git("status", "--porcelain", "--", "synthetic.py") else ""
+    fresh = f"{args.instances} fresh, seed {args.seed}"
+    published = f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}"
     return {
-        "command": shlex.join(["python", "synthetic.py", *args.command]), "commit": git("rev-parse", "HEAD") + ("+changes" if changed else ""),
-        "instances": f"{args.instances} fresh, seed {args.seed}" if args.instances else f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}",
-        "steps": args.steps, "eval_every": args.eval_every, "train_lr": TRAIN_LR, "train_steps": TRAIN_STEPS, "dpo_scale": args.dpo_scale,
-        "kl_direction": args.kl_direction, "points": args.points, "significant_digits": args.digits, "workers": args.workers,
-        "seconds_so_far": round(seconds, 1), "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "machine": platform.machine()}
+        "command": shlex.join(["python", "synthetic.py", *args.command]), "commit": git("rev-parse", "HEAD") + changed,
+        "instances": fresh if args.instances else published, "steps": args.steps, "eval_every": args.eval_every,
+        "train_lr": TRAIN_LR, "train_steps": TRAIN_STEPS, "dpo_scale": args.dpo_scale, "points": args.points,
+        "kl_direction": args.kl_direction, "significant_digits": args.digits, "workers": args.workers,
+        "seconds_so_far": round(seconds, 1), "python": platform.python_version(), "torch": torch.__version__,
+        "numpy": np.__version__, "machine": platform.machine()}
 
 
-def curves_record(methods: list, curves: np.ndarray, args, **extra) -> dict:
+def curves_record(methods: list, curves: np.ndarray, args, began: float, alpha: float) -> dict:
     """The JSON of a figure: every method's settings and curves, every instance kept."""
-    record = {"start": {}, "methods": {}}
-    for axis, key in enumerate(("forget_distance", "retain_distance")):
-        start = statistics(curves[:, 0, axis, :1], fresh=False)
-        record["start"][key] = {"mean": start["mean"][0], "sd": start["sd"][0]}
+    record = {"alpha": alpha, "provenance": provenance(args, time.time() - began), "start": {}, "methods": {}}
     for m, method in enumerate(methods):
-        record["methods"][method.name] = {
-            "lr": method.lr, "beta": method.beta, "steps": args.eval_steps,
-            **{key: statistics(curves[:, m, axis], bool(args.instances)) for axis, key in enumerate(("forget_distance", "retain_distance"))}}
-    return extra | record
+        entry = record["methods"][method.name] = {"lr": method.lr, "beta": method.beta, "steps": args.eval_steps}
+        for axis, key in enumerate(("forget_distance", "retain_distance")):
+            entry[key] = statistics(curves[:, m, axis], bool(args.instances))
+            record["start"][key] = {"mean": entry[key]["mean"][0], "sd": entry[key]["sd"][0]}  # of any method: step 0
+    return tidy(record, args.digits)
 
 
 # Black, dark and light by family, line by retain term, marker by family: told apart in grey.
@@ -535,13 +557,14 @@ DASHES = {"rt": "-", "": "--", "kl": ":"}
 def draw(axis, method: Method, x, y, low=None, high=None):
     colour, marker = STYLE[method.family]
     every = max(1, len(x) // 8)
-    axis.plot(x, y, DASHES[method.retain], color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.4, label=method.name)
+    axis.plot(x, y, DASHES[method.retain], color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.4,
+              label=method.name)
     if low is not None:
         axis.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
 
 
 def figure4(path: Path, alpha: float, methods: list, record: dict):
-    """Forget and retain distance over steps, and against each other: (a1)-(a3), at alpha = 0 (b). One row a statistic."""
+    """Forget and retain distance over steps and against each other: (a1)-(a3); alpha = 0: (b). A row per statistic."""
     fresh = "median" in record["methods"][methods[0].name]["forget_distance"]
     rows = [("mean", "sd")] + ([("median", "p10")] if fresh else [])
     figure, axes = plt.subplots(len(rows), 3, figsize=(15, 4.6 * len(rows)), squeeze=False, layout="constrained")
@@ -553,7 +576,8 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
                 y = np.array(curves[key][middle])
                 if spread == "sd":
                     sd = np.where(np.isfinite(y), curves[key]["sd"], 0)
-                    low, high = np.maximum(y - sd, 0.1 * y), y + sd  # a mean less its sd may be negative: cut for the log axis
+                    # a mean less its sd may be negative: cut for the log axis
+                    low, high = np.maximum(y - sd, 0.1 * y), y + sd
                 else:
                     low, high = curves[key]["p10"], curves[key]["p90"]
                 draw(axis, method, curves["steps"], y, low, high)
@@ -561,9 +585,11 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
         start = [record["methods"][methods[0].name][key][middle][0] for key in ("forget_distance", "retain_distance")]
         path_axis.plot(*start, "*", color="black", markersize=14, label="start ($\\pi_{ref}$)")
         band = "mean, band $\\pm$ 1 sd" if spread == "sd" else "median, band 10-90%"
-        forget_axis.set(title=f"{letters[0]}forget distance ({band})", xlabel="step", ylabel="KL($\\pi_{retr}$ || $\\pi_\\theta$), nats")
+        forget_axis.set(title=f"{letters[0]}forget distance ({band})", xlabel="step",
+                        ylabel="KL($\\pi_{retr}$ || $\\pi_\\theta$), nats")
         retain_axis.set(title=f"{letters[1]}retain distance ({band})", xlabel="step")
-        path_axis.set(title=f"{letters[2]}retain against forget distance ({middle})", xlabel="forget distance", ylabel="retain distance")
+        path_axis.set(title=f"{letters[2]}retain against forget distance ({middle})", xlabel="forget distance",
+                      ylabel="retain distance")
         for axis in (forget_axis, retain_axis, path_axis):
             axis.grid(alpha=0.25)
         forget_axis.set_yscale("log")
@@ -578,15 +604,17 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
 
 
 def figure3(path: Path, methods: list, record: dict):
-    """Retain against forget distance for ga and npo at several beta: the means, as published, and one instance by itself."""
+    """Retain against forget distance, ga and npo at several beta: the means, as published, and one instance."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharex=True, sharey=True)
     shades = ["#d1495b", *(str(shade) for shade in np.linspace(0, 0.7, len(methods) - 1))]
     for method, shade, dashes, marker in zip(methods, shades, ("-", "--", "-.", ":", "--", "-."), "^osDvP"):
         forget, retain = (record["methods"][method.name][key] for key in ("forget_distance", "retain_distance"))
         every = max(1, len(forget["mean"]) // 12)
-        for axis, x, y in ((axes[0], forget["mean"], retain["mean"]), (axes[1], forget["instances"][0], retain["instances"][0])):
+        pairs = (forget["mean"], retain["mean"]), (forget["instances"][0], retain["instances"][0])
+        for axis, (x, y) in zip(axes, pairs):
             axis.plot(x, y, dashes, color=shade, marker=marker, markevery=every, markersize=5, label=method.name)
-            axis.plot(x[0], y[0], "*", color="black", markersize=14, label="start ($\\pi_{ref}$)" if method is methods[-1] else None)
+            axis.plot(x[0], y[0], "*", color="black", markersize=14,
+                      label="start ($\\pi_{ref}$)" if method is methods[-1] else None)
     instances = len(record["methods"]["ga"]["forget_distance"]["instances"])
     axes[0].set(title=f"Figure 3: mean of {instances} instances", ylabel="retain distance")
     axes[1].set(title="the first instance by itself")
@@ -601,16 +629,16 @@ def figure3(path: Path, methods: list, record: dict):
 def report(title: str, methods: list, curves: np.ndarray, record: dict) -> str:
     """What a run found, in Markdown: the start, every method's distances, the verdicts."""
     mean, lines = curves.mean(0), [f"## {title}", "", f"`{record['provenance']['command']}`", ""]
-    start = record["start"]
-    lines += [f"Start: forget distance {start['forget_distance']['mean']:.4g}, retain distance {start['retain_distance']['mean']:.4g} "
-              f"(means over {len(curves)} instances: {record['provenance']['instances']}).", "",
-              "| method | lr | beta | least forget | at step | final forget: mean | sd | median | final retain: mean | sd | median |",
-              "|---|---|---|---|---|---|---|---|---|---|---|"]
+    start = ", ".join(f"{key.replace('_', ' ')} {own['mean']:.4g}" for key, own in record["start"].items())
+    lines += [f"Start: {start} (means over {len(curves)} instances: {record['provenance']['instances']}).", ""]
+    columns = ("method", "lr", "beta", "least forget", "at step", "final forget: mean", "sd", "median",
+               "final retain: mean", "sd", "median")
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for m, method in enumerate(methods):
         forget, retain = curves[:, m, 0, -1], curves[:, m, 1, -1]
         at = mean[m, 0].argmin()
-        cells = [method.name, f"{method.lr:g}", "-" if method.beta is None else f"{method.beta:g}", f"{mean[m, 0, at]:.4g}",
-                 str(record["methods"][method.name]["steps"][at])]
+        cells = [method.name, f"{method.lr:g}", "-" if method.beta is None else f"{method.beta:g}",
+                 f"{mean[m, 0, at]:.4g}", str(record["methods"][method.name]["steps"][at])]
         for final in (forget, retain):
             spread = statistics(final[:, None], fresh=False)
             cells += [f"{spread['mean'][0]:.4g}", f"{spread['sd'][0]:.2g}", f"{np.median(final):.4g}"]
@@ -622,8 +650,10 @@ def report(title: str, methods: list, curves: np.ndarray, record: dict) -> str:
         lines.append(f"| {item['claim']} | {'holds' if item['holds'] else '**fails**'} "
                      f"| {numbers['share_of_instances']:.0%} | {five} | {numbers.get('seeds_needed', '-')} |")
     lines += [f"| {item['claim']} | undecided, needs {item['needs']} | | | |" for item in record["undecided"]]
-    lines += ["", "Instances: the share in which the claim holds by itself. Means of five: the share of means of five instances, drawn from these, that "
-              "show it. Seeds needed: the fewest whose mean gives the first column's answer in 95% of draws."] if len(curves) >= 20 else []
+    if len(curves) >= 20:
+        lines += ["", "Instances: the share in which the claim holds by itself. Means of five: the share of means of "
+                  "five instances, drawn from these, that show it. Seeds needed: the fewest whose mean gives the first "
+                  "column's answer in 95% of draws."]
     return "\n".join(lines) + "\n"
 
 
@@ -633,8 +663,9 @@ def report(title: str, methods: list, curves: np.ndarray, record: dict) -> str:
 def old_multinomial(probs: np.ndarray, generator: torch.Generator) -> np.ndarray:
     """torch.multinomial(probs, 1) as torch before 2.7 drew it on x86 with MKL, (n, 2) -> (n,).
 
-    The published instances were drawn by it and today's torch draws other labels, so the five are redrawn with its rule:
-    argmax of p / Exp(1), the exponentials from MKL's 31-bit multiplicative generator seeded with one word of torch's stream.
+    The published instances were drawn by it and today's torch draws other labels, so the five are redrawn with its
+    rule: argmax of p / Exp(1), the exponentials from MKL's 31-bit multiplicative generator, which is seeded with one
+    word of torch's stream.
     """
     modulus, multiplier = 2**31 - 1, 1132489760
     word = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
@@ -653,11 +684,13 @@ def published_instance(seed: int) -> Instance:
 
     def data_set(rows: int, forget: bool):
         # which component of a mixture a row comes from: always the first, but it moves the stream
-        torch.multinomial(torch.tensor([1.0, 0.0, 0.0] if forget else [1.0]), rows, replacement=True, generator=generator)
+        torch.multinomial(torch.tensor([1.0, 0.0, 0.0] if forget else [1.0]), rows, replacement=True,
+                          generator=generator)
         x, y = np.empty((rows, D)), np.empty(rows)
         for row in range(rows):
             x[row] = torch.randn(D, **float64).numpy()
-            own = x[row].sum() / math.sqrt(D) + 1  # the logit of class 1 on the forget set, of class 0 on the retain set
+            # the logit of class 1 on the forget set, of class 0 on the retain set
+            own = x[row].sum() / math.sqrt(D) + 1
             logits = torch.tensor([[0.0, own] if forget else [own, 0.0]], dtype=torch.float64)
             y[row] = old_multinomial(logits.softmax(1).numpy(), generator)[0]
         return x, y
@@ -675,7 +708,7 @@ def published_instance(seed: int) -> Instance:
 
 
 def default_methods(alpha: float, names: tuple, lr: float | None, beta: float | None) -> list:
-    """The published settings (those of alpha = 1 for an alpha that the paper doesn't have); lr and beta win over them."""
+    """The published settings (alpha = 1's for an alpha that the paper doesn't have); lr and beta win over them."""
     published = PUBLISHED[0 if alpha == 0 else 1]
     result = []
     for name in names:
@@ -689,7 +722,7 @@ def run_figure4(args, workers: Workers, instances: list, began: float):
     for alpha, curves in run(workers, instances, args.alphas, methods, args).items():
         claims, steps = FIGURE4_GAP if alpha > 0 else FIGURE4_NO_GAP, np.array(args.eval_steps)
         decided, undecided = verdicts(claims, list(args.methods), curves, steps, WITHIN)
-        record = tidy(curves_record(methods[alpha], curves, args, alpha=alpha, provenance=provenance(args, time.time() - began)), args.digits)
+        record = curves_record(methods[alpha], curves, args, began, alpha)
         record |= tidy({"verdicts": decided, "undecided": undecided}, 6)
         write_down(args, f"synthetic_alpha{alpha:g}", f"Figure 4, alpha = {alpha:g}", methods[alpha], curves, record,
                    lambda path: figure4(path, alpha, methods[alpha], plain(record)))
@@ -697,12 +730,14 @@ def run_figure4(args, workers: Workers, instances: list, began: float):
 
 def run_figure3(args, workers: Workers, instances: list, began: float):
     [alpha] = args.alphas
-    methods = [make_method("ga", FIGURE3_LR, None)] + [make_method("npo", FIGURE3_LR, beta, f"npo@{beta:g}") for beta in FIGURE3_BETAS]
+    methods = [make_method("ga", FIGURE3_LR, None)]
+    methods += [make_method("npo", FIGURE3_LR, beta, f"npo@{beta:g}") for beta in FIGURE3_BETAS]
     curves = run(workers, instances, [alpha], {alpha: methods}, args)[alpha]
     decided, undecided = verdicts(FIGURE3, [method.name for method in methods], curves, np.array(args.eval_steps), 2000)
-    record = tidy(curves_record(methods, curves, args, alpha=alpha, provenance=provenance(args, time.time() - began)), args.digits)
+    record = curves_record(methods, curves, args, began, alpha)
     record |= tidy({"verdicts": decided, "undecided": undecided}, 6)
-    write_down(args, "synthetic_figure3", "Figure 3", methods, curves, record, lambda path: figure3(path, methods, plain(record)))
+    write_down(args, "synthetic_figure3", "Figure 3", methods, curves, record,
+               lambda path: figure3(path, methods, plain(record)))
 
 
 def plain(value):
@@ -722,28 +757,25 @@ def write_down(args, stem: str, title: str, methods: list, curves: np.ndarray, r
     print(page, f"\nwritten: {args.out / stem}.json, .png, .md\n", sep="")
 
 
+CRITERION = ("Every method at every lr (and beta) of the grid. Stable: at the last step the mean over the instances is "
+             "finite, and no farther from pi_retr than at the start (forget + retain distance). Chosen: of the stable, "
+             "the one with the smallest forget + retain distance at the last step.")
+
+
 def run_grid(args, workers: Workers, instances: list, began: float):
-    """Every method at every lr (and beta) of the grid; the choice is the smallest forget + retain distance at the last step, of
-    the mean over the instances, among the stable: finite, and there no farther from pi_retr than at the start (same sum)."""
+    """The paper chooses lr and beta by a grid, so that training "remains stable within 2000 steps"; how is ours."""
     settings = {}
     for alpha in args.alphas:
         settings[alpha] = [make_method(name, lr, beta) for name in args.methods for lr in args.grid_lr
                            for beta in (args.grid_beta if name.startswith(("npo", "dpo")) else [None])]
     args.eval_steps = [0, args.steps]
     for alpha, curves in run(workers, instances, args.alphas, settings, args).items():
-        forget, retain = curves.mean(0).transpose(1, 0, 2)  # (M, E)
-        total = forget + retain
-        rows = [{"method": s.name, "lr": s.lr, "beta": s.beta, "forget_distance": forget[i, -1], "retain_distance": retain[i, -1],
-                 "stable": bool(total[i, -1] <= total[i, 0])} for i, s in enumerate(settings[alpha])]
-        chosen = {}
-        for name in args.methods:
-            own = [row for row in rows if row["method"] == name]
-            best = min(own, key=lambda row: (not row["stable"], row["forget_distance"] + row["retain_distance"]))
-            lr, beta = (default_methods(alpha, (name,), None, None)[0].lr, default_methods(alpha, (name,), None, None)[0].beta)
-            same = [row for row in own if row["lr"] == lr and row["beta"] == beta]
-            chosen[name] = {"chosen": best, "published": {"lr": lr, "beta": beta, **(same[0] if same else {})},
-                            "stable_settings": sum(row["stable"] for row in own), "settings": len(own)}
-        record = tidy({"alpha": alpha, "criterion": " ".join(run_grid.__doc__.split()), "grid": {"lr": args.grid_lr, "beta": args.grid_beta},
+        (forget, retain), total = curves.mean(0)[:, :, -1].T, curves.mean(0).sum(1)  # (M,) each; (M, 2)
+        rows = [{"method": own.name, "lr": own.lr, "beta": own.beta, "forget_distance": forget[m],
+                 "retain_distance": retain[m], "stable": bool(np.isfinite(total[m, 1]) and total[m, 1] <= total[m, 0])}
+                for m, own in enumerate(settings[alpha])]
+        chosen = {method.name: choose(rows, method) for method in default_methods(alpha, args.methods, None, None)}
+        record = tidy({"alpha": alpha, "criterion": CRITERION, "grid": {"lr": args.grid_lr, "beta": args.grid_beta},
                        "chosen": chosen, "rows": rows, "provenance": provenance(args, time.time() - began)})
         page = grid_report(alpha, record)
         (args.out / f"synthetic_alpha{alpha:g}_grid.md").write_text(page)
@@ -751,20 +783,31 @@ def run_grid(args, workers: Workers, instances: list, began: float):
         print(page, f"\nwritten: {args.out}/synthetic_alpha{alpha:g}_grid.json, .md\n", sep="")
 
 
+def choose(rows: list, published: Method) -> dict:
+    """The best row of a method by CRITERION (of all, where none is stable), beside the published setting."""
+    own = [row for row in rows if row["method"] == published.name]
+    best = min(own, key=lambda row: (not row["stable"], row["forget_distance"] + row["retain_distance"]))
+    same = [row for row in own if (row["lr"], row["beta"]) == (published.lr, published.beta)]
+    return {"chosen": best, "published": same[0] if same else {"lr": published.lr, "beta": published.beta},
+            "stable_settings": sum(row["stable"] for row in own), "settings": len(own)}
+
+
 def grid_report(alpha: float, record: dict) -> str:
     def cells(row):
         beta = "-" if row["beta"] is None else f"{row['beta']:g}"
         if "stable" not in row:
             return [f"{row['lr']:g}", beta, "not on this grid", "", ""]
-        return [f"{row['lr']:g}", beta, *(f"{float(row[key]):.4g}" for key in ("forget_distance", "retain_distance")), "yes" if row["stable"] else "**no**"]
+        distances = [f"{float(row[key]):.4g}" for key in ("forget_distance", "retain_distance")]
+        return [f"{row['lr']:g}", beta, *distances, "yes" if row["stable"] else "**no**"]
 
-    lines = [f"## Grid search, alpha = {alpha:g}", "", f"`{record['provenance']['command']}`", "", record["criterion"], "",
-             f"lr in {record['grid']['lr']}, beta in {record['grid']['beta']}.", "",
-             "| method | stable settings | chosen lr | beta | forget | retain | stable | published lr | beta | forget | retain | stable |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ("method", "stable settings", "chosen lr", "beta", "forget", "retain", "stable",
+               "published lr", "beta", "forget", "retain", "stable")
+    lines = [f"## Grid search, alpha = {alpha:g}", "", f"`{record['provenance']['command']}`", "", record["criterion"],
+             "", f"lr in {record['grid']['lr']}, beta in {record['grid']['beta']}.", "",
+             "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, item in record["chosen"].items():
-        row = [name, f"{item['stable_settings']} of {item['settings']}", *cells(item["chosen"]), *cells(item["published"])]
-        lines.append("| " + " | ".join(row) + " |")
+        share = f"{item['stable_settings']} of {item['settings']}"
+        lines.append("| " + " | ".join([name, share, *cells(item["chosen"]), *cells(item["published"])]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -782,7 +825,8 @@ def number(low: float, kind=float, strict: bool = False):
             value = math.nan
         if not math.isfinite(value) or value < low or (strict and value == low):
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} given, {what} {'above' if strict else 'of at least'} {low} needed")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given, {what} {'above' if strict else 'of at least'} {low} needed")
         return value
     return parse
 
@@ -792,28 +836,40 @@ def parse_args(argv: list):
     parser.add_argument("--alpha", type=number(0), help="half the distance between forget and retain means (default 1)")
     parser.add_argument("--all", action="store_true", help="Figure 4 for alpha = 1 and alpha = 0")
     parser.add_argument("--figure", type=int, choices=(3, 4), default=4, help="default 4")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help=f"Figure 4: some of {' '.join(METHODS)} (default all)")
-    parser.add_argument("--lr", type=number(0, strict=True), help="Figure 4: step size of every method (default: published, per method)")
-    parser.add_argument("--beta", type=number(0, strict=True), help="Figure 4: beta of npo and dpo (default: published, per method)")
-    parser.add_argument("--instances", type=number(1, int), help="that many fresh instances (default: the published five)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD",
+                        help=f"Figure 4: some of {' '.join(METHODS)} (default all)")
+    parser.add_argument("--lr", type=number(0, strict=True),
+                        help="Figure 4: step size of every method (default: published, per method)")
+    parser.add_argument("--beta", type=number(0, strict=True),
+                        help="Figure 4: beta of npo and dpo (default: published, per method)")
+    parser.add_argument("--instances", type=number(1, int),
+                        help="that many fresh instances (default: the published five)")
     parser.add_argument("--seed", type=number(0, int), help="of the fresh instances (default 0)")
     parser.add_argument("--steps", type=number(1, int), help="unlearning steps (default 2000; Figure 3: 10000)")
     parser.add_argument("--eval-every", type=number(1, int), help="steps between evaluations (default 25; Figure 3: 5)")
     parser.add_argument("--grid-search", action="store_true", help="choose lr and beta on a grid, beside the published")
-    parser.add_argument("--grid-lr", nargs="+", type=number(0, strict=True), help=f"default {' '.join(f'{x:g}' for x in GRID_LR)}")
-    parser.add_argument("--grid-beta", nargs="+", type=number(0, strict=True), help=f"default {' '.join(f'{x:g}' for x in GRID_BETA)}")
-    parser.add_argument("--dpo-scale", type=number(0, strict=True), default=2.0, help="s of -(s/beta) log sigmoid: 2 published, 1 Eq. 2 (default 2)")
+    parser.add_argument("--grid-lr", nargs="+", type=number(0, strict=True),
+                        help=f"default {' '.join(f'{x:g}' for x in GRID_LR)}")
+    parser.add_argument("--grid-beta", nargs="+", type=number(0, strict=True),
+                        help=f"default {' '.join(f'{x:g}' for x in GRID_BETA)}")
+    parser.add_argument("--dpo-scale", type=number(0, strict=True), default=2.0,
+                        help="s of -(s/beta) log sigmoid: 2 published, 1 Eq. 2 (default 2)")
     parser.add_argument("--kl-direction", choices=("reference_policy", "policy_reference"), default="reference_policy",
                         help="K: D(pi_ref || pi_theta), published (default), or the text's D(pi_theta || pi_ref)")
-    parser.add_argument("--points", choices=("test", "train"), default="test",
-                        help="distances over 1000 fresh points of each kind, published (default), or the text's training sets")
-    parser.add_argument("--workers", type=number(1, int), help="processes (default: the cores there are; the numbers don't depend on it)")
-    parser.add_argument("--kept", type=Path, default=KEPT, help="folder of trained pi_ref and pi_retr (default runs/synthetic)")
-    parser.add_argument("--out", type=Path, default=Path("results/synthetic"), help="folder for JSON, pictures, pages (default results/synthetic)")
+    parser.add_argument(
+        "--points", choices=("test", "train"), default="test",
+        help="distances over 1000 fresh points of each kind, published (default), or the text's training sets")
+    parser.add_argument("--workers", type=number(1, int),
+                        help="processes (default: the cores there are; the numbers don't depend on it)")
+    parser.add_argument("--kept", type=Path, default=KEPT,
+                        help="folder of trained pi_ref and pi_retr (default runs/synthetic)")
+    parser.add_argument("--out", type=Path, default=Path("results/synthetic"),
+                        help="folder for JSON, pictures, pages (default results/synthetic)")
     args = parser.parse_args(argv)
     refuse_contradictions(parser, args)
     resolve(args, argv)
-    check_writable(parser, args)
+    check_writable(parser, "--out", args.out)
+    check_writable(parser, "--kept", args.kept)
     return args
 
 
@@ -831,7 +887,7 @@ def refuse_contradictions(parser: Parser, args):
     if args.beta and not any(name.startswith(("npo", "dpo")) for name in names):
         parser.error(f"--beta {args.beta:g} given, but none of {' '.join(names)} has one: add npo or dpo, or drop it")
     if args.seed is not None and not args.instances:
-        parser.error(f"--seed {args.seed} given without --instances: the published five have their own seeds, type --instances 5")
+        parser.error(f"--seed {args.seed} given without --instances: the published have their own, add --instances 5")
     for name, grid in (("--grid-lr", args.grid_lr), ("--grid-beta", args.grid_beta)):
         if grid and not args.grid_search:
             parser.error(f"{name} given without --grid-search: add it")
@@ -851,27 +907,32 @@ def resolve(args, argv: list):
     args.eval_every = min(args.eval_every or (5 if args.figure == 3 else 25), args.steps)
     args.eval_steps = sorted({*range(0, args.steps, args.eval_every), args.steps})
     args.seed = args.seed or 0
-    args.grid_lr, args.grid_beta = list(dict.fromkeys(args.grid_lr or GRID_LR)), list(dict.fromkeys(args.grid_beta or GRID_BETA))
-    args.workers = args.workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)  # elsewhere fork isn't safe
+    args.grid_lr = list(dict.fromkeys(args.grid_lr or GRID_LR))
+    args.grid_beta = list(dict.fromkeys(args.grid_beta or GRID_BETA))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere fork isn't safe
+    args.workers = args.workers or cores
     args.digits = 10 if (args.instances or 0) <= 10 else 6  # of fifty instances' curves: a file below 1 MB
-    args.command = [text for text, before in zip(argv, ["", *argv]) if not {text, before} & {"--out", "--kept", "--workers"}]
+    args.command = []  # as it will be told, without what changes no number
+    for text, before in zip(argv, ["", *argv]):
+        if not {text.partition("=")[0], before} & {"--out", "--kept", "--workers"}:
+            args.command.append(text)
 
 
-def check_writable(parser: Parser, args):
+def check_writable(parser: Parser, flag: str, folder: Path):
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe = args.out / f".probe{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        parser.error(f"--out {args.out} cannot be written ({error.strerror}), a folder that can is needed: type --out results/synthetic")
+        parser.error(f"{flag} {folder} cannot be written ({error.strerror}), type {flag} and a folder that can")
 
 
 def main(argv: list):
     began = time.time()
     args = parse_args(argv)
     if any(alpha not in PUBLISHED for alpha in args.alphas):
-        print(f"alpha {args.alphas[0]:g} has no published lr and beta: those of alpha 1 are used where no flag sets them")
+        print(f"alpha {args.alphas[0]:g} has no published lr and beta: alpha 1's are used where no flag sets them")
     instances = ([fresh_instance(args.seed, number) for number in range(args.instances)] if args.instances
                  else [published_instance(seed) for seed in PUBLISHED_SEEDS])
     with Workers(min(args.workers, len(instances) * len(args.alphas))) as workers:

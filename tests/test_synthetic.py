@@ -1,4 +1,4 @@
-"""Section 4: the published instances bit for bit, their curves to 1e-7, gradients against autograd on losses.py, and the verdicts."""
+"""Section 4: the published instances bit for bit, curves to 1e-7, gradients against autograd on losses.py, verdicts."""
 
 import json
 
@@ -18,7 +18,8 @@ SETTINGS = {"dpo_scale": 2.0, "kl_direction": "reference_policy"}
 
 def models_of(instance, alpha, steps):
     return synthetic.reference_and_retrained(instance.features(instance.x_retain, -alpha), instance.y_retain,
-                                             instance.features(instance.x_forget, alpha), instance.y_forget, steps=steps)
+                                             instance.features(instance.x_forget, alpha), instance.y_forget,
+                                             steps=steps)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,8 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
 
     family, _, retain = name.partition("+")
     forget, forget_reference = (two_class(instance.x_forget, alpha, p) for p in (theta, reference))
-    y, y_idk, y_retain = (torch.from_numpy(labels).long() for labels in (instance.y_forget, instance.y_idk, instance.y_retain))
+    y, y_idk, y_retain = (torch.from_numpy(labels).long()
+                          for labels in (instance.y_forget, instance.y_idk, instance.y_retain))
     policy, ref = (losses.token_logps(logits, y) for logits in (forget, forget_reference))
     policy_idk, ref_idk = (losses.token_logps(logits, y_idk) for logits in (forget, forget_reference))
     loss = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
@@ -128,7 +130,8 @@ def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_
             theta = (theta - method.lr * gradient).detach().requires_grad_()
             if step in eval_steps:
                 expected = problem.distances(theta.detach().numpy()[:, None])[:, 0]
-                np.testing.assert_allclose(curve[:, eval_steps.index(step)], expected, rtol=1e-10, err_msg=f"{method.name} {step}")
+                np.testing.assert_allclose(curve[:, eval_steps.index(step)], expected, rtol=1e-10,
+                                           err_msg=f"{method.name} {step}")
 
 
 @pytest.mark.parametrize("family", ["ga", "npo", "dpo", "idk"])
@@ -139,19 +142,22 @@ def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
         ours = synthetic.forget_slope(family, margin, reference, same, np.array([[0.1]]), 1.0)[0]
     own, ref = torch.from_numpy(margin[0]).requires_grad_(), torch.from_numpy(reference[0])
     logsigmoid, sign = torch.nn.functional.logsigmoid, torch.from_numpy(2 * same - 1)
-    loss = {"ga": lambda: losses.ga_loss(logsigmoid(own)), "idk": lambda: losses.nll_loss(logsigmoid(sign * own)),
+    idk, idk_ref = logsigmoid(sign * own), logsigmoid(sign * ref)
+    loss = {"ga": lambda: losses.ga_loss(logsigmoid(own)), "idk": lambda: losses.nll_loss(idk),
             "npo": lambda: losses.npo_loss(logsigmoid(own), logsigmoid(ref), 0.1),
-            "dpo": lambda: losses.dpo_loss(logsigmoid(sign * own), logsigmoid(own), logsigmoid(sign * ref), logsigmoid(ref), 0.1)}
+            "dpo": lambda: losses.dpo_loss(idk, logsigmoid(own), idk_ref, logsigmoid(ref), 0.1)}
     [expected] = torch.autograd.grad(loss[family]().sum(), own)
     np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-12, atol=1e-300)
 
 
 def test_training_is_gradient_descent_on_cross_entropy(small):
     instance, _, _ = small
-    Z_retain, Z_forget = (torch.from_numpy(instance.features(*x)) for x in ((instance.x_retain, -1), (instance.x_forget, 1)))
+    Z_retain, Z_forget = (torch.from_numpy(instance.features(*x))
+                          for x in ((instance.x_retain, -1), (instance.x_forget, 1)))
     y_retain, y_forget = torch.from_numpy(instance.y_retain), torch.from_numpy(instance.y_forget)
     ours = models_of(instance, 1, 10)
-    for column, (Z, y) in enumerate([(torch.cat([Z_retain, Z_forget]), torch.cat([y_retain, y_forget])), (Z_retain, y_retain)]):
+    for column, (Z, y) in enumerate([(torch.cat([Z_retain, Z_forget]), torch.cat([y_retain, y_forget])),
+                                     (Z_retain, y_retain)]):
         theta = torch.zeros(synthetic.N, dtype=torch.float64, requires_grad=True)
         for _ in range(10):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(Z @ theta, y)
@@ -185,8 +191,10 @@ def strict(path):
 
 
 def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(tmp_path, monkeypatch):
-    out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20", "--workers", "1", monkeypatch=monkeypatch)
-    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers", "2", monkeypatch=monkeypatch)
+    out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20", "--workers", "1",
+                      monkeypatch=monkeypatch)
+    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers", "2",
+                      monkeypatch=monkeypatch)
     for alpha in (1, 0):
         record, other = strict(out / f"synthetic_alpha{alpha}.json"), strict(two / "synthetic_alpha1.json")
         assert list(record["methods"]) == list(METHODS) and record["alpha"] == alpha
@@ -204,8 +212,8 @@ def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(
 
 
 def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances", "2", "--workers", "1",
-                      monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances", "2",
+                      "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1.json")
     distance = record["methods"]["ga"]["retain_distance"]
     assert distance["mean"][-1] == distance["sd"][-1] == "inf" and isinstance(distance["mean"][0], float)
@@ -215,7 +223,11 @@ def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
 def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
     instance = fresh_instance(0, 1)
     calls = []
-    monkeypatch.setattr(synthetic, "reference_and_retrained", lambda *a: calls.append(1) or np.full((synthetic.N, 2), float(len(calls))))
+
+    def train(*_):
+        calls.append(1)
+        return np.full((synthetic.N, 2), float(len(calls)))
+    monkeypatch.setattr(synthetic, "reference_and_retrained", train)
     first = synthetic.reference_and_retrained_kept(instance, 1, tmp_path)
     np.testing.assert_array_equal(synthetic.reference_and_retrained_kept(instance, 1, tmp_path), first)
     assert len(calls) == 1
@@ -226,8 +238,8 @@ def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
 
 
 def test_grid_search_reports_every_setting_and_chooses_a_stable_one(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt", "--steps", "30", "--workers", "1",
-                      monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt", "--steps",
+                      "30", "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1_grid.json")
     assert len(record["rows"]) == 2 + 2 * len(synthetic.GRID_BETA)
     assert not next(row for row in record["rows"] if row["method"] == "ga" and row["lr"] == 50)["stable"]
@@ -273,16 +285,18 @@ def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
 
 
 @pytest.mark.parametrize("flags", [
-    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga", "--instances 0", "--instances 1.5", "--steps 0",
-    "--eval-every 0", "--seed 1", "--seed -1 --instances 2", "--all --alpha 1", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
-    "--grid-search --grid-lr 1e-3", "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2", "--grid-search --lr 1", "--beta 1 --methods ga",
-    "--lr 0", "--kl-direction forward", "--nonsense", "--out synthetic.py"])
+    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga", "--instances 0",
+    "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2", "--all --alpha 1",
+    "--all --figure 3", "--figure 5", "--figure 3 --methods ga", "--grid-search --grid-lr 1e-3",
+    "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2", "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0",
+    "--kl-direction forward", "--nonsense", "--out synthetic.py", "--kept synthetic.py"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as refusal:
         synthetic.main(flags.split())
     said = capsys.readouterr()
-    assert refusal.value.code == 2 and said.out == "" and said.err.startswith("synthetic.py: ") and said.err.count("\n") == 1
+    assert refusal.value.code == 2 and said.out == ""
+    assert said.err.startswith("synthetic.py: ") and said.err.count("\n") == 1
 
 
 def test_help_is_complete(capsys):
@@ -290,5 +304,6 @@ def test_help_is_complete(capsys):
         synthetic.main(["--help"])
     said = capsys.readouterr().out
     assert asked.value.code == 0
-    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps", "--eval-every", "--grid-search", "--out"):
+    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps", "--eval-every",
+                 "--grid-search", "--out"):
         assert flag in said

@@ -18,7 +18,8 @@ def small(monkeypatch):
     monkeypatch.setattr(theory_check, "EXACT", 300)
     monkeypatch.setattr(theory_check, "CHECKED", 1600)
     monkeypatch.setattr(theory_check, "LAST", 200_000)
-    monkeypatch.setattr(theory_check, "SWEEPS", {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0), "beta": theory_check.BETAS, "d": (64, 128)})
+    monkeypatch.setattr(theory_check, "SWEEPS",
+                        {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0), "beta": theory_check.BETAS, "d": (64, 128)})
 
 
 def failed() -> list[str]:
@@ -36,8 +37,10 @@ def plus_beta(policy, reference, beta):
 NPO_LOSS, GA_RATE, NPO_RATE = losses.npo_loss, theory_check.ga_rate, theory_check.npo_rate
 
 
-@pytest.mark.parametrize("mistake", [without_the_two, plus_beta, lambda policy, reference, beta: NPO_LOSS(policy.detach(), reference, beta)],
-                         ids=["no factor 2", "sigma(+beta ..)", "policy detached"])
+@pytest.mark.parametrize(
+    "mistake",
+    [without_the_two, plus_beta, lambda policy, reference, beta: NPO_LOSS(policy.detach(), reference, beta)],
+    ids=["no factor 2", "sigma(+beta ..)", "policy detached"])
 def test_a_mistake_in_the_loss_turns_verdicts_of_every_item(small, monkeypatch, mistake):
     monkeypatch.setattr(losses, "npo_loss", mistake)
     claims = failed()
@@ -54,7 +57,7 @@ def test_half_of_n_f_in_the_rates_turns_their_verdicts(small, monkeypatch):
 
 
 def test_a_wrong_weight_turns_equation_5(monkeypatch):
-    monkeypatch.setattr(losses, "npo_weight", lambda policy, reference, beta: torch.sigmoid(beta * (policy - reference)))
+    monkeypatch.setattr(losses, "npo_weight", lambda policy, ref, beta: torch.sigmoid(beta * (policy - ref)))
     assert not theory_check.equation5(torch.Generator().manual_seed(0))[0][0]["holds"]
 
 
@@ -99,7 +102,8 @@ def test_margins_move_as_gradient_descent_moves_theta(loss):
     X, labels, theta_0 = rng.standard_normal((5, 9)) / 3, rng.choice([-1.0, 1.0], 5), rng.standard_normal(9)
     signed = X * labels[:, None]
     other = theory_check.signed_gram(8, 16, 0)
-    problems = theory_check.Problems([(signed @ signed.T, signed @ theta_0, {"eta": 0.7, "beta": 0.5}), (*other, {"eta": 0.1, "beta": 2.0})])
+    problems = theory_check.Problems([(signed @ signed.T, signed @ theta_0, {"eta": 0.7, "beta": 0.5}),
+                                      (*other, {"eta": 0.1, "beta": 2.0})])
     steps = np.array([1, 2, 40])
     norms = problems.norms(problems.steps(loss, steps))[:, 0]
     rows, reference = torch.from_numpy(signed), F.logsigmoid(torch.from_numpy(signed @ theta_0))
@@ -109,7 +113,8 @@ def test_margins_move_as_gradient_descent_moves_theta(loss):
         value = losses.ga_loss(logps) if loss == "ga" else losses.npo_loss(logps, reference, 0.5)
         theta = (theta - 0.7 * torch.autograd.grad(value.mean(), theta)[0]).detach().requires_grad_()
         if step in steps:
-            change = torch.from_numpy(X) @ (theta.detach() - torch.from_numpy(theta_0))  # |.| in X^T X is the length of X times the change
+            # |.| in X^T X is the length of X times the change
+            change = torch.from_numpy(X) @ (theta.detach() - torch.from_numpy(theta_0))
             np.testing.assert_allclose(norms[list(steps).index(step)], change.norm().item(), rtol=1e-10)
 
 
@@ -128,4 +133,5 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     with pytest.raises(SystemExit) as refusal:
         theory_check.main(flags.split())
     said = capsys.readouterr()
-    assert refusal.value.code == 2 and said.out == "" and said.err.startswith("theory_check.py: ") and said.err.count("\n") == 1
+    assert refusal.value.code == 2 and said.out == ""
+    assert said.err.startswith("theory_check.py: ") and said.err.count("\n") == 1
