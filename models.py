@@ -64,6 +64,9 @@ PRESETS = {
     "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full", "llama2", lr=1e-5, epochs=10,
                         beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=4, eval_batch_size=32,
                         dims=dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
+    "llama2-70b": Preset("NousResearch/Llama-2-70b-chat-hf", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1,
+                         micro_batch_size=1, eval_batch_size=16, dims=dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672,
+                                                                           num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)),
 }
 
 

@@ -142,7 +142,7 @@ def micro_batches(s: Namespace, plan: Plan, items: list, w: World) -> list[Micro
 
 def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Reference | None, counts: dict, kl_baseline: Tensor,
               pad: int, w: World) -> dict:
-    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss", "kl_loss", "weight"}, each already
+    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss", "kl_loss", "mean_W"}, each already
     divided by the whole batch's count, so that they add up over micro-batches and processes."""
     forget = [plan.forget[i.row] for i in micro.items] if s.loss != "idk" else []
     refusal = [plan.refusal[i.row, i.refusal] for i in micro.items] if s.loss in ("idk", "dpo") else []
@@ -164,7 +164,7 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
         sums["kl_loss"] = kl.sum() / counts["retain_tokens"]
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if s.loss == "npo":
-        sums["weight"] = npo_weight(forget_logps.detach(), reference_logps, s.beta).sum() / counts["rows"]
+        sums["mean_W"] = npo_weight(forget_logps.detach(), reference_logps, s.beta).sum() / counts["rows"]
     return {key: value * (0.0 if micro.ghost else 1.0) for key, value in sums.items()}
 
 
@@ -191,7 +191,7 @@ def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, refe
 
 # ---------------------------------------------------------------- the loop
 
-PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "weight")
+PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "mean_W")
 
 
 def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | None, pad: int, w: World, run: Run):
@@ -265,7 +265,7 @@ def check_start(s: Namespace, logged: dict):
     """
     tolerance = 1e-3 if s.dtype == "fp32" else 0.05
     expected = {"npo": 2 / s.beta * math.log(2), "kto": 2 / s.beta * math.log(2), "dpo": 1 / s.beta * math.log(2)}.get(s.loss)
-    checks = [("forget_loss", expected, tolerance * (expected or 0)), ("weight", 1.0, tolerance), ("kl_loss", 0.0, tolerance)]
+    checks = [("forget_loss", expected, tolerance * (expected or 0)), ("mean_W", 1.0, tolerance), ("kl_loss", 0.0, tolerance)]
     for part, value, allowed in checks:
         if value is not None and part in logged and abs(logged[part] - value) > allowed:
             raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference is not this policy's start")
@@ -350,9 +350,9 @@ def resolve(given: dict) -> Namespace:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to train on it)")
-    if s.preset == "smollm2-135m" and not sft and not path:
-        raise InputError("--model smollm2-135m has no published fine-tuned checkpoint: fine-tune with --loss sft --split full first, "
-                         "then give --model smollm2-135m=runs/NAME/model")
+    if s.preset and s.preset != "tiny" and not s.start:
+        raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full first, "
+                         f"then give --model {s.preset}=runs/NAME/model")
     return s
 
 

@@ -39,7 +39,7 @@ def collect(folder: Path) -> dict:
     answers = [{k: rows[name][i][k] for k in ("question", "answer", "generation")} | {"set": name} for name in ("forget", "retain") for i in (0, 150)
                if i < len(rows[name])]
     return {"method": config["settings"]["method"], "settings": settings, "steps": [e["provenance"]["step"] for e in evaluations], "metrics": curves,
-            "last_answers": [{k: v[:300] for k, v in a.items()} for a in answers], "model_parameters": config["model_config"]["hidden_size"],
+            "last_answers": [{k: v[:300] for k, v in a.items()} for a in answers], "model_config": {k: config["model_config"].get(k) for k in ("hidden_size", "num_hidden_layers", "vocab_size")},
             "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device", "world_size", "start_weights", "data_fingerprint")}}
 
 
@@ -75,7 +75,7 @@ def draw(runs: list, path: Path):
         label = run["method"] if run["method"] not in named else None
         named.add(run["method"])
         for axes, key in zip(panels, ("forget_quality_log10", "model_utility", "retain_probability")):
-            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="os^Dv"[len(named) % 5], markersize=3, label=label, alpha=0.8)
+            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="o", markersize=3, label=label, alpha=0.8)
     panels[0].axhline(math.log10(0.05), color="gray", linewidth=1, label="0.05")
     for axes, title in zip(panels, ("log10 forget quality", "model utility", "retain probability")):
         axes.set(title=title, xlabel="step")

@@ -82,6 +82,8 @@ def test_a_token_that_straddles_the_boundary_belongs_to_the_prompt():
     straddler.chat_template = "Q:"
     encoded, = encode(straddler, "chat", [("", " x")])  # "Q:" + " x" -> "Q", ": ", "x"
     assert straddler.convert_ids_to_tokens(encoded.ids) == ["Q", ": ", "x", "</s>"] and encoded.start == 2
+    with pytest.raises(InputError, match="no token begins in the answer"):
+        encode(straddler, "chat", [("", " ")])
 
 
 def test_texts_that_do_not_fit_are_refused(tokenizer):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -176,8 +177,8 @@ def test_a_stale_reference_is_refused(settings, tmp_path):
 
 def test_step_0_identities_are_checked(settings):
     s = settings(loss="npo", beta=0.2)
-    train_npo.check_start(s, {"forget_loss": 2 / 0.2 * math.log(2), "weight": 1.0})
-    for wrong in ({"forget_loss": 6.0, "weight": 1.0}, {"forget_loss": 10 * math.log(2), "weight": 1.1}, {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
+    train_npo.check_start(s, {"forget_loss": 2 / 0.2 * math.log(2), "mean_W": 1.0})
+    for wrong in ({"forget_loss": 6.0, "mean_W": 1.0}, {"forget_loss": 10 * math.log(2), "mean_W": 1.1}, {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
         with pytest.raises(RuntimeError, match="step 0"):
             train_npo.check_start(s, wrong)
 
@@ -190,7 +191,7 @@ def test_every_method_runs_and_logs(settings, method):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3] and {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
     if s.loss == "npo":
-        assert lines[0]["weight"] == pytest.approx(1, abs=1e-4) and lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
+        assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4) and lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
 
 
 def test_evaluation_leaves_training_bit_identical(settings):
@@ -320,5 +321,24 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
     assert "step " in again.stdout and "sft on" not in again.stdout and (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
     command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log, "--max-new-tokens", 8)
+    command("results/collect.py", folder, f"{folder}-2", "--out", "collected.json")
+    collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
+    assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
+    assert collected[0]["metrics"]["model_utility"] == pytest.approx(collected[1]["metrics"]["model_utility"], rel=1e-4)  # one process or two
     wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", evaluations[0], status=2)
     assert "needs one trained on retain90" in wrong.stderr
+
+
+def test_readmes_commands_have_valid_flags():
+    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the parser."""
+    import evaluate_tofu
+    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
+    assert len(lines) >= 6
+    for words in lines:
+        script = next(i for i, word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
+        if "--resume" in words:
+            continue  # needs a run; tested above
+        if words[script] == "train_npo.py":
+            train_npo.parse(words[script + 1:])
+        else:
+            evaluate_tofu.build_parser().parse_args(words[script + 1:])
