@@ -217,7 +217,7 @@ def draw_proposition1(path: Path, curves: dict):
 
 
 def equation5(generator) -> tuple[list, dict]:
-    """NPO's gradient is GA's, weighted with W in (0, 2): 1 at the start, 0 once unlearned. Its loss is bounded below."""
+    """NPO's gradient is GA's, weighted with W in (0, 2): 1 at the start, 0 once unlearned. Its loss is above 0."""
     verdicts, curves = [], {}
     reference_logps = -torch.rand(400, generator=generator, dtype=DTYPE) * 20
     logps, reference = small_net(generator)
