@@ -14,11 +14,16 @@ there: we derive them for orthogonal rows, and predict and measure them for near
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # matrices of 64 rows: threads would spend their time waiting for each other
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 import matplotlib
 import numpy as np
