@@ -568,7 +568,7 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
     fresh = "median" in record["methods"][methods[0].name]["forget_distance"]
     rows = [("mean", "sd")] + ([("median", "p10")] if fresh else [])
     figure, axes = plt.subplots(len(rows), 3, figsize=(15, 4.6 * len(rows)), squeeze=False, layout="constrained")
-    letters = ("(a1) ", "(a2) ", "(a3) ") if alpha > 0 else ("(b) ", "(b) ", "not in the paper: ")
+    letters = ("(a1) ", "(a2) ", "(a3) ") if alpha > 0 else ("(b) ", "(b) ", "(unpublished) ")
     for (middle, spread), (forget_axis, retain_axis, path_axis) in zip(rows, axes):
         for method in methods:
             curves = record["methods"][method.name]
