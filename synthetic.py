@@ -48,6 +48,7 @@ if __name__ == "__main__":
 import matplotlib
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -403,9 +404,14 @@ def smallest_distances(curves: dict, steps: np.ndarray, name: str, others: tuple
     return all((least[name] <= least[other]).all() for other in others), {"least_forget_and_retain_distance": least}
 
 
-def path_gap(curve: np.ndarray, other: np.ndarray) -> float:
-    """How far a path strays from another, in decades: its points' largest distance to the other's line, axes log10."""
-    path, line = (np.log10(c[:, np.isfinite(c).all(0)]) for c in (curve, other))
+def path_gap(curve: np.ndarray, other: np.ndarray, steps: np.ndarray) -> float:
+    """How far a path strays from another, in decades: its points' largest distance to the other's line, axes log10.
+
+    The line is a cubic spline through the evaluations: chords cut the corner where gradient ascent turns back.
+    """
+    path, finite = np.log10(curve[:, np.isfinite(curve).all(0)]), np.isfinite(other).all(0)
+    spline = CubicSpline(steps[finite], np.log10(other[:, finite]), axis=1)
+    line = spline(np.linspace(0, steps[finite][-1], 10 * finite.sum()))
     path = path[:, ::max(1, path.shape[1] // 200), None]  # (2, points, 1), against (2, 1, segments)
     start, along = line[:, None, :-1], np.diff(line)[:, None, :]
     length = np.maximum((along**2).sum(0), 1e-300)
@@ -416,7 +422,7 @@ def path_gap(curve: np.ndarray, other: np.ndarray) -> float:
 def goes_to_ga(curves: dict, steps: np.ndarray):
     """Of all beta, the smallest has the path closest to ga's, and it is within 0.02 decades (5%) everywhere."""
     betas = {name: float(name.partition("@")[2]) for name in curves if name != "ga"}
-    gap = {beta: path_gap(curves[name], curves["ga"]) for name, beta in betas.items()}
+    gap = {beta: path_gap(curves[name], curves["ga"], steps) for name, beta in betas.items()}
     least = min(gap)
     return gap[least] == min(gap.values()) and gap[least] < 0.02, {
         "path_gap_decades": {f"{beta:g}": gap[beta] for beta in sorted(gap)},

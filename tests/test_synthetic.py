@@ -257,6 +257,13 @@ def test_frontier_interpolates_between_evaluations():
     np.testing.assert_allclose(synthetic.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))[-1], 0.104, atol=0.04)
 
 
+def test_path_gap_is_of_paths_and_not_of_clocks():
+    steps = np.arange(0, 101, 5)
+    walk = lambda clock: curve(10 ** np.cos(clock), 10 ** np.sin(clock))  # noqa: E731, a circle of one decade
+    assert synthetic.path_gap(walk(steps / 60), walk(steps / 40), steps) < 1e-4
+    assert abs(synthetic.path_gap(walk(steps / 60) * 10**0.1, walk(steps / 60), steps) - 0.1) < 0.05
+
+
 def test_verdicts_can_fail():
     steps = np.array([0, 500, 1000, 1500, 2000])
     flat, up = [1.0, 1.1, 1.15, 1.16, 1.16], [1.0, 1.1, 1.5, 3.0, 9.0]
