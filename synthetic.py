@@ -610,23 +610,32 @@ def figure4(path: Path, alpha: float, methods: list, record: dict):
 
 
 def figure3(path: Path, methods: list, record: dict):
-    """Retain against forget distance, ga and npo at several beta: the means, as published, and one instance."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", sharex=True, sharey=True)
+    """Retain against forget distance, ga and npo at several beta: the means, as published, and one instance.
+
+    For fresh instances the medians too, with the 10-90% band of the forget distance at the same step (ga, last beta).
+    """
+    fresh = "median" in record["methods"]["ga"]["forget_distance"]
+    panels = 3 if fresh else 2
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.8), layout="constrained", sharex=True, sharey=True)
     shades = ["#d1495b", *(str(shade) for shade in np.linspace(0, 0.7, len(methods) - 1))]
     for method, shade, dashes, marker in zip(methods, shades, ("-", "--", "-.", ":", "--", "-."), "^osDvP"):
         forget, retain = (record["methods"][method.name][key] for key in ("forget_distance", "retain_distance"))
         every = max(1, len(forget["mean"]) // 12)
-        pairs = (forget["mean"], retain["mean"]), (forget["instances"][0], retain["instances"][0])
+        pairs = [(forget["mean"], retain["mean"]), (forget["instances"][0], retain["instances"][0])]
+        pairs += [(forget["median"], retain["median"])] if fresh else []
         for axis, (x, y) in zip(axes, pairs):
             axis.plot(x, y, dashes, color=shade, marker=marker, markevery=every, markersize=5, label=method.name)
             axis.plot(x[0], y[0], "*", color="black", markersize=14,
                       label="start ($\\pi_{ref}$)" if method is methods[-1] else None)
+        if fresh and method in (methods[0], methods[-1]):
+            axes[2].fill_betweenx(retain["median"], forget["p10"], forget["p90"], color=shade, alpha=0.2, linewidth=0)
     instances = len(record["methods"]["ga"]["forget_distance"]["instances"])
-    axes[0].set(title=f"Figure 3: mean of {instances} instances", ylabel="retain distance")
-    axes[1].set(title="the first instance by itself")
-    for axis in axes:
-        axis.set(xscale="log", yscale="log", xlabel="forget distance")
+    titles = (f"Figure 3: mean of {instances} instances", "the first instance by itself",
+              "median, band 10-90% (ga, last $\\beta$)")
+    for axis, title in zip(axes, titles):
+        axis.set(xscale="log", yscale="log", xlabel="forget distance", title=title)
         axis.grid(alpha=0.25)
+    axes[0].set_ylabel("retain distance")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

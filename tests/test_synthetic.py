@@ -211,6 +211,16 @@ def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(
         assert (out / f"synthetic_alpha{alpha}.png").stat().st_size > 10_000
 
 
+def test_figure_3_has_ga_and_npo_at_every_beta(tmp_path, monkeypatch):
+    out = run_command(tmp_path, "--figure", "3", "--instances", "2", "--steps", "20", "--workers", "1",
+                      monkeypatch=monkeypatch)
+    record = strict(out / "synthetic_figure3.json")
+    assert list(record["methods"]) == ["ga", "npo@0.01", "npo@0.1", "npo@0.2", "npo@0.5", "npo@1"]
+    assert record["methods"]["ga"]["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
+    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(record["methods"]["ga"]["forget_distance"])
+    assert (out / "synthetic_figure3.png").stat().st_size > 10_000
+
+
 def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
     out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances", "2",
                       "--workers", "1", monkeypatch=monkeypatch)
