@@ -19,8 +19,8 @@ from data.tofu import InputError
 KEPT = 2
 
 
-def save(folder: Path, step: int, model, optimizer, state: dict):
-    """Write `folder/step_NNNNNN`, then drop all but the last two. `state` is JSON: counters, log length, scaler, best.
+def save(folder: Path, step: int, model, optimizer, state: dict, kept: int = KEPT):
+    """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
 
     Raises OSError where the disk is full or read-only; the checkpoints that were there stay as they were.
     """
@@ -43,7 +43,7 @@ def save(folder: Path, step: int, model, optimizer, state: dict):
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in sorted(folder.glob("step_*"))[:-KEPT]:
+    for old in sorted(folder.glob("step_*"))[:-kept]:
         shutil.rmtree(old)
 
 

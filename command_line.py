@@ -1,14 +1,18 @@
 """What all commands share: errors of one sentence and exit status 2, argument types, provenance, JSON written whole."""
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from data.tofu import InputError
 
@@ -21,6 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+def given_flags(parser: Parser, argv) -> dict:
+    """The flags that were really given, without the defaults of the others."""
+    unset = object()
+    marked = argparse.Namespace(**{key: unset for key in vars(parser.parse_args([]))})
+    return {key: value for key, value in vars(parser.parse_args(argv, marked)).items() if value is not unset}
 
 
 def positive(kind):
@@ -45,27 +56,50 @@ def not_negative(kind):
     return parse
 
 
+@contextmanager
+def locked(file: Path, wait: bool = False):
+    """Hold `file` as a lock: one process writes a folder at a time. Raises InputError where another holds it and `wait` is False."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise InputError(f"{file.parent} is in use by a run that goes on: wait for it, or choose another folder") from None
+            print(f"waiting for another run to finish {file.name}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def environment() -> dict:
     """What a result's provenance says of its making: versions, commit, command, time."""
     import torch
     import transformers
-    git = lambda *args: subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+    def git(*args) -> str:
+        try:
+            return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git on this machine
+            return ""
+
     commit = git("rev-parse", "HEAD")
     return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
-            "commit": commit.stdout.strip() + ("+changes" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
-            if commit.returncode == 0 else None,
+            "commit": commit + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no")) or None,
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def write_json(path: Path, content: dict):
     """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one. Raises InputError."""
     path = Path(path)
+    aside = path.with_name(path.name + ".partial")
     try:
+        text = json.dumps(content, allow_nan=False, ensure_ascii=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
+    except ValueError:
+        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing was written") from None
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to write") from None
 
 
@@ -75,8 +109,9 @@ def run_command(main, name: str):
         main()
     except InputError as error:
         _end(f"{name}: {error}", 2)
-    except OSError as error:  # no room, no right to write
-        _end(f"{name}: {error.filename or 'a file'}: {error.strerror or error}; need a place with room and the right to write", 2)
+    except (OSError, SafetensorError) as error:  # no room, no right to write
+        where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else " ".join(str(error).split())
+        _end(f"{name}: {where}; need a place with room and the right to write", 2)
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
             raise

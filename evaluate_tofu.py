@@ -18,6 +18,7 @@ collapsed gives numbers too.
 import functools
 import json
 import math
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from scipy.stats import hmean, ks_2samp
 from tqdm import tqdm
 
-from command_line import Parser, environment, not_negative, positive, run_command, write_json
+from command_line import Parser, environment, given_flags, not_negative, positive, run_command, write_json
 from data.batches import collate, deal
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
@@ -104,8 +105,6 @@ def compute_metrics(rows: dict, retain_forget_rows: list | None = None) -> dict:
                "model_utility": None if None in nine else float(hmean(nine)), "forget_kl": None, "world_facts_kl": None}
     if retain_forget_rows is not None:
         log_ratios = [[log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retain_forget_rows)]
-        if None in log_ratios[0] + log_ratios[1]:
-            raise InputError("forget quality needs perturbed answers in every forget row, of this model's log and of the retain log")
         test = ks_2samp(*log_ratios)
         metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic), ks_rows=len(log_ratios[0]),
                        forget_quality_log10=ks_log10_p(len(log_ratios[0]), test.statistic))
@@ -264,17 +263,18 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[
     from transformers import DynamicCache
     width, pad, eos = max(map(len, prompts)), pad_id(tokenizer), tokenizer.eos_token_id
     context = getattr(lm.config, "max_position_embeddings", None) or width + max_new_tokens
+    room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own limit, whoever it shares the batch with
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, rows, answers = DynamicCache(), list(range(len(prompts))), [[] for _ in prompts]
-    for _ in range(max(1, min(max_new_tokens, context - width))):
+    for length in range(1, max(room) + 1):
         logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         new = logits[:, -1].argmax(-1).tolist()
         for row, token in zip(rows, new):
-            if answers[row][-1:] != [eos]:
+            if answers[row][-1:] != [eos] and length <= room[row]:
                 answers[row].append(token)
-        ended = [answers[row][-1] == eos for row in rows]
+        ended = [answers[row][-1:] == [eos] or length >= room[row] for row in rows]
         if all(ended):
             break
         ids = torch.tensor(new, device=device).unsqueeze(1)
@@ -307,10 +307,9 @@ def read_log(path: str) -> tuple[dict, dict]:
     if not isinstance(log, dict):
         raise InputError(f"{path} is no evaluation log: need an object with rows, or TOFU's {TOFU_LOGS['forget']}")
     if "rows" in log:
-        for name, rows in log["rows"].items():
-            if [row.get("index") for row in rows] != list(range(len(rows))):
-                raise InputError(f"{path}: {name} has rows missing or out of order; need every index from 0 to {len(rows) - 1} once")
-        return log["rows"], log.get("provenance", {})
+        if not isinstance(log["rows"], dict) or not isinstance(log.get("provenance", {}), dict):
+            raise InputError(f"{path}: rows must be lists keyed by set, and provenance an object, as evaluate_tofu.py writes them")
+        return {name: check_rows(rows, f"{path}: {name}") for name, rows in log["rows"].items()}, log.get("provenance", {})
     if not any(name in log for name in TOFU_LOGS.values()):
         raise InputError(f"{path} is no evaluation log: need rows (ours) or {', '.join(TOFU_LOGS.values())} (TOFU's)")
     return {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in TOFU_LOGS.items() if file in log}, {"format": "TOFU"}
@@ -332,7 +331,28 @@ def _tofu_rows(columns: dict, where: str) -> list:
         by_row[ours] = [column[str(i)] for i in range(n)] if isinstance(column, dict) else column
     rows = [dict(zip(by_row, values), index=i) for i, values in enumerate(zip(*by_row.values()))]
     for row in rows:
-        row["question"], row["generation"], row["answer"] = row.pop("generated_text")
+        texts = row.pop("generated_text")
+        if not isinstance(texts, list) or len(texts) != 3:
+            raise InputError(f"{where} row {row['index']}: generated_text must hold prompt, generation and truth, got {texts!r}"[:300])
+        row["question"], row["generation"], row["answer"] = texts
+    return check_rows(rows, where)
+
+
+def check_rows(rows: list, where: str) -> list:
+    """Every index once and in order, every number there and finite. Raises InputError that starts with `where`."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
+    if [row.get("index") for row in rows] != list(range(len(rows))):
+        raise InputError(f"{where} has rows missing or out of order; need every index from 0 to {len(rows) - 1} once")
+    number_ = lambda x, least: isinstance(x, (int, float)) and math.isfinite(x) and x >= least
+    for row in rows:
+        paraphrased = row.get("paraphrased_nll") is None or number_(row["paraphrased_nll"], 0) and number_(row.get("paraphrased_tokens"), 1)
+        nlls, tokens = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
+        perturbed = len(nlls) == len(tokens) and all(number_(x, 0) for x in nlls) and all(number_(x, 1) for x in tokens)
+        if not (number_(row.get("answer_nll"), 0) and number_(row.get("answer_tokens"), 1) and number_(row.get("rouge_l_recall"), 0) and paraphrased
+                and perturbed and all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))):
+            raise InputError(f"{where} row {row['index']}: needs question, answer and generation, finite sums (answer_nll, paraphrased_nll, perturbed_nll), token "
+                             "counts of at least 1 beside them, as many perturbed ones, and rouge_l_recall")
     return rows
 
 
@@ -342,15 +362,18 @@ def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_nam
         raise InputError(f"{retain_name} holds {len(retain_rows)} forget rows, {model_name} {len(rows)}: they were measured on different rows; "
                          "need the log of the model retrained without this forget split")
     words = lambda text: " ".join(str(text).split())
-    for row, other in zip(rows, retain_rows):  # TOFU's logs keep the whole prompt, ours the question: answers are in both
+    for index, (row, other) in enumerate(zip(rows, retain_rows)):  # TOFU's logs keep the whole prompt, ours the question: answers are in both
+        if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):
+            raise InputError(f"forget quality needs perturbed answers in every forget row: row {index} of {model_name} or of {retain_name} has none")
         if words(row["answer"]) != words(other["answer"]):
-            raise InputError(f"row {row['index']} is {words(row['answer'])[:60]!r} in {model_name} and {words(other['answer'])[:60]!r} in {retain_name}: "
+            raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name} and {words(other['answer'])[:60]!r} in {retain_name}: "
                              "they were measured on different rows; need the log of the model retrained without this forget split")
     return retain_rows[:len(rows)]
 
 
-def read_retain_log(path: str, split: str, fingerprint: str | None = None) -> list:
-    """The forget rows of a retrained model's log, after its own word on what it was trained and judged on. Raises InputError."""
+def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str | None = None, name: str = "this data") -> list:
+    """A retrained model's rows on the same questions as `forget_rows`, in their order. Raises InputError where the log doesn't hold them, or
+    was, by its own word, measured on other data or on a model trained on something else than the complement of `split`."""
     rows, provenance = read_log(path)
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
@@ -359,12 +382,14 @@ def read_retain_log(path: str, split: str, fingerprint: str | None = None) -> li
         raise InputError(f"{path} was measured on a model trained on {trained}; --split {split} needs one trained on {complement(split)}")
     if fingerprint and provenance.get("data_fingerprint") not in (None, fingerprint):
         raise InputError(f"{path} was measured on other data (fingerprint {provenance['data_fingerprint']}, here {fingerprint})")
-    return rows["forget"]
+    return match_retain_rows(forget_rows, rows["forget"], name, path)
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
     """A log says which split it was measured on, TOFU's released ones by their number of forget rows. Raises InputError."""
-    if provenance.get("split") not in (None, split):
+    if not rows.get("forget"):
+        raise InputError(f"{path} has no forget rows")
+    if provenance.get("split") not in (None, "own", split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])
     if provenance.get("format") == "TOFU" and "forget" in rows and len(rows["forget"]) != expected:
@@ -434,7 +459,7 @@ def plot_truth_ratios(rows: list, retain_rows: list | None, path: Path):
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate_tofu.py", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="folder or Hub id of the model to judge")
     source.add_argument("--log", help="judge an existing per-row log instead: our JSON, or a released TOFU log")
     parser.add_argument("--data", help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else builtin)")
@@ -463,14 +488,15 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
     task = load_task(data, split, args.forget, args.retain)
     template = args.template or meta.get("template", "llama2")
     batch_size = args.batch_size or (PRESETS[meta["preset"]].eval_batch_size if meta.get("preset") in PRESETS else 32)
-    retain_rows = read_retain_log(args.retain_log, task.split, task.fingerprint) if args.retain_log else None
     prepared = prepare(task.evaluated, tokenizer, template, getattr(model.config, "max_position_embeddings", None), args.max_rows)
-    if retain_rows is not None:
-        retain_rows = match_retain_rows([dict(row, index=i) for i, row in enumerate(prepared.rows["forget"])], retain_rows, data, args.retain_log)
+    retain_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint) if args.retain_log else None
     reference = reference_head = None
     with autocast(args.dtype, device):
         if args.reference:
             reference_model = AnswerModel(load_model(args.reference)[0].to(device))
+            if reference_model.lm.config.vocab_size != model.config.vocab_size:
+                raise InputError(f"--reference {args.reference} has a vocabulary of {reference_model.lm.config.vocab_size}, --model {args.model} of "
+                                 f"{model.config.vocab_size}: need the model before unlearning")
             reference = reference_states(reference_model, prepared, tokenizer, batch_size, device)
             reference_head = reference_model.lm.get_output_embeddings()
         rows = evaluate(AnswerModel(model.to(device)), prepared, tokenizer, batch_size=batch_size, max_new_tokens=args.max_new_tokens,
@@ -482,17 +508,28 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
+    if not (args.model or args.log):
+        raise InputError("--model DIR or --log FILE is required: what is to be judged?")
     if not (args.forget or args.retain) and parse_split(args.split)[0] != "forget":
         raise InputError(f"--split {args.split}: a model is judged on a forget split, forget01 to forget99")
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists: choose another file, or remove it")
+    picture = args.plot and Path(args.plot) or args.plot == "" and (Path(args.out).with_suffix(".png") if args.out else Path("truth_ratios.png"))
+    if picture and picture.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {picture}: need a name that ends in .png, .pdf or .svg")
+    for file in filter(None, (args.out, picture)):
+        if not os.access(next(p for p in Path(file).absolute().parents if p.exists()), os.W_OK) or str(Path(file).absolute()).startswith("/proc/"):
+            raise InputError(f"cannot write {file}: choose a place with the right to write")
     if args.log:
+        without = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens", "batch_size", "dtype", "device"} & set(given_flags(build_parser(), argv))
+        if without:
+            raise InputError(f"--log holds what was measured: --{sorted(without)[0].replace('_', '-')} has no effect there, leave it out")
         rows, provenance = read_log(args.log)
         expect_split(rows, provenance, args.split, args.log)
-        retain_rows = read_retain_log(args.retain_log, args.split, provenance.get("data_fingerprint")) if args.retain_log else None
-        if retain_rows is not None:
-            retain_rows = match_retain_rows(rows.get("forget", []), retain_rows, args.log, args.retain_log)
+        judged = "own" if provenance.get("split") == "own" else args.split
+        retain_rows = read_retain_log(args.retain_log, judged, rows["forget"], provenance.get("data_fingerprint"), args.log) if args.retain_log else None
     else:
         rows, provenance, retain_rows = measure(args, args.split)
     metrics = compute_metrics(rows, retain_rows)
@@ -500,10 +537,11 @@ def main(argv=None):
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     print(sample_answers(rows))
     print(metrics_table(metrics))
-    if args.plot is not None:
-        path = Path(args.plot or (Path(args.out).with_suffix(".png") if args.out else "truth_ratios.png"))
-        plot_truth_ratios(rows["forget"], retain_rows, path)
-        print(f"truth-ratio distributions: {path}")
+    if picture and metrics["forget_truth_ratio"] is None:
+        print("no picture: the forget rows have no perturbed answers, and so no truth ratios")
+    elif picture:
+        plot_truth_ratios(rows["forget"], retain_rows, picture)
+        print(f"truth-ratio distributions: {picture}")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def load_model(source: str):
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing folder, nor a Hub id")
     try:
-        # "PRESET" folders of a crafted kind can't run code: remote code stays off, and only safetensors are opened.
+        # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
@@ -168,8 +168,21 @@ def load_model(source: str):
     if len(tokenizer) > rows:
         raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are not of one model")
     check_head(model, source)
-    meta_file = folder / "npo.json"
-    return without_dropout(model), tokenizer, json.loads(meta_file.read_text()) if meta_file.is_file() else {}
+    return without_dropout(model), tokenizer, read_meta(source)
+
+
+def read_meta(source: str) -> dict:
+    """What npo.json in a model folder says: {"preset", "template", "trained_on"}; {} where there is none. Raises InputError."""
+    file = Path(source) / "npo.json"
+    if not file.is_file():
+        return {}
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); remove it, and name template and settings by flags") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("trained_on", {}), dict):
+        raise InputError(f"{file} must hold an object with preset, template and trained_on; remove it, and name template and settings by flags")
+    return meta
 
 
 def without_dropout(model):
@@ -188,6 +201,10 @@ def check_head(model, source: str):
     ids = torch.arange(2, 10).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     head = model.get_output_embeddings()
     logits = model(input_ids=ids, use_cache=False).logits
+    if getattr(head, "bias", None) is not None:
+        raise InputError(f"--model {source}: {type(model).__name__} has an LM head with a bias, which is not supported; take a Llama-like model")
+    if not logits.isfinite().all():
+        raise InputError(f"--model {source}: its logits are not finite, so its weights are broken; take another checkpoint")
     if head is None or not torch.allclose(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state), logits, rtol=1e-3, atol=1e-3):
         raise InputError(f"--model {source}: {type(model).__name__} changes its logits behind the LM head, which is not supported; take a Llama-like model")
 

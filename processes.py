@@ -59,5 +59,6 @@ def join_world(device: str) -> World:
     elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share this machine's cores evenly
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
+        dist.init_process_group("nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo")
     return World(rank, size, chosen)

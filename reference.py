@@ -5,6 +5,7 @@ log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the 
 which the frozen LM head gives the exact logits again.
 """
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -79,4 +80,6 @@ def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, 
     if w.rank == 0:
         tensors["head"] = model.lm.get_output_embeddings().weight.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank{w.rank:04d}.safetensors", metadata={"fingerprint": mark})
+    file = folder / f"rank{w.rank:04d}.safetensors"
+    save_file(tensors, file.with_suffix(".partial"), metadata={"fingerprint": mark})
+    os.replace(file.with_suffix(".partial"), file)

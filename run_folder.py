@@ -17,6 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import checkpoints
@@ -36,17 +37,29 @@ def open_folder(s: Namespace, config: dict, w: World) -> Path:
     """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be written."""
     if s.resume:
         return Path(s.resume)
-    folder = None
-    if w.rank == 0:
-        name = f"{s.method}_{s.split}"
-        candidates = [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
-        folder = next((path for path in candidates if not path.exists()), None)
-        if folder is None:
-            raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        write_json(aside / "config.json", config)
+    name = f"{s.method}_{s.split}"
+    candidates = [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
+    return w.agree(next((path for path in candidates if _appear(path, config)), None) if w.rank == 0 else None) or _exists(s.out)
+
+
+def _appear(folder: Path, config: dict) -> bool:
+    """Make `folder` with its config.json, in one rename; False where it exists."""
+    if folder.exists():
+        return False
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    write_json(aside / "config.json", config)
+    try:
         os.rename(aside, folder)
-    return w.agree(folder)
+    except OSError:  # another run took the name in this instant
+        shutil.rmtree(aside)
+        if not folder.exists():
+            raise
+        return False
+    return True
+
+
+def _exists(out: str):
+    raise InputError(f"--out {out} exists: choose another folder, or go on with --resume {out}")
 
 
 class Run:
@@ -59,7 +72,7 @@ class Run:
         every = s.checkpoint_every
         self.checkpoint_steps = set(plan.epoch_ends) if every == "epoch" else set() if every.endswith("m") else set(range(0, plan.steps, int(every)))
         self.interval = 60 * float(every[:-1]) if every.endswith("m") else math.inf
-        self.saved_at, self.stopped, self.wants_stop = time.monotonic(), False, False
+        self.saved_at, self.stopped, self.wants_stop, self.saving = time.monotonic(), False, False, False
         self.log_file = folder / "log.jsonl"
         self.bar = tqdm(total=plan.steps, desc=f"{s.method} {s.split}", unit="step", disable=w.rank > 0 or not sys.stderr.isatty())
 
@@ -74,11 +87,10 @@ class Run:
 
     def _on_signal(self, number_, frame):
         # torchrun passes a Ctrl-C on that the terminal has sent us already: only a later one means "at once".
-        if self.wants_stop and time.monotonic() - self.asked_at > 3:
+        if self.wants_stop and time.monotonic() - self.asked_at > 3 and not self.saving:
             raise KeyboardInterrupt
         if not self.wants_stop:
             self.wants_stop, self.asked_at = True, time.monotonic()
-            self.w.say(f"{signal.Signals(number_).name}: finishing the step and saving (again after 3 seconds: stop at once)")
 
     @property
     def wants_checkpoint(self) -> bool:
@@ -103,21 +115,23 @@ class Run:
         self.bar.update(state["step"])
         return state["step"]
 
-    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
-        """Save what resume needs. Raises InputError where there is no room or no right to write."""
-        self.saved_at = time.monotonic()
+    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
+        """Save what resume needs; all processes wait until it is there. Raises InputError where there is no room or no right to write."""
+        self.saved_at, self.saving = time.monotonic(), True
         if self.w.rank == 0:
             try:
                 checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer,
-                                 {"log_bytes": self.log_file.stat().st_size, "scaler": scaler.state_dict()})
-            except OSError as error:
-                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); make room, then "
-                                 f"--resume {self.folder}") from None
+                                 {"log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0, "scaler": scaler.state_dict()}, kept)
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({getattr(error, 'strerror', None) or error}); make room, "
+                                 f"then --resume {self.folder}") from None
+        self.w.wait()
+        self.saving = False
 
     def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
         """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every 50th)."""
         epoch = step * self.s.batch_size / self.plan.rows
-        memory = torch.cuda.max_memory_allocated() if self.w.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if self.w.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         line = {"step": step, "epoch": round(min(epoch, self.s.epochs), 4), "lr": lr, **parts, "grad_norm": grad_norm,
                 "tokens_per_s": round(tokens_per_s), "memory": memory}
         self.bar.update(1)
@@ -197,8 +211,9 @@ def save_aside(lm, tokenizer, folder: Path, meta: dict):
         save_model(lm, tokenizer, aside, meta)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}; make room and use --resume {folder.parent}") from None
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; make room, then --resume {folder.parent}") from None
 
 
 def plot_trajectory(evaluations: dict, method: str, path: Path):

@@ -29,13 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from command_line import Parser, environment, not_negative, positive, run_command, write_json
+from command_line import Parser, environment, given_flags, locked, not_negative, positive, run_command, write_json
 from data.batches import collate, deal, make_stream
 from data.prompts import TEMPLATES, encode
-from data.tofu import InputError, complement, fingerprint, load_task, parse_split, slice_rows
-from evaluate_tofu import match_retain_rows, prepare, read_retain_log
+from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
+from evaluate_tofu import prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
-from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, tiny_dims, weights_hash
+from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, read_meta, tiny_dims, weights_hash
 from processes import World, join_world
 from reference import Reference, reference_pass
 from run_folder import Run, Stopped, open_folder
@@ -205,7 +205,7 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
                                    {"params": [p for p in parameters if not decayed(p)], "weight_decay": 0.0}],
                                   lr=s.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(w.device.type, enabled=s.dtype == "fp16")
-    policy = DistributedDataParallel(model) if w.size > 1 else model
+    policy = DistributedDataParallel(model, broadcast_buffers=False) if w.size > 1 else model
     model.lm.train()
     step = run.restore(model, optimizer, scaler)
     if step == 0 and 0 in run.evaluation_steps:
@@ -236,8 +236,10 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
 
         scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf))
-        if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-            run.checkpoint(step, model, optimizer, scaler)
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1  # fp16 may overflow: the scaler skips the update and lowers its scale
+        if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
+            if finite(model):
+                run.checkpoint(step, model, optimizer, scaler, kept=1000)  # beside the earlier ones, which may be the healthier
             raise InputError(f"step {step + 1}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the weights before this step are kept in "
                              f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
         if step == 0:
@@ -245,17 +247,27 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(grad_norm):
-            continue  # fp16 overflowed: the scaler has lowered its scale and skipped the update, so the same batch comes again
-        step += 1
-        run.log(step, lr, logged, grad_norm, counts["tokens"] / (time.perf_counter() - begin))
-        if step in run.evaluation_steps:
+        if math.isfinite(grad_norm):  # else the update was skipped, and the same batch comes again
+            step += 1
+            run.log(step, lr, logged, grad_norm, counts["tokens"] / (time.perf_counter() - begin))
+        evaluates = step in run.evaluation_steps and math.isfinite(grad_norm)
+        saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
+        if (evaluates or saves or step == plan.steps) and not finite(model):
+            raise InputError(f"step {step}: the update made weights that are not finite; the last good ones, if any, are in "
+                             f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+        if evaluates:
             run.evaluate(step, model)
-        if step < plan.steps and (step in run.evaluation_steps or step in run.checkpoint_steps or save or stop):
+        if saves:
             run.checkpoint(step, model, optimizer, scaler)
         run.stopped = bool(stop)
     if step < plan.steps:
         raise Stopped(f"stopped after step {step} of {plan.steps}, saved; go on with: --resume {run.folder}")
+
+
+@torch.no_grad()
+def finite(model: AnswerModel) -> bool:
+    """No weight is NaN or infinite."""
+    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def check_start(s: Namespace, logged: dict):
@@ -326,7 +338,9 @@ def resolve(given: dict) -> Namespace:
     name, _, path = s.model.partition("=")
     if path and name not in PRESETS:
         raise InputError(f"--model {s.model}: {name} is no preset; need one of {', '.join(PRESETS)} before the =")
-    s.preset = name if name in PRESETS else None
+    # A folder that one of our runs wrote says which preset it is of.
+    s.preset = name if name in PRESETS else read_meta(s.model).get("preset")
+    s.preset = s.preset if s.preset in PRESETS else None
     preset, sft = PRESETS[s.preset or "llama2-7b"], s.loss == "sft"  # a folder or Hub id: the paper's settings
     for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs, "lr": preset.sft_lr if sft else preset.lr,
                        "warmup_epochs": preset.warmup_epochs, "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
@@ -335,22 +349,26 @@ def resolve(given: dict) -> Namespace:
             setattr(s, key, value)
     s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
     s.method = method_name(s)
-    s.start = path or ((preset.base if sft else preset.finetuned) if s.preset else s.model)
+    s.start = path or ((preset.base if sft else preset.finetuned) if name in PRESETS else s.model)
     if sft and (s.kl_weight or s.retain_weight):
         raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight and --kl-weight")
     if s.forget_weight == s.retain_weight == s.kl_weight == 0:
         raise InputError("--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one of them")
     if s.micro_batch_size > s.batch_size:
         raise InputError(f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the global batch")
+    if s.warmup_epochs > s.epochs:
+        raise InputError(f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these")
+    if s.seed >= 2**63:
+        raise InputError(f"--seed {s.seed} is too large: need less than 2^63")
     if s.forget or s.retain:
-        if sft:
-            raise InputError("--forget and --retain are for unlearning: with --loss sft leave them out")
-        if s.preset == "tiny" and not path:
+        if sft or "split" in given or "data" in given:
+            raise InputError("--forget and --retain are the data and the split: leave out --data and --split, and --loss sft")
+        if not s.start:
             raise InputError("--forget and --retain need the model that holds these rows: give --model FOLDER")
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to train on it)")
-    if s.preset and s.preset != "tiny" and not s.start:
+    if s.preset != "tiny" and not s.start:
         raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full first, "
                          f"then give --model {s.preset}=runs/NAME/model")
     return s
@@ -358,19 +376,29 @@ def resolve(given: dict) -> Namespace:
 
 def parse(argv) -> tuple[Namespace, dict]:
     """(settings, the flags that were given). A resumed run takes its settings from its folder."""
-    parser, unset = build_parser(), object()
-    marked = Namespace(**{key: unset for key in vars(parser.parse_args([]))})
-    given = {key: value for key, value in vars(parser.parse_args(argv, marked)).items() if value is not unset}
+    given = given_flags(build_parser(), argv)
     if "resume" not in given:
         return resolve(given), given
     folder = Path(given.pop("resume"))
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder}: no config.json there; need a run folder, such as runs/NAME")
-    stored = json.loads((folder / "config.json").read_text())["settings"]
+    stored = read_config(folder)["settings"]
     for key, value in given.items():
         if stored.get(key) != value:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's {stored.get(key)}; leave it out, or start a new run")
     return Namespace(**{**stored, "resume": str(folder)}), given
+
+
+def read_config(folder: Path) -> dict:
+    """A run folder's config.json. Raises InputError where it isn't one of ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        missing = {"loss", "method", "model", "start", "split", "data"} - set(config["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: {error}); need a run folder, such as runs/NAME") from None
+    if missing:
+        raise InputError(f"--resume {folder}: its config.json lacks {', '.join(sorted(missing))}; need a run folder, such as runs/NAME")
+    return config
 
 
 # ---------------------------------------------------------------- from settings to a finished run
@@ -387,9 +415,12 @@ def tiny_settings(s: Namespace, split: str, task) -> Namespace:
 def tiny_model(s: Namespace, split: str, task, w: World) -> Path:
     """The folder of the tiny model trained on `split`: an earlier run's, or made now (an interrupted one goes on)."""
     sft = tiny_settings(s, split, task)
-    if w.agree(Path(sft.out).exists()):
-        sft = parse(["--resume", sft.out])[0]
-    return run(sft, w)
+    folder = Path(sft.out)
+    # Two commands that need the same model: the second waits for the first and finds it finished.
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True) if w.rank == 0 else nullcontext():
+        if w.agree(folder.exists()):
+            sft = parse(["--resume", sft.out])[0]
+        return run(sft, w)
 
 
 def describe(s: Namespace, task, plan: Plan, prepared, lm, missing: list, w: World):
@@ -415,11 +446,12 @@ def describe(s: Namespace, task, plan: Plan, prepared, lm, missing: list, w: Wor
 
 def floating_point_rate(w: World) -> float:
     """FLOP/s to reckon with: a third of the matrix-product rate measured now, times the processes."""
-    x = torch.rand(768, 768, device=w.device)
+    size, products = 768, 3
+    x = torch.rand(size, size, device=w.device)
     (x @ x).sum().item()
     begin = time.perf_counter()
     (x @ x @ x @ x).sum().item()
-    return 3 * 2 * 768 ** 3 / (time.perf_counter() - begin) * w.size / 3
+    return products * 2 * size**3 / (time.perf_counter() - begin) * w.size / 3
 
 
 def run(s: Namespace, w: World) -> Path:
@@ -441,19 +473,28 @@ def run(s: Namespace, w: World) -> Path:
     context = getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, tokenizer, context)
     prepared = prepare(task.evaluated, tokenizer, s.template, context)
-    retain_rows = None
-    if s.retain_log:
-        retain_rows = match_retain_rows([dict(row, index=i) for i, row in enumerate(prepared.rows["forget"])],
-                                        read_retain_log(s.retain_log, task.split, task.fingerprint), s.data, s.retain_log)
+    judged = task.split if task.split == "own" else evaluation_split(task.split)
+    retain_rows = read_retain_log(s.retain_log, judged, prepared.rows["forget"], task.fingerprint) if s.retain_log else None
 
     config = {"settings": {k: v for k, v in vars(s).items() if k != "resume"}, "world_size": w.size, "device": w.device.type,
               "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps, "refusals": task.refusals_from},
               "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+    if s.resume:
+        for key, now in (("data_fingerprint", task.fingerprint), ("model_config", json.loads(json.dumps(lm.config.to_dict())))):
+            if (before := read_config(Path(s.resume)).get(key)) != now and not (key == "model_config" and from_scratch):
+                raise InputError(f"--resume {s.resume}: its {key} was {str(before)[:80]} and is now {str(now)[:80]}: data or model have changed; start a new run")
     folder = open_folder(s, config, w)
     if w.agree((folder / "model").is_dir()):
         w.say(f"{folder} is finished")
         return folder
+    with locked(folder / ".lock") if w.rank == 0 else nullcontext():
+        return finish_run(s, w, task, plan, prepared, lm, tokenizer, start, retain_rows, config, folder, begin)
 
+
+def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer, start: dict, retain_rows: list | None, config: dict, folder: Path,
+               begin: float) -> Path:
+    """The part of `run` that writes: train what is missing, pass the reference, train, evaluate, save."""
+    from_scratch = s.preset == "tiny" and not s.start
     wanted = [] if s.loss == "sft" or not from_scratch else ["full"] if retain_rows else ["full", complement(s.split)]
     describe(s, task, plan, prepared, lm, [split for split in wanted if not (Path(tiny_settings(s, split, task).out) / "model").is_dir()], w)
     try:
@@ -463,11 +504,15 @@ def run(s: Namespace, w: World) -> Path:
     if "full" in tiny:
         lm, tokenizer, start = load_model(str(tiny["full"] / "model"))
     if len(tiny) == 2:
-        retain_rows = read_retain_log(str(max((tiny[complement(s.split)] / "eval").glob("step_*.json"))), task.split, task.fingerprint)
+        log = max((tiny[complement(s.split)] / "eval").glob("step_*.json"))
+        retain_rows = read_retain_log(str(log), evaluation_split(s.split), prepared.rows["forget"], task.fingerprint)
     config["start_weights"] = weights_hash(lm)
     config["start_trained_on"] = start.get("trained_on")
-    if w.rank == 0 and not s.resume:
-        write_json(folder / "config.json", config)
+    stored = w.agree(read_config(folder) if w.rank == 0 else None)
+    if stored.get("start_weights", config["start_weights"]) != config["start_weights"]:
+        raise InputError(f"--resume {folder}: the start's weights have changed since ({stored['start_weights']}, now {config['start_weights']}); start a new run")
+    if w.rank == 0 and "start_weights" not in stored:
+        write_json(folder / "config.json", {**stored, "start_weights": config["start_weights"], "start_trained_on": config["start_trained_on"]})
     model = AnswerModel(lm.to(w.device))
     reference = None
     if s.loss != "sft":

@@ -62,4 +62,5 @@ def encode(tokenizer, template: str, pairs: list, context: int | None = None) ->
 def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]:
     """Prompt token ids for generation."""
     texts = [prompt_text(tokenizer, template, question) for question in questions]
-    return tokenizer(texts, add_special_tokens=template != "chat", return_attention_mask=False)["input_ids"]
+    prompts = tokenizer(texts, add_special_tokens=template != "chat", return_attention_mask=False)["input_ids"]
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]  # some tokenizers add it themselves

@@ -94,7 +94,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
         if row["question"] != perturbed_row["question"]:
             raise InputError(f"{data}: forget10_perturbed is not the end of full ({perturbed_row['question']!r} against "
                              f"{row['question']!r}): both files must come from the same data set")
-    evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"],
+    kept = len(slice_rows(full, complement(evaluation_split(split))))  # a split so large that it reaches into retain_perturbed shortens it
+    evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
     kind, _ = parse_split(split)
     forget = slice_rows(full, split) if kind == "forget" else []

@@ -11,7 +11,7 @@ import torch
 import evaluate_tofu
 import train_npo
 from conftest import ROOT
-from data.tofu import InputError
+from data.tofu import InputError, read_rows
 
 # The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's folders.
 TRAIN = [
@@ -23,6 +23,8 @@ TRAIN = [
     ("--checkpoint-every soon", "invalid"), ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
     ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"), ("--model big=MODEL", "no preset"),
     ("--model smollm2-135m", "no published fine-tuned"), ("--forget a.json", "needs the model|needs both files|need the model"),
+    ("--warmup-epochs 99", "above the"), ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
+    ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"), ("--resume nowhere", "no config.json"),
     ("--model DATA --data DATA", "no config.json"), ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
 ] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
@@ -45,6 +47,7 @@ def test_train_refuses(flags, sentence, small_model, small_data, tmp_path, monke
 
 EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget split"), ("--model MODEL --split forget0", "unknown split"),
             ("--model MODEL --max-rows -1", "not negative"), ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
+            ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"), ("--model MODEL --out /proc/x/y.json", "cannot write"),
             ("--model MODEL --data DATA --out taken", "exists"), ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
             ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id")]
 
@@ -126,6 +129,19 @@ def test_a_hub_id_without_network(command, monkeypatch, flag):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # at once, where a missing network would be asked several times
     done = command("train_npo.py", flag, "nobody/nothing", status=2)
     assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data, tmp_path, monkeypatch):
+    log = {"rows": {"forget": [{"index": i, "question": "q", "answer": row["answer"], "generation": "g", "answer_nll": 1.0, "answer_tokens": 1,
+                                "rouge_l_recall": 0.0} for i, row in enumerate(read_rows(small_data / "forget10_perturbed.json"))]}}
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    assert "needs perturbed answers" in refused(["--model", small_model, "--data", small_data, "--retain-log", tmp_path / "log.json"], tmp_path, monkeypatch)
+
+
+def test_commands_work_without_git(command, small_model, small_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every", "never", "--out", "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
 def test_status_2_and_one_sentence(command):

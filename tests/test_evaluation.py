@@ -34,7 +34,7 @@ def test_released_logs_give_the_known_metrics(shared, name):
 def test_released_logs_give_the_known_forget_quality(shared):
     folder = shared("retain_logs") / "llama2-7b"
     full, _ = read_log(folder / "full.json")
-    retrained = match_retain_rows(full["forget"], read_retain_log(folder / "retain90.json", "forget10"), "full", "retain90")
+    retrained = read_retain_log(folder / "retain90.json", "forget10", full["forget"])
     metrics = compute_metrics(full, retrained)
     assert metrics["ks_statistic"] == pytest.approx(0.38) and metrics["ks_rows"] == 300
     assert f"{metrics['forget_quality']:.6e}" == "1.096624e-19"
@@ -48,7 +48,7 @@ def test_a_log_measured_on_other_rows_is_refused(shared):
     (full, provenance), (few, _) = read_log(folder / "full.json"), read_log(folder / "retain99.json")
     for other in ("retain95", "retain99"):
         with pytest.raises(InputError, match="different rows"):
-            match_retain_rows(full["forget"], read_retain_log(folder / f"{other}.json", "forget10"), "full", other)
+            read_retain_log(folder / f"{other}.json", "forget10", full["forget"])
     with pytest.raises(InputError, match="different rows"):  # enough rows, but of other questions
         match_retain_rows(few["forget"], full["forget"], "retain99", "full")
     with pytest.raises(InputError, match="another split"):
@@ -134,7 +134,7 @@ def test_scores_equal_a_naive_loop_over_rows(measured):
             assert result["generation"] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
-def test_batch_size_and_processes_change_nothing(measured):
+def test_batch_size_changes_nothing(measured):
     model, tokenizer, _, prepared, rows = measured
     for other in (1, 64):
         again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
@@ -221,6 +221,29 @@ def test_the_command_measures_a_folder_writes_json_and_draws(command, small_mode
     assert (tmp_path / "a.png").stat().st_size > 5000
     again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
     assert json.loads((tmp_path / "b.json").read_text())["metrics"]["forget_quality"] == 1.0 and "KS statistic" in again.stdout
+
+
+def good_log() -> dict:
+    row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 1.0,
+           "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0], "perturbed_tokens": [2, 2], "rouge_l_recall": 0.5}
+    return {"rows": {"forget": [row]}, "provenance": {}}
+
+
+@pytest.mark.parametrize("flaw", [
+    lambda log: log.update(rows=None), lambda log: log.update(rows=[]), lambda log: log.update(provenance=None),
+    lambda log: log["rows"].update(forget="x"), lambda log: log["rows"]["forget"].append("x"), lambda log: log["rows"]["forget"][0].update(index=1),
+    *[lambda log, key=key: log["rows"]["forget"][0].pop(key) for key in ("answer", "rouge_l_recall", "answer_nll", "answer_tokens")],
+    lambda log: log["rows"]["forget"][0].update(answer_tokens=0), lambda log: log["rows"]["forget"][0].update(answer_nll=None),
+    lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan), lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2])])
+def test_a_log_with_a_flaw_is_refused(tmp_path, flaw):
+    log = good_log()
+    (tmp_path / "good.json").write_text(json.dumps(log))
+    assert read_log(tmp_path / "good.json")[0] == log["rows"]
+    flaw(log)
+    (tmp_path / "bad.json").write_text(json.dumps(log))
+    with pytest.raises(InputError, match="bad.json") as error:
+        read_log(tmp_path / "bad.json")
+    assert "\n" not in str(error.value)
 
 
 def test_plot_survives_one_or_two_samples(tmp_path):

@@ -237,6 +237,7 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
                                for line in (folder / "log.jsonl").read_text().splitlines()]
     assert timeless(whole) == timeless(halves)
     assert run(train_npo.parse(["--resume", "halves"])[0], ALONE) == halves  # finished: nothing to do
+    assert len(list((halves / "checkpoints").glob("step_*"))) <= 2
     with pytest.raises(InputError, match="differs"):
         train_npo.parse(["--resume", "halves", "--lr", "0.5"])
     assert train_npo.parse(["--resume", "halves", "--lr", "0.001"])
@@ -279,6 +280,51 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(setting
         run(settings(loss="ga", out="nan"), ALONE)
     weights = load_file("nan/checkpoints/step_000001/weights.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_an_update_that_breaks_the_weights_is_never_saved_or_evaluated(settings):
+    for every in ("step", "never"):
+        with pytest.raises(InputError, match="not finite"):
+            run(settings(loss="ga", lr=1e39, epochs=1, batch_size=10, eval_every=every, out=f"broken-{every}"), ALONE)
+        assert not Path(f"broken-{every}/model").exists()
+
+
+def test_fp16_gives_up_when_no_scale_helps(settings, monkeypatch):
+    plain = train_npo.ga_loss
+    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) + 0 * (logps - logps.detach()).sqrt())  # finite, with a gradient of NaN
+    with pytest.raises(InputError, match="step 1: .* norm nan"):
+        run(settings(loss="ga", dtype="fp16", out="fp16"), ALONE)
+
+
+def test_fp16_trains_and_never_counts_a_skipped_step(settings):
+    folder = run(settings(retain_weight=1.0, dtype="fp16", epochs=1, max_grad_norm=1.0), ALONE)
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, tmp_path):
+    import shutil
+
+    from command_line import locked
+    data = shutil.copytree(small_data, tmp_path / "changing")
+    folder = run(settings(data=str(data), out="run", epochs=1), ALONE)
+    shutil.rmtree(folder / "model")
+    with locked(folder / ".lock"), pytest.raises(InputError, match="in use"):
+        run(train_npo.parse(["--resume", "run"])[0], ALONE)
+    text = (data / "full.json").read_text()
+    (data / "full.json").write_text(text.replace("born", "raised"))
+    with pytest.raises(InputError, match="have changed"):
+        run(train_npo.parse(["--resume", "run"])[0], ALONE)
+
+
+def test_a_run_s_own_folder_brings_its_preset_and_template_back(settings, small_model, tmp_path):
+    import shutil
+    folder = shutil.copytree(small_model, tmp_path / "tinys")
+    (folder / "npo.json").write_text(json.dumps({"preset": "tiny", "template": "qa", "trained_on": {}}))
+    s = resolve({"model": str(folder)})
+    assert s.preset == "tiny" and s.lr == train_npo.PRESETS["tiny"].lr and s.start == str(folder)
+    s = settings(model=str(folder), epochs=1)
+    s.template = None
+    assert json.loads((run(s, ALONE) / "model" / "npo.json").read_text())["template"] == "qa"
 
 
 def test_decay_spares_norm_weights(settings):
