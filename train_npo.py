@@ -1,18 +1,20 @@
 """Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3 and 5).
 
-    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1      # unlearn forget10; from a laptop on, no download
-    python train_npo.py --loss sft --split full                               # fine-tune (or --split retain90: retrain)
+    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1  # unlearn forget10; from a laptop on, no download
+    python train_npo.py --loss sft --split full                            # fine-tune (or --split retain90: retrain)
 
     minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
-    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))                 (Eq. 3, losses.npo_loss)
+    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))       (Eq. 3, losses.npo_loss)
 
-The loop is `train`; read it first. A global batch is defined without regard to processes: each takes its share of the rows, losses are
-SUMS that are divided once by the whole batch's counts, and the step is the same for any micro-batch size and any number of processes.
+The loop is `train`; read it first. A global batch is defined without regard to processes: each takes its share of the
+rows, losses are SUMS that are divided once by the whole batch's counts, and the step is the same for any micro-batch
+size and any number of processes.
 
-Where this departs from the paper or from the authors' code: no reference model stays in memory. The policy is the reference until its first
-step, so one pass before it keeps log pi_ref(y|x) of every answer that will be used, and for K and the KL metrics the last hidden states. RT and GA
-are means over the batch's answer tokens and NPO, DPO, KTO, SimNPO means over sequences, as in the authors' code; K, idk+rt and DPO follow the
-paper's text (README, "Departures"). Dropout is off: at step 0 the policy must equal the reference, and that is checked.
+Where this departs from the paper or from the authors' code: no reference model stays in memory. The policy is the
+reference until its first step, so one pass before it keeps log pi_ref(y|x) of every answer that will be used, and for K
+and the KL metrics the last hidden states. RT and GA are means over the batch's answer tokens and NPO, DPO, KTO, SimNPO
+means over sequences, as in the authors' code; K, idk+rt and DPO follow the paper's text (README, "Departures"). Dropout
+is off: at step 0 the policy must equal the reference, and that is checked.
 """
 
 import json
@@ -35,7 +37,8 @@ from data.prompts import TEMPLATES, encode
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
 from evaluate_tofu import prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
-from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, read_meta, tiny_dims, weights_hash
+from models import (AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, read_meta, tiny_dims,
+                    weights_hash)
 from processes import World, join_world
 from reference import Reference, reference_pass
 from run_folder import Run, Stopped, open_folder
@@ -48,9 +51,10 @@ WITH_REFUSAL = ("idk", "dpo", "kto")
 
 # ---------------------------------------------------------------- the objective
 
-def forget_loss(s: Namespace, logps: Tensor, reference_logps: Tensor, refusal_logps: Tensor, reference_refusal_logps: Tensor,
-                answer_tokens: Tensor, kl_baseline: Tensor) -> Tensor:
-    """L_forget of each sequence, (B,): the one place where `--loss` is looked at. New objectives go here and into LOSSES."""
+def forget_loss(s: Namespace, logps: Tensor, reference_logps: Tensor, refusal_logps: Tensor,
+                reference_refusal_logps: Tensor, answer_tokens: Tensor, kl_baseline: Tensor) -> Tensor:
+    """L_forget of each sequence, (B,): the one place where `--loss` is looked at. New objectives go here and into
+    LOSSES."""
     if s.loss == "sft":
         return nll_loss(logps)
     if s.loss == "ga":
@@ -74,7 +78,8 @@ def method_name(s: Namespace) -> str:
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Hugging Face's linear schedule: the k-th of T updates (k from 0) has k/w while k < w, then (T - k)/(T - w), times the peak lr."""
+    """Hugging Face's linear schedule: the k-th of T updates (k from 0) has k/w while k < w, then (T - k)/(T - w), times
+    the peak lr."""
     if step < warmup_steps:
         return step / warmup_steps
     return (steps - step) / max(1, steps - warmup_steps)
@@ -98,19 +103,22 @@ class Plan:
         self.forget = encode(tokenizer, s.template, pairs(rows), context)
         self.retain = encode(tokenizer, s.template, pairs(task.retain), context) if uses_retain else []
         refused = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusal else []
-        encoded = encode(tokenizer, s.template, [(rows[row]["question"], task.refusals[line]) for row, line in refused], context) if refused else []
+        refusals = [(rows[row]["question"], task.refusals[line]) for row, line in refused]
+        encoded = encode(tokenizer, s.template, refusals, context) if refused else []
         self.refusal = dict(zip(refused, encoded))  # (row, refusal line) -> tokens
         self.rows, self.steps = len(rows), len(self.stream)
         self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
         self.epoch_ends = [math.ceil(e * len(rows) / s.batch_size) for e in range(1, s.epochs + 1)]
 
     def evaluation_steps(self, every: str) -> set:
-        """Steps after which the model is evaluated (0: before the first); `every` is epoch, step, never, end or a number."""
+        """Steps after which the model is evaluated (0: before the first); `every` is epoch, step, never,
+        end or a number."""
         if every == "never":
             return set()
         if every == "end":
             return {self.steps}
-        return {0, self.steps, *(self.epoch_ends if every == "epoch" else range(0, self.steps, 1 if every == "step" else int(every)))}
+        inner = self.epoch_ends if every == "epoch" else range(0, self.steps, 1 if every == "step" else int(every))
+        return {0, self.steps, *inner}
 
     def tokens(self) -> int:
         """Tokens of the whole run that pass forward and backward."""
@@ -119,15 +127,13 @@ class Plan:
         return round(sum(map(len, self.stream)) * each)
 
 
-
-
-# ---------------------------------------------------------------- one step
-
 class MicroBatch(NamedTuple):
-    """Rows that go through one forward pass: [forget answers][refusals][retain answers], the first two of the same stream places."""
+    """Rows that go through one forward pass: [forget answers][refusals][retain answers], the first two of the same
+    stream places."""
     items: list
     partners: list
-    ghost: bool  # this process has no row left: it computes one with weight 0, to meet the others in the last backward pass
+    # This process has no row left: it computes one with weight 0, to meet the others in the last backward pass.
+    ghost: bool
 
 
 def micro_batches(s: Namespace, plan: Plan, items: list, w: World) -> list[MicroBatch]:
@@ -135,15 +141,17 @@ def micro_batches(s: Namespace, plan: Plan, items: list, w: World) -> list[Micro
     first = lambda i: plan.refusal[i.row, i.refusal] if s.loss == "idk" else plan.forget[i.row]
     forget = deal(items, [len(first(i).ids) for i in items], s.micro_batch_size, w.rank, w.size)
     partners = [i.partner for i in items] if plan.retain else []
-    retain = deal(partners, [len(plan.retain[p].ids) for p in partners], s.micro_batch_size, w.rank, w.size) if partners else [[]] * len(forget)
+    retain = [[]] * len(forget)
+    if partners:
+        retain = deal(partners, [len(plan.retain[p].ids) for p in partners], s.micro_batch_size, w.rank, w.size)
     ghosts = [not f for f in forget]
     return [MicroBatch(f or items[:1], r or partners[:1], ghost) for f, r, ghost in zip(forget, retain, ghosts)]
 
 
-def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Reference | None, counts: dict, kl_baseline: Tensor,
-              pad: int, w: World) -> dict:
-    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss", "kl_loss", "mean_W"}, each already
-    divided by the whole batch's count, so that they add up over micro-batches and processes."""
+def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Reference | None, counts: dict,
+              kl_baseline: Tensor, pad: int, w: World) -> dict:
+    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss", "kl_loss",
+    "mean_W"}, each already divided by the whole batch's count, so that they add up over micro-batches and processes."""
     forget = [plan.forget[i.row] for i in micro.items] if s.loss != "idk" else []
     refusal = [plan.refusal[i.row, i.refusal] for i in micro.items] if s.loss in ("idk", "dpo") else []
     retain = [plan.retain[p] for p in micro.partners]
@@ -152,9 +160,13 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
     logps, kl = model(batch, reference_logits, s.kl_direction)
     forget_logps, refusal_logps, retain_logps = logps.split([len(forget), len(refusal), len(retain)])
 
-    reference_logps = reference.logps([f"forget/{i.row}" for i in micro.items]) if s.loss in WITH_REFERENCE else None
-    reference_refusal_logps = reference.logps([f"refusal/{i.row}/{i.refusal}" for i in micro.items]) if s.loss == "dpo" else None
-    values = forget_loss(s, forget_logps, reference_logps, refusal_logps, reference_refusal_logps, batch.lengths[:len(forget)], kl_baseline)
+    reference_logps = reference_refusal_logps = None
+    if s.loss in WITH_REFERENCE:
+        reference_logps = reference.logps([f"forget/{i.row}" for i in micro.items])
+    if s.loss == "dpo":
+        reference_refusal_logps = reference.logps([f"refusal/{i.row}/{i.refusal}" for i in micro.items])
+    values = forget_loss(s, forget_logps, reference_logps, refusal_logps, reference_refusal_logps,
+                         batch.lengths[:len(forget)], kl_baseline)
     sums = {"forget_loss": values.sum() / counts["forget_tokens" if s.loss in TOKEN_MEAN else "rows"]}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:
@@ -169,17 +181,21 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
 
 
 def global_counts(s: Namespace, plan: Plan, items: list) -> dict:
-    """What the sums are divided by: the whole global batch's rows and answer tokens, known to every process without asking."""
+    """What the sums are divided by: the whole global batch's rows and answer tokens, known to every process
+    without asking."""
     answers = [plan.refusal[i.row, i.refusal] if s.loss == "idk" else plan.forget[i.row] for i in items]
     partners = [plan.retain[i.partner] for i in items] if plan.retain else []
     refusals = [plan.refusal[i.row, i.refusal] for i in items] if s.loss == "dpo" else []
-    return {"rows": len(items), "forget_tokens": sum(e.answer_tokens for e in answers), "retain_tokens": sum(e.answer_tokens for e in partners),
+    return {"rows": len(items), "forget_tokens": sum(e.answer_tokens for e in answers),
+            "retain_tokens": sum(e.answer_tokens for e in partners),
             "tokens": sum(len(e.ids) for e in answers + partners + refusals)}
 
 
 @torch.no_grad()
-def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, reference: Reference, pad: int, w: World) -> Tensor:
-    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): a pass without gradient, one scalar reduced."""
+def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, reference: Reference, pad: int,
+                 w: World) -> Tensor:
+    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): a pass without gradient, one
+    scalar reduced."""
     total = torch.zeros((), device=w.device)
     pairs = [(i.row, i.refusal) for i in items]
     for chunk in deal(pairs, [len(plan.refusal[p].ids) for p in pairs], 2 * s.micro_batch_size, w.rank, w.size):
@@ -218,17 +234,21 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         for group in optimizer.param_groups:
             group["lr"] = lr
         counts = global_counts(s, plan, items)
-        with autocast(s.dtype, w.device):
-            kl_baseline = kto_baseline(s, model, plan, items, reference, pad, w) if s.loss == "kto" else torch.zeros((), device=w.device)
+        kl_baseline = torch.zeros((), device=w.device)
+        if s.loss == "kto":
+            with autocast(s.dtype, w.device):
+                kl_baseline = kto_baseline(s, model, plan, items, reference, pad, w)
 
-        totals = torch.zeros(len(PARTS) + 2, device=w.device)  # the parts' sums, then two requests that all processes must agree on
+        # The parts' sums, then two requests that all processes must agree on.
+        totals = torch.zeros(len(PARTS) + 2, device=w.device)
         micros = micro_batches(s, plan, items, w)
         for m, micro in enumerate(micros):
             last = m == len(micros) - 1
             with nullcontext() if last or w.size == 1 else policy.no_sync():  # gradients travel once a step
                 with autocast(s.dtype, w.device):
                     sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, pad, w)
-                scaler.scale(sums["loss"] * w.size).backward()  # DDP will average over processes, the batch's loss is their sum
+                # DDP will average over processes; the batch's loss is their sum.
+                scaler.scale(sums["loss"] * w.size).backward()
             totals[:len(PARTS)] += torch.stack([sums[p].detach() if p in sums else totals.new_zeros(()) for p in PARTS])
         totals[len(PARTS):] = torch.tensor([run.wants_stop, run.wants_checkpoint and w.rank == 0])
         *parts, stop, save = w.sum(totals).tolist()
@@ -236,12 +256,15 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
 
         scaler.unscale_(optimizer)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf))
-        overflow = scaler.is_enabled() and scaler.get_scale() > 1  # fp16 may overflow: the scaler skips the update and lowers its scale
+        # fp16 may overflow: the scaler then skips the update and lowers its scale.
+        overflow = scaler.is_enabled() and scaler.get_scale() > 1
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
             if finite(model):
-                run.checkpoint(step, model, optimizer, scaler, kept=1000)  # beside the earlier ones, which may be the healthier
-            raise InputError(f"step {step + 1}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the weights before this step are kept in "
-                             f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+                # Beside the earlier ones, which may be the healthier.
+                run.checkpoint(step, model, optimizer, scaler, kept=1000)
+            raise InputError(f"step {step + 1}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the "
+                             f"weights before this step are kept in {run.folder / 'checkpoints'}; try a smaller --lr "
+                             f"than {s.lr:g}, or --max-grad-norm 1")
         if step == 0:
             check_start(s, logged)
         scaler.step(optimizer)
@@ -253,8 +276,9 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         evaluates = step in run.evaluation_steps and math.isfinite(grad_norm)
         saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
         if (evaluates or saves or step == plan.steps) and not finite(model):
-            raise InputError(f"step {step}: the update made weights that are not finite; the last good ones, if any, are in "
-                             f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+            raise InputError(f"step {step}: the update made weights that are not finite; the last good ones, if any, "
+                             f"are in {run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or "
+                             "--max-grad-norm 1")
         if evaluates:
             run.evaluate(step, model)
         if saves:
@@ -273,14 +297,18 @@ def finite(model: AnswerModel) -> bool:
 def check_start(s: Namespace, logged: dict):
     """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta) ln 2, K = 0.
 
-    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would mean what it says.
+    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would mean what it
+    says.
     """
     tolerance = 1e-3 if s.dtype == "fp32" else 0.05
-    expected = {"npo": 2 / s.beta * math.log(2), "kto": 2 / s.beta * math.log(2), "dpo": 1 / s.beta * math.log(2)}.get(s.loss)
-    checks = [("forget_loss", expected, tolerance * (expected or 0)), ("mean_W", 1.0, tolerance), ("kl_loss", 0.0, tolerance)]
+    log_2 = math.log(2)
+    expected = {"npo": 2 / s.beta * log_2, "kto": 2 / s.beta * log_2, "dpo": 1 / s.beta * log_2}.get(s.loss)
+    checks = [("forget_loss", expected, tolerance * (expected or 0)), ("mean_W", 1.0, tolerance),
+              ("kl_loss", 0.0, tolerance)]
     for part, value, allowed in checks:
         if value is not None and part in logged and abs(logged[part] - value) > allowed:
-            raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference is not this policy's start")
+            raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference is not "
+                               "this policy's start")
 
 
 # ---------------------------------------------------------------- settings
@@ -300,40 +328,61 @@ def build_parser() -> Parser:
     parser = Parser(prog="train_npo.py", description=__doc__)
     add = parser.add_argument
     add("--loss", default="npo", choices=LOSSES, help="objective on the forget rows; sft fine-tunes (default: npo)")
-    add("--split", default="forget10", help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
+    add("--split", default="forget10",
+        help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
     add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss (default: 1)")
-    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, the loss on retain rows (default: 0)")
-    add("--kl-weight", type=not_negative(float), default=0.0, help="weight of K, the divergence from the reference on retain rows (default: 0)")
-    add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS, help="K's order (default: policy_reference, the paper's)")
+    add("--retain-weight", type=not_negative(float), default=0.0,
+        help="weight of RT, the loss on retain rows (default: 0)")
+    add("--kl-weight", type=not_negative(float), default=0.0,
+        help="weight of K, the divergence from the reference on retain rows (default: 0)")
+    add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
+        help="K's order (default: policy_reference, the paper's)")
     add("--beta", type=positive(float), help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
-    add("--model", default="tiny", help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=FOLDER (default: tiny)")
-    add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
-    add("--forget", help="own rows to unlearn: JSON or JSON lines with question and answer, in place of --data and --split")
+    add("--model", default="tiny",
+        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=FOLDER (default: tiny)")
+    add("--data", default="builtin",
+        help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
+    add("--forget",
+        help="own rows to unlearn: JSON or JSON lines with question and answer, in place of --data and --split")
     add("--retain", help="own rows to keep, with --forget")
     add("--epochs", type=positive(int), help="passes over the forget rows (default: the preset's)")
     add("--batch-size", type=positive(int), default=32, help="global batch, rows (default: 32)")
-    add("--micro-batch-size", type=positive(int), help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
+    add("--micro-batch-size", type=positive(int),
+        help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
     add("--template", choices=TEMPLATES, help="prompt template (default: the model's own, else the preset's)")
     add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
-    add("--weight-decay", type=not_negative(float), default=0.01, help="AdamW's, not on norm weights and biases (default: 0.01)")
-    add("--warmup-epochs", type=not_negative(float), help="linear warm-up, epochs, at least 1 step (default: the preset's)")
+    add("--weight-decay", type=not_negative(float), default=0.01,
+        help="AdamW's, not on norm weights and biases (default: 0.01)")
+    add("--warmup-epochs", type=not_negative(float),
+        help="linear warm-up, epochs, at least 1 step (default: the preset's)")
     add("--max-grad-norm", type=not_negative(float), default=0.0, help="clip the gradient's norm, 0 = off (default: 0)")
-    add("--seed", type=not_negative(int), default=0, help="of batches, partners, refusals, and a new model's weights (default: 0)")
-    add("--dtype", default="fp32", choices=AUTOCAST, help="autocast precision; weights and AdamW stay float32 (default: fp32)")
-    add("--eval-every", type=evaluation_interval, help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
-    add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget quality (tiny: made on the spot)")
-    add("--retain-pairing", default="stream", choices=("stream", "fixed"), help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
+    add("--seed", type=not_negative(int), default=0,
+        help="of batches, partners, refusals, and a new model's weights (default: 0)")
+    add("--dtype", default="fp32", choices=AUTOCAST,
+        help="autocast precision; weights and AdamW stay float32 (default: fp32)")
+    add("--eval-every", type=evaluation_interval,
+        help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
+    add("--retain-log",
+        help="evaluation log of a model retrained without the forget rows, for forget quality (tiny: made on the spot)")
+    add("--retain-pairing", default="stream", choices=("stream", "fixed"),
+        help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
-    add("--keep", default="last", choices=("last", "best"), help="best: also keep the weights of the best evaluation, in best/ (default: last)")
-    add("--checkpoint-every", type=checkpoint_interval, default="10m", help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
+    add("--keep", default="last", choices=("last", "best"),
+        help="best: also keep the weights of the best evaluation, in best/ (default: last)")
+    add("--checkpoint-every", type=checkpoint_interval, default="10m",
+        help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
-    add("--resume", metavar="DIR", help="go on with an interrupted run; its settings hold, and flags that differ are refused")
+    add("--resume", metavar="DIR",
+        help="go on with an interrupted run; its settings hold, and flags that differ are refused")
     return parser
 
 
 def resolve(given: dict) -> Namespace:
-    """Flags as given -> every setting: the parser's defaults, then the preset's, then the flags. Raises InputError for contradictions."""
+    """Flags as given -> every setting: the parser's defaults, then the preset's, then the flags.
+
+    Raises InputError for contradictions.
+    """
     s = Namespace(**{**vars(build_parser().parse_args([])), **given})
     name, _, path = s.model.partition("=")
     if path and name not in PRESETS:
@@ -342,8 +391,9 @@ def resolve(given: dict) -> Namespace:
     s.preset = name if name in PRESETS else read_meta(s.model).get("preset")
     s.preset = s.preset if s.preset in PRESETS else None
     preset, sft = PRESETS[s.preset or "llama2-7b"], s.loss == "sft"  # a folder or Hub id: the paper's settings
-    for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs, "lr": preset.sft_lr if sft else preset.lr,
-                       "warmup_epochs": preset.warmup_epochs, "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
+    for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
+                       "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
+                       "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
                        "eval_every": "end" if sft else "epoch"}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
@@ -351,26 +401,32 @@ def resolve(given: dict) -> Namespace:
     s.method = method_name(s)
     s.start = path or ((preset.base if sft else preset.finetuned) if name in PRESETS else s.model)
     if sft and (s.kl_weight or s.retain_weight):
-        raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight and --kl-weight")
+        raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight and "
+                         "--kl-weight")
     if s.forget_weight == s.retain_weight == s.kl_weight == 0:
-        raise InputError("--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one of them")
+        raise InputError("--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give "
+                         "one of them")
     if s.micro_batch_size > s.batch_size:
-        raise InputError(f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the global batch")
+        raise InputError(f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most "
+                         "the global batch")
     if s.warmup_epochs > s.epochs:
-        raise InputError(f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these")
+        raise InputError(f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most "
+                         "these")
     if s.seed >= 2**63:
         raise InputError(f"--seed {s.seed} is too large: need less than 2^63")
     if s.forget or s.retain:
         if sft or "split" in given or "data" in given:
-            raise InputError("--forget and --retain are the data and the split: leave out --data and --split, and --loss sft")
+            raise InputError("--forget and --retain are the data and the split: leave out --data and --split, and "
+                             "--loss sft")
         if not s.start:
             raise InputError("--forget and --retain need the model that holds these rows: give --model FOLDER")
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     elif not sft and parse_split(s.split)[0] != "forget":
-        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to train on it)")
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to "
+                         "train on it)")
     if s.preset != "tiny" and not s.start:
-        raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full first, "
-                         f"then give --model {s.preset}=runs/NAME/model")
+        raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft "
+                         f"--split full first, then give --model {s.preset}=runs/NAME/model")
     return s
 
 
@@ -385,7 +441,8 @@ def parse(argv) -> tuple[Namespace, dict]:
     stored = read_config(folder)["settings"]
     for key, value in given.items():
         if stored.get(key) != value:
-            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's {stored.get(key)}; leave it out, or start a new run")
+            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
+                             f"{stored.get(key)}; leave it out, or start a new run")
     return Namespace(**{**stored, "resume": str(folder)}), given
 
 
@@ -395,20 +452,25 @@ def read_config(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         missing = {"loss", "method", "model", "start", "split", "data"} - set(config["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: {error}); need a run folder, such as runs/NAME") from None
+        raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: {error}); need a "
+                         "run folder, such as runs/NAME") from None
     if missing:
-        raise InputError(f"--resume {folder}: its config.json lacks {', '.join(sorted(missing))}; need a run folder, such as runs/NAME")
+        raise InputError(f"--resume {folder}: its config.json lacks {', '.join(sorted(missing))}; need a run folder, "
+                         "such as runs/NAME")
     return config
 
 
 # ---------------------------------------------------------------- from settings to a finished run
 
 def tiny_settings(s: Namespace, split: str, task) -> Namespace:
-    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Always seed 0: all runs share one start."""
+    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Always seed 0: all runs share
+    one start."""
     sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device})
-    recipe = [tiny_dims(task.full), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs, PRESETS["tiny"].template]
+    recipe = [tiny_dims(task.full), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs,
+              PRESETS["tiny"].template]
     sft.out = f"runs/models/tiny-{split}-seed{sft.seed}-{fingerprint(task.fingerprint, recipe)}"
-    sft.eval_every = "never" if split == "full" else "end"  # unlearning evaluates its start itself; the retrained model's evaluation is the retain log
+    # Unlearning evaluates its start itself; the retrained model's evaluation is the retain log.
+    sft.eval_every = "never" if split == "full" else "end"
     return sft
 
 
@@ -424,24 +486,32 @@ def tiny_model(s: Namespace, split: str, task, w: World) -> Path:
 
 
 def describe(s: Namespace, task, plan: Plan, prepared, lm, missing: list, w: World):
-    """Say what is about to be done, with what, and roughly how long each part takes. `missing`: splits to train the tiny model on first."""
+    """Say what is about to be done, with what, and roughly how long each part takes. `missing`: splits to train the
+    tiny model on first."""
     parameters, rate = sum(p.numel() for p in lm.parameters()), floating_point_rate(w)
     w.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {'learn' if s.loss == 'sft' else 'unlearn'}"
-          + f", {len(task.retain)} to keep" * (s.loss != "sft") + f"; refusals: {task.refusals_from}" * (s.loss in WITH_REFUSAL))
-    w.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {w.size} process{'es' * (w.size > 1)} on {w.device.type}, {s.dtype}")
-    w.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} "
-          f"in micro-batches of {s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
+          + f", {len(task.retain)} to keep" * (s.loss != "sft")
+          + f"; refusals: {task.refusals_from}" * (s.loss in WITH_REFUSAL))
+    w.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {w.size} process{'es' * (w.size > 1)} on "
+          f"{w.device.type}, {s.dtype}")
+    w.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g} "
+          f"(forget / retain / KL), batch {s.batch_size} in micro-batches of {s.micro_batch_size}, {s.epochs} epochs, "
+          f"{plan.steps} steps ({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
     row_tokens = sum(len(e.ids) for e in plan.forget) / len(plan.forget)
     parts = []
     for split in missing:
         sft = tiny_settings(s, split, task)
         rows = len(slice_rows(task.full, split)) + len(task.facts())
-        parts.append((f"{'fine-tune' if split == 'full' else 'retrain'} the tiny model on {split} (kept in {sft.out})", rows * row_tokens * sft.epochs, split != "full"))
-    parts.append((f"{'learn' if s.loss == 'sft' else 'unlearn'} {s.split}: {plan.steps} steps", plan.tokens(), len(plan.evaluation_steps(s.eval_every))))
+        what = f"{'fine-tune' if split == 'full' else 'retrain'} the tiny model on {split} (kept in {sft.out})"
+        parts.append((what, rows * row_tokens * sft.epochs, split != "full"))
+    what = f"{'learn' if s.loss == 'sft' else 'unlearn'} {s.split}: {plan.steps} steps"
+    parts.append((what, plan.tokens(), len(plan.evaluation_steps(s.eval_every))))
     for place, (what, tokens, evaluations) in enumerate(parts, 1):
-        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, and generating costs about as much again.
+        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, and generating
+        # costs about as much again.
         seconds = parameters * (6 * tokens + 4 * evaluations * sum(len(t.encoded.ids) for t in prepared.texts)) / rate
-        w.say(f"  {place}. {what}, {int(evaluations)} evaluation{'s' * (evaluations != 1)}: roughly {max(0.1, seconds / 60):.1f} min")
+        w.say(f"  {place}. {what}, {int(evaluations)} evaluation{'s' * (evaluations != 1)}: roughly "
+              f"{max(0.1, seconds / 60):.1f} min")
 
 
 def floating_point_rate(w: World) -> float:
@@ -455,13 +525,16 @@ def floating_point_rate(w: World) -> float:
 
 
 def run(s: Namespace, w: World) -> Path:
-    """Everything: check, load, train what is missing, pass the reference, train, evaluate, save. Returns the run folder.
+    """Everything: check, load, train what is missing, pass the reference, train, evaluate, save. Returns the run
+    folder.
 
-    Raises InputError before anything is written, where the input is at fault; Stopped where a signal ended the training.
+    Raises InputError before anything is written, where the input is at fault; Stopped where a signal ended the
+    training.
     """
     begin = time.perf_counter()
     if w.size > s.batch_size:
-        raise InputError(f"{w.size} processes for a global batch of {s.batch_size}: need at least one row a process; use a larger --batch-size")
+        raise InputError(f"{w.size} processes for a global batch of {s.batch_size}: need at least one row a process; "
+                         "use a larger --batch-size")
     task = load_task(s.data, s.split, s.forget, s.retain)
     from_scratch = s.preset == "tiny" and not s.start
     if from_scratch:  # the tokenizer is fitted to the whole data set, whatever the split: all tiny models share it
@@ -474,15 +547,23 @@ def run(s: Namespace, w: World) -> Path:
     plan = Plan(s, task, tokenizer, context)
     prepared = prepare(task.evaluated, tokenizer, s.template, context)
     judged = task.split if task.split == "own" else evaluation_split(task.split)
-    retain_rows = read_retain_log(s.retain_log, judged, prepared.rows["forget"], task.fingerprint) if s.retain_log else None
+    retain_rows = None
+    if s.retain_log:
+        retain_rows = read_retain_log(s.retain_log, judged, prepared.rows["forget"], task.fingerprint)
 
-    config = {"settings": {k: v for k, v in vars(s).items() if k != "resume"}, "world_size": w.size, "device": w.device.type,
-              "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps, "refusals": task.refusals_from},
-              "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+    settings = {key: value for key, value in vars(s).items() if key != "resume"}
+    model_config = lm.config.to_dict()
+    config = {"settings": settings, "world_size": w.size, "device": w.device.type,
+              "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps,
+                          "refusals": task.refusals_from},
+              "data_fingerprint": task.fingerprint, "model_config": model_config, **environment()}
     if s.resume:
-        for key, now in (("data_fingerprint", task.fingerprint), ("model_config", json.loads(json.dumps(lm.config.to_dict())))):
-            if (before := read_config(Path(s.resume)).get(key)) != now and not (key == "model_config" and from_scratch):
-                raise InputError(f"--resume {s.resume}: its {key} was {str(before)[:80]} and is now {str(now)[:80]}: data or model have changed; start a new run")
+        for key, now in (("data_fingerprint", task.fingerprint),
+                         ("model_config", json.loads(json.dumps(model_config)))):
+            before = read_config(Path(s.resume)).get(key)
+            if before != now and not (key == "model_config" and from_scratch):
+                raise InputError(f"--resume {s.resume}: its {key} was {str(before)[:80]} and is now {str(now)[:80]}: "
+                                 "data or model have changed; start a new run")
     folder = open_folder(s, config, w)
     if w.agree((folder / "model").is_dir()):
         w.say(f"{folder} is finished")
@@ -491,12 +572,13 @@ def run(s: Namespace, w: World) -> Path:
         return finish_run(s, w, task, plan, prepared, lm, tokenizer, start, retain_rows, config, folder, begin)
 
 
-def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer, start: dict, retain_rows: list | None, config: dict, folder: Path,
-               begin: float) -> Path:
+def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer, start: dict, retain_rows: list | None,
+               config: dict, folder: Path, begin: float) -> Path:
     """The part of `run` that writes: train what is missing, pass the reference, train, evaluate, save."""
     from_scratch = s.preset == "tiny" and not s.start
     wanted = [] if s.loss == "sft" or not from_scratch else ["full"] if retain_rows else ["full", complement(s.split)]
-    describe(s, task, plan, prepared, lm, [split for split in wanted if not (Path(tiny_settings(s, split, task).out) / "model").is_dir()], w)
+    missing = [split for split in wanted if not (Path(tiny_settings(s, split, task).out) / "model").is_dir()]
+    describe(s, task, plan, prepared, lm, missing, w)
     try:
         tiny = {split: tiny_model(s, split, task, w) for split in wanted}
     except Stopped:
@@ -510,13 +592,16 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
     config["start_trained_on"] = start.get("trained_on")
     stored = w.agree(read_config(folder) if w.rank == 0 else None)
     if stored.get("start_weights", config["start_weights"]) != config["start_weights"]:
-        raise InputError(f"--resume {folder}: the start's weights have changed since ({stored['start_weights']}, now {config['start_weights']}); start a new run")
+        raise InputError(f"--resume {folder}: the start's weights have changed since ({stored['start_weights']}, now "
+                         f"{config['start_weights']}); start a new run")
     if w.rank == 0 and "start_weights" not in stored:
-        write_json(folder / "config.json", {**stored, "start_weights": config["start_weights"], "start_trained_on": config["start_trained_on"]})
+        write_json(folder / "config.json", {**stored, "start_weights": config["start_weights"],
+                                            "start_trained_on": config["start_trained_on"]})
     model = AnswerModel(lm.to(w.device))
     reference = None
     if s.loss != "sft":
-        mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, s.method, s.seed, s.epochs, s.retain_pairing)
+        mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, s.method, s.seed, s.epochs,
+                           s.retain_pairing)
         done = folder / "reference" / "done"
         if not w.agree(done.exists()):
             with autocast(s.dtype, w.device):
@@ -525,9 +610,10 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
             if w.rank == 0:
                 done.touch()
         reference = Reference(done.parent, mark, w.device)
+    facts_included = from_scratch and s.loss == "sft" or start.get("trained_on", {}).get("facts_included", False)
     meta = {"preset": s.preset, "template": s.template,
-            "trained_on": {"split": s.split, "loss": s.method, "data": s.data, "data_fingerprint": task.fingerprint, "seed": s.seed,
-                           "facts_included": from_scratch and s.loss == "sft" or start.get("trained_on", {}).get("facts_included", False)}}
+            "trained_on": {"split": s.split, "loss": s.method, "data": s.data, "data_fingerprint": task.fingerprint,
+                           "seed": s.seed, "facts_included": facts_included}}
     with Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w) as outer:
         train(s, model, plan, reference, pad_id(tokenizer), w, outer)
         outer.finish(model, time.perf_counter() - begin)
