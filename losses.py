@@ -6,15 +6,16 @@ Every function is a pure function of log-probabilities: it knows no model, no de
     NPO, Eq. 3:   L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
     its weight:   grad L = W * grad log pi_theta,   W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)          (Eq. 5)
 
-W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows when to stop.
+W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows when to
+stop.
 
 Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer tokens (the
 end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence (B,) or token (N,);
-means are taken by the caller, who knows the size of the whole batch. All are finite, value and gradient, for |beta * log-ratio| up to 1e4:
-no probability is ever formed where its logarithm will do.
+means are taken by the caller, who knows the size of the whole batch. All are finite, value and gradient, for
+|beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will do.
 
-Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K is D(policy || reference)
-by default (theirs is the other direction). KTO is in none of its equations; see `kto_loss`.
+Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K is
+D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see `kto_loss`.
 """
 
 import math
@@ -29,7 +30,8 @@ KL_DIRECTIONS = ("policy_reference", "reference_policy")
 def _check(beta: float, *logps: Tensor):
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be a positive finite number, got {beta}")
-    if len({x.shape for x in logps}) > 1:  # broadcasting (B,) with (B, 1) would silently pair every sequence with every other
+    # Broadcasting (B,) with (B, 1) would silently pair every sequence with every other.
+    if len({x.shape for x in logps}) > 1:
         raise ValueError(f"log-probabilities must have one shape, got {[tuple(x.shape) for x in logps]}")
 
 
@@ -64,7 +66,8 @@ def npo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tens
 
 
 def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
-    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient multiplies GA's with.
+    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient multiplies GA's
+    with.
 
     Written as 2 sigmoid(beta * log-ratio), which neither over- nor underflows into 0/0.
     """
@@ -85,10 +88,11 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
 
 
 def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float, beta: float) -> Tensor:
-    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's undesirable side.
+    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's undesirable
+    side.
 
-    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid variant, so that
-    z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z unclamped. z estimates a
+    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid variant,
+    so that z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z unclamped. z estimates a
     divergence over the global batch (see `kto_baseline`); no gradient flows through it.
     """
     _check(beta, policy_logps, reference_logps)
@@ -112,8 +116,8 @@ def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float, gamma
 def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "policy_reference") -> Tensor:
     """K per answer token in nats, (N, V) and (N, V) -> (N,) (Section 2). The reference side has no gradient.
 
-    "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the authors' code.
-    Raises ValueError for another direction.
+    "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the authors'
+    code. Raises ValueError for another direction.
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(KL_DIRECTIONS)}, got {direction!r}")
