@@ -1,4 +1,5 @@
-"""What happens around a training run's steps: its folder, evaluations, checkpoints, log, signals, picture and last words.
+"""What happens around a training run's steps: its folder, evaluations, checkpoints, log, signals, picture and last
+words.
 
     config.json  log.jsonl  eval/step_000013.json  checkpoints/  reference/  model/  trajectory.png
 
@@ -34,12 +35,16 @@ class Stopped(Exception):
 
 
 def open_folder(s: Namespace, config: dict, w: World) -> Path:
-    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be written."""
+    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be
+    written."""
     if s.resume:
         return Path(s.resume)
     name = f"{s.method}_{s.split}"
-    candidates = [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
-    return w.agree(next((path for path in candidates if _appear(path, config)), None) if w.rank == 0 else None) or _exists(s.out)
+    candidates = [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
+    if s.out:
+        candidates = [Path(s.out)]
+    made = next((path for path in candidates if _appear(path, config)), None) if w.rank == 0 else None
+    return w.agree(made) or _exists(s.out)
 
 
 def _appear(folder: Path, config: dict) -> bool:
@@ -65,19 +70,27 @@ def _exists(out: str):
 class Run:
     """What happens around the steps: evaluations, checkpoints, the log, and signals. Process 0 writes every file."""
 
-    def __init__(self, s: Namespace, folder: Path, plan, prepared, retain_rows: list | None, tokenizer, reference: Reference | None, meta: dict, w: World):
+    def __init__(self, s: Namespace, folder: Path, plan, prepared, retain_rows: list | None, tokenizer,
+                 reference: Reference | None, meta: dict, w: World):
         self.s, self.folder, self.plan, self.prepared, self.retain_rows = s, folder, plan, prepared, retain_rows
         self.tokenizer, self.reference, self.meta, self.w = tokenizer, reference, meta, w
         self.evaluation_steps = plan.evaluation_steps(s.eval_every)
         every = s.checkpoint_every
-        self.checkpoint_steps = set(plan.epoch_ends) if every == "epoch" else set() if every.endswith("m") else set(range(0, plan.steps, int(every)))
-        self.interval = 60 * float(every[:-1]) if every.endswith("m") else math.inf
+        self.checkpoint_steps, self.interval = set(), math.inf
+        if every == "epoch":
+            self.checkpoint_steps = set(plan.epoch_ends)
+        elif every.endswith("m"):
+            self.interval = 60 * float(every[:-1])
+        else:
+            self.checkpoint_steps = set(range(0, plan.steps, int(every)))
         self.saved_at, self.stopped, self.wants_stop, self.saving = time.monotonic(), False, False, False
         self.log_file = folder / "log.jsonl"
-        self.bar = tqdm(total=plan.steps, desc=f"{s.method} {s.split}", unit="step", disable=w.rank > 0 or not sys.stderr.isatty())
+        self.bar = tqdm(total=plan.steps, desc=f"{s.method} {s.split}", unit="step",
+                        disable=w.rank > 0 or not sys.stderr.isatty())
 
     def __enter__(self):
-        self.handlers = {number_: signal.signal(number_, self._on_signal) for number_ in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {number_: signal.signal(number_, self._on_signal)
+                         for number_ in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -97,7 +110,8 @@ class Run:
         return time.monotonic() - self.saved_at > self.interval
 
     def restore(self, model: AnswerModel, optimizer, scaler) -> int:
-        """Go back to the newest whole checkpoint and cut the log to where it was; the step to go on from, 0 where there is none."""
+        """Go back to the newest whole checkpoint and cut the log to where it was; the step to go on from, 0 where there
+        is none."""
         path, passed_over = checkpoints.latest(self.folder / "checkpoints")
         for sentence in passed_over:
             self.w.say(sentence)
@@ -116,22 +130,30 @@ class Run:
         return state["step"]
 
     def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
-        """Save what resume needs; all processes wait until it is there. Raises InputError where there is no room or no right to write."""
+        """Save what resume needs; all processes wait until it is there. Raises InputError where there is no room or no
+        right to write."""
         self.saved_at, self.saving = time.monotonic(), True
         if self.w.rank == 0:
             try:
+                log_bytes = self.log_file.stat().st_size if self.log_file.exists() else 0
                 checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer,
-                                 {"log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0, "scaler": scaler.state_dict()}, kept)
+                                 {"log_bytes": log_bytes, "scaler": scaler.state_dict()}, kept)
             except (OSError, SafetensorError) as error:
-                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({getattr(error, 'strerror', None) or error}); make room, "
-                                 f"then --resume {self.folder}") from None
+                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} "
+                                 f"({getattr(error, 'strerror', None) or error}); make room, then "
+                                 f"--resume {self.folder}") from None
         self.w.wait()
         self.saving = False
 
     def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
-        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every 50th)."""
+        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every
+        50th)."""
         epoch = step * self.s.batch_size / self.plan.rows
-        memory = torch.cuda.max_memory_allocated() if self.w.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if self.w.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         line = {"step": step, "epoch": round(min(epoch, self.s.epochs), 4), "lr": lr, **parts, "grad_norm": grad_norm,
                 "tokens_per_s": round(tokens_per_s), "memory": memory}
         self.bar.update(1)
@@ -140,33 +162,40 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         if self.s.loss != "sft" or step % 50 == 0 or step == self.plan.steps:
             shown = "".join(f"  {name} {parts[name]:10.4f}" for name in parts)
-            self.w.say(f"step {step:5d}/{self.plan.steps}  epoch {line['epoch']:6.2f}  lr {lr:.2e}{shown}  grad {grad_norm:9.3f}"
-                       f"  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
+            self.w.say(f"step {step:5d}/{self.plan.steps}  epoch {line['epoch']:6.2f}  lr {lr:.2e}{shown}"
+                       f"  grad {grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
 
     def evaluate(self, step: int, model: AnswerModel):
         """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so far."""
         begin = time.perf_counter()
+        batch_size = PRESETS[self.s.preset or "llama2-7b"].eval_batch_size
         with autocast(self.s.dtype, self.w.device):
-            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=PRESETS[self.s.preset or "llama2-7b"].eval_batch_size,
-                            device=self.w.device, rank=self.w.rank, world_size=self.w.size,
-                            reference=self.reference and self.reference.evaluation(), reference_head=self.reference and self.reference.head)
+            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, device=self.w.device,
+                            rank=self.w.rank, world_size=self.w.size,
+                            reference=self.reference and self.reference.evaluation(),
+                            reference_head=self.reference and self.reference.head)
         metrics = compute_metrics(rows, self.retain_rows)
         if self.w.rank == 0:
             earlier = self.evaluations()
-            write_json(self.folder / "eval" / f"step_{step:06d}.json", {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
+            write_json(self.folder / "eval" / f"step_{step:06d}.json",
+                       {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
             if self.s.keep == "best" and step > 0 and best_step({**earlier, step: metrics}) == step:
                 save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta)
-        self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}  model utility "
-                   f"{number(metrics['model_utility'])}  forget probability {number(metrics['forget']['probability'])}  retain probability "
-                   f"{number(metrics['retain']['probability'])}  ({time.perf_counter() - begin:.1f} s)")
+        self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}"
+                   f"  model utility {number(metrics['model_utility'])}"
+                   f"  forget probability {number(metrics['forget']['probability'])}"
+                   f"  retain probability {number(metrics['retain']['probability'])}"
+                   f"  ({time.perf_counter() - begin:.1f} s)")
 
     def evaluations(self) -> dict:
         """step -> metrics of the evaluations so far."""
-        return {int(p.stem[5:]): json.loads(p.read_text())["metrics"] for p in sorted((self.folder / "eval").glob("step_*.json"))}
+        files = sorted((self.folder / "eval").glob("step_*.json"))
+        return {int(p.stem[5:]): json.loads(p.read_text())["metrics"] for p in files}
 
     def provenance(self, step: int) -> dict:
-        return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"], "split": "own" if self.s.forget else evaluation_split(self.s.split),
-                "data": self.s.data, "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
+        return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
+                "split": "own" if self.s.forget else evaluation_split(self.s.split), "data": self.s.data,
+                "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
                 "dtype": self.s.dtype, **environment()}
 
     def finish(self, model: AnswerModel, seconds: float):
@@ -180,26 +209,33 @@ class Run:
             return
         plot_trajectory(evaluations, self.s.method, self.folder / "trajectory.png")
         start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
-        self.w.say(f"\n{'':16}{'forget quality':>15}{'model utility':>15}{'forget prob':>13}{'retain prob':>13}{'forget ROUGE':>14}{'retain ROUGE':>14}")
+        self.w.say(f"\n{'':16}{'forget quality':>15}{'model utility':>15}{'forget prob':>13}{'retain prob':>13}"
+                   f"{'forget ROUGE':>14}{'retain ROUGE':>14}")
         for name, step in (("start", start), ("best", best), ("last", last)):
             m = evaluations[step]
             cells = [m["forget_quality"], m["model_utility"], m["forget"]["probability"], m["retain"]["probability"],
                      m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
-            self.w.say(f"{name:6}step {step:<5}" + "".join(f"{number(c):>{width}}" for c, width in zip(cells, (15, 15, 13, 13, 14, 14))))
-        before, after = (json.loads((self.folder / "eval" / f"step_{step:06d}.json").read_text())["rows"] for step in (start, last))
+            widths = (15, 15, 13, 13, 14, 14)
+            self.w.say(f"{name:6}step {step:<5}" + "".join(f"{number(c):>{width}}" for c, width in zip(cells, widths)))
+        before, after = (json.loads((self.folder / "eval" / f"step_{step:06d}.json").read_text())["rows"]
+                         for step in (start, last))
         for name in ("forget", "retain"):
             middle = len(before[name]) // 2
             row = before[name][middle]
-            self.w.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n  before: {row['generation']}\n"
-                       f"  after:  {after[name][middle]['generation']}")
-        self.w.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations {self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
+            self.w.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n"
+                       f"  before: {row['generation']}\n  after:  {after[name][middle]['generation']}")
+        self.w.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations {self.folder / 'eval'}, "
+                   f"picture {self.folder / 'trajectory.png'}")
 
 
 def best_step(evaluations: dict) -> int:
-    """The step (after the start) with the largest forget quality; without a retrained model, the largest retain less forget probability."""
+    """The step (after the start) with the largest forget quality; without a retrained model, the largest retain less
+    forget probability."""
     def merit(step):
         m = evaluations[step]
-        return m["retain"]["probability"] - m["forget"]["probability"] if m["forget_quality_log10"] is None else m["forget_quality_log10"]
+        if m["forget_quality_log10"] is None:
+            return m["retain"]["probability"] - m["forget"]["probability"]
+        return m["forget_quality_log10"]
     return max((step for step in evaluations if step > 0), key=merit)
 
 
@@ -213,7 +249,8 @@ def save_aside(lm, tokenizer, folder: Path, meta: dict):
         os.replace(aside, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; make room, then --resume {folder.parent}") from None
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; make room, then "
+                         f"--resume {folder.parent}") from None
 
 
 def plot_trajectory(evaluations: dict, method: str, path: Path):
