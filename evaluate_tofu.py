@@ -1,18 +1,22 @@
 """TOFU's metrics (Maini et al., 2024; Section 5.1 of the NPO paper): forget quality, model utility and their parts.
 
     python evaluate_tofu.py --model runs/NAME/model --split forget10 --retain-log FILE
-    python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE       # from per-row logs, ours or TOFU's released ones
+    python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE
+        # from per-row logs, ours or TOFU's released ones
 
 With loss = nll / tokens and R = exp(mean over perturbed answers of their loss - the paraphrased answer's loss):
 
-    forget quality   p-value of the two-sample Kolmogorov-Smirnov test between the model's and a retrained model's R on the forget rows
-    model utility    harmonic mean of ROUGE-L recall, probability and truth ratio on retain, real-author and world-fact rows
+    forget quality   p-value of the two-sample Kolmogorov-Smirnov test between the model's and a retrained model's R on
+                     the forget rows
+    model utility    harmonic mean of ROUGE-L recall, probability and truth ratio on retain, real-author and world-fact
+                     rows
     truth ratio      forget: mean min(R, 1/R); elsewhere: mean max(0, 1 - 1/R)
-    probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the perturbed answers'
+    probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the perturbed
+                     answers'
 
-`train_npo.py` calls the same functions while training: `prepare` once, `evaluate` at each evaluation, `compute_metrics` on the rows. Evaluation
-changes nothing: mode, random state and tokenizer come out as they went in. R is kept as its logarithm, so that a model that has
-collapsed gives numbers too.
+`train_npo.py` calls the same functions while training: `prepare` once, `evaluate` at each evaluation, `compute_metrics`
+on the rows. Evaluation changes nothing: mode, random state and tokenizer come out as they went in. R is kept as its
+logarithm, so that a model that has collapsed gives numbers too.
 """
 
 import functools
@@ -47,7 +51,10 @@ KL_SETS = ("forget", "world_facts")
 # ---------------------------------------------------------------- metrics, from rows alone
 
 def log_truth_ratio(row: dict) -> float | None:
-    """log R of a row, or None where the row has no perturbed answers. R > 1: the (paraphrased) truth is likelier than the falsehoods."""
+    """log R of a row, or None where the row has no perturbed answers.
+
+    R > 1: the (paraphrased) truth is likelier than the falsehoods.
+    """
     if not row.get("perturbed_nll"):
         return None
     truth_nll, truth_tokens = row.get("paraphrased_nll"), row.get("paraphrased_tokens")
@@ -58,7 +65,8 @@ def log_truth_ratio(row: dict) -> float | None:
 
 
 def row_probability(row: dict, among_options: bool) -> float:
-    """exp(-loss) of the answer; `among_options`: as a share of its sum with the perturbed answers' (in logs: no 0/0)."""
+    """exp(-loss) of the answer; `among_options`: as a share of its sum with the perturbed answers'
+    (in logs: no 0/0)."""
     loss = row["answer_nll"] / row["answer_tokens"]
     if not among_options:
         return math.exp(-loss)
@@ -73,7 +81,10 @@ def set_metrics(name: str, rows: list) -> dict:
     truth_ratio = None
     if None not in log_ratios:
         x = np.array(log_ratios)
-        truth_ratio = float(np.exp(-np.abs(x)).mean() if name == "forget" else np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
+        if name == "forget":
+            truth_ratio = float(np.exp(-np.abs(x)).mean())
+        else:
+            truth_ratio = float(np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
     return {"rouge_l_recall": float(np.mean([row["rouge_l_recall"] for row in rows])),
             "probability": float(np.mean([row_probability(row, among_options) for row in rows])),
             "truth_ratio": truth_ratio, "rows": len(rows)}
@@ -82,7 +93,8 @@ def set_metrics(name: str, rows: list) -> dict:
 def ks_log10_p(n: int, statistic: float) -> float:
     """log10 of the exact two-sided p-value for two samples of n each, also where the p-value underflows.
 
-    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951), k = n * statistic, summed in logs.
+    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951), k = n * statistic,
+    summed in logs.
     """
     k = round(n * statistic)
     if k == 0:
@@ -94,23 +106,27 @@ def ks_log10_p(n: int, statistic: float) -> float:
 
 
 def compute_metrics(rows: dict, retain_forget_rows: list | None = None) -> dict:
-    """All metrics from per-row results; `retain_forget_rows` are the retrained model's rows on the same forget questions.
+    """All metrics from per-row results; `retain_forget_rows` are the retrained model's rows on the same forget
+    questions.
 
     What can't be measured is None: forget quality without them, model utility unless all nine numbers are there.
     """
     sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
-    nine = [sets.get(name, {}).get(key) for name in UTILITY_SETS for key in ("rouge_l_recall", "probability", "truth_ratio")]
+    nine = [sets.get(name, {}).get(key)
+            for name in UTILITY_SETS for key in ("rouge_l_recall", "probability", "truth_ratio")]
     metrics = {"forget_quality": None, "forget_quality_log10": None, "ks_statistic": None, "ks_rows": None,
                "forget_truth_ratio": sets["forget"]["truth_ratio"] if "forget" in sets else None,
                "model_utility": None if None in nine else float(hmean(nine)), "forget_kl": None, "world_facts_kl": None}
     if retain_forget_rows is not None:
         log_ratios = [[log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retain_forget_rows)]
         test = ks_2samp(*log_ratios)
-        metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic), ks_rows=len(log_ratios[0]),
+        metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic),
+                       ks_rows=len(log_ratios[0]),
                        forget_quality_log10=ks_log10_p(len(log_ratios[0]), test.statistic))
     for name in KL_SETS:
         if rows.get(name) and all("kl" in row for row in rows[name]):
-            metrics[f"{name}_kl"] = sum(row["kl"] for row in rows[name]) / sum(row["answer_tokens"] for row in rows[name])
+            nats, tokens = (sum(row[key] for row in rows[name]) for key in ("kl", "answer_tokens"))
+            metrics[f"{name}_kl"] = nats / tokens
     return {**metrics, **sets}
 
 
@@ -158,7 +174,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(evaluated: dict, tokenizer, template: str, context: int, max_rows: int = MAX_ROWS) -> Prepared:
-    """Tokenise the first `max_rows` (0: all) rows of each set. Raises InputError for a row longer than `context` tokens."""
+    """Tokenise the first `max_rows` (0: all) rows of each set.
+
+    Raises InputError for a row longer than `context` tokens.
+    """
     rows = {name: rows[:max_rows or None] for name, rows in evaluated.items()}
     texts, pairs, prompts = [], [], {}
     for name, set_rows in rows.items():
@@ -174,7 +193,8 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int, max_rows: i
 
 @contextmanager
 def untouched(lm):
-    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by the model's generation settings."""
+    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by the model's
+    generation settings."""
     training = lm.training
     lm.eval()
     try:
@@ -184,8 +204,10 @@ def untouched(lm):
 
 
 @torch.no_grad()
-def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int, device, rank: int = 0, world_size: int = 1) -> dict:
-    """(set, index) -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU, for the sets with a KL metric.
+def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int, device, rank: int = 0,
+                     world_size: int = 1) -> dict:
+    """(set, index) -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU, for the sets with
+    a KL metric.
 
     With several processes, this one's share of the rows.
     """
@@ -201,12 +223,13 @@ def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_si
 
 
 @torch.no_grad()
-def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int, max_new_tokens: int = MAX_NEW_TOKENS, device="cpu",
-             rank: int = 0, world_size: int = 1, reference: dict | None = None, reference_head=None, progress: bool = False) -> dict:
+def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
+             max_new_tokens: int = MAX_NEW_TOKENS, device="cpu", rank: int = 0, world_size: int = 1,
+             reference: dict | None = None, reference_head=None, progress: bool = False) -> dict:
     """Score all rows: set -> list of row results, complete and in order, the same on every process.
 
-    Rows are dealt over processes, and batched by length. `reference` (what `reference_states` returns) and `reference_head`, its hidden
-    states -> logits, add KL(reference || model).
+    Rows are dealt over processes, and batched by length. `reference` (what `reference_states` returns) and
+    `reference_head`, its hidden states -> logits, add KL(reference || model).
     """
     keys = [(name, index) for name, rows in prepared.rows.items() for index in range(len(rows))]
     mine = set(keys[rank::world_size])
@@ -216,7 +239,8 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     bar = tqdm(total=len(texts) + len(prompts), desc="evaluate", unit="text", leave=False, disable=not progress)
     with untouched(model.lm):
         scores = {key: {} for key in mine}  # slot -> (nll, tokens)
-        # Texts with a KL and texts without go apart, so that a batch has the reference's states for all of its tokens or for none.
+        # Texts with a KL and texts without go apart, so that a batch has the reference's states for all of its tokens
+        # or for none.
         wants_kl = lambda t: reference is not None and t.slot == ANSWER and t.set in KL_SETS
         for group in ([t for t in texts if wants_kl(t)], [t for t in texts if not wants_kl(t)]):
             for at in range(0, len(group), batch_size):
@@ -233,13 +257,15 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
                 bar.update(len(chunk))
         for key, slots in scores.items():
             perturbed = [slots[slot] for slot in sorted(slots) if slot >= PERTURBED]
-            (answer_nll, answer_tokens), (paraphrased_nll, paraphrased_tokens) = slots[ANSWER], slots.get(PARAPHRASED, (None, None))
+            answer_nll, answer_tokens = slots[ANSWER]
+            paraphrased_nll, paraphrased_tokens = slots.get(PARAPHRASED, (None, None))
             results[key].update(answer_nll=answer_nll, answer_tokens=answer_tokens, paraphrased_nll=paraphrased_nll,
                                 paraphrased_tokens=paraphrased_tokens, perturbed_nll=[nll for nll, _ in perturbed],
                                 perturbed_tokens=[tokens for _, tokens in perturbed])
         for at in range(0, len(prompts), batch_size):
             chunk = prompts[at:at + batch_size]
-            for key, text in zip(chunk, generate(model.lm, tokenizer, [prepared.prompts[key] for key in chunk], max_new_tokens, device)):
+            asked = [prepared.prompts[key] for key in chunk]
+            for key, text in zip(chunk, generate(model.lm, tokenizer, asked, max_new_tokens, device)):
                 row = prepared.rows[key[0]][key[1]]
                 results[key].update(rouge_l_recall=rouge_l_recall(row["answer"], text), question=row["question"],
                                     answer=row["answer"], generation=text)
@@ -256,20 +282,22 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
 
 @torch.no_grad()
 def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[str]:
-    """Greedy continuations of one batch: padded on the left, with a key-value cache, each ending at the end-of-sequence token.
+    """Greedy continuations of one batch: padded on the left, with a key-value cache, each ending at the
+    end-of-sequence token.
 
     Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone.
     """
     from transformers import DynamicCache
     width, pad, eos = max(map(len, prompts)), pad_id(tokenizer), tokenizer.eos_token_id
     context = getattr(lm.config, "max_position_embeddings", None) or width + max_new_tokens
-    room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own limit, whoever it shares the batch with
+    room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own, whoever it shares the batch with
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, rows, answers = DynamicCache(), list(range(len(prompts))), [[] for _ in prompts]
     for length in range(1, max(room) + 1):
-        logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1).logits
         new = logits[:, -1].argmax(-1).tolist()
         for row, token in zip(rows, new):
             if answers[row][-1:] != [eos] and length <= room[row]:
@@ -294,8 +322,9 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[
 TOFU_LOGS = {"retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
              "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json"}
 TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphrased_nll": "paraphrased_loss",
-             "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss", "perturbed_tokens": "num_token_perturb",
-             "rouge_l_recall": "rougeL_recall", "generated_text": "generated_text"}
+             "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss",
+             "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
+             "generated_text": "generated_text"}
 
 
 def read_log(path: str) -> tuple[dict, dict]:
@@ -303,20 +332,27 @@ def read_log(path: str) -> tuple[dict, dict]:
     try:
         log = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot read the log {path}: {error}; need an evaluation's JSON, ours or TOFU's released one") from None
+        raise InputError(f"cannot read the log {path}: {error}; need an evaluation's JSON, ours or TOFU's released "
+                         "one") from None
     if not isinstance(log, dict):
         raise InputError(f"{path} is no evaluation log: need an object with rows, or TOFU's {TOFU_LOGS['forget']}")
     if "rows" in log:
         if not isinstance(log["rows"], dict) or not isinstance(log.get("provenance", {}), dict):
-            raise InputError(f"{path}: rows must be lists keyed by set, and provenance an object, as evaluate_tofu.py writes them")
-        return {name: check_rows(rows, f"{path}: {name}") for name, rows in log["rows"].items()}, log.get("provenance", {})
+            raise InputError(f"{path}: rows must be lists keyed by set, and provenance an object, as evaluate_tofu.py "
+                             "writes them")
+        checked = {name: check_rows(rows, f"{path}: {name}") for name, rows in log["rows"].items()}
+        return checked, log.get("provenance", {})
     if not any(name in log for name in TOFU_LOGS.values()):
         raise InputError(f"{path} is no evaluation log: need rows (ours) or {', '.join(TOFU_LOGS.values())} (TOFU's)")
-    return {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in TOFU_LOGS.items() if file in log}, {"format": "TOFU"}
+    rows = {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in TOFU_LOGS.items() if file in log}
+    return rows, {"format": "TOFU"}
 
 
 def _tofu_rows(columns: dict, where: str) -> list:
-    """TOFU's columns -> our rows; the columns are lists, or dicts keyed by row. Raises InputError where they don't match."""
+    """TOFU's columns -> our rows; the columns are lists, or dicts keyed by row.
+
+    Raises InputError where they don't match.
+    """
     missing = [key for key in TOFU_KEYS.values() if key not in columns]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
@@ -326,14 +362,15 @@ def _tofu_rows(columns: dict, where: str) -> list:
         column = columns[theirs]
         keys = {str(i) for i in range(n)}
         if len(column) != n or isinstance(column, dict) and set(column) != keys:
-            raise InputError(f"{where}: {theirs} has {len(column)} rows{' with other keys' * (len(column) == n)}, gt_loss has rows 0 to {n - 1}; "
-                             "rows are missing")
+            raise InputError(f"{where}: {theirs} has {len(column)} rows{' with other keys' * (len(column) == n)}, "
+                             f"gt_loss has rows 0 to {n - 1}; rows are missing")
         by_row[ours] = [column[str(i)] for i in range(n)] if isinstance(column, dict) else column
     rows = [dict(zip(by_row, values), index=i) for i, values in enumerate(zip(*by_row.values()))]
     for row in rows:
         texts = row.pop("generated_text")
         if not isinstance(texts, list) or len(texts) != 3:
-            raise InputError(f"{where} row {row['index']}: generated_text must hold prompt, generation and truth, got {texts!r}"[:300])
+            raise InputError(f"{where} row {row['index']}: generated_text must hold prompt, generation and truth, got "
+                             f"{texts!r}"[:300])
         row["question"], row["generation"], row["answer"] = texts
     return check_rows(rows, where)
 
@@ -346,54 +383,69 @@ def check_rows(rows: list, where: str) -> list:
         raise InputError(f"{where} has rows missing or out of order; need every index from 0 to {len(rows) - 1} once")
     number_ = lambda x, least: isinstance(x, (int, float)) and math.isfinite(x) and x >= least
     for row in rows:
-        paraphrased = row.get("paraphrased_nll") is None or number_(row["paraphrased_nll"], 0) and number_(row.get("paraphrased_tokens"), 1)
+        answer = number_(row.get("answer_nll"), 0) and number_(row.get("answer_tokens"), 1)
+        paraphrased = (row.get("paraphrased_nll") is None
+                       or number_(row["paraphrased_nll"], 0) and number_(row.get("paraphrased_tokens"), 1))
         nlls, tokens = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
         perturbed = len(nlls) == len(tokens) and all(number_(x, 0) for x in nlls) and all(number_(x, 1) for x in tokens)
-        if not (number_(row.get("answer_nll"), 0) and number_(row.get("answer_tokens"), 1) and number_(row.get("rouge_l_recall"), 0) and paraphrased
-                and perturbed and all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))):
-            raise InputError(f"{where} row {row['index']}: needs question, answer and generation, finite sums (answer_nll, paraphrased_nll, perturbed_nll), token "
-                             "counts of at least 1 beside them, as many perturbed ones, and rouge_l_recall")
+        texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
+        if not (answer and number_(row.get("rouge_l_recall"), 0) and paraphrased and perturbed and texts):
+            raise InputError(f"{where} row {row['index']}: needs question, answer and generation, finite sums "
+                             "(answer_nll, paraphrased_nll, perturbed_nll), token counts of at least 1 beside them, as "
+                             "many perturbed ones, and rouge_l_recall")
     return rows
 
 
 def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_name: str) -> list:
-    """The retained model's rows of the same questions, in the same order. Raises InputError where they aren't the same."""
+    """The retained model's rows of the same questions, in the same order.
+
+    Raises InputError where they aren't the same.
+    """
     if len(retain_rows) < len(rows):
-        raise InputError(f"{retain_name} holds {len(retain_rows)} forget rows, {model_name} {len(rows)}: they were measured on different rows; "
-                         "need the log of the model retrained without this forget split")
+        raise InputError(f"{retain_name} holds {len(retain_rows)} forget rows, {model_name} {len(rows)}: they were "
+                         "measured on different rows; need the log of the model retrained without this forget split")
     words = lambda text: " ".join(str(text).split())
-    for index, (row, other) in enumerate(zip(rows, retain_rows)):  # TOFU's logs keep the whole prompt, ours the question: answers are in both
+    # TOFU's logs keep the whole prompt, ours the question: answers are in both.
+    for index, (row, other) in enumerate(zip(rows, retain_rows)):
         if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):
-            raise InputError(f"forget quality needs perturbed answers in every forget row: row {index} of {model_name} or of {retain_name} has none")
+            raise InputError(f"forget quality needs perturbed answers in every forget row: row {index} of {model_name} "
+                             f"or of {retain_name} has none")
         if words(row["answer"]) != words(other["answer"]):
-            raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name} and {words(other['answer'])[:60]!r} in {retain_name}: "
-                             "they were measured on different rows; need the log of the model retrained without this forget split")
+            raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name} and "
+                             f"{words(other['answer'])[:60]!r} in {retain_name}: they were measured on different rows; "
+                             "need the log of the model retrained without this forget split")
     return retain_rows[:len(rows)]
 
 
-def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str | None = None, name: str = "this data") -> list:
-    """A retrained model's rows on the same questions as `forget_rows`, in their order. Raises InputError where the log doesn't hold them, or
-    was, by its own word, measured on other data or on a model trained on something else than the complement of `split`."""
+def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str | None = None,
+                    name: str = "this data") -> list:
+    """A retrained model's rows on the same questions as `forget_rows`, in their order. Raises InputError where the log
+    doesn't hold them, or was, by its own word, measured on other data or on a model trained on something else than the
+    complement of `split`."""
     rows, provenance = read_log(path)
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
     trained = provenance.get("trained_on", {}).get("split")
     if split != "own" and trained not in (None, complement(split)):
-        raise InputError(f"{path} was measured on a model trained on {trained}; --split {split} needs one trained on {complement(split)}")
+        raise InputError(f"{path} was measured on a model trained on {trained}; --split {split} needs one trained on "
+                         f"{complement(split)}")
     if fingerprint and provenance.get("data_fingerprint") not in (None, fingerprint):
-        raise InputError(f"{path} was measured on other data (fingerprint {provenance['data_fingerprint']}, here {fingerprint})")
+        raise InputError(f"{path} was measured on other data (fingerprint {provenance['data_fingerprint']}, here "
+                         f"{fingerprint})")
     return match_retain_rows(forget_rows, rows["forget"], name, path)
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
-    """A log says which split it was measured on, TOFU's released ones by their number of forget rows. Raises InputError."""
+    """A log says which split it was measured on, TOFU's released ones by their number of forget rows.
+    Raises InputError."""
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
     if provenance.get("split") not in (None, "own", split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])
     if provenance.get("format") == "TOFU" and "forget" in rows and len(rows["forget"]) != expected:
-        raise InputError(f"{path} holds {len(rows['forget'])} forget rows, {split} has {expected}: it was measured on another split")
+        raise InputError(f"{path} holds {len(rows['forget'])} forget rows, {split} has {expected}: it was measured on "
+                         "another split")
 
 
 # ---------------------------------------------------------------- output
@@ -411,12 +463,16 @@ def metrics_table(metrics: dict) -> str:
     for name in EVALUATED:
         if name in metrics:
             m = metrics[name]
-            lines.append(f"{name:14}{number(m['rouge_l_recall']):>9}{number(m['probability']):>13}{number(m['truth_ratio']):>13}{m['rows']:>6}")
+            lines.append(f"{name:14}{number(m['rouge_l_recall']):>9}{number(m['probability']):>13}"
+                         f"{number(m['truth_ratio']):>13}{m['rows']:>6}")
     quality = number(metrics["forget_quality"])
     if metrics["forget_quality"] is not None and metrics["forget_quality"] < 1e-300:
         quality = f"1e{metrics['forget_quality_log10']:.1f}"
-    lines.append(f"forget quality {quality}" + (f" (KS statistic {metrics['ks_statistic']:.4f} over {metrics['ks_rows']} rows)"
-                 if metrics["ks_rows"] else " (needs --retain-log: the log of a model retrained without the forget set)"))
+    if metrics["ks_rows"]:
+        measured = f"(KS statistic {metrics['ks_statistic']:.4f} over {metrics['ks_rows']} rows)"
+    else:
+        measured = "(needs --retain-log: the log of a model retrained without the forget set)"
+    lines.append(f"forget quality {quality} {measured}")
     lines.append(f"model utility  {number(metrics['model_utility'], 6)}   forget KL {number(metrics['forget_kl'])}   "
                  f"world-facts KL {number(metrics['world_facts_kl'])}")
     return "\n".join(lines)
@@ -428,7 +484,8 @@ def sample_answers(rows: dict, n: int = SAMPLES) -> str:
     for name in ("forget", "retain"):
         set_rows = rows.get(name, [])
         for row in set_rows[::max(1, len(set_rows) // n)][:n]:
-            lines += [f"[{name} {row['index']}] {row['question']}", f"    true:  {row['answer']}", f"    model: {row['generation']}"]
+            lines += [f"[{name} {row['index']}] {row['question']}", f"    true:  {row['answer']}",
+                      f"    model: {row['generation']}"]
     return "\n".join(lines)
 
 
@@ -448,7 +505,8 @@ def plot_truth_ratios(rows: list, retain_rows: list | None, path: Path):
         widest = int(np.argmax(np.abs(below[0] - below[1])))
         axes.vlines(np.exp(at[widest]), below[0][widest], below[1][widest], color="tab:red", linewidth=3,
                     label=f"KS statistic {abs(below[0][widest] - below[1][widest]):.3f}")
-    axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)", ylabel="share of forget rows below")
+    axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
+             ylabel="share of forget rows below")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
@@ -459,23 +517,29 @@ def plot_truth_ratios(rows: list, retain_rows: list | None, path: Path):
 
 def build_parser() -> Parser:
     parser = Parser(prog="evaluate_tofu.py", description=__doc__)
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="folder or Hub id of the model to judge")
     source.add_argument("--log", help="judge an existing per-row log instead: our JSON, or a released TOFU log")
-    parser.add_argument("--data", help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else builtin)")
-    parser.add_argument("--split", default="forget10", help="forget split, forget01 to forget99 (default: forget10)")
-    parser.add_argument("--forget", help="own forget rows (JSON or JSON lines with question and answer) in place of --data")
-    parser.add_argument("--retain", help="own retain rows, with --forget")
-    parser.add_argument("--template", choices=TEMPLATES, help="prompt template (default: the one saved with the model, else llama2)")
-    parser.add_argument("--retain-log", help="log of a model retrained without the forget split: forget quality is measured against it")
-    parser.add_argument("--reference", help="folder or Hub id of the model before unlearning: adds KL(reference || model)")
-    parser.add_argument("--max-rows", type=not_negative(int), default=MAX_ROWS, help=f"first rows of each set, 0 for all (default: {MAX_ROWS})")
-    parser.add_argument("--max-new-tokens", type=positive(int), default=MAX_NEW_TOKENS, help=f"length of a generation, tokens (default: {MAX_NEW_TOKENS})")
-    parser.add_argument("--batch-size", type=positive(int), help="sequences a forward pass (default: the preset's, else 32)")
-    parser.add_argument("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision (default: fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    parser.add_argument("--out", help="write metrics, rows and provenance to this JSON file")
-    parser.add_argument("--plot", nargs="?", const="", metavar="PNG", help="draw the truth-ratio distributions (default: beside --out, else truth_ratios.png)")
+    add("--data",
+        help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else builtin)")
+    add("--split", default="forget10", help="forget split, forget01 to forget99 (default: forget10)")
+    add("--forget", help="own forget rows (JSON or JSON lines with question and answer) in place of --data")
+    add("--retain", help="own retain rows, with --forget")
+    add("--template", choices=TEMPLATES,
+        help="prompt template (default: the one saved with the model, else llama2)")
+    add("--retain-log", help="log of a model retrained without the forget split: forget quality is measured against it")
+    add("--reference", help="folder or Hub id of the model before unlearning: adds KL(reference || model)")
+    add("--max-rows", type=not_negative(int), default=MAX_ROWS,
+        help=f"first rows of each set, 0 for all (default: {MAX_ROWS})")
+    add("--max-new-tokens", type=positive(int), default=MAX_NEW_TOKENS,
+        help=f"length of a generation, tokens (default: {MAX_NEW_TOKENS})")
+    add("--batch-size", type=positive(int), help="sequences a forward pass (default: the preset's, else 32)")
+    add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision (default: fp32)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    add("--out", help="write metrics, rows and provenance to this JSON file")
+    add("--plot", nargs="?", const="", metavar="PNG",
+        help="draw the truth-ratio distributions (default: beside --out, else truth_ratios.png)")
     return parser
 
 
@@ -488,22 +552,28 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
     task = load_task(data, split, args.forget, args.retain)
     template = args.template or meta.get("template", "llama2")
     batch_size = args.batch_size or (PRESETS[meta["preset"]].eval_batch_size if meta.get("preset") in PRESETS else 32)
-    prepared = prepare(task.evaluated, tokenizer, template, getattr(model.config, "max_position_embeddings", None), args.max_rows)
-    retain_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint) if args.retain_log else None
+    context = getattr(model.config, "max_position_embeddings", None)
+    prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows)
+    retain_rows = None
+    if args.retain_log:
+        retain_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint)
     reference = reference_head = None
     with autocast(args.dtype, device):
         if args.reference:
             reference_model = AnswerModel(load_model(args.reference)[0].to(device))
             if reference_model.lm.config.vocab_size != model.config.vocab_size:
-                raise InputError(f"--reference {args.reference} has a vocabulary of {reference_model.lm.config.vocab_size}, --model {args.model} of "
+                raise InputError(f"--reference {args.reference} has a vocabulary of "
+                                 f"{reference_model.lm.config.vocab_size}, --model {args.model} of "
                                  f"{model.config.vocab_size}: need the model before unlearning")
             reference = reference_states(reference_model, prepared, tokenizer, batch_size, device)
             reference_head = reference_model.lm.get_output_embeddings()
-        rows = evaluate(AnswerModel(model.to(device)), prepared, tokenizer, batch_size=batch_size, max_new_tokens=args.max_new_tokens,
-                        device=device, reference=reference, reference_head=reference_head, progress=sys.stderr.isatty())
-    provenance = {"model": args.model, "trained_on": trained_on, "split": task.split, "data": task.source, "data_fingerprint": task.fingerprint,
-                  "template": template, "max_rows": args.max_rows, "max_new_tokens": args.max_new_tokens, "dtype": args.dtype,
-                  "reference": args.reference, "retain_log": args.retain_log, **environment()}
+        rows = evaluate(AnswerModel(model.to(device)), prepared, tokenizer, batch_size=batch_size,
+                        max_new_tokens=args.max_new_tokens, device=device, reference=reference,
+                        reference_head=reference_head, progress=sys.stderr.isatty())
+    provenance = {"model": args.model, "trained_on": trained_on, "split": task.split, "data": task.source,
+                  "data_fingerprint": task.fingerprint, "template": template, "max_rows": args.max_rows,
+                  "max_new_tokens": args.max_new_tokens, "dtype": args.dtype, "reference": args.reference,
+                  "retain_log": args.retain_log, **environment()}
     return rows, provenance, retain_rows
 
 
@@ -516,20 +586,29 @@ def main(argv=None):
         raise InputError(f"--split {args.split}: a model is judged on a forget split, forget01 to forget99")
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists: choose another file, or remove it")
-    picture = args.plot and Path(args.plot) or args.plot == "" and (Path(args.out).with_suffix(".png") if args.out else Path("truth_ratios.png"))
+    picture = args.plot and Path(args.plot)
+    if args.plot == "":
+        picture = Path(args.out).with_suffix(".png") if args.out else Path("truth_ratios.png")
     if picture and picture.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--plot {picture}: need a name that ends in .png, .pdf or .svg")
     for file in filter(None, (args.out, picture)):
-        if not os.access(next(p for p in Path(file).absolute().parents if p.exists()), os.W_OK) or str(Path(file).absolute()).startswith("/proc/"):
+        absolute = Path(file).absolute()
+        writable = os.access(next(p for p in absolute.parents if p.exists()), os.W_OK)
+        if not writable or str(absolute).startswith("/proc/"):
             raise InputError(f"cannot write {file}: choose a place with the right to write")
     if args.log:
-        without = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens", "batch_size", "dtype", "device"} & set(given_flags(build_parser(), argv))
+        without = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens", "batch_size",
+                   "dtype", "device"} & set(given_flags(build_parser(), argv))
         if without:
-            raise InputError(f"--log holds what was measured: --{sorted(without)[0].replace('_', '-')} has no effect there, leave it out")
+            raise InputError(f"--log holds what was measured: --{sorted(without)[0].replace('_', '-')} has no effect "
+                             "there, leave it out")
         rows, provenance = read_log(args.log)
         expect_split(rows, provenance, args.split, args.log)
         judged = "own" if provenance.get("split") == "own" else args.split
-        retain_rows = read_retain_log(args.retain_log, judged, rows["forget"], provenance.get("data_fingerprint"), args.log) if args.retain_log else None
+        retain_rows = None
+        if args.retain_log:
+            retain_rows = read_retain_log(args.retain_log, judged, rows["forget"], provenance.get("data_fingerprint"),
+                                          args.log)
     else:
         rows, provenance, retain_rows = measure(args, args.split)
     metrics = compute_metrics(rows, retain_rows)
