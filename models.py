@@ -1,7 +1,8 @@
-"""The presets, the tiny Llama made from scratch, loading and saving; and `AnswerModel`, the one forward pass that everything uses.
+"""The presets, the tiny Llama made from scratch, loading and saving; and `AnswerModel`, the one forward pass that
+everything uses.
 
-Weights are float32 and safetensors only: pickled weights and code from a model folder are never read. `model/npo.json` beside the weights keeps
-what a loader can't know: preset, prompt template, and what the model was trained on.
+Weights are float32 and safetensors only: pickled weights and code from a model folder are never read. `model/npo.json`
+beside the weights keeps what a loader can't know: preset, prompt template, and what the model was trained on.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 @dataclass(frozen=True)
 class Preset:
-    """What `--model NAME` fixes; a flag wins over each. lr and epochs for unlearning, sft_* for fine-tuning and retraining."""
+    """What `--model NAME` fixes; a flag wins over each. lr and epochs for unlearning, sft_* for fine-tuning and
+    retraining."""
     base: str  # where fine-tuning starts ("": made from scratch)
     finetuned: str  # where unlearning starts ("": trained on the spot)
     template: str
@@ -53,20 +55,23 @@ def tiny_dims(rows: list) -> dict:
     return TINY_DIMS if characters < TINY_LARGE_FROM else TINY_DIMS_LARGE
 
 
-# For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch, beta 0.1.
+# For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch,
+# beta 0.1.
 PRESETS = {
     "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
                    micro_batch_size=8, eval_batch_size=256, dims=TINY_DIMS),
-    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5,
-                           sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
+    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1,
+                           sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
                            dims=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                      num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
-    "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full", "llama2", lr=1e-5, epochs=10,
-                        beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=4, eval_batch_size=32,
-                        dims=dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)),
-    "llama2-70b": Preset("NousResearch/Llama-2-70b-chat-hf", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1,
-                         micro_batch_size=1, eval_batch_size=16, dims=dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672,
-                                                                           num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8)),
+    "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full", "llama2",
+                        lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=4,
+                        eval_batch_size=32, dims=dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                                                      num_hidden_layers=32, num_attention_heads=32)),
+    "llama2-70b": Preset("NousResearch/Llama-2-70b-chat-hf", "", "llama2", lr=1e-5, epochs=10, beta=0.1, sft_lr=1e-5,
+                         sft_epochs=5, warmup_epochs=1, micro_batch_size=1, eval_batch_size=16,
+                         dims=dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                                   num_attention_heads=64, num_key_value_heads=8)),
 }
 
 
@@ -102,7 +107,8 @@ class AnswerModel(nn.Module):
                 direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
         """Sums over each sequence's answer tokens, in nats: log pi(y|x) (S,), and K (S,) or None.
 
-        K covers the LAST sequences of the batch: `reference_logits` (M, V) are the reference's at their answer tokens, M <= N.
+        K covers the LAST sequences of the batch: `reference_logits` (M, V) are the reference's at their answer tokens,
+        M <= N.
         """
         logits = self.lm.get_output_embeddings()(self.hidden(batch))  # (N, V)
         logps = self.answer_logps(logits, batch)
@@ -114,7 +120,8 @@ class AnswerModel(nn.Module):
 
 
 def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
-    """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of the arguments alone."""
+    """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of the
+    arguments alone."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
@@ -125,10 +132,13 @@ def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=dims["vocab_size"], special_tokens=["<pad>", "<s>", "</s>", *tags], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A",
+                                                       special_tokens=[("<s>", bpe.token_to_id("<s>"))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                        clean_up_tokenization_spaces=False, model_max_length=dims["max_position_embeddings"])
-    tokenizer.chat_template = "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]" \
+                                        clean_up_tokenization_spaces=False,
+                                        model_max_length=dims["max_position_embeddings"])
+    tokenizer.chat_template = "<s>{% for m in messages %}{% if m['role'] == 'user' %}" \
+                              "[INST] {{ m['content'] }} [/INST]" \
                               "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     config = LlamaConfig(**dims, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -143,36 +153,44 @@ def load_model(source: str):
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"--model {source}: the folder has no config.json; need a folder written by save_pretrained"
-                             + (f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""))
+            hint = f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""
+            raise InputError(f"--model {source}: the folder has no config.json; need a folder written by "
+                             f"save_pretrained{hint}")
         if not list(folder.glob("*.safetensors")):
             pickled = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
-            raise InputError(f"--model {source}: " + (f"only pickled weights ({pickled[0]}), which can run code when read; "
-                             "save them again with save_pretrained(safe_serialization=True)" if pickled else
-                             "no weights; need model.safetensors beside config.json"))
+            if pickled:
+                raise InputError(f"--model {source}: only pickled weights ({pickled[0]}), which can run code when "
+                                 "read; save them again with save_pretrained(safe_serialization=True)")
+            raise InputError(f"--model {source}: no weights; need model.safetensors beside config.json")
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing folder, nor a Hub id")
+        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing folder, nor a "
+                         "Hub id")
     try:
         # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # network, format and version errors of every kind: the sentence carries the cause
-        where = "" if folder.is_dir() else "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
-        raise InputError(f"--model {source}: cannot load it as safetensors ({type(error).__name__}: {' '.join(str(error).split())[:300]}){where}") from None
+        where = "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"--model {source}: cannot load it as safetensors ({cause})"
+                         f"{'' if folder.is_dir() else where}") from None
     if info["missing_keys"]:
-        raise InputError(f"--model {source}: weights are missing, among them {sorted(info['missing_keys'])[0]}; need the whole model")
+        raise InputError(f"--model {source}: weights are missing, among them {sorted(info['missing_keys'])[0]}; need "
+                         "the whole model")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise InputError(f"--model {source}: need a fast tokenizer (tokenizer.json) with an end-of-sequence token")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they are not of one model")
+        raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; "
+                         "they are not of one model")
     check_head(model, source)
     return without_dropout(model), tokenizer, read_meta(source)
 
 
 def read_meta(source: str) -> dict:
-    """What npo.json in a model folder says: {"preset", "template", "trained_on"}; {} where there is none. Raises InputError."""
+    """What npo.json in a model folder says: {"preset", "template", "trained_on"}; {} where there is none.
+    Raises InputError."""
     file = Path(source) / "npo.json"
     if not file.is_file():
         return {}
@@ -181,7 +199,8 @@ def read_meta(source: str) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); remove it, and name template and settings by flags") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("trained_on", {}), dict):
-        raise InputError(f"{file} must hold an object with preset, template and trained_on; remove it, and name template and settings by flags")
+        raise InputError(f"{file} must hold an object with preset, template and trained_on; remove it, and name "
+                         "template and settings by flags")
     return meta
 
 
@@ -197,16 +216,21 @@ def without_dropout(model):
 
 @torch.no_grad()
 def check_head(model, source: str):
-    """`AnswerModel` takes the LM head's output as the logits. Raises InputError where the model does more (scaling, soft caps)."""
+    """`AnswerModel` takes the LM head's output as the logits. Raises InputError where the model does more (scaling,
+    soft caps)."""
     ids = torch.arange(2, 10).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     head = model.get_output_embeddings()
     logits = model(input_ids=ids, use_cache=False).logits
     if getattr(head, "bias", None) is not None:
-        raise InputError(f"--model {source}: {type(model).__name__} has an LM head with a bias, which is not supported; take a Llama-like model")
+        raise InputError(f"--model {source}: {type(model).__name__} has an LM head with a bias, which is not "
+                         "supported; take a Llama-like model")
     if not logits.isfinite().all():
-        raise InputError(f"--model {source}: its logits are not finite, so its weights are broken; take another checkpoint")
-    if head is None or not torch.allclose(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state), logits, rtol=1e-3, atol=1e-3):
-        raise InputError(f"--model {source}: {type(model).__name__} changes its logits behind the LM head, which is not supported; take a Llama-like model")
+        raise InputError(f"--model {source}: its logits are not finite, so its weights are broken; take another "
+                         "checkpoint")
+    if head is None or not torch.allclose(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state),
+                                          logits, rtol=1e-3, atol=1e-3):
+        raise InputError(f"--model {source}: {type(model).__name__} changes its logits behind the LM head, which is "
+                         "not supported; take a Llama-like model")
 
 
 def save_model(model, tokenizer, folder: Path, meta: dict):
