@@ -6,8 +6,8 @@ Every function is a pure function of log-probabilities: it knows no model, no de
     NPO, Eq. 3:   L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
     its weight:   grad L = W * grad log pi_theta,   W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)          (Eq. 5)
 
-W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows when to
-stop.
+W is 1 where the policy still is the reference and vanishes on what is forgotten:
+gradient ascent that knows when to stop.
 
 Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer tokens (the
 end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence (B,) or token (N,);

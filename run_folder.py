@@ -1,5 +1,5 @@
-"""What happens around a training run's steps: its folder, evaluations, checkpoints, log, signals, picture and last
-words.
+"""What happens around a training run's steps: its folder, evaluations, checkpoints, log, signals, picture
+and last words.
 
     config.json  log.jsonl  eval/step_000013.json  checkpoints/  reference/  model/  trajectory.png
 
@@ -35,8 +35,8 @@ class Stopped(Exception):
 
 
 def open_folder(s: Namespace, config: dict, w: World) -> Path:
-    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or can't be
-    written."""
+    """The run folder, which appears with its config.json in one rename. Raises InputError where it
+    exists or can't be written."""
     if s.resume:
         return Path(s.resume)
     name = f"{s.method}_{s.split}"
@@ -146,8 +146,8 @@ class Run:
         self.saving = False
 
     def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
-        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of steps, shows every
-        50th)."""
+        """One JSON line, and one aligned line on the terminal (fine-tuning, with its thousands of
+        steps, shows every 50th)."""
         epoch = step * self.s.batch_size / self.plan.rows
         if self.w.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()

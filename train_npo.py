@@ -1,7 +1,9 @@
 """Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3 and 5).
 
-    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1  # unlearn forget10; from a laptop on, no download
-    python train_npo.py --loss sft --split full                            # fine-tune (or --split retain90: retrain)
+    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1
+        # unlearn forget10; from a laptop on, no download
+    python train_npo.py --loss sft --split full
+        # fine-tune (or --split retain90: retrain)
 
     minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
     NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))       (Eq. 3, losses.npo_loss)
@@ -53,8 +55,8 @@ WITH_REFUSAL = ("idk", "dpo", "kto")
 
 def forget_loss(s: Namespace, logps: Tensor, reference_logps: Tensor, refusal_logps: Tensor,
                 reference_refusal_logps: Tensor, answer_tokens: Tensor, kl_baseline: Tensor) -> Tensor:
-    """L_forget of each sequence, (B,): the one place where `--loss` is looked at. New objectives go here and into
-    LOSSES."""
+    """L_forget of each sequence, (B,): the one place where `--loss` is looked at. New objectives go here and
+    into LOSSES."""
     if s.loss == "sft":
         return nll_loss(logps)
     if s.loss == "ga":
@@ -297,8 +299,8 @@ def finite(model: AnswerModel) -> bool:
 def check_start(s: Namespace, logged: dict):
     """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta) ln 2, K = 0.
 
-    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would mean what it
-    says.
+    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would
+    mean what it says.
     """
     tolerance = 1e-3 if s.dtype == "fp32" else 0.05
     log_2 = math.log(2)
@@ -525,11 +527,11 @@ def floating_point_rate(w: World) -> float:
 
 
 def run(s: Namespace, w: World) -> Path:
-    """Everything: check, load, train what is missing, pass the reference, train, evaluate, save. Returns the run
-    folder.
+    """Everything: check, load, train what is missing, pass the reference, train, evaluate, save.
+    Returns the run folder.
 
-    Raises InputError before anything is written, where the input is at fault; Stopped where a signal ended the
-    training.
+    Raises InputError before anything is written, where the input is at fault; Stopped where a signal
+    ended the training.
     """
     begin = time.perf_counter()
     if w.size > s.batch_size:
