@@ -1,8 +1,9 @@
 """Exact resume: what a training run needs to go on as if it had never stopped.
 
-A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the scalar state (JSON) and a manifest
-of sizes and hashes. It is written aside, flushed to the disk and renamed, so that it is whole or not there; the last two are
-kept. Batches, partners and refusals are pure functions of (seed, position): the step is all that is needed of the stream.
+A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the scalar state
+(JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed, so that it is whole or
+not there; the last two are kept. Batches, partners and refusals are pure functions of (seed, position): the step is all
+that is needed of the stream.
 """
 
 import hashlib
@@ -30,10 +31,12 @@ def save(folder: Path, step: int, model, optimizer, state: dict, kept: int = KEP
     try:
         _save_tensors(dict(model.named_parameters()), aside / "weights.safetensors")
         names = {id(p): name for name, p in model.named_parameters()}
-        moments = {f"{names[id(p)]}/{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+        moments = {f"{names[id(p)]}/{key}": value
+                   for p, values in optimizer.state.items() for key, value in values.items()}
         _save_tensors(moments, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(aside.iterdir())}
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                    for path in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for path in [*aside.iterdir(), aside]:
             _fsync(path)
@@ -70,7 +73,8 @@ def load(path: Path, model, optimizer) -> dict:
     for name, value in moments.items():
         name, key = name.rsplit("/", 1)
         # AdamW keeps its step count on the CPU unless it is fused on a GPU; load_state_dict's rule, applied per tensor.
-        optimizer.state[parameters[name]][key] = value if key == "step" and not _fused(optimizer) else value.to(parameters[name].device)
+        stays = key == "step" and not _fused(optimizer)
+        optimizer.state[parameters[name]][key] = value if stays else value.to(parameters[name].device)
     return json.loads((path / "state.json").read_text())
 
 

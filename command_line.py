@@ -58,14 +58,18 @@ def not_negative(kind):
 
 @contextmanager
 def locked(file: Path, wait: bool = False):
-    """Hold `file` as a lock: one process writes a folder at a time. Raises InputError where another holds it and `wait` is False."""
+    """Hold `file` as a lock: one process writes a folder at a time.
+
+    Raises InputError where another holds it and `wait` is False.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise InputError(f"{file.parent} is in use by a run that goes on: wait for it, or choose another folder") from None
+                raise InputError(f"{file.parent} is in use by a run that goes on: wait for it, or choose another "
+                                 "folder") from None
             print(f"waiting for another run to finish {file.name}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -77,18 +81,22 @@ def environment() -> dict:
     import transformers
     def git(*args) -> str:
         try:
-            return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+            done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+            return done.stdout.strip()
         except FileNotFoundError:  # no git on this machine
             return ""
 
     commit = git("rev-parse", "HEAD")
-    return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+    return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "transformers": transformers.__version__},
             "commit": commit + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no")) or None,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def write_json(path: Path, content: dict):
-    """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one. Raises InputError."""
+    """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one.
+    Raises InputError."""
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     try:
@@ -97,20 +105,25 @@ def write_json(path: Path, content: dict):
         aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
     except ValueError:
-        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing was written") from None
+        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing was "
+                         "written") from None
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to write") from None
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to "
+                         "write") from None
 
 
 def run_command(main, name: str):
-    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C in status 130."""
+    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C in
+    status 130."""
     try:
         main()
     except InputError as error:
         _end(f"{name}: {error}", 2)
     except (OSError, SafetensorError) as error:  # no room, no right to write
-        where = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else " ".join(str(error).split())
+        where = " ".join(str(error).split())
+        if getattr(error, "filename", None):
+            where = f"{error.filename}: {error.strerror}"
         _end(f"{name}: {where}; need a place with room and the right to write", 2)
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
@@ -121,8 +134,9 @@ def run_command(main, name: str):
 
 
 def _end(sentence: str, status: int):
-    """Say it once: process 0 at once, another only where it hasn't been stopped with the rest some seconds later. Then leave without
-    waiting for anyone: the others may be inside a collective operation that will never end, and torchrun stops them."""
+    """Say it once: process 0 at once, another only where it hasn't been stopped with the rest some seconds later. Then
+    leave without waiting for anyone: the others may be inside a collective operation that will never end, and torchrun
+    stops them."""
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(5)
     print(sentence, file=sys.stderr, flush=True)

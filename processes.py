@@ -1,4 +1,5 @@
-"""The processes that train together: torchrun's (gloo on a CPU, nccl on GPUs), or this one alone as a world of size 1."""
+"""The processes that train together: torchrun's (gloo on a CPU, nccl on GPUs), or this one alone as a world of
+size 1."""
 
 import os
 import sys
@@ -45,7 +46,8 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there[name]:
-        raise InputError(f"--device {name}: this machine has none; use --device {' or '.join(d for d in there if there[d])}")
+        raise InputError(f"--device {name}: this machine has none; use --device "
+                         f"{' or '.join(d for d in there if there[d])}")
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
@@ -56,8 +58,9 @@ def join_world(device: str) -> World:
     chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share this machine's cores evenly
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size) if hasattr(os, "sched_getaffinity") else 1)
+    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default; share the cores evenly
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        torch.set_num_threads(max(1, cores // local_size))
     if size > 1:
         # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
         dist.init_process_group("nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo")

@@ -1,8 +1,8 @@
 """The reference model without a reference model in memory.
 
-The policy IS the reference until its first step. One pass before that step keeps what the objectives and the evaluations will ask of it:
-log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the last hidden states at the answers' tokens, from
-which the frozen LM head gives the exact logits again.
+The policy IS the reference until its first step. One pass before that step keeps what the objectives and the
+evaluations will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the last hidden
+states at the answers' tokens, from which the frozen LM head gives the exact logits again.
 """
 
 import os
@@ -25,8 +25,9 @@ from processes import World
 class Reference:
     """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL metrics.
 
-    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process), and read back memory-mapped. The
-    fingerprint covers weights, data, template, precision and stream; a file with another one is refused (InputError).
+    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process), and read
+    back memory-mapped. The fingerprint covers weights, data, template, precision and stream; a file with another one is
+    refused (InputError).
     """
 
     def __init__(self, folder: Path, mark: str, device):
@@ -34,8 +35,8 @@ class Reference:
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, framework="pt")
             if file.metadata()["fingerprint"] != mark:
-                raise InputError(f"{path} is stale: it was made from other weights, data, template or precision (fingerprint "
-                                 f"{file.metadata()['fingerprint']}, now {mark}); start a new run")
+                raise InputError(f"{path} is stale: it was made from other weights, data, template or precision "
+                                 f"(fingerprint {file.metadata()['fingerprint']}, now {mark}); start a new run")
             self.file_of.update(dict.fromkeys(file.keys(), file))
         self.head_weight = self["head"].to(device)  # frozen: the policy's own head moves
 
@@ -66,7 +67,8 @@ def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, 
     needed = [(f"forget/{row}", e) for row, e in enumerate(plan.forget)]
     needed += [(f"refusal/{row}/{line}", e) for (row, line), e in plan.refusal.items()]
     if s.kl_weight > 0:
-        needed += [(f"retain/{row}", plan.retain[row]) for row in sorted({i.partner for items in plan.stream for i in items})]
+        partners = sorted({i.partner for items in plan.stream for i in items})
+        needed += [(f"retain/{row}", plan.retain[row]) for row in partners]
     tensors = {}
     for chunk in deal(needed, [len(e.ids) for _, e in needed], 2 * s.micro_batch_size, w.rank, w.size):
         if chunk:

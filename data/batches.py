@@ -24,12 +24,13 @@ def shuffled(seed: int, stream: int, n: int, position: int) -> int:
     return int(_permutation(seed, stream, n, position // n)[position % n])
 
 
-def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, n_refusals: int, pairing: str) -> list[list[Item]]:
+def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, n_refusals: int,
+                pairing: str) -> list[list[Item]]:
     """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch) of them.
 
-    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of their own;
-    "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v, u and v each the first
-    `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: the objective uses none.
+    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of their
+    own; "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v, u and v each the
+    first `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: the objective uses none.
     """
     def partner(row: int, position: int) -> tuple[int, int]:
         if pairing == "fixed":
@@ -61,7 +62,8 @@ def _first_randint(seed: int, n: int) -> int:
 def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size: int) -> list[list]:
     """This process's micro-batches of a global batch: sorted by length, every world_size-th row, cut.
 
-    All processes get the same number of micro-batches, so that they meet in the last one; where rows run out the list is empty.
+    All processes get the same number of micro-batches, so that they meet in the last one; where rows run out the list
+    is empty.
     """
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     mine = [rows[i] for i in order[rank::world_size]]
@@ -72,8 +74,8 @@ def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size
 class TokenBatch(NamedTuple):
     """S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
 
-    ids (S, T); rows, positions, targets (N,): hidden[rows, positions] predicts targets. No attention mask: with causal attention no
-    real token looks at padding that comes after it.
+    ids (S, T); rows, positions, targets (N,): hidden[rows, positions] predicts targets. No attention mask: with causal
+    attention no real token looks at padding that comes after it.
     """
     ids: Tensor
     rows: Tensor

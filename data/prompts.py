@@ -1,7 +1,8 @@
 """From question and answer to token ids, with the supervised answer tokens marked.
 
-The answer is found from character offsets of the FULL text's tokens, never by tokenising the question alone: a tokenizer may merge across
-the boundary. A token that straddles it belongs to the prompt (as in the authors' code). The end-of-sequence token is supervised.
+The answer is found from character offsets of the FULL text's tokens, never by tokenising the question alone: a
+tokenizer may merge across the boundary. A token that straddles it belongs to the prompt (as in the authors' code). The
+end-of-sequence token is supervised.
 """
 
 from typing import NamedTuple
@@ -31,13 +32,15 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
         raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("--template chat: this model's tokenizer brings no chat template; use --template llama2 or qa")
-    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                         tokenize=False)
 
 
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:
     """(question, answer) pairs -> Encoded, one batched call of the tokenizer.
 
-    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no token begins in the answer.
+    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no token begins
+    in the answer.
     """
     prompts = [prompt_text(tokenizer, template, question) for question, _ in pairs]
     answers = [(" " if template == "qa" else "") + answer for _, answer in pairs]
@@ -50,11 +53,12 @@ def encode(tokenizer, template: str, pairs: list, context: int | None = None) ->
             ids, offsets = ids[:-1], offsets[:-1]
         start = next((i for i, (begin, _) in enumerate(offsets) if begin >= len(prompt)), len(ids))
         if start == len(ids):
-            raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops it or merges it into the prompt")
+            raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops it or "
+                             "merges it into the prompt")
         ids = ids + [tokenizer.eos_token_id]
         if context and len(ids) > context:
-            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the model's context is {context}: "
-                             "shorten the row, or take a model with a longer context")
+            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the model's "
+                             f"context is {context}: shorten the row, or take a model with a longer context")
         encoded.append(Encoded(ids, start))
     return encoded
 
@@ -63,4 +67,5 @@ def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]
     """Prompt token ids for generation."""
     texts = [prompt_text(tokenizer, template, question) for question in questions]
     prompts = tokenizer(texts, add_special_tokens=template != "chat", return_attention_mask=False)["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]  # some tokenizers add it themselves
+    # Some tokenizers add the end-of-sequence token themselves.
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]

@@ -1,11 +1,11 @@
 """TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain files.
 
-Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest. Evaluation rows carry
-paraphrased and perturbed answers besides, and are the last (forget) and first (retain) rows of `full`. A row is a dict with `question`
-and `answer`; its key is its index in its set (TOFU has one question twice).
+Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest. Evaluation rows
+carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain) rows of `full`. A row is a
+dict with `question` and `answer`; its key is its index in its set (TOFU has one question twice).
 
-Folders and own files are read here, so that an error names file and line, and so that a private forget set leaves no copy in a
-cache; a Hub id goes through `datasets`.
+Folders and own files are read here, so that an error names file and line, and so that a private forget set leaves no
+copy in a cache; a Hub id goes through `datasets`.
 """
 
 import hashlib
@@ -23,14 +23,16 @@ TINY_FACT_REPEATS = 4  # a model made from scratch sees each real-author and wor
 
 
 class InputError(ValueError):
-    """What the user gave can't be used. One sentence: what was given, what is needed, what to type. Commands exit with status 2."""
+    """What the user gave can't be used. One sentence: what was given, what is needed, what to type. Commands exit with
+    status 2."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What is trained on and what is evaluated: rows only, no tokens.
 
-    forget/retain: the rows to unlearn and to keep; for full and retain splits `forget` is empty and `retain` holds what is learned.
+    forget/retain: the rows to unlearn and to keep; for full and retain splits `forget` is empty and `retain` holds what
+    is learned.
     evaluated: set name -> rows, those of EVALUATED that exist (own data has forget and retain only).
     """
     source: str
@@ -54,7 +56,8 @@ def parse_split(split: str) -> tuple[str, int]:
     if split == "full":
         return "full", 100
     if not match or not 1 <= int(match[2]) <= 99:
-        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, e.g. --split forget10")
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, e.g. "
+                         "--split forget10")
     return match[1], int(match[2])
 
 
@@ -92,9 +95,10 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     perturbed = forget_perturbed[-min(len(judged), len(forget_perturbed)):]
     for row, perturbed_row in zip(full[-len(perturbed):], perturbed):
         if row["question"] != perturbed_row["question"]:
-            raise InputError(f"{data}: forget10_perturbed is not the end of full ({perturbed_row['question']!r} against "
-                             f"{row['question']!r}): both files must come from the same data set")
-    kept = len(slice_rows(full, complement(evaluation_split(split))))  # a split so large that it reaches into retain_perturbed shortens it
+            raise InputError(f"{data}: forget10_perturbed is not the end of full ({perturbed_row['question']!r} "
+                             f"against {row['question']!r}): both files must come from the same data set")
+    # A split so large that it reaches into retain_perturbed shortens it.
+    kept = len(slice_rows(full, complement(evaluation_split(split))))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
     kind, _ = parse_split(split)
@@ -111,14 +115,16 @@ def load_sets(data: str) -> tuple[dict, list, str]:
     if folder.is_dir():
         missing = [f"{name}.json" for name in SETS if not (folder / f"{name}.json").is_file()]
         if missing:
-            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's {', '.join(n + '.json' for n in SETS)}")
+            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's "
+                             f"{', '.join(n + '.json' for n in SETS)}")
         sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
         refusals, refusals_from = REFUSALS, "builtin"
         if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
             refusals = [line.strip() for line in _read_text(folder / "idontknow.jsonl").splitlines() if line.strip()]
             refusals_from = "idontknow.jsonl"
             if not refusals:
-                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or remove the file to use the built-in ones")
+                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or remove the "
+                                 "file to use the built-in ones")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not folder.exists():
         sets, refusals, refusals_from = {name: _from_hub(data, name) for name in SETS}, REFUSALS, "builtin"
     else:
@@ -143,7 +149,8 @@ def read_rows(path: Path) -> list:
                 rows.append(json.loads(line))
             except (json.JSONDecodeError, RecursionError) as error:
                 at = error.lineno if is_list and isinstance(error, json.JSONDecodeError) else number
-                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and answer a line") from None
+                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and answer a "
+                                 "line") from None
     rows = rows[0] if is_list and rows else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer a line")
@@ -159,7 +166,8 @@ def check_row(row, where: str, further: dict):
     for field, kind in {"question": str, "answer": str, **further}.items():
         value = row.get(field)
         if not isinstance(value, kind) or not value or (kind is str and not value.strip()):
-            raise InputError(f"{where}: {field} must be a non-empty {'text' if kind is str else 'list of texts'}, got {value!r}"[:400])
+            needed = "text" if kind is str else "list of texts"
+            raise InputError(f"{where}: {field} must be a non-empty {needed}, got {value!r}"[:400])
         if kind is list and not all(isinstance(x, str) and x.strip() for x in value):
             raise InputError(f"{where}: {field} must hold non-empty texts only, got {value!r}"[:400])
 
@@ -174,11 +182,12 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
         raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
     sets = {"forget": read_rows(Path(forget_file)), "retain": read_rows(Path(retain_file))}
     for name, rows in sets.items():
-        for line, row in enumerate(rows, 1):  # perturbed answers are optional, but a set has them in all rows or in none
+        # Perturbed answers are optional, but a set has them in all rows or in none.
+        for line, row in enumerate(rows, 1):
             if any(field in r for r in rows for field in PERTURBED):
                 check_row(row, f"{dict(forget=forget_file, retain=retain_file)[name]} line {line}", PERTURBED)
-    return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"], sets["forget"], sets["retain"], sets,
-                REFUSALS, "builtin", fingerprint(sets))
+    return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"],
+                sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
 
 
 def _read_text(path: Path) -> str:
@@ -193,6 +202,6 @@ def _from_hub(data: str, name: str) -> list:
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
     except Exception as error:  # every kind of network, cache and format failure ends here, and the sentence carries it
-        raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: {str(error)[:200]}); without network, "
-                         f"fetch {', '.join(n + '.json' for n in SETS)} by hand into a folder and pass --data FOLDER, "
-                         "or use --data builtin") from None
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: "
+                         f"{str(error)[:200]}); without network, fetch {', '.join(n + '.json' for n in SETS)} "
+                         "by hand into a folder and pass --data FOLDER, or use --data builtin") from None

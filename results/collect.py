@@ -2,9 +2,9 @@
 
     python results/collect.py runs/grid/* --out results/builtin_forget10.json
 
-For each run: its settings, provenance, and the metrics of every evaluation (no rows, no texts). The picture shows forget quality and model utility
-over steps, one line a run, coloured by method. `--pick FILE` reads such a JSON and prints, for each method, the learning rate with the
-best peak: the one protocol for all methods.
+For each run: its settings, provenance, and the metrics of every evaluation (no rows, no texts). The picture shows
+forget quality and model utility over steps, one line a run, coloured by method. `--pick FILE` reads such a JSON and
+prints, for each method, the learning rate with the best peak: the one protocol for all methods.
 """
 
 import json
@@ -19,7 +19,11 @@ from command_line import Parser, environment, run_command, write_json  # noqa: E
 from data.tofu import InputError  # noqa: E402
 
 STYLES = {"npo+rt": ("black", "-"), "npo": ("tab:blue", "-"), "ga": ("tab:red", "--"), "ga+rt": ("tab:orange", "--")}
-KEPT = ("forget_quality", "forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl", "world_facts_kl")
+KEPT = ("forget_quality", "forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
+        "world_facts_kl")
+SETTINGS = ("loss", "split", "data", "model", "lr", "beta", "epochs", "batch_size", "seed", "forget_weight",
+            "retain_weight", "kl_weight", "warmup_epochs", "weight_decay", "template")
+PROVENANCE = ("versions", "commit", "command", "time", "device", "world_size", "start_weights", "data_fingerprint")
 
 
 def collect(folder: Path) -> dict:
@@ -33,14 +37,15 @@ def collect(folder: Path) -> dict:
     for name in ("forget", "retain", "real_authors", "world_facts"):
         for key in ("probability", "rouge_l_recall", "truth_ratio"):
             curves[f"{name}_{key}"] = [short(e["metrics"][name][key]) for e in evaluations]
-    settings = {k: config["settings"][k] for k in ("loss", "split", "data", "model", "lr", "beta", "epochs", "batch_size", "seed", "forget_weight",
-                                                   "retain_weight", "kl_weight", "warmup_epochs", "weight_decay", "template")}
+    settings = {k: config["settings"][k] for k in SETTINGS}
     rows = evaluations[-1]["rows"]
-    answers = [{k: rows[name][i][k] for k in ("question", "answer", "generation")} | {"set": name} for name in ("forget", "retain") for i in (0, 150)
-               if i < len(rows[name])]
-    return {"method": config["settings"]["method"], "settings": settings, "steps": [e["provenance"]["step"] for e in evaluations], "metrics": curves,
-            "last_answers": [{k: v[:300] for k, v in a.items()} for a in answers], "model_config": {k: config["model_config"].get(k) for k in ("hidden_size", "num_hidden_layers", "vocab_size")},
-            "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device", "world_size", "start_weights", "data_fingerprint")}}
+    answers = [{k: rows[name][i][k] for k in ("question", "answer", "generation")} | {"set": name}
+               for name in ("forget", "retain") for i in (0, 150) if i < len(rows[name])]
+    dims = {k: config["model_config"].get(k) for k in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {"method": config["settings"]["method"], "settings": settings,
+            "steps": [e["provenance"]["step"] for e in evaluations], "metrics": curves,
+            "last_answers": [{k: v[:300] for k, v in a.items()} for a in answers], "model_config": dims,
+            "provenance": {k: config[k] for k in PROVENANCE}}
 
 
 def peak(run: dict) -> tuple[float, int]:
@@ -52,14 +57,16 @@ def peak(run: dict) -> tuple[float, int]:
 
 def table(runs: list) -> str:
     """One line a run: peak and last forget quality with the utility there, relative to the start."""
-    lines = ["| method | lr | seed | peak forget quality | step | utility there / start | last forget quality | utility / start | retain probability |",
+    lines = ["| method | lr | seed | peak forget quality | step | utility there / start | last forget quality "
+             "| utility / start | retain probability |",
              "|---|---|---|---|---|---|---|---|---|"]
     for run in sorted(runs, key=lambda r: (r["method"], r["settings"]["lr"], r["settings"]["seed"])):
         m, (best, at) = run["metrics"], peak(run)
         start = m["model_utility"][0]
-        lines.append(f"| {run['method']} | {run['settings']['lr']:g} | {run['settings']['seed']} | {10**best:.2g} | {run['steps'][at]} | "
-                     f"{m['model_utility'][at] / start:.2f} | {10**m['forget_quality_log10'][-1]:.2g} | {m['model_utility'][-1] / start:.2f} | "
-                     f"{m['retain_probability'][-1]:.2f} |")
+        lines.append(f"| {run['method']} | {run['settings']['lr']:g} | {run['settings']['seed']} | {10**best:.2g} "
+                     f"| {run['steps'][at]} | {m['model_utility'][at] / start:.2f} "
+                     f"| {10**m['forget_quality_log10'][-1]:.2g} | {m['model_utility'][-1] / start:.2f} "
+                     f"| {m['retain_probability'][-1]:.2f} |")
     return "\n".join(lines)
 
 
@@ -75,7 +82,8 @@ def draw(runs: list, path: Path):
         label = run["method"] if run["method"] not in named else None
         named.add(run["method"])
         for axes, key in zip(panels, ("forget_quality_log10", "model_utility", "retain_probability")):
-            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="o", markersize=3, label=label, alpha=0.8)
+            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="o", markersize=3, label=label,
+                      alpha=0.8)
     panels[0].axhline(math.log10(0.05), color="gray", linewidth=1, label="0.05")
     for axes, title in zip(panels, ("log10 forget quality", "model utility", "retain probability")):
         axes.set(title=title, xlabel="step")
@@ -96,8 +104,10 @@ def pick(runs: list) -> dict:
 def main():
     parser = Parser(prog="results/collect.py", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="finished run folders")
-    parser.add_argument("--out", type=Path, help="JSON to write; the picture goes beside it, as .png, and the table as .md")
-    parser.add_argument("--pick", type=Path, help="print the best learning rate of each method in this JSON, as 'method lr' lines")
+    parser.add_argument("--out", type=Path,
+                        help="JSON to write; the picture goes beside it, as .png, and the table as .md")
+    parser.add_argument("--pick", type=Path,
+                        help="print the best learning rate of each method in this JSON, as 'method lr' lines")
     args = parser.parse_args()
     if args.pick:
         for method, lr in pick(json.loads(args.pick.read_text())["runs"]).items():

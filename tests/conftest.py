@@ -1,4 +1,5 @@
-"""Shared by all tests: the project's root on the path, the folders that lie beside the repository, a small data set and a small model."""
+"""Shared by all tests: the project's root on the path, the folders that lie beside the repository, a small data set and
+a small model."""
 
 import json
 import os
@@ -17,7 +18,8 @@ SMALL = 200  # rows of the small data set: 20 to forget
 
 @pytest.fixture
 def shared():
-    """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared); skips the test where it is absent."""
+    """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared); skips the test where it is
+    absent."""
     def folder(name: str) -> Path:
         path = SHARED / name
         if not path.exists():
@@ -45,7 +47,8 @@ def small_model(tmp_path_factory, small_data) -> Path:
     from models import make_tiny, save_model
     task = load_task(str(small_data), "forget10")
     texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")]
-    dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024)
+    dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=1024)
     folder = tmp_path_factory.mktemp("small") / "model"
     save_model(*make_tiny(texts, 0, dims), folder, {"preset": None, "template": "llama2", "trained_on": {}})
     return folder
@@ -53,12 +56,14 @@ def small_model(tmp_path_factory, small_data) -> Path:
 
 @pytest.fixture
 def command(tmp_path):
-    """command("train_npo.py", "--loss", "npo", processes=2) runs it as a user would, in an empty folder; the finished process."""
+    """command("train_npo.py", "--loss", "npo", processes=2) runs it as a user would, in an empty folder; the finished
+    process."""
     def run(script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 180):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"]
-        done = subprocess.run([*(torchrun if processes else [sys.executable]), str(ROOT / script), *map(str, args)], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+                    "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        words = [*(torchrun if processes else [sys.executable]), str(ROOT / script), *map(str, args)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert status is None or done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
         return done
     return run
