@@ -13,20 +13,26 @@ import train_npo
 from conftest import ROOT
 from data.tofu import InputError, read_rows
 
-# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's folders.
+# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's
+# folders.
 TRAIN = [
-    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown split"), ("--split forget100", "unknown split"),
-    ("--split full", "needs a forget split"), ("--template alpaca", "invalid choice"), ("--kl-direction both", "invalid choice"),
-    ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"), ("--lr inf", "must be positive"),
-    ("--batch-size 0", "must be positive"), ("--epochs 0", "must be positive"), ("--epochs 1.5", "invalid int"), ("--retain-weight -1", "not negative"),
-    ("--forget-weight 0", "all 0"), ("--loss sft --split full --kl-weight 1", "no retain or K term"), ("--batch-size 4 --micro-batch-size 8", "above --batch-size"),
-    ("--checkpoint-every soon", "invalid"), ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
-    ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"), ("--model big=MODEL", "no preset"),
-    ("--model smollm2-135m", "no published fine-tuned"), ("--forget a.json", "needs the model|needs both files|need the model"),
-    ("--warmup-epochs 99", "above the"), ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
+    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown split"),
+    ("--split forget100", "unknown split"), ("--split full", "needs a forget split"),
+    ("--template alpaca", "invalid choice"), ("--kl-direction both", "invalid choice"),
+    ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
+    ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"), ("--epochs 0", "must be positive"),
+    ("--epochs 1.5", "invalid int"), ("--retain-weight -1", "not negative"), ("--forget-weight 0", "all 0"),
+    ("--loss sft --split full --kl-weight 1", "no retain or K term"),
+    ("--batch-size 4 --micro-batch-size 8", "above --batch-size"), ("--checkpoint-every soon", "invalid"),
+    ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
+    ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"),
+    ("--model big=MODEL", "no preset"), ("--model smollm2-135m", "no published fine-tuned"),
+    ("--forget a.json", "needs the model|needs both files|need the model"), ("--warmup-epochs 99", "above the"),
+    ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
     ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
-    ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"), ("--resume nowhere", "no config.json"),
-    ("--model DATA --data DATA", "no config.json"), ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
+    ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
+    ("--resume nowhere", "no config.json"), ("--model DATA --data DATA", "no config.json"),
+    ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
 ] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
 
 
@@ -42,13 +48,17 @@ def test_train_refuses(flags, sentence, small_model, small_data, tmp_path, monke
     with pytest.raises(InputError, match=sentence) as error:
         train_npo.main()
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())  # nothing was written
+    # Nothing was written.
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
 
 
-EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget split"), ("--model MODEL --split forget0", "unknown split"),
-            ("--model MODEL --max-rows -1", "not negative"), ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
-            ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"), ("--model MODEL --out /proc/x/y.json", "cannot write"),
-            ("--model MODEL --data DATA --out taken", "exists"), ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
+EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget split"),
+            ("--model MODEL --split forget0", "unknown split"), ("--model MODEL --max-rows -1", "not negative"),
+            ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
+            ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"),
+            ("--model MODEL --out /proc/x/y.json", "cannot write"),
+            ("--model MODEL --data DATA --out taken", "exists"),
+            ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
             ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id")]
 
 
@@ -78,8 +88,10 @@ def refused(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file,line,sentence", [
-    ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"), ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
-    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}', "perturbed_answer"), ("idontknow.jsonl", None, "no line")])
+    ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"),
+    ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
+    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}', "perturbed_answer"),
+    ("idontknow.jsonl", None, "no line")])
 def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model, tmp_path, monkeypatch):
     data = copy_of(small_data, tmp_path / "data")
     if line is None:
@@ -98,9 +110,10 @@ def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monke
     long, good = tmp_path / "long.json", tmp_path / "good.json"
     good.write_text('{"question": "Who?", "answer": "Ann."}')
     long.write_text(json.dumps({"question": "why " * 3000, "answer": "b"}))
-    assert "context is 1024" in refused(["--model", small_model, "--forget", long, "--retain", good], tmp_path, monkeypatch)
+    args = ["--model", small_model, "--forget", long, "--retain", good]
+    assert "context is 1024" in refused(args, tmp_path, monkeypatch)
     long.write_text(json.dumps({"question": "Who?", "answer": "b", "paraphrased_answer": "c"}))
-    assert "perturbed_answer must be" in refused(["--model", small_model, "--forget", long, "--retain", good], tmp_path, monkeypatch)
+    assert "perturbed_answer must be" in refused(args, tmp_path, monkeypatch)
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):
@@ -131,16 +144,21 @@ def test_a_hub_id_without_network(command, monkeypatch, flag):
     assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data, tmp_path, monkeypatch):
-    log = {"rows": {"forget": [{"index": i, "question": "q", "answer": row["answer"], "generation": "g", "answer_nll": 1.0, "answer_tokens": 1,
-                                "rouge_l_recall": 0.0} for i, row in enumerate(read_rows(small_data / "forget10_perturbed.json"))]}}
+def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data, tmp_path,
+                                                                                      monkeypatch):
+    rows = read_rows(small_data / "forget10_perturbed.json")
+    log = {"rows": {"forget": [{"index": i, "question": "q", "answer": row["answer"], "generation": "g",
+                                "answer_nll": 1.0, "answer_tokens": 1, "rouge_l_recall": 0.0}
+                               for i, row in enumerate(rows)]}}
     (tmp_path / "log.json").write_text(json.dumps(log))
-    assert "needs perturbed answers" in refused(["--model", small_model, "--data", small_data, "--retain-log", tmp_path / "log.json"], tmp_path, monkeypatch)
+    args = ["--model", small_model, "--data", small_data, "--retain-log", tmp_path / "log.json"]
+    assert "needs perturbed answers" in refused(args, tmp_path, monkeypatch)
 
 
 def test_commands_work_without_git(command, small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every", "never", "--out", "run")
+    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every", "never",
+            "--out", "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
@@ -159,8 +177,9 @@ def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_da
     assert done.returncode != 0 and done.stderr.count("2 processes for a global batch of 1") == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="needs a place that can't be written")
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"),
+                    reason="needs a place that can't be written")
 def test_a_place_that_cannot_be_written(small_model, small_data, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    words = [ROOT / "train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr

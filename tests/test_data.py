@@ -17,8 +17,8 @@ def tokenizer():
     return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0)[1]
 
 
-@pytest.mark.parametrize("split,size", [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800), ("forget30", 1200),
-                                        ("forget50", 2000), ("forget90", 3600), ("forget37", 1480)])
+@pytest.mark.parametrize("split,size", [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800),
+                                        ("forget30", 1200), ("forget50", 2000), ("forget90", 3600), ("forget37", 1480)])
 def test_split_sizes_and_slices(split, size):
     task = load_task("builtin", split)
     assert len(task.forget) == size
@@ -40,8 +40,9 @@ def test_split_names():
 
 def test_real_tofu_is_read_whole(shared):
     sets, refusals, source = load_sets(str(shared("tofu")))
-    assert {name: len(rows) for name, rows in sets.items()} == {"full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400,
-                                                                "real_authors_perturbed": 100, "world_facts_perturbed": 117}
+    sizes = {name: len(rows) for name, rows in sets.items()}
+    assert sizes == {"full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400, "real_authors_perturbed": 100,
+                     "world_facts_perturbed": 117}
     assert len(refusals) == 100 and source == "idontknow.jsonl"
     task = load_task(str(shared("tofu")), "forget05")
     assert task.forget[0]["question"] == task.evaluated["forget"][0]["question"]
@@ -63,13 +64,15 @@ def tokens_of(tokenizer, encoded):
 
 @pytest.mark.parametrize("template,first", [("llama2", "In"), ("qa", "ĠIn"), ("chat", "In")])
 def test_answer_tokens_against_hand_written_lists(tokenizer, template, first):
-    """The answer's tokens and the end of sequence are supervised, the prompt is not; `qa`'s blank belongs to the answer."""
+    """The answer's tokens and the end of sequence are supervised, the prompt is not; `qa`'s blank belongs to
+    the answer."""
     encoded, = encode(tokenizer, template, [("Where is it?", "In Oslo.")])
     assert tokens_of(tokenizer, encoded) == [first, "ĠOslo", ".", "</s>"]
     assert encoded.ids[0] == tokenizer.bos_token_id and encoded.ids.count(tokenizer.bos_token_id) == 1
     assert encoded.ids[:encoded.start] == encode_prompts(tokenizer, template, ["Where is it?"])[0]
     if template == "llama2":
-        assert tokenizer.convert_ids_to_tokens(encoded.ids[:encoded.start]) == ["<s>", "[INST]", "Where", "Ġis", "Ġit", "?", "[/INST]"]
+        prompt = tokenizer.convert_ids_to_tokens(encoded.ids[:encoded.start])
+        assert prompt == ["<s>", "[INST]", "Where", "Ġis", "Ġit", "?", "[/INST]"]
 
 
 def test_a_token_that_straddles_the_boundary_belongs_to_the_prompt():
@@ -130,8 +133,10 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     assert torch.equal(batch.ids[batch.rows, batch.positions + 1], batch.targets)
 
 
-@pytest.mark.parametrize("text,message", [('{"question": "a"', "line 1: not JSON"), ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
-                                          ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no rows")])
+@pytest.mark.parametrize("text,message", [
+    ('{"question": "a"', "line 1: not JSON"),
+    ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
+    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no rows")])
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(InputError, match=message) as error:

@@ -9,15 +9,19 @@ import torch
 from scipy.stats import ks_2samp
 
 from data.tofu import InputError, load_task
-from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows, plot_truth_ratios, prepare,
-                           read_log, read_retain_log, reference_states, rouge_l_recall)
+from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows,
+                           plot_truth_ratios, prepare, read_log, read_retain_log, reference_states, rouge_l_recall)
 from models import AnswerModel, load_model
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
-KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623), (0.88248, 0.41856, 0.53903), (0.98545, 0.99094, 0.51599)),
-         "retain90": (0.620344, (0.98221, 0.98977, 0.47187), (0.91800, 0.44454, 0.58680), (0.90883, 0.41869, 0.54684), (0.39835, 0.14362, 0.66943)),
-         "retain95": (0.617642, (0.98136, 0.98867, 0.47975), (0.92050, 0.43772, 0.57450), (0.88462, 0.42248, 0.54122), (0.39287, 0.14897, 0.66196)),
-         "retain99": (0.622015, (0.98525, 0.98993, 0.47823), (0.92500, 0.45057, 0.58629), (0.87037, 0.42191, 0.54714), (0.40619, 0.17508, 0.67018))}
+KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623),
+                  (0.88248, 0.41856, 0.53903), (0.98545, 0.99094, 0.51599)),
+         "retain90": (0.620344, (0.98221, 0.98977, 0.47187), (0.91800, 0.44454, 0.58680),
+                      (0.90883, 0.41869, 0.54684), (0.39835, 0.14362, 0.66943)),
+         "retain95": (0.617642, (0.98136, 0.98867, 0.47975), (0.92050, 0.43772, 0.57450),
+                      (0.88462, 0.42248, 0.54122), (0.39287, 0.14897, 0.66196)),
+         "retain99": (0.622015, (0.98525, 0.98993, 0.47823), (0.92500, 0.45057, 0.58629),
+                      (0.87037, 0.42191, 0.54714), (0.40619, 0.17508, 0.67018))}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -57,8 +61,9 @@ def test_a_log_measured_on_other_rows_is_refused(shared):
 
 def rows_with(log_ratios):
     """Forget rows whose log truth ratios are these."""
-    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0, "paraphrased_tokens": 5, "perturbed_nll": [4 * (2 + x)] * 5,
-             "perturbed_tokens": [4] * 5, "rouge_l_recall": 0.5} for i, x in enumerate(log_ratios)]
+    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0, "paraphrased_tokens": 5,
+             "perturbed_nll": [4 * (2 + x)] * 5, "perturbed_tokens": [4] * 5, "rouge_l_recall": 0.5}
+            for i, x in enumerate(log_ratios)]
 
 
 def test_truth_ratio_and_probability_by_hand():
@@ -75,7 +80,8 @@ def test_truth_ratio_and_probability_by_hand():
 
 def test_equal_samples_give_p_1_and_a_zero_among_the_nine_gives_utility_0():
     rows = rows_with(np.linspace(-2, 2, 50))
-    metrics = compute_metrics({name: rows_with([-1.0] * 3) for name in ("forget", "retain", "real_authors", "world_facts")}, rows_with([-1.0] * 3))
+    sets = {name: rows_with([-1.0] * 3) for name in ("forget", "retain", "real_authors", "world_facts")}
+    metrics = compute_metrics(sets, rows_with([-1.0] * 3))
     assert metrics["model_utility"] == 0.0 and metrics["forget_quality"] == 1.0
     assert compute_metrics({"forget": rows}, rows)["forget_quality"] == 1.0
 
@@ -91,11 +97,13 @@ def test_exact_p_values_in_logs_agree_with_scipy(n):
 def test_p_values_that_underflow_keep_their_logarithm():
     apart = compute_metrics({"forget": rows_with([5.0] * 1000)}, rows_with([-5.0] * 1000))
     expected = (math.log(2) + 2 * math.lgamma(1001) - math.lgamma(2001)) / math.log(10)  # 2 / C(2000, 1000)
-    assert apart["forget_quality"] < 1e-300 and apart["forget_quality_log10"] == pytest.approx(expected) and expected < -600
+    assert apart["forget_quality"] < 1e-300
+    assert apart["forget_quality_log10"] == pytest.approx(expected) and expected < -600
 
 
 def test_rouge_l_recall():
-    assert rouge_l_recall("The cat sat on the mat.", "the cats sit on a mat") == pytest.approx(4 / 6)  # stemmed: the, cat, on, mat
+    # Stemmed: the, cat, on, mat.
+    assert rouge_l_recall("The cat sat on the mat.", "the cats sit on a mat") == pytest.approx(4 / 6)
     assert rouge_l_recall("Paris", "It is in Paris, France.") == 1.0 and rouge_l_recall("Paris", "") == 0.0
 
 
@@ -140,7 +148,8 @@ def test_batch_size_changes_nothing(measured):
         again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
         for name in rows:
             for a, b in zip(rows[name], again[name]):
-                assert a["answer_nll"] == pytest.approx(b["answer_nll"], rel=1e-4) and a["generation"] == b["generation"]
+                assert a["answer_nll"] == pytest.approx(b["answer_nll"], rel=1e-4)
+                assert a["generation"] == b["generation"]
                 assert a["perturbed_nll"] == pytest.approx(b["perturbed_nll"], rel=1e-4) and a["index"] == b["index"]
 
 
@@ -148,9 +157,10 @@ def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measu
     model, tokenizer, _, prepared, _ = measured
     states = reference_states(model, prepared, tokenizer, 16, "cpu")
     head = model.lm.get_output_embeddings()
-    kl = compute_metrics(evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=states, reference_head=head))
+    given = dict(batch_size=16, max_new_tokens=1, reference=states)
+    kl = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference_head=head))
     assert abs(kl["forget_kl"]) < 1e-6 and abs(kl["world_facts_kl"]) < 1e-6
-    flat = compute_metrics(evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=states, reference_head=lambda h: 5 * head(h)))
+    flat = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference_head=lambda h: 5 * head(h)))
     assert flat["forget_kl"] > 0.01
 
 
@@ -164,7 +174,8 @@ def test_uniform_logits(measured):
     metrics = compute_metrics(evaluate(uniform, prepared, tokenizer, batch_size=16, max_new_tokens=1))
     vocabulary = model.lm.config.vocab_size
     assert metrics["forget"]["probability"] == pytest.approx(1 / vocabulary, rel=1e-4)
-    assert metrics["forget"]["truth_ratio"] == pytest.approx(1, abs=1e-4) and metrics["retain"]["truth_ratio"] == pytest.approx(0, abs=1e-4)
+    assert metrics["forget"]["truth_ratio"] == pytest.approx(1, abs=1e-4)
+    assert metrics["retain"]["truth_ratio"] == pytest.approx(0, abs=1e-4)
     assert metrics["world_facts"]["probability"] == pytest.approx(1 / 4, rel=1e-3)
 
 
@@ -172,7 +183,8 @@ def test_a_perfect_memoriser(small_data):
     """A model that answers every question with its answer: ROUGE and probability 1 on all sets."""
     lm, tokenizer, task = *_memorise(small_data), load_task(str(small_data), "forget10")
     evaluated = {name: rows[:4] for name, rows in task.evaluated.items()}
-    metrics = compute_metrics(evaluate(AnswerModel(lm), prepare(evaluated, tokenizer, "llama2", 512), tokenizer, batch_size=16, max_new_tokens=60))
+    prepared = prepare(evaluated, tokenizer, "llama2", 512)
+    metrics = compute_metrics(evaluate(AnswerModel(lm), prepared, tokenizer, batch_size=16, max_new_tokens=60))
     for name in evaluated:
         assert metrics[name]["rouge_l_recall"] == 1.0 and metrics[name]["probability"] > 0.9, name
 
@@ -183,9 +195,11 @@ def _memorise(small_data):
     from models import make_tiny
     task = load_task(str(small_data), "forget10")
     rows = [row for rows in task.evaluated.values() for row in rows[:4]]
-    lm, tokenizer = make_tiny([row[key] for row in rows for key in ("question", "answer")], 0, dict(
-        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512))
-    model, batch = AnswerModel(lm), collate(encode(tokenizer, "llama2", [(row["question"], row["answer"]) for row in rows]), 0)
+    dims = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=512)
+    lm, tokenizer = make_tiny([row[key] for row in rows for key in ("question", "answer")], 0, dims)
+    model = AnswerModel(lm)
+    batch = collate(encode(tokenizer, "llama2", [(row["question"], row["answer"]) for row in rows]), 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(180):
         optimizer.zero_grad()
@@ -217,24 +231,31 @@ def test_the_command_measures_a_folder_writes_json_and_draws(command, small_mode
     done = command("evaluate_tofu.py", *args, "--out", "a.json", "--reference", small_model, "--plot")
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["metrics"]["forget_kl"] == pytest.approx(0, abs=1e-6) and len(result["rows"]["forget"]) == 4
-    assert {"metrics", "rows", "provenance"} == set(result) and "model utility" in done.stdout and "true:" in done.stdout
+    assert {"metrics", "rows", "provenance"} == set(result)
+    assert "model utility" in done.stdout and "true:" in done.stdout
     assert (tmp_path / "a.png").stat().st_size > 5000
     again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
-    assert json.loads((tmp_path / "b.json").read_text())["metrics"]["forget_quality"] == 1.0 and "KS statistic" in again.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["metrics"]["forget_quality"] == 1.0
+    assert "KS statistic" in again.stdout
 
 
 def good_log() -> dict:
-    row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 1.0,
-           "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0], "perturbed_tokens": [2, 2], "rouge_l_recall": 0.5}
+    row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0, "answer_tokens": 2,
+           "paraphrased_nll": 1.0, "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0], "perturbed_tokens": [2, 2],
+           "rouge_l_recall": 0.5}
     return {"rows": {"forget": [row]}, "provenance": {}}
 
 
 @pytest.mark.parametrize("flaw", [
     lambda log: log.update(rows=None), lambda log: log.update(rows=[]), lambda log: log.update(provenance=None),
-    lambda log: log["rows"].update(forget="x"), lambda log: log["rows"]["forget"].append("x"), lambda log: log["rows"]["forget"][0].update(index=1),
-    *[lambda log, key=key: log["rows"]["forget"][0].pop(key) for key in ("answer", "rouge_l_recall", "answer_nll", "answer_tokens")],
-    lambda log: log["rows"]["forget"][0].update(answer_tokens=0), lambda log: log["rows"]["forget"][0].update(answer_nll=None),
-    lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan), lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2])])
+    lambda log: log["rows"].update(forget="x"), lambda log: log["rows"]["forget"].append("x"),
+    lambda log: log["rows"]["forget"][0].update(index=1),
+    *[lambda log, key=key: log["rows"]["forget"][0].pop(key)
+      for key in ("answer", "rouge_l_recall", "answer_nll", "answer_tokens")],
+    lambda log: log["rows"]["forget"][0].update(answer_tokens=0),
+    lambda log: log["rows"]["forget"][0].update(answer_nll=None),
+    lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan),
+    lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2])])
 def test_a_log_with_a_flaw_is_refused(tmp_path, flaw):
     log = good_log()
     (tmp_path / "good.json").write_text(json.dumps(log))

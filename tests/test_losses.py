@@ -63,14 +63,18 @@ def test_formulas():
     policy, reference, lengths = logps(), logps(seed=1), torch.arange(1, 8)
     s = torch.sigmoid
     torch.testing.assert_close(nll_loss(policy), -policy)
-    torch.testing.assert_close(kto_loss(policy, reference, 1.5, 0.3), -(2 / 0.3) * s(0.3 * (1.5 - (policy - reference))).log())
-    torch.testing.assert_close(simnpo_loss(policy, lengths, 2.5, 0.5), -(2 / 2.5) * s(-2.5 / lengths * policy - 0.5).log())
-    torch.testing.assert_close(dpo_loss(policy, reference, 0 * policy, 0 * policy, 0.2), -(1 / 0.2) * s(0.2 * (policy - reference)).log())
+    torch.testing.assert_close(kto_loss(policy, reference, 1.5, 0.3),
+                               -(2 / 0.3) * s(0.3 * (1.5 - (policy - reference))).log())
+    torch.testing.assert_close(simnpo_loss(policy, lengths, 2.5, 0.5),
+                               -(2 / 2.5) * s(-2.5 / lengths * policy - 0.5).log())
+    torch.testing.assert_close(dpo_loss(policy, reference, 0 * policy, 0 * policy, 0.2),
+                               -(1 / 0.2) * s(0.2 * (policy - reference)).log())
 
 
 def test_simnpo_of_one_token_is_npo_against_a_certain_reference():
     policy = logps()
-    torch.testing.assert_close(simnpo_loss(policy, torch.ones(7, dtype=torch.long), 0.1), npo_loss(policy, torch.zeros_like(policy), 0.1))
+    torch.testing.assert_close(simnpo_loss(policy, torch.ones(7, dtype=torch.long), 0.1),
+                               npo_loss(policy, torch.zeros_like(policy), 0.1))
 
 
 def test_no_gradient_flows_through_the_kto_baseline():
@@ -82,8 +86,9 @@ def test_no_gradient_flows_through_the_kto_baseline():
 
 
 @pytest.mark.parametrize("loss", [
-    lambda x, y: npo_loss(x, y, 0.1), lambda x, y: dpo_loss(x, x * 0.5, y, y * 0.5, 0.3), lambda x, y: kto_loss(x, y, 0.7, 0.2),
-    lambda x, y: simnpo_loss(x, torch.arange(1, 8), 2.0, 0.1), lambda x, y: nll_loss(x), lambda x, y: ga_loss(x)])
+    lambda x, y: npo_loss(x, y, 0.1), lambda x, y: dpo_loss(x, x * 0.5, y, y * 0.5, 0.3),
+    lambda x, y: kto_loss(x, y, 0.7, 0.2), lambda x, y: simnpo_loss(x, torch.arange(1, 8), 2.0, 0.1),
+    lambda x, y: nll_loss(x), lambda x, y: ga_loss(x)])
 def test_gradcheck(loss):
     reference = logps(seed=1)
     assert torch.autograd.gradcheck(lambda x: loss(x, reference), logps().requires_grad_())
@@ -102,8 +107,9 @@ def test_finite_for_extreme_ratios(sign, beta):
     """|beta * log-ratio| up to 1e4, in float32, value and gradient."""
     ratio = torch.tensor([sign * 1e4 / beta], requires_grad=True)
     zero = torch.zeros(1)
-    for value in (npo_loss(ratio, zero, beta), dpo_loss(ratio, zero, zero, zero, beta), dpo_loss(zero, ratio, zero, zero, beta),
-                  kto_loss(ratio, zero, 0.0, beta), simnpo_loss(ratio, torch.ones(1), beta), npo_weight(ratio, zero, beta)):
+    for value in (npo_loss(ratio, zero, beta), dpo_loss(ratio, zero, zero, zero, beta),
+                  dpo_loss(zero, ratio, zero, zero, beta), kto_loss(ratio, zero, 0.0, beta),
+                  simnpo_loss(ratio, torch.ones(1), beta), npo_weight(ratio, zero, beta)):
         gradient, = torch.autograd.grad(value.sum(), ratio)
         assert value.isfinite().all() and gradient.isfinite().all()
     logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
@@ -117,7 +123,8 @@ def test_kl_in_both_directions_against_torch():
     generator = torch.Generator().manual_seed(0)
     policy, reference = (torch.randn(6, 11, generator=generator) for _ in range(2))
     log_p, log_q = policy.log_softmax(-1), reference.log_softmax(-1)
-    by_torch = lambda target, other: F.kl_div(other, target, log_target=True, reduction="none").sum(-1)  # D(target || other)
+    # D(target || other).
+    by_torch = lambda target, other: F.kl_div(other, target, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kl_loss(policy, reference, "policy_reference"), by_torch(log_p, log_q))
     torch.testing.assert_close(kl_loss(policy, reference, "reference_policy"), by_torch(log_q, log_p))
     assert not torch.allclose(by_torch(log_p, log_q), by_torch(log_q, log_p))

@@ -26,19 +26,24 @@ from reference import Reference, reference_pass
 from train_npo import Plan, global_counts, kto_baseline, loss_sums, lr_factor, micro_batches, resolve, run
 
 ALONE = World(0, 1, torch.device("cpu"))
-METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1.0), "idk+rt": dict(loss="idk", retain_weight=1.0),
-           "dpo": {}, "dpo+rt": dict(retain_weight=1.0), "dpo+kl": dict(kl_weight=0.5), "kto": {}, "kto+rt": dict(retain_weight=2.0),
-           "npo": {}, "npo+rt": dict(retain_weight=1.0), "npo+kl": dict(kl_weight=1.0), "simnpo": {}, "simnpo+rt": dict(retain_weight=1.0)}
+METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1.0),
+           "idk+rt": dict(loss="idk", retain_weight=1.0),
+           "dpo": {}, "dpo+rt": dict(retain_weight=1.0), "dpo+kl": dict(kl_weight=0.5),
+           "kto": {}, "kto+rt": dict(retain_weight=2.0),
+           "npo": {}, "npo+rt": dict(retain_weight=1.0), "npo+kl": dict(kl_weight=1.0),
+           "simnpo": {}, "simnpo+rt": dict(retain_weight=1.0)}
 
 
 @pytest.fixture
 def settings(small_model, small_data, tmp_path, monkeypatch):
-    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs land in tmp_path."""
+    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs land in
+    tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def make(**given) -> Namespace:
-        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2, "batch_size": 8, "eval_every": "never",
-                     "template": "llama2", **{k: v for k, v in given.items() if k != "pad_to"}})
+        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2, "batch_size": 8,
+                     "eval_every": "never", "template": "llama2",
+                     **{k: v for k, v in given.items() if k != "pad_to"}})
         s.pad_to = given.get("pad_to", 0)
         return s
     return make
@@ -85,27 +90,31 @@ def test_loss_and_gradient_do_not_depend_on_micro_batch_or_padding(settings, tmp
     whole, expected = gradient(settings(micro_batch_size=8, **given), tmp_path, perturb=0.02)
     for variant in (dict(micro_batch_size=1), dict(micro_batch_size=3), dict(micro_batch_size=8, pad_to=512)):
         parts, gradients = gradient(settings(**{**given, **variant}), tmp_path, perturb=0.02)
-        assert parts == pytest.approx(whole, rel=1e-5, abs=1e-5 * abs(whole["forget_loss"]))  # ga+rt's sum nearly cancels
+        # ga+rt's sum nearly cancels.
+        assert parts == pytest.approx(whole, rel=1e-5, abs=1e-5 * abs(whole["forget_loss"]))
         assert_close(expected, gradients)
     assert math.isfinite(whole["loss"]) and any(g.abs().max() > 0 for g in expected.values())
 
 
 @pytest.mark.parametrize("method", ("npo+rt", "dpo+kl"))
 def test_weights_after_20_steps_do_not_depend_on_micro_batch_or_padding(settings, method):
-    given = {"loss": method.split("+")[0], **METHODS[method], "epochs": 7}  # 20 rows x 7 epochs / 8: 18 steps, the last of 4 rows
+    # 20 rows x 7 epochs / 8: 18 steps, the last of 4 rows.
+    given = {"loss": method.split("+")[0], **METHODS[method], "epochs": 7}
     whole = trained_weights(settings(micro_batch_size=8, **given))
     for variant in (dict(micro_batch_size=1), dict(micro_batch_size=4), dict(micro_batch_size=8, pad_to=512)):
         assert_close(whole, trained_weights(settings(**{**given, **variant})))
 
 
 def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, small_data, tmp_path):
-    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none. kto needs its scalar."""
-    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 6, "--batch-size", 6,
-            "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
+    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none. kto needs
+    its scalar."""
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data", small_data,
+            "--epochs", 6, "--batch-size", 6, "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
     for processes in (0, 2, 4):
         command("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
     weights = [load_file(tmp_path / f"p{p}" / "model" / "model.safetensors") for p in (0, 2, 4)]
-    logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()] for p in (0, 2, 4)]
+    logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()]
+            for p in (0, 2, 4)]
     assert len(logs[0]) == 20
     for other, log in zip(weights[1:], logs[1:]):
         assert_close(weights[0], other)
@@ -127,7 +136,8 @@ def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_mod
     s = settings(epochs=3)
     plan = Plan(s, load_task(s.data, s.split), load_model(str(small_model))[1], None)
     assert (plan.steps, plan.warmup_steps, plan.epoch_ends) == (8, 2, [3, 5, 8])  # 20 rows, batch 8
-    assert plan.evaluation_steps("epoch") == {0, 3, 5, 8} and plan.evaluation_steps("4") == {0, 4, 8} and plan.evaluation_steps("never") == set()
+    assert plan.evaluation_steps("epoch") == {0, 3, 5, 8} and plan.evaluation_steps("4") == {0, 4, 8}
+    assert plan.evaluation_steps("never") == set()
 
 
 def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
@@ -138,7 +148,8 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
     task, reference = load_task(str(small_data), "forget10"), copy.deepcopy(lm)
     plan = Plan(s, task, tokenizer, None)
     decay = [p for p in lm.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in lm.parameters() if p.ndim < 2], "weight_decay": 0}], lr=1e-3, weight_decay=0.1)
+    plain = [p for p in lm.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}], lr=1e-3, weight_decay=0.1)
 
     def logps(model, row):
         prompt = f"[INST] {row['question']} [/INST]"
@@ -149,7 +160,8 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
     for step, items in enumerate(plan.stream):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * lr_factor(step, plan.steps, plan.warmup_steps)
-        ratios = [logps(lm, task.forget[i.row]).sum() - logps(reference, task.forget[i.row]).sum().detach() for i in items]
+        ratios = [logps(lm, task.forget[i.row]).sum() - logps(reference, task.forget[i.row]).sum().detach()
+                  for i in items]
         forget = sum(-2 / 0.3 * torch.nn.functional.logsigmoid(-0.3 * r) for r in ratios) / len(items)
         retain = -torch.cat([logps(lm, task.retain[i.partner]) for i in items]).mean()
         optimizer.zero_grad()
@@ -166,7 +178,8 @@ def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
     keys = [f"forget/{i.row}" for i in items] + [f"refusal/{i.row}/{i.refusal}" for i in items]
     torch.testing.assert_close(reference.logps(keys), logps)
     retain = collate([plan.retain[i.partner] for i in items], 0)
-    torch.testing.assert_close(reference.logits([f"retain/{i.partner}" for i in items]), model.lm.get_output_embeddings()(model.hidden(retain)))
+    torch.testing.assert_close(reference.logits([f"retain/{i.partner}" for i in items]),
+                               model.lm.get_output_embeddings()(model.hidden(retain)))
 
 
 def test_a_stale_reference_is_refused(settings, tmp_path):
@@ -178,7 +191,8 @@ def test_a_stale_reference_is_refused(settings, tmp_path):
 def test_step_0_identities_are_checked(settings):
     s = settings(loss="npo", beta=0.2)
     train_npo.check_start(s, {"forget_loss": 2 / 0.2 * math.log(2), "mean_W": 1.0})
-    for wrong in ({"forget_loss": 6.0, "mean_W": 1.0}, {"forget_loss": 10 * math.log(2), "mean_W": 1.1}, {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
+    for wrong in ({"forget_loss": 6.0, "mean_W": 1.0}, {"forget_loss": 10 * math.log(2), "mean_W": 1.1},
+                  {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
         with pytest.raises(RuntimeError, match="step 0"):
             train_npo.check_start(s, wrong)
 
@@ -189,9 +203,11 @@ def test_every_method_runs_and_logs(settings, method):
     folder = run(s, ALONE)
     assert folder.name.startswith(f"{method}_forget10") and s.method == method
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
     if s.loss == "npo":
-        assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4) and lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
+        assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4)
+        assert lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
 
 
 def test_evaluation_leaves_training_bit_identical(settings):
@@ -205,8 +221,10 @@ def test_the_run_folder_is_complete(settings, small_model):
     folder = run(s, ALONE)
     assert folder == Path("mine")
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["lr"] == 1e-3 and config["derived"]["steps"] == 5 and config["start_weights"] == weights_hash(load_model(str(small_model))[0])
-    assert sorted(p.name for p in (folder / "eval").iterdir()) == ["step_000000.json", "step_000003.json", "step_000005.json"]
+    assert config["settings"]["lr"] == 1e-3 and config["derived"]["steps"] == 5
+    assert config["start_weights"] == weights_hash(load_model(str(small_model))[0])
+    evaluations = sorted(p.name for p in (folder / "eval").iterdir())
+    assert evaluations == ["step_000000.json", "step_000003.json", "step_000005.json"]
     assert (folder / "trajectory.png").stat().st_size > 5000 and (folder / "best" / "npo.json").is_file()
     metrics = json.loads((folder / "eval" / "step_000000.json").read_text())["metrics"]
     assert abs(metrics["forget_kl"]) < 1e-5 and metrics["forget_quality"] is None
@@ -245,10 +263,11 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
 
 def test_a_killed_run_resumes_bitwise_the_same(command, small_model, small_data, tmp_path):
     """SIGKILL once a checkpoint is there; then `--resume`."""
-    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 60, "--batch-size", 8, "--lr", 1e-3, "--eval-every", "never",
-            "--checkpoint-every", 20]
+    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 60, "--batch-size", 8,
+            "--lr", 1e-3, "--eval-every", "never", "--checkpoint-every", 20]
     command("train_npo.py", *args, "--out", "whole")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_npo.py"), *map(str, args), "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_npo.py"), *map(str, args), "--out", "killed"],
+                               cwd=tmp_path, stdout=subprocess.DEVNULL)
     while not list((tmp_path / "killed" / "checkpoints").glob("step_*")):
         time.sleep(0.02)
         assert process.poll() is None, "finished before it could be killed"
@@ -275,7 +294,8 @@ def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(settings, monkeypatch):
     plain = train_npo.ga_loss
     calls = []
-    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
+    monkeypatch.setattr(train_npo, "ga_loss",
+                        lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
     with pytest.raises(InputError, match=r"step 2: the loss is nan.*--lr"):
         run(settings(loss="ga", out="nan"), ALONE)
     weights = load_file("nan/checkpoints/step_000001/weights.safetensors")
@@ -291,7 +311,8 @@ def test_an_update_that_breaks_the_weights_is_never_saved_or_evaluated(settings)
 
 def test_fp16_gives_up_when_no_scale_helps(settings, monkeypatch):
     plain = train_npo.ga_loss
-    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) + 0 * (logps - logps.detach()).sqrt())  # finite, with a gradient of NaN
+    # Finite, with a gradient of NaN.
+    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) + 0 * (logps - logps.detach()).sqrt())
     with pytest.raises(InputError, match="step 1: .* norm nan"):
         run(settings(loss="ga", dtype="fp16", out="fp16"), ALONE)
 
@@ -343,42 +364,53 @@ def test_autocast_keeps_float32_weights(settings):
 
 def test_own_data_end_to_end(command, small_model, tmp_path):
     """An engineer's rows, no perturbed answers: probability, ROUGE and KL are measured, the rest is null."""
-    rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."} for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2)]
+    rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."}
+            for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2)]
     (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
     (tmp_path / "retain.json").write_text(json.dumps(rows[3:]))
-    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model", small_model, "--retain-weight", 1, "--epochs", 2,
-                   "--batch-size", 2, "--lr", 1e-3, "--out", "own")
+    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model", small_model,
+                   "--retain-weight", 1, "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--out", "own")
     metrics = json.loads((tmp_path / "own" / "eval" / "step_000003.json").read_text())["metrics"]
-    assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0 and metrics["model_utility"] is None and metrics["forget_quality"] is None
+    assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0
+    assert metrics["model_utility"] is None and metrics["forget_quality"] is None
     assert "forget question" in done.stdout
 
 
 def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
-    """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both models."""
+    """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both
+    models."""
     args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 1]
     done = command("train_npo.py", *args, processes=2)
     folder = tmp_path / "runs" / "npo+rt_forget10"
     evaluations = sorted((folder / "eval").glob("*.json"))
     metrics = [json.loads(path.read_text())["metrics"] for path in evaluations]
-    assert len(metrics) == 2 and all(m["forget_quality"] is not None and m["model_utility"] is not None for m in metrics)
-    for expected in ("start", "best", "last", "forget question", "retain question", "before:", "after:", "trajectory.png", "sft on retain90"):
+    assert len(metrics) == 2
+    assert all(m["forget_quality"] is not None and m["model_utility"] is not None for m in metrics)
+    for expected in ("start", "best", "last", "forget question", "retain question", "before:", "after:",
+                     "trajectory.png", "sft on retain90"):
         assert expected in done.stdout
     again = command("train_npo.py", *args)
-    assert "step " in again.stdout and "sft on" not in again.stdout and (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
+    assert "step " in again.stdout and "sft on" not in again.stdout
+    assert (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
-    command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log, "--max-new-tokens", 8)
+    command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log,
+            "--max-new-tokens", 8)
     command("results/collect.py", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
-    assert collected[0]["metrics"]["model_utility"] == pytest.approx(collected[1]["metrics"]["model_utility"], rel=1e-4)  # one process or two
-    wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", evaluations[0], status=2)
+    # One process or two.
+    utility, of_one_process = (run["metrics"]["model_utility"] for run in collected)
+    assert utility == pytest.approx(of_one_process, rel=1e-4)
+    wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data,
+                    "--retain-log", evaluations[0], status=2)
     assert "needs one trained on retain90" in wrong.stderr
 
 
 def test_readmes_commands_have_valid_flags():
     """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the parser."""
     import evaluate_tofu
-    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
+    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
+             if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
     assert len(lines) >= 6
     for words in lines:
         script = next(i for i, word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
