@@ -4,7 +4,7 @@
 
 For each run: its settings, provenance, and the metrics of every evaluation (no rows, no texts). The picture shows
 forget quality and model utility over steps, one line a run, coloured by method. `--pick FILE` reads such a JSON and
-prints, for each method, the learning rate with the best peak: the one protocol for all methods.
+prints, for each method, the learning rate that ends best: one rule for all methods.
 """
 
 import json
@@ -94,11 +94,14 @@ def draw(runs: list, path: Path):
 
 
 def pick(runs: list) -> dict:
-    """method -> the learning rate whose run peaks highest in forget quality: one rule for every method."""
-    best = {}
+    """method -> the learning rate with the best forget quality at its last step: one rule for every method.
+
+    The last and not the best step, since nobody who unlearns knows beforehand when to stop.
+    """
+    last = {}
     for run in runs:
-        best.setdefault(run["method"], []).append((peak(run)[0], run["settings"]["lr"]))
-    return {method: max(values)[1] for method, values in best.items()}
+        last.setdefault(run["method"], []).append((run["metrics"]["forget_quality_log10"][-1], run["settings"]["lr"]))
+    return {method: max(values)[1] for method, values in last.items()}
 
 
 def main():
