@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small, threads only get in each other's way
 SHARED = Path(os.environ.get("NPO_SHARED", ROOT.parent / "shared"))
 SMALL = 200  # rows of the small data set: 20 to forget
 
