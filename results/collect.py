@@ -76,19 +76,22 @@ def draw(runs: list, path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    named = set()
+    named, rates = set(), sorted({run["settings"]["lr"] for run in runs})
+    markers = dict(zip(rates, "os^Dv<>"))  # a marker a learning rate
     for run in runs:
         color, line = STYLES.get(run["method"], ("gray", ":"))
         label = run["method"] if run["method"] not in named else None
         named.add(run["method"])
         for axes, key in zip(panels, ("forget_quality_log10", "model_utility", "retain_probability")):
-            axes.plot(run["steps"], run["metrics"][key], line, color=color, marker="o", markersize=3, label=label,
-                      alpha=0.8)
+            axes.plot(run["steps"], run["metrics"][key], line, color=color, label=label, alpha=0.8,
+                      marker=markers.get(run["settings"]["lr"], "."), markersize=5)
     panels[0].axhline(math.log10(0.05), color="gray", linewidth=1, label="0.05")
     for axes, title in zip(panels, ("log10 forget quality", "model utility", "retain probability")):
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    for rate in rates:
+        panels[0].plot([], [], markers.get(rate, "."), color="gray", label=f"lr {rate:g}")
+    panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
