@@ -19,6 +19,7 @@ means over sequences, as in the authors' code; K, idk+rt and DPO follow the pape
 is off: at step 0 the policy must equal the reference, and that is checked.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -223,7 +224,10 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
                                    {"params": [p for p in parameters if not decayed(p)], "weight_decay": 0.0}],
                                   lr=s.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(w.device.type, enabled=s.dtype == "fp16")
-    policy = DistributedDataParallel(model, broadcast_buffers=False) if w.size > 1 else model
+    # Only gradients travel: buffers are the same everywhere. (The flag's name has changed with torch's versions.)
+    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+    policy = DistributedDataParallel(model, **sync) if w.size > 1 else model
     model.lm.train()
     step = run.restore(model, optimizer, scaler)
     if step == 0 and 0 in run.evaluation_steps:
@@ -509,9 +513,9 @@ def describe(s: Namespace, task, plan: Plan, prepared, lm, missing: list, w: Wor
     what = f"{'learn' if s.loss == 'sft' else 'unlearn'} {s.split}: {plan.steps} steps"
     parts.append((what, plan.tokens(), len(plan.evaluation_steps(s.eval_every))))
     for place, (what, tokens, evaluations) in enumerate(parts, 1):
-        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, and generating
-        # costs about as much again.
-        seconds = parameters * (6 * tokens + 4 * evaluations * sum(len(t.encoded.ids) for t in prepared.texts)) / rate
+        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs at about
+        # twice the rate of training, and generating costs about as much again.
+        seconds = parameters * (6 * tokens + 2 * evaluations * sum(len(t.encoded.ids) for t in prepared.texts)) / rate
         w.say(f"  {place}. {what}, {int(evaluations)} evaluation{'s' * (evaluations != 1)}: roughly "
               f"{max(0.1, seconds / 60):.1f} min")
 
@@ -568,7 +572,7 @@ def run(s: Namespace, w: World) -> Path:
                                  "data or model have changed; start a new run")
     folder = open_folder(s, config, w)
     if w.agree((folder / "model").is_dir()):
-        w.say(f"{folder} is finished")
+        w.say(f"{folder} is there, finished")
         return folder
     with locked(folder / ".lock") if w.rank == 0 else nullcontext():
         return finish_run(s, w, task, plan, prepared, lm, tokenizer, start, retain_rows, config, folder, begin)
