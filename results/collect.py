@@ -9,6 +9,7 @@ prints, for each method, the learning rate that ends best: one rule for all meth
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from command_line import Parser, environment, run_command, write_json  # noqa: E402
 from data.tofu import InputError  # noqa: E402
+from evaluate_tofu import log_truth_ratio, read_log  # noqa: E402
 
 STYLES = {"npo+rt": ("black", "-"), "npo": ("tab:blue", "-"), "ga": ("tab:red", "--"), "ga+rt": ("tab:orange", "--")}
 KEPT = ("forget_quality", "forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
@@ -34,6 +36,8 @@ def collect(folder: Path) -> dict:
     evaluations = [json.loads(path.read_text()) for path in sorted((folder / "eval").glob("step_*.json"))]
     short = lambda x: None if x is None else float(f"{x:.6g}")
     curves = {key: [short(e["metrics"][key]) for e in evaluations] for key in KEPT}
+    spreads = [log_ratio_spread(e["rows"]["forget"]) for e in evaluations]
+    curves["forget_log_truth_ratio_mean"], curves["forget_log_truth_ratio_sd"] = map(list, zip(*spreads))
     for name in ("forget", "retain", "real_authors", "world_facts"):
         for key in ("probability", "rouge_l_recall", "truth_ratio"):
             curves[f"{name}_{key}"] = [short(e["metrics"][name][key]) for e in evaluations]
@@ -48,6 +52,12 @@ def collect(folder: Path) -> dict:
             "provenance": {k: config[k] for k in PROVENANCE}}
 
 
+def log_ratio_spread(rows: list) -> tuple[float, float]:
+    """(mean, sd) of log R over forget rows: what the Kolmogorov-Smirnov test sees, in two numbers."""
+    log_ratios = [log_truth_ratio(row) for row in rows]
+    return round(statistics.mean(log_ratios), 4), round(statistics.pstdev(log_ratios), 4)
+
+
 def peak(run: dict) -> tuple[float, int]:
     """(log10 of the best forget quality after the start, its place in the run)."""
     values = run["metrics"]["forget_quality_log10"]
@@ -57,16 +67,16 @@ def peak(run: dict) -> tuple[float, int]:
 
 def table(runs: list) -> str:
     """One line a run: peak and last forget quality with the utility there, relative to the start."""
-    lines = ["| method | lr | seed | peak forget quality | step | utility there / start | last forget quality "
-             "| utility / start | retain probability |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| method | lr | beta | retain weight | batch | epochs | seed | peak forget quality | step | utility there / start "
+             "| last forget quality | utility / start | retain probability |", "|---" * 13 + "|"]
     for run in sorted(runs, key=lambda r: (r["method"], r["settings"]["lr"], r["settings"]["seed"])):
-        m, (best, at) = run["metrics"], peak(run)
+        s, m, (best, at) = run["settings"], run["metrics"], peak(run)
         start = m["model_utility"][0]
-        lines.append(f"| {run['method']} | {run['settings']['lr']:g} | {run['settings']['seed']} | {10**best:.2g} "
-                     f"| {run['steps'][at]} | {m['model_utility'][at] / start:.2f} "
-                     f"| {10**m['forget_quality_log10'][-1]:.2g} | {m['model_utility'][-1] / start:.2f} "
-                     f"| {m['retain_probability'][-1]:.2f} |")
+        cells = [run["method"], *(f"{s[k]:g}" for k in ("lr", "beta", "retain_weight", "batch_size", "epochs", "seed")),
+                 f"{10**best:.2g}", run["steps"][at], f"{m['model_utility'][at] / start:.2f}",
+                 f"{10**m['forget_quality_log10'][-1]:.2g}", f"{m['model_utility'][-1] / start:.2f}",
+                 f"{m['retain_probability'][-1]:.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -114,6 +124,7 @@ def main():
                         help="JSON to write; the picture goes beside it, as .png, and the table as .md")
     parser.add_argument("--pick", type=Path,
                         help="print the best learning rate of each method in this JSON, as 'method lr' lines")
+    parser.add_argument("--retrained", help="the retrained model's evaluation: adds the mean and sd of its log R")
     args = parser.parse_args()
     if args.pick:
         for method, lr in pick(json.loads(args.pick.read_text())["runs"]).items():
@@ -122,7 +133,11 @@ def main():
     if not args.runs or not args.out:
         raise InputError("give run folders and --out FILE, or --pick FILE")
     runs = [collect(folder) for folder in args.runs]
-    write_json(args.out, {"runs": runs, "provenance": environment()})
+    collected = {"runs": runs, "provenance": environment()}
+    if args.retrained:
+        mean, sd = log_ratio_spread(read_log(args.retrained)[0]["forget"])
+        collected["retrained_log_truth_ratio"] = {"mean": mean, "sd": sd}
+    write_json(args.out, collected)
     args.out.with_suffix(".md").write_text(table(runs) + "\n")
     draw(runs, args.out.with_suffix(".png"))
     print(table(runs))
