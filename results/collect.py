@@ -52,9 +52,11 @@ def collect(folder: Path) -> dict:
             "provenance": {k: config[k] for k in PROVENANCE}}
 
 
-def log_ratio_spread(rows: list) -> tuple[float, float]:
-    """(mean, sd) of log R over forget rows: what the Kolmogorov-Smirnov test sees, in two numbers."""
+def log_ratio_spread(rows: list) -> tuple:
+    """(mean, sd) of log R over forget rows: what the Kolmogorov-Smirnov test sees, in two numbers. None without R."""
     log_ratios = [log_truth_ratio(row) for row in rows]
+    if None in log_ratios:
+        return None, None
     return round(statistics.mean(log_ratios), 4), round(statistics.pstdev(log_ratios), 4)
 
 
