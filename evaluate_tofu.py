@@ -39,7 +39,7 @@ from data.batches import collate, deal
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
-from processes import pick_device
+from processes import ALONE, World, pick_device
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 MAX_NEW_TOKENS = 200
@@ -204,8 +204,8 @@ def untouched(lm):
 
 
 @torch.no_grad()
-def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int, device, rank: int = 0,
-                     world_size: int = 1) -> dict:
+def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int,
+                     w: World = ALONE) -> dict:
     """(set, index) -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU, for the sets with
     a KL metric.
 
@@ -214,9 +214,9 @@ def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_si
     texts = [t for t in prepared.texts if t.slot == ANSWER and t.set in KL_SETS]
     states = {}
     with untouched(model.lm):
-        for chunk in deal(texts, [len(t.encoded.ids) for t in texts], batch_size, rank, world_size):
-            if chunk:
-                batch = collate([t.encoded for t in chunk], pad_id(tokenizer), device)
+        for chunk in deal(texts, [len(t.encoded.ids) for t in texts], batch_size, w.rank, w.size):
+            if chunk or w.sharded:
+                batch = collate([t.encoded for t in chunk or texts[:1]], pad_id(tokenizer), w.device)
                 hidden = model.hidden(batch).cpu().split(batch.lengths.tolist())
                 states.update({(t.set, t.index): h.clone() for t, h in zip(chunk, hidden)})
     return states
@@ -224,15 +224,16 @@ def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_si
 
 @torch.no_grad()
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
-             max_new_tokens: int = MAX_NEW_TOKENS, device="cpu", rank: int = 0, world_size: int = 1,
-             reference: dict | None = None, reference_head=None, progress: bool = False) -> dict:
+             max_new_tokens: int = MAX_NEW_TOKENS, w: World = ALONE, reference: dict | None = None, reference_head=None,
+             progress: bool = False) -> dict:
     """Score all rows: set -> list of row results, complete and in order, the same on every process.
 
-    Rows are dealt over processes, and batched by length. `reference` (what `reference_states` returns) and
+    Rows are dealt over processes, and batched by length. Where the model is sharded, all processes run it forward
+    equally often: one that has fewer batches fills up with ghosts, whose results go nowhere. `reference` (what `reference_states` returns) and
     `reference_head`, its hidden states -> logits, add KL(reference || model).
     """
     keys = [(name, index) for name, rows in prepared.rows.items() for index in range(len(rows))]
-    mine = set(keys[rank::world_size])
+    mine = set(keys[w.rank::w.size])
     results = {key: {"index": key[1]} for key in mine}
     texts = sorted((t for t in prepared.texts if (t.set, t.index) in mine), key=lambda t: len(t.encoded.ids))
     prompts = sorted(mine, key=lambda key: (len(prepared.prompts[key]), key))
@@ -243,13 +244,16 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
         # or for none.
         wants_kl = lambda t: reference is not None and t.slot == ANSWER and t.set in KL_SETS
         for group in ([t for t in texts if wants_kl(t)], [t for t in texts if not wants_kl(t)]):
-            for at in range(0, len(group), batch_size):
-                chunk = group[at:at + batch_size]
-                batch = collate([t.encoded for t in chunk], pad_id(tokenizer), device)
+            chunks = [group[at:at + batch_size] for at in range(0, len(group), batch_size)]
+            for chunk, counts in in_step(chunks, prepared.texts[:1], w):
+                batch = collate([t.encoded for t in chunk], pad_id(tokenizer), w.device)
                 reference_logits = None
-                if wants_kl(chunk[0]):
-                    reference_logits = reference_head(torch.cat([reference[t.set, t.index] for t in chunk]).to(device))
+                if counts and wants_kl(chunk[0]):
+                    reference_logits = reference_head(torch.cat([reference[t.set, t.index]
+                                                                 for t in chunk]).to(w.device))
                 logps, kl = model(batch, reference_logits, "reference_policy")
+                if not counts:
+                    continue
                 for i, (t, nll, tokens) in enumerate(zip(chunk, (-logps).tolist(), batch.lengths.tolist())):
                     scores[t.set, t.index][t.slot] = nll, tokens
                     if kl is not None:
@@ -262,48 +266,58 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
             results[key].update(answer_nll=answer_nll, answer_tokens=answer_tokens, paraphrased_nll=paraphrased_nll,
                                 paraphrased_tokens=paraphrased_tokens, perturbed_nll=[nll for nll, _ in perturbed],
                                 perturbed_tokens=[tokens for _, tokens in perturbed])
-        for at in range(0, len(prompts), batch_size):
-            chunk = prompts[at:at + batch_size]
+        chunks = [prompts[at:at + batch_size] for at in range(0, len(prompts), batch_size)]
+        for chunk, counts in in_step(chunks, keys[:1], w):
             asked = [prepared.prompts[key] for key in chunk]
-            for key, text in zip(chunk, generate(model.lm, tokenizer, asked, max_new_tokens, device)):
+            for key, text in zip(chunk if counts else [], generate(model, tokenizer, asked, max_new_tokens, w)):
                 row = prepared.rows[key[0]][key[1]]
                 results[key].update(rouge_l_recall=rouge_l_recall(row["answer"], text), question=row["question"],
                                     answer=row["answer"], generation=text)
             bar.update(len(chunk))
     bar.close()
     gathered = [results]
-    if world_size > 1:
-        gathered = [None] * world_size
+    if w.size > 1:
+        gathered = [None] * w.size
         dist.all_gather_object(gathered, results)
     merged = {key: row for part in gathered for key, row in part.items()}
     assert sum(map(len, gathered)) == len(merged) == len(keys), "every row exactly once"
     return {name: [merged[name, index] for index in range(len(rows))] for name, rows in prepared.rows.items()}
 
 
+def in_step(batches: list, ghost: list, w: World) -> list:
+    """(batch, whether it counts) of all of this process's batches; where the model is sharded, with as many ghosts
+    behind them as it takes for all processes to have equally many."""
+    missing = w.most(len(batches)) - len(batches) if w.sharded else 0
+    return [(batch, True) for batch in batches] + [(ghost, False)] * missing
+
+
 @torch.no_grad()
-def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[str]:
+def generate(model: AnswerModel, tokenizer, prompts: list, max_new_tokens: int, w: World) -> list[str]:
     """Greedy continuations of one batch: padded on the left, with a key-value cache, each ending at the
     end-of-sequence token.
 
-    Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone.
+    Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone. Where the
+    model is sharded, a process that is done goes on with one token for nothing until all are.
     """
     from transformers import DynamicCache
     width, pad, eos = max(map(len, prompts)), pad_id(tokenizer), tokenizer.eos_token_id
-    context = getattr(lm.config, "max_position_embeddings", None) or width + max_new_tokens
+    device, context = w.device, getattr(model.lm.config, "max_position_embeddings", None) or width + max_new_tokens
     room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own, whoever it shares the batch with
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, rows, answers = DynamicCache(), list(range(len(prompts))), [[] for _ in prompts]
     for length in range(1, max(room) + 1):
-        logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1).logits
-        new = logits[:, -1].argmax(-1).tolist()
+        logits = model.next_logits(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                                   use_cache=True)
+        new = logits.argmax(-1).tolist()
         for row, token in zip(rows, new):
             if answers[row][-1:] != [eos] and length <= room[row]:
                 answers[row].append(token)
         ended = [answers[row][-1:] == [eos] or length >= room[row] for row in rows]
-        if all(ended):
+        going_on = not all(ended)
+        anyone = w.most(going_on) if w.sharded else False
+        if not going_on:
             break
         ids = torch.tensor(new, device=device).unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
@@ -313,6 +327,9 @@ def generate(lm, tokenizer, prompts: list, max_new_tokens: int, device) -> list[
             select = torch.tensor(kept, device=device)
             cache.batch_select_indices(select)
             ids, mask, positions, rows = ids[select], mask[select], positions[select], [rows[i] for i in kept]
+    while anyone:
+        model.next_logits(input_ids=ids[:1, :1], use_cache=False)
+        anyone = w.most(False)
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
@@ -558,6 +575,7 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
     if args.retain_log:
         retain_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint)
     reference = reference_head = None
+    alone = ALONE._replace(device=device)
     with autocast(args.dtype, device):
         if args.reference:
             reference_model = AnswerModel(load_model(args.reference)[0].to(device))
@@ -565,10 +583,10 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
                 raise InputError(f"--reference {args.reference} has a vocabulary of "
                                  f"{reference_model.lm.config.vocab_size}, --model {args.model} of "
                                  f"{model.config.vocab_size}: need the model before unlearning")
-            reference = reference_states(reference_model, prepared, tokenizer, batch_size, device)
+            reference = reference_states(reference_model, prepared, tokenizer, batch_size, alone)
             reference_head = reference_model.lm.get_output_embeddings()
         rows = evaluate(AnswerModel(model.to(device)), prepared, tokenizer, batch_size=batch_size,
-                        max_new_tokens=args.max_new_tokens, device=device, reference=reference,
+                        max_new_tokens=args.max_new_tokens, w=alone, reference=reference,
                         reference_head=reference_head, progress=sys.stderr.isatty())
     provenance = {"model": args.model, "trained_on": trained_on, "split": task.split, "data": task.source,
                   "data_fingerprint": task.fingerprint, "template": template, "max_rows": args.max_rows,

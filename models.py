@@ -118,6 +118,11 @@ class AnswerModel(nn.Module):
         kl = kl_loss(logits[last:], reference_logits, direction)
         return logps, torch.zeros_like(logps).index_add(0, batch.rows[last:], kl)
 
+    def next_logits(self, **inputs) -> Tensor:
+        """Logits of the token that follows each sequence, (S, V), as the language model itself computes them;
+        `inputs` are its own."""
+        return self.lm(**inputs, logits_to_keep=1).logits[:, -1]
+
 
 def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
     """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of the

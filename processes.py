@@ -14,15 +14,26 @@ from data.tofu import InputError
 
 
 class World(NamedTuple):
-    """This process among all: rank of size, and its device. One process is a world of size 1."""
+    """This process among all: rank of size, and its device. One process is a world of size 1.
+
+    `sharded`: each process holds a part of every parameter (FSDP), so all must run the model forward equally often.
+    """
     rank: int
     size: int
     device: torch.device
+    sharded: bool = False
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        box = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
 
     def agree(self, value):
         """Process 0's value, on all."""
@@ -41,6 +52,9 @@ class World(NamedTuple):
             sys.stdout.flush()
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def pick_device(name: str, rank: int = 0) -> torch.device:
     """auto: CUDA, else CPU. Raises InputError for a device that isn't there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -51,8 +65,9 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
-def join_world(device: str) -> World:
-    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone."""
+def join_world(device: str, parallel: str = "ddp") -> World:
+    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone, which has nothing to
+    shard."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = pick_device(device, local_rank)
@@ -64,4 +79,4 @@ def join_world(device: str) -> World:
     if size > 1:
         # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
         dist.init_process_group("nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo")
-    return World(rank, size, chosen)
+    return World(rank, size, chosen, sharded=parallel == "fsdp" and size > 1)

@@ -20,6 +20,7 @@ from data.tofu import InputError
 from evaluate_tofu import reference_states
 from models import AnswerModel, pad_id
 from processes import World
+from sharding import whole
 
 
 class Reference:
@@ -71,16 +72,17 @@ def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, 
         needed += [(f"retain/{row}", plan.retain[row]) for row in partners]
     tensors = {}
     for chunk in deal(needed, [len(e.ids) for _, e in needed], 2 * s.micro_batch_size, w.rank, w.size):
-        if chunk:
-            batch = collate([e for _, e in chunk], pad_id(tokenizer), w.device)
+        if chunk or w.sharded:
+            batch = collate([e for _, e in chunk or needed[:1]], pad_id(tokenizer), w.device)
             hidden = model.hidden(batch)
             logps = model.answer_logps(model.lm.get_output_embeddings()(hidden), batch).cpu()
             for (key, _), value, states in zip(chunk, logps, hidden.cpu().split(batch.lengths.tolist())):
                 tensors[key] = states.clone() if key.startswith("retain/") else value.clone()
-    states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w.device, w.rank, w.size)
+    states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w)
     tensors.update({f"evaluation/{name}/{index}": value for (name, index), value in states.items()})
+    head = whole(model.lm.get_output_embeddings().weight)
     if w.rank == 0:
-        tensors["head"] = model.lm.get_output_embeddings().weight.detach().cpu().clone()
+        tensors["head"] = head.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"rank{w.rank:04d}.safetensors"
     save_file(tensors, file.with_suffix(".partial"), metadata={"fingerprint": mark})

@@ -170,8 +170,7 @@ class Run:
         begin = time.perf_counter()
         batch_size = PRESETS[self.s.preset or "llama2-7b"].eval_batch_size
         with autocast(self.s.dtype, self.w.device):
-            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, device=self.w.device,
-                            rank=self.w.rank, world_size=self.w.size,
+            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, w=self.w,
                             reference=self.reference and self.reference.evaluation(),
                             reference_head=self.reference and self.reference.head)
         metrics = compute_metrics(rows, self.retain_rows)

@@ -155,7 +155,7 @@ def test_batch_size_changes_nothing(measured):
 
 def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measured):
     model, tokenizer, _, prepared, _ = measured
-    states = reference_states(model, prepared, tokenizer, 16, "cpu")
+    states = reference_states(model, prepared, tokenizer, 16)
     head = model.lm.get_output_embeddings()
     given = dict(batch_size=16, max_new_tokens=1, reference=states)
     kl = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference_head=head))
