@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the scalar state
 (JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed, so that it is whole or
-not there; the last two are kept. Batches, partners and refusals are pure functions of (seed, position): the step is all
+not there; the last two are kept. A sharded model's processes write a file each, of the rows that they hold; whoever
+resumes reads the rows that it needs, so that the number of processes and `--parallel` may change. Batches, partners and refusals are pure functions of (seed, position): the step is all
 that is needed of the stream.
 """
 
@@ -13,41 +14,67 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from data.tofu import InputError
+from processes import World
+from sharding import first_row, local
 
 KEPT = 2
 
 
-def save(folder: Path, step: int, model, optimizer, state: dict, kept: int = KEPT):
+def save(folder: Path, step: int, model, optimizer, state: dict, w: World, kept: int = KEPT):
     """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
 
-    Raises OSError where the disk is full or read-only; the checkpoints that were there stay as they were.
+    Process 0 writes everything, or every process its own rows where the model is sharded. Raises OSError on all where
+    one's disk is full or read-only; the checkpoints that were there stay as they were.
     """
     target, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _save_tensors(dict(model.named_parameters()), aside / "weights.safetensors")
-        names = {id(p): name for name, p in model.named_parameters()}
-        moments = {f"{names[id(p)]}/{key}": value
-                   for p, values in optimizer.state.items() for key, value in values.items()}
-        _save_tensors(moments, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                    for path in sorted(aside.iterdir())}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in [*aside.iterdir(), aside]:
-            _fsync(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
-        _fsync(folder)
-    except BaseException:
+    if w.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
+    w.wait()
+    try:
+        entries = w.together(lambda: _write_part(aside, model, optimizer, w.rank) if w.sharded or w.rank == 0 else {})
+        if w.rank == 0:
+            (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
+            manifest = {name: entry for part in [*entries, _entry(aside / "state.json")] for name, entry in part.items()}
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            for path in (aside / "state.json", aside / "manifest.json", aside):
+                _fsync(path)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            _fsync(folder)
+    except BaseException:
+        if w.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in sorted(folder.glob("step_*"))[:-kept]:
-        shutil.rmtree(old)
+    if w.rank == 0:
+        for old in sorted(folder.glob("step_*"))[:-kept]:
+            shutil.rmtree(old)
+
+
+def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
+    """This process's weights and moments, flushed to the disk; their entries in the manifest."""
+    aside.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    names = {id(p): name for name, p in parameters.items()}
+    moments = {f"{names[id(p)]}/{key}": value
+               for p, values in optimizer.state.items() for key, value in values.items()}
+    manifest = {}
+    for kind, tensors in (("weights", parameters), ("optimizer", moments)):
+        path = aside / f"{kind}-{rank:05d}.safetensors"
+        first_rows = {name: first_row(tensor) for name, tensor in tensors.items()}
+        save_file({name: local(tensor).detach().contiguous() for name, tensor in tensors.items()}, path,
+                  metadata={"first_rows": json.dumps(first_rows)})
+        _fsync(path)
+        manifest.update(_entry(path))
+    return manifest
+
+
+def _entry(path: Path) -> dict:
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}}
 
 
 def latest(folder: Path) -> tuple[Path | None, list]:
@@ -62,28 +89,57 @@ def latest(folder: Path) -> tuple[Path | None, list]:
 
 
 def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back in place and return the state. Raises InputError where they don't fit the model."""
-    weights, moments = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
+    """Put weights and moments back in place and return the state, whatever number of processes wrote it, sharded or not.
+    Raises InputError where they don't fit the model."""
+    weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = dict(model.named_parameters())
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in parameters.items()}:
+    if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:
         raise InputError(f"{path} holds the weights of another model; resume the run that wrote it")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for name, value in moments.items():
-        name, key = name.rsplit("/", 1)
-        # AdamW keeps its step count on the CPU unless it is fused on a GPU; load_state_dict's rule, applied per tensor.
-        stays = key == "step" and not _fused(optimizer)
-        optimizer.state[parameters[name]][key] = value if stays else value.to(parameters[name].device)
+            weights.read(name, parameter)
+        for key in moments.shapes():
+            name, kind = key.rsplit("/", 1)
+            # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.
+            if kind == "step":
+                fused = any(group.get("fused") for group in optimizer.param_groups)
+                value = torch.zeros((), device=local(parameters[name]).device if fused else "cpu")
+            else:
+                value = torch.zeros_like(parameters[name])
+            optimizer.state[parameters[name]][kind] = moments.read(key, value)
     return json.loads((path / "state.json").read_text())
 
 
-def _fused(optimizer) -> bool:
-    return any(group.get("fused") for group in optimizer.param_groups)
+class Rows:
+    """The tensors of a checkpoint's files of one kind, by rows, whichever process wrote them."""
 
+    def __init__(self, path: Path, kind: str):
+        self.pieces = {}  # name -> [(first row, open file)]
+        for file_path in sorted(path.glob(f"{kind}-*.safetensors")):
+            file = safe_open(file_path, framework="pt")
+            for name, first in json.loads(file.metadata()["first_rows"]).items():
+                self.pieces.setdefault(name, []).append((first, file))
 
-def _save_tensors(tensors: dict, path: Path):
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    def shapes(self) -> dict:
+        """name -> shape of the whole tensor."""
+        shapes = {}
+        for name, pieces in self.pieces.items():
+            parts = [tuple(file.get_slice(name).get_shape()) for _, file in pieces]
+            shapes[name] = (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else ()
+        return shapes
+
+    def read(self, name: str, into: Tensor) -> Tensor:
+        """Fill `into`, or this process's rows of it, and return it."""
+        mine, start = local(into), first_row(into)
+        for first, file in self.pieces[name]:
+            if mine.ndim == 0:  # every process has the same
+                mine.copy_(file.get_tensor(name))
+                break
+            piece = file.get_slice(name)
+            begin, end = max(start, first), min(start + len(mine), first + piece.get_shape()[0])
+            if begin < end:
+                mine[begin - start:end - start] = piece[begin - first:end - first].to(mine.device)
+        return into
 
 
 def _flaw(path: Path) -> str | None:

@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy.stats import hmean, ks_2samp
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
 from processes import ALONE, World, pick_device
+from sharding import release
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 MAX_NEW_TOKENS = 200
@@ -192,15 +192,16 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int, max_rows: i
 
 
 @contextmanager
-def untouched(lm):
+def untouched(model: AnswerModel):
     """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by the model's
     generation settings."""
-    training = lm.training
-    lm.eval()
+    training = model.lm.training
+    model.lm.eval()
     try:
         yield
     finally:
-        lm.train(training)
+        model.lm.train(training)
+        release(model)
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def reference_states(model: AnswerModel, prepared: Prepared, tokenizer, batch_si
     """
     texts = [t for t in prepared.texts if t.slot == ANSWER and t.set in KL_SETS]
     states = {}
-    with untouched(model.lm):
+    with untouched(model):
         for chunk in deal(texts, [len(t.encoded.ids) for t in texts], batch_size, w.rank, w.size):
             if chunk or w.sharded:
                 batch = collate([t.encoded for t in chunk or texts[:1]], pad_id(tokenizer), w.device)
@@ -238,7 +239,7 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     texts = sorted((t for t in prepared.texts if (t.set, t.index) in mine), key=lambda t: len(t.encoded.ids))
     prompts = sorted(mine, key=lambda key: (len(prepared.prompts[key]), key))
     bar = tqdm(total=len(texts) + len(prompts), desc="evaluate", unit="text", leave=False, disable=not progress)
-    with untouched(model.lm):
+    with untouched(model):
         scores = {key: {} for key in mine}  # slot -> (nll, tokens)
         # Texts with a KL and texts without go apart, so that a batch has the reference's states for all of its tokens
         # or for none.
@@ -275,10 +276,7 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
                                     answer=row["answer"], generation=text)
             bar.update(len(chunk))
     bar.close()
-    gathered = [results]
-    if w.size > 1:
-        gathered = [None] * w.size
-        dist.all_gather_object(gathered, results)
+    gathered = w.collect(results)
     merged = {key: row for part in gathered for key, row in part.items()}
     assert sum(map(len, gathered)) == len(merged) == len(keys), "every row exactly once"
     return {name: [merged[name, index] for index in range(len(rows))] for name, rows in prepared.rows.items()}

@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.batches import TokenBatch
+from data.batches import TokenBatch, collate
+from data.prompts import Encoded
 from data.tofu import InputError
 from losses import kl_loss, token_logps
+from processes import ALONE, World
+from sharding import parameters_on_meta, release, whole, write_weights
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
@@ -152,8 +155,11 @@ def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
         return LlamaForCausalLM(config), tokenizer
 
 
-def load_model(source: str):
-    """(model, tokenizer, npo.json's content) from a folder or a Hub id; float32, no dropout. Raises InputError."""
+def load_model(source: str, without_weights: bool = False):
+    """(model, tokenizer, npo.json's content) from a folder or a Hub id; float32, no dropout. Raises InputError.
+
+    `without_weights`: its parameters have no memory yet, for `sharding.fill` to give them.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder = Path(source)
     if folder.is_dir():
@@ -173,8 +179,11 @@ def load_model(source: str):
     try:
         # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
-                                                           trust_remote_code=False, output_loading_info=True)
+        if without_weights:
+            model, info = empty_model(source), {"missing_keys": []}
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True,
+                                                               trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # network, format and version errors of every kind: the sentence carries the cause
         where = "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -189,8 +198,28 @@ def load_model(source: str):
     if len(tokenizer) > rows:
         raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; "
                          "they are not of one model")
-    check_head(model, source)
+    if not without_weights:
+        check_head(AnswerModel(model), source)
     return without_dropout(model), tokenizer, read_meta(source)
+
+
+def empty_model(source: str):
+    """The model that a folder's or a Hub id's config.json describes; its parameters have no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    with parameters_on_meta():
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if (Path(source) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def weights_folder(source: str) -> Path:
+    """The folder that holds a model's files; a Hub id's are fetched, and only weights that can't run code."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def read_meta(source: str) -> dict:
@@ -220,35 +249,51 @@ def without_dropout(model):
 
 
 @torch.no_grad()
-def check_head(model, source: str):
+def check_head(model: AnswerModel, source: str, device="cpu"):
     """`AnswerModel` takes the LM head's output as the logits. Raises InputError where the model does more (scaling,
-    soft caps)."""
-    ids = torch.arange(2, 10).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
-    head = model.get_output_embeddings()
-    logits = model(input_ids=ids, use_cache=False).logits
+    soft caps, a bias)."""
+    lm = model.lm
+    head = lm.get_output_embeddings()
+    refused = f"--model {source}: {type(lm).__name__} changes its logits behind the LM head, which is not supported; " \
+              "take a Llama-like model"
+    if head is None:
+        raise InputError(refused)
     if getattr(head, "bias", None) is not None:
-        raise InputError(f"--model {source}: {type(model).__name__} has an LM head with a bias, which is not "
+        raise InputError(f"--model {source}: {type(lm).__name__} has an LM head with a bias, which is not "
                          "supported; take a Llama-like model")
-    if not logits.isfinite().all():
+    ids = torch.arange(2, 10).view(2, 4) % lm.config.vocab_size
+    ours, _ = model(collate([Encoded(row, 3) for row in ids.tolist()], 0, device))  # each row's last token answers
+    theirs = model.next_logits(input_ids=ids[:, :3].to(device), use_cache=False)
+    release(model)
+    if not theirs.isfinite().all():
         raise InputError(f"--model {source}: its logits are not finite, so its weights are broken; take another "
                          "checkpoint")
-    if head is None or not torch.allclose(head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state),
-                                          logits, rtol=1e-3, atol=1e-3):
-        raise InputError(f"--model {source}: {type(model).__name__} changes its logits behind the LM head, which is "
-                         "not supported; take a Llama-like model")
+    if not torch.allclose(ours, token_logps(theirs, ids[:, 3].to(device)), rtol=1e-3, atol=1e-3):
+        raise InputError(refused)
 
 
-def save_model(model, tokenizer, folder: Path, meta: dict):
-    """Write what `from_pretrained` loads, and npo.json: {"preset", "template", "trained_on"}."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
+def save_model(model, tokenizer, folder: Path, meta: dict, w: World = ALONE):
+    """Write what `from_pretrained` loads, and npo.json: {"preset", "template", "trained_on"}. Process 0 writes; where
+    the model is sharded, all processes give it their parts."""
+    if w.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
+        tokenizer.save_pretrained(folder)
+    if w.sharded:
+        write_weights(model, folder, w.rank)
+        if w.rank == 0:
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+    elif w.rank == 0:
+        model.save_pretrained(folder)
 
 
 def weights_hash(model) -> str:
-    """16 hex digits over names, shapes, types and bytes of all parameters."""
+    """16 hex digits over names, shapes, types and bytes of all parameters; where the model is sharded, all processes
+    must ask together."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = whole(tensor)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,6 +42,27 @@ class World(NamedTuple):
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def collect(self, value) -> list:
+        """All processes' values, in their order, on all."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action) -> list:
+        """What `action` returns on each process. Raises OSError on all where it fails to write on one."""
+        result = flaw = None
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            flaw = getattr(error, "strerror", None) or str(error)
+        results = self.collect((result, flaw))
+        flaw = next((flaw for _, flaw in results if flaw), None)
+        if flaw:
+            raise OSError(flaw)
+        return [result for result, _ in results]
 
     def wait(self):
         if self.size > 1:

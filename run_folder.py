@@ -133,15 +133,13 @@ class Run:
         """Save what resume needs; all processes wait until it is there. Raises InputError where there is no room or no
         right to write."""
         self.saved_at, self.saving = time.monotonic(), True
-        if self.w.rank == 0:
-            try:
-                log_bytes = self.log_file.stat().st_size if self.log_file.exists() else 0
-                checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer,
-                                 {"log_bytes": log_bytes, "scaler": scaler.state_dict()}, kept)
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} "
-                                 f"({getattr(error, 'strerror', None) or error}); make room, then "
-                                 f"--resume {self.folder}") from None
+        state = {"log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0,
+                 "scaler": scaler.state_dict()}
+        try:
+            checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.w, kept)
+        except OSError as error:
+            raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); make "
+                             f"room, then --resume {self.folder}") from None
         self.w.wait()
         self.saving = False
 
@@ -178,8 +176,10 @@ class Run:
             earlier = self.evaluations()
             write_json(self.folder / "eval" / f"step_{step:06d}.json",
                        {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
-            if self.s.keep == "best" and step > 0 and best_step({**earlier, step: metrics}) == step:
-                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta)
+        if self.s.keep == "best" and step > 0:
+            is_best = self.w.rank == 0 and best_step({**earlier, step: metrics}) == step
+            if self.w.agree(is_best):
+                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta, self.w)
         self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}"
                    f"  model utility {number(metrics['model_utility'])}"
                    f"  forget probability {number(metrics['forget']['probability'])}"
@@ -199,8 +199,7 @@ class Run:
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
-        if self.w.rank == 0:
-            save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta)
+        save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta, self.w)
         self.w.wait()  # whoever goes on may read it
         evaluations = self.evaluations()
         if self.w.rank > 0 or len(evaluations) < 2:
@@ -238,14 +237,16 @@ def best_step(evaluations: dict) -> int:
     return max((step for step in evaluations if step > 0), key=merit)
 
 
-def save_aside(lm, tokenizer, folder: Path, meta: dict):
+def save_aside(lm, tokenizer, folder: Path, meta: dict, w: World):
     """`save_model`, but the folder appears whole or not at all. Raises InputError where there is no room."""
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    if w.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_model(lm, tokenizer, aside, meta)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
+        save_model(lm, tokenizer, aside, meta, w)
+        if w.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; make room, then "

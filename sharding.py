@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from data.tofu import InputError
@@ -55,7 +55,7 @@ def parameters_on_meta():
     register = nn.Module.register_parameter
 
     def on_meta(module, name, parameter):
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # a tied one stays the same object
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
     nn.Module.register_parameter = on_meta
@@ -77,6 +77,13 @@ def shard(model, dtype: torch.dtype, w: World):
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for method in ("hidden", "next_logits"):  # ways into the model beside its forward
         register_fsdp_forward_method(model, method)
+
+
+def release(model):
+    """After forward passes that no backward pass followed, a sharded model still holds its gathered embedding and head:
+    let them go. What holds the parameters afterwards holds the sharded ones."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList:

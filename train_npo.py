@@ -40,11 +40,12 @@ from data.prompts import TEMPLATES, encode
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
 from evaluate_tofu import prepare, read_retain_log
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
-from models import (AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, read_meta, tiny_dims,
-                    weights_hash)
+from models import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_model, make_tiny, pad_id, read_meta,
+                    tiny_dims, weights_folder, weights_hash)
 from processes import World, join_world
 from reference import Reference, reference_pass
 from run_folder import Run, Stopped, open_folder
+from sharding import fill, local, shard, whole
 
 LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
 TOKEN_MEAN = ("sft", "ga", "idk")  # means over answer tokens; the others are means over sequences
@@ -202,8 +203,9 @@ def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, refe
     total = torch.zeros((), device=w.device)
     pairs = [(i.row, i.refusal) for i in items]
     for chunk in deal(pairs, [len(plan.refusal[p].ids) for p in pairs], 2 * s.micro_batch_size, w.rank, w.size):
+        if chunk or w.sharded:
+            logps, _ = model(collate([plan.refusal[p] for p in chunk or pairs[:1]], pad, w.device, s.pad_to))
         if chunk:
-            logps, _ = model(collate([plan.refusal[p] for p in chunk], pad, w.device, s.pad_to))
             total += (logps - reference.logps([f"refusal/{row}/{line}" for row, line in chunk])).sum()
     return (w.sum(total) / len(items)).clamp(min=0)
 
@@ -227,7 +229,8 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
     # Only gradients travel: buffers are the same everywhere. (The flag's name has changed with torch's versions.)
     has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
-    policy = DistributedDataParallel(model, **sync) if w.size > 1 else model
+    replicated = w.size > 1 and not w.sharded
+    policy = DistributedDataParallel(model, **sync) if replicated else model
     model.lm.train()
     step = run.restore(model, optimizer, scaler)
     if step == 0 and 0 in run.evaluation_steps:
@@ -250,10 +253,12 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         micros = micro_batches(s, plan, items, w)
         for m, micro in enumerate(micros):
             last = m == len(micros) - 1
-            with nullcontext() if last or w.size == 1 else policy.no_sync():  # gradients travel once a step
+            if w.sharded:  # each gradient goes to its owner at once; embedding and head stay gathered until the last
+                policy.set_reshard_after_backward(last, recurse=False)
+            with policy.no_sync() if replicated and not last else nullcontext():  # gradients travel once a step
                 with autocast(s.dtype, w.device):
                     sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, pad, w)
-                # DDP will average over processes; the batch's loss is their sum.
+                # DDP and FSDP average over processes; the batch's loss is their sum.
                 scaler.scale(sums["loss"] * w.size).backward()
             totals[:len(PARTS)] += torch.stack([sums[p].detach() if p in sums else totals.new_zeros(()) for p in PARTS])
         totals[len(PARTS):] = torch.tensor([run.wants_stop, run.wants_checkpoint and w.rank == 0])
@@ -261,11 +266,11 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
         logged = {p: value for p, value in zip(PARTS, parts) if p in sums}
 
         scaler.unscale_(optimizer)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf))
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)))
         # fp16 may overflow: the scaler then skips the update and lowers its scale.
         overflow = scaler.is_enabled() and scaler.get_scale() > 1
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
-            if finite(model):
+            if finite(model, w):
                 # Beside the earlier ones, which may be the healthier.
                 run.checkpoint(step, model, optimizer, scaler, kept=1000)
             raise InputError(f"step {step + 1}: the loss is {logged['loss']}, the gradient's norm {grad_norm}; the "
@@ -281,7 +286,7 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
             run.log(step, lr, logged, grad_norm, counts["tokens"] / (time.perf_counter() - begin))
         evaluates = step in run.evaluation_steps and math.isfinite(grad_norm)
         saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
-        if (evaluates or saves or step == plan.steps) and not finite(model):
+        if (evaluates or saves or step == plan.steps) and not finite(model, w):
             raise InputError(f"step {step}: the update made weights that are not finite; the last good ones, if any, "
                              f"are in {run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or "
                              "--max-grad-norm 1")
@@ -295,9 +300,9 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
 
 
 @torch.no_grad()
-def finite(model: AnswerModel) -> bool:
-    """No weight is NaN or infinite."""
-    return all(bool(p.isfinite().all()) for p in model.parameters())
+def finite(model: AnswerModel, w: World) -> bool:
+    """No weight is NaN or infinite, on any process."""
+    return not w.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
 
 
 def check_start(s: Namespace, logged: dict):
@@ -373,6 +378,8 @@ def build_parser() -> Parser:
         help="evaluation log of a model retrained without the forget rows, for forget quality (tiny: made on the spot)")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
+    add("--parallel", default="ddp", choices=("ddp", "fsdp"),
+        help="with several processes: each holds the model (ddp), or a part of every parameter (fsdp; default: ddp)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
     add("--keep", default="last", choices=("last", "best"),
         help="best: also keep the weights of the best evaluation, in best/ (default: last)")
@@ -445,6 +452,8 @@ def parse(argv) -> tuple[Namespace, dict]:
     if not (folder / "config.json").is_file():
         raise InputError(f"--resume {folder}: no config.json there; need a run folder, such as runs/NAME")
     stored = read_config(folder)["settings"]
+    if "parallel" in given:  # how, not what
+        stored["parallel"] = given["parallel"]
     for key, value in given.items():
         if stored.get(key) != value:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
@@ -547,7 +556,7 @@ def run(s: Namespace, w: World) -> Path:
         texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")] + task.refusals
         (lm, tokenizer), start = make_tiny(texts, s.seed, tiny_dims(task.full)), {}
     else:
-        lm, tokenizer, start = load_model(s.start)
+        lm, tokenizer, start = load_model(s.start, without_weights=w.sharded)
     s.template = s.template or start.get("template") or PRESETS[s.preset or "llama2-7b"].template
     context = getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, tokenizer, context)
@@ -581,7 +590,7 @@ def run(s: Namespace, w: World) -> Path:
 def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer, start: dict, retain_rows: list | None,
                config: dict, folder: Path, begin: float) -> Path:
     """The part of `run` that writes: train what is missing, pass the reference, train, evaluate, save."""
-    from_scratch = s.preset == "tiny" and not s.start
+    from_scratch, source = s.preset == "tiny" and not s.start, s.start
     wanted = [] if s.loss == "sft" or not from_scratch else ["full"] if retain_rows else ["full", complement(s.split)]
     missing = [split for split in wanted if not (Path(tiny_settings(s, split, task).out) / "model").is_dir()]
     describe(s, task, plan, prepared, lm, missing, w)
@@ -590,10 +599,18 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
     except Stopped:
         raise Stopped(f"stopped while training the tiny model; go on with: --resume {folder}") from None
     if "full" in tiny:
-        lm, tokenizer, start = load_model(str(tiny["full"] / "model"))
+        source = str(tiny["full"] / "model")
+        lm, tokenizer, start = load_model(source, without_weights=w.sharded)
     if len(tiny) == 2:
         log = max((tiny[complement(s.split)] / "eval").glob("step_*.json"))
         retain_rows = read_retain_log(str(log), evaluation_split(s.split), prepared.rows["forget"], task.fingerprint)
+    model = AnswerModel(lm)
+    if w.sharded:
+        shard(model, AUTOCAST[s.dtype], w)
+        if source:
+            fill(model, weights_folder(source), w.device)
+            check_head(model, source, w.device)
+    model.to(w.device)
     config["start_weights"] = weights_hash(lm)
     config["start_trained_on"] = start.get("trained_on")
     stored = w.agree(read_config(folder) if w.rank == 0 else None)
@@ -603,7 +620,6 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
     if w.rank == 0 and "start_weights" not in stored:
         write_json(folder / "config.json", {**stored, "start_weights": config["start_weights"],
                                             "start_trained_on": config["start_trained_on"]})
-    model = AnswerModel(lm.to(w.device))
     reference = None
     if s.loss != "sft":
         mark = fingerprint(config["start_weights"], task.fingerprint, s.template, s.dtype, s.method, s.seed, s.epochs,
@@ -630,7 +646,7 @@ def main():
     s, _ = parse(sys.argv[1:])
     if s.out and not s.resume and Path(s.out).exists():
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
-    w = join_world(s.device)
+    w = join_world(s.device, s.parallel)
     try:
         run(s, w)
     except Stopped as stopped:

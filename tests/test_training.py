@@ -284,7 +284,7 @@ def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
     import checkpoints
     folder = run(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
     newest, _ = checkpoints.latest(folder)
-    with open(newest / "weights.safetensors", "r+b") as file:
+    with open(newest / "weights-00000.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"torn")
     older, sentences = checkpoints.latest(folder)
@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(setting
                         lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
     with pytest.raises(InputError, match=r"step 2: the loss is nan.*--lr"):
         run(settings(loss="ga", out="nan"), ALONE)
-    weights = load_file("nan/checkpoints/step_000001/weights.safetensors")
+    weights = load_file("nan/checkpoints/step_000001/weights-00000.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
 
