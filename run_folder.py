@@ -39,12 +39,14 @@ def open_folder(s: Namespace, config: dict, w: World) -> Path:
     exists or can't be written."""
     if s.resume:
         return Path(s.resume)
-    name = f"{s.method}_{s.split}"
-    candidates = [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
-    if s.out:
-        candidates = [Path(s.out)]
-    made = next((path for path in candidates if _appear(path, config)), None) if w.rank == 0 else None
+    made = next((path for path in folder_names(s) if _appear(path, config)), None) if w.rank == 0 else None
     return w.agree(made) or _exists(s.out)
+
+
+def folder_names(s: Namespace) -> list[Path]:
+    """What a run's folder may be called, in order: `--out`, or its method and split with a number."""
+    name = f"{s.method}_{s.split}"
+    return [Path(s.out)] if s.out else [Path("runs") / f"{name}{f'-{k}' if k > 1 else ''}" for k in range(1, 10_000)]
 
 
 def _appear(folder: Path, config: dict) -> bool:

@@ -22,6 +22,7 @@ is off: at step 0 the policy must equal the reference, and that is checked.
 import inspect
 import json
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -44,7 +45,7 @@ from models import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_m
                     tiny_dims, weights_folder, weights_hash)
 from processes import World, join_world
 from reference import Reference, reference_pass
-from run_folder import Run, Stopped, open_folder
+from run_folder import Run, Stopped, folder_names, open_folder
 from sharding import fill, local, shard, whole
 
 LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
@@ -642,8 +643,21 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
     return folder
 
 
+def restarted(s: Namespace) -> Namespace:
+    """Where torchrun has started all processes anew after a failure (`--max-restarts`), the run that it was goes on:
+    the last unfinished one of these settings."""
+    if s.resume or not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return s
+    unfinished = [path for path in folder_names(s) if (path / "config.json").is_file() and not (path / "model").exists()]
+    for folder in reversed(unfinished):
+        stored = read_config(folder)["settings"]
+        if all(stored.get(key) == value for key, value in vars(s).items() if value is not None):
+            return parse(["--resume", str(folder)])[0]
+    return s  # it failed before it had a folder
+
+
 def main():
-    s, _ = parse(sys.argv[1:])
+    s = restarted(parse(sys.argv[1:])[0])
     if s.out and not s.resume and Path(s.out).exists():
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     w = join_world(s.device, s.parallel)

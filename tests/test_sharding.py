@@ -76,6 +76,15 @@ def test_a_sharded_run_resumes_as_another(command, small_model, small_data, tmp_
         assert [line["step"] for line in log(tmp_path / name)] == list(range(1, 21))
 
 
+@pytest.fixture
+def swapped():
+    """Unsharded parameters get their memory as sharded ones do: in place, so that tied ones stay tied."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapped")
 def test_weights_are_read_without_a_whole_model(small_model, tmp_path):
     expected, _, _ = load_model(str(small_model))
     lm, _, _ = load_model(str(small_model), without_weights=True)
@@ -86,6 +95,7 @@ def test_weights_are_read_without_a_whole_model(small_model, tmp_path):
     assert torch.equal(lm(ids).logits, expected(ids).logits)  # the rotary frequencies are there too
 
 
+@pytest.mark.usefixtures("swapped")
 def test_a_result_of_several_files_loads(small_model, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "FILE_BYTES", 20_000)
     lm, tokenizer, _ = load_model(str(small_model))
