@@ -230,8 +230,8 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     """Score all rows: set -> list of row results, complete and in order, the same on every process.
 
     Rows are dealt over processes, and batched by length. Where the model is sharded, all processes run it forward
-    equally often: one that has fewer batches fills up with ghosts, whose results go nowhere. `reference` (what `reference_states` returns) and
-    `reference_head`, its hidden states -> logits, add KL(reference || model).
+    equally often: one that has fewer batches fills up with ghosts, whose results go nowhere. `reference` (what
+    `reference_states` returns) and `reference_head`, its LM head's weight, add KL(reference || model).
     """
     keys = [(name, index) for name, rows in prepared.rows.items() for index in range(len(rows))]
     mine = set(keys[w.rank::w.size])
@@ -248,11 +248,10 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
             chunks = [group[at:at + batch_size] for at in range(0, len(group), batch_size)]
             for chunk, counts in in_step(chunks, prepared.texts[:1], w):
                 batch = collate([t.encoded for t in chunk], pad_id(tokenizer), w.device)
-                reference_logits = None
+                states = None
                 if counts and wants_kl(chunk[0]):
-                    reference_logits = reference_head(torch.cat([reference[t.set, t.index]
-                                                                 for t in chunk]).to(w.device))
-                logps, kl = model(batch, reference_logits, "reference_policy")
+                    states = torch.cat([reference[t.set, t.index] for t in chunk]).to(w.device), reference_head
+                logps, kl = model(batch, states, "reference_policy")
                 if not counts:
                     continue
                 for i, (t, nll, tokens) in enumerate(zip(chunk, (-logps).tolist(), batch.lengths.tolist())):
@@ -582,7 +581,7 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
                                  f"{reference_model.lm.config.vocab_size}, --model {args.model} of "
                                  f"{model.config.vocab_size}: need the model before unlearning")
             reference = reference_states(reference_model, prepared, tokenizer, batch_size, alone)
-            reference_head = reference_model.lm.get_output_embeddings()
+            reference_head = reference_model.lm.get_output_embeddings().weight
         rows = evaluate(AnswerModel(model.to(device)), prepared, tokenizer, batch_size=batch_size,
                         max_new_tokens=args.max_new_tokens, w=alone, reference=reference,
                         reference_head=reference_head, progress=sys.stderr.isatty())

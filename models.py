@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from chunked_head import answer_values
 from data.batches import TokenBatch, collate
 from data.prompts import Encoded
 from data.tofu import InputError
-from losses import kl_loss, token_logps
 from processes import ALONE, World
 from sharding import parameters_on_meta, release, whole, write_weights
 
@@ -89,7 +89,7 @@ def autocast(dtype: str, device):
 class AnswerModel(nn.Module):
     """A causal language model, seen as what unlearning needs of it: log pi(answer | prompt), and K against a reference.
 
-    Only hidden states at answer positions meet the LM head: (N, V) logits, never (S, T, V).
+    Only hidden states at answer positions meet the LM head, a chunk of tokens at a time: never (S, T, V) logits.
     """
 
     def __init__(self, lm: nn.Module):
@@ -101,25 +101,23 @@ class AnswerModel(nn.Module):
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
         return states[batch.rows, batch.positions]
 
-    def answer_logps(self, logits: Tensor, batch: TokenBatch) -> Tensor:
-        """log pi(y|x) of each sequence, (S,) in nats: float32 sums, whatever autocast made of the (N, V) logits."""
-        sums = torch.zeros(len(batch.ids), dtype=torch.float32, device=batch.ids.device)
-        return sums.index_add(0, batch.rows, token_logps(logits, batch.targets))
+    def sums(self, hidden: Tensor, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
+             direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, from the hidden states at the answers' tokens (N, H)."""
+        head = self.lm.get_output_embeddings().weight
+        logps, kl = answer_values(hidden, head, batch.targets, reference, direction)
+        zeros = logps.new_zeros(len(batch.ids))
+        with_kl = batch.rows[len(logps) - len(kl):]
+        return zeros.index_add(0, batch.rows, logps), None if reference is None else zeros.index_add(0, with_kl, kl)
 
-    def forward(self, batch: TokenBatch, reference_logits: Tensor | None = None,
+    def forward(self, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
                 direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
-        """Sums over each sequence's answer tokens, in nats: log pi(y|x) (S,), and K (S,) or None.
+        """Float32 sums over each sequence's answer tokens, in nats: log pi(y|x) (S,), and K (S,) or None.
 
-        K covers the LAST sequences of the batch: `reference_logits` (M, V) are the reference's at their answer tokens,
-        M <= N.
+        K covers the LAST sequences of the batch: `reference` holds the reference's hidden states (M, H) at their answer
+        tokens, M <= N, and its LM head's weight (V, H).
         """
-        logits = self.lm.get_output_embeddings()(self.hidden(batch))  # (N, V)
-        logps = self.answer_logps(logits, batch)
-        if reference_logits is None:
-            return logps, None
-        last = len(logits) - len(reference_logits)
-        kl = kl_loss(logits[last:], reference_logits, direction)
-        return logps, torch.zeros_like(logps).index_add(0, batch.rows[last:], kl)
+        return self.sums(self.hidden(batch), batch, reference, direction)
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the language model itself computes them;

@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import linear
 
 from data.batches import collate, deal
 from data.tofu import InputError
@@ -48,13 +47,10 @@ class Reference:
         """log pi_ref(y|x) of these answers, (len(keys),)."""
         return torch.stack([self[key] for key in keys]).to(self.device)
 
-    def head(self, states: Tensor) -> Tensor:
-        """Hidden states (N, H) -> the reference's logits (N, V)."""
-        return linear(states, self.head_weight)
-
-    def logits(self, keys: list) -> Tensor:
-        """The reference's logits at these answers' tokens, (N, V)."""
-        return self.head(torch.cat([self[key] for key in keys]).to(self.device))
+    def states(self, keys: list) -> tuple[Tensor, Tensor]:
+        """The reference's hidden states at these answers' tokens (N, H), and its head (V, H): together its exact
+        logits."""
+        return torch.cat([self[key] for key in keys]).to(self.device), self.head_weight
 
     def evaluation(self) -> dict:
         """(set, index) -> hidden states, as `evaluate` takes them."""
@@ -75,7 +71,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, 
         if chunk or w.sharded:
             batch = collate([e for _, e in chunk or needed[:1]], pad_id(tokenizer), w.device)
             hidden = model.hidden(batch)
-            logps = model.answer_logps(model.lm.get_output_embeddings()(hidden), batch).cpu()
+            logps = model.sums(hidden, batch)[0].cpu()
             for (key, _), value, states in zip(chunk, logps, hidden.cpu().split(batch.lengths.tolist())):
                 tensors[key] = states.clone() if key.startswith("retain/") else value.clone()
     states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w)

@@ -172,7 +172,7 @@ class Run:
         with autocast(self.s.dtype, self.w.device):
             rows = evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, w=self.w,
                             reference=self.reference and self.reference.evaluation(),
-                            reference_head=self.reference and self.reference.head)
+                            reference_head=self.reference and self.reference.head_weight)
         metrics = compute_metrics(rows, self.retain_rows)
         if self.w.rank == 0:
             earlier = self.evaluations()

@@ -161,8 +161,8 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
     refusal = [plan.refusal[i.row, i.refusal] for i in micro.items] if s.loss in ("idk", "dpo") else []
     retain = [plan.retain[p] for p in micro.partners]
     batch = collate(forget + refusal + retain, pad, w.device, s.pad_to)
-    reference_logits = reference.logits([f"retain/{p}" for p in micro.partners]) if s.kl_weight > 0 else None
-    logps, kl = model(batch, reference_logits, s.kl_direction)
+    reference_states = reference.states([f"retain/{p}" for p in micro.partners]) if s.kl_weight > 0 else None
+    logps, kl = model(batch, reference_states, s.kl_direction)
     forget_logps, refusal_logps, retain_logps = logps.split([len(forget), len(refusal), len(retain)])
 
     reference_logps = reference_refusal_logps = None
