@@ -75,7 +75,7 @@ def shard(model, dtype: torch.dtype, w: World):
     for layer in decoder_layers(model.lm):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("hidden", "next_logits"):  # ways into the model beside its forward
+    for method in ("hidden", "sums", "next_logits"):  # ways into the model beside its forward
         register_fsdp_forward_method(model, method)
 
 
