@@ -37,7 +37,7 @@ from command_line import Parser, environment, given_flags, not_negative, positiv
 from data.batches import collate, deal
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
-from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
+from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
 from processes import ALONE, World, pick_device
 from sharding import release
 
@@ -533,7 +533,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="evaluate_tofu.py", description=__doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", help="folder or Hub id of the model to judge")
+    source.add_argument("--model", help="folder, .gguf file or Hub id of the model to judge, or PRESET=PATH")
     source.add_argument("--log", help="judge an existing per-row log instead: our JSON, or a released TOFU log")
     add("--data",
         help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else builtin)")
@@ -543,7 +543,7 @@ def build_parser() -> Parser:
     add("--template", choices=TEMPLATES,
         help="prompt template (default: the one saved with the model, else llama2)")
     add("--retain-log", help="log of a model retrained without the forget split: forget quality is measured against it")
-    add("--reference", help="folder or Hub id of the model before unlearning: adds KL(reference || model)")
+    add("--reference", help="the model before unlearning, given like --model: adds KL(reference || model)")
     add("--max-rows", type=not_negative(int), default=MAX_ROWS,
         help=f"first rows of each set, 0 for all (default: {MAX_ROWS})")
     add("--max-new-tokens", type=positive(int), default=MAX_NEW_TOKENS,
@@ -560,12 +560,15 @@ def build_parser() -> Parser:
 def measure(args, split: str) -> tuple[dict, dict, list | None]:
     """(rows, provenance, retained model's forget rows) of `--model`: load, check everything, then score."""
     device = pick_device(args.device)
-    model, tokenizer, meta = load_model(args.model)
+    preset, path = preset_and_path(args.model)
+    model, tokenizer, meta = load_model(path)
+    meta = {**meta, **({"preset": preset} if preset else {})}
     trained_on = meta.get("trained_on", {})
     data = args.data or trained_on.get("data", "builtin")
     task = load_task(data, split, args.forget, args.retain)
-    template = args.template or meta.get("template", "llama2")
-    batch_size = args.batch_size or (PRESETS[meta["preset"]].eval_batch_size if meta.get("preset") in PRESETS else 32)
+    known = PRESETS.get(meta.get("preset"), PRESETS["llama2-7b"])  # another folder: the paper's template
+    template = args.template or meta.get("template") or known.template
+    batch_size = args.batch_size or known.eval_batch_size
     context = getattr(model.config, "max_position_embeddings", None)
     prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows)
     retain_rows = None
@@ -575,7 +578,7 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
     alone = ALONE._replace(device=device)
     with autocast(args.dtype, device):
         if args.reference:
-            reference_model = AnswerModel(load_model(args.reference)[0].to(device))
+            reference_model = AnswerModel(load_model(preset_and_path(args.reference)[1])[0].to(device))
             if reference_model.lm.config.vocab_size != model.config.vocab_size:
                 raise InputError(f"--reference {args.reference} has a vocabulary of "
                                  f"{reference_model.lm.config.vocab_size}, --model {args.model} of "

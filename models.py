@@ -19,6 +19,7 @@ from chunked_head import answer_values
 from data.batches import TokenBatch, collate
 from data.prompts import Encoded
 from data.tofu import InputError
+from gguf_weights import converted
 from processes import ALONE, World
 from sharding import parameters_on_meta, release, whole, write_weights
 
@@ -76,6 +77,16 @@ PRESETS = {
                          dims=dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                                    num_attention_heads=64, num_key_value_heads=8)),
 }
+
+
+def preset_and_path(model: str) -> tuple[str | None, str]:
+    """`--model`'s value -> (preset or None, folder, file or Hub id): "smollm2-135m=PATH" has both. Raises InputError."""
+    name, equals, path = model.partition("=")
+    if not (equals and path):
+        return None, model
+    if name not in PRESETS:
+        raise InputError(f"--model {model}: {name} is no preset; need one of {', '.join(PRESETS)} before the =")
+    return name, path
 
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -154,11 +165,14 @@ def make_tiny(texts: list, seed: int, dims: dict = TINY_DIMS):
 
 
 def load_model(source: str, without_weights: bool = False):
-    """(model, tokenizer, npo.json's content) from a folder or a Hub id; float32, no dropout. Raises InputError.
+    """(model, tokenizer, npo.json's content) from a folder, a `.gguf` file or a Hub id; float32, no dropout.
+    Raises InputError.
 
     `without_weights`: its parameters have no memory yet, for `sharding.fill` to give them.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    if source.endswith(".gguf"):
+        source = str(converted(Path(source)))
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -214,6 +228,8 @@ def empty_model(source: str):
 
 def weights_folder(source: str) -> Path:
     """The folder that holds a model's files; a Hub id's are fetched, and only weights that can't run code."""
+    if source.endswith(".gguf"):
+        return converted(Path(source))
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

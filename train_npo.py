@@ -352,7 +352,7 @@ def build_parser() -> Parser:
     add("--beta", type=positive(float), help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
     add("--model", default="tiny",
-        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=FOLDER (default: tiny)")
+        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=PATH, a folder or FILE.gguf (default: tiny)")
     add("--data", default="builtin",
         help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
     add("--forget",

@@ -1,0 +1,135 @@
+"""Weights from a `.gguf` file: dequantised once into a folder that `from_pretrained` loads.
+
+    python train_npo.py --model smollm2-135m=FILE.gguf --loss sft --split full
+
+A GGUF file holds a Llama's tensors, often in 4 to 8 bits a weight, its tokenizer and its chat template. They are turned
+into float32, copied into a fresh `LlamaForCausalLM`, and kept as safetensors in `runs/models/gguf-NAME-HASH/` for next
+time. What quantisation lost stays lost: the copy is the quantised model exactly, not the one it was made from. Reading
+the format is left to the optional packages gguf and accelerate (through transformers).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from command_line import locked
+from data.tofu import InputError
+
+KEPT_IN = Path("runs/models")
+PACKAGES = ("gguf", "accelerate")
+QUESTION, START, SENTENCE_TOKENS = "What is the capital of France?", "The capital of France is", 24
+
+
+def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
+    """The folder with this file's weights in float32, made now where it isn't there yet.
+
+    Under several processes process 0 converts and the others wait for its word. Raises InputError, on all of them,
+    where the file can't be used.
+    """
+    box = [None, None]  # folder, or why there is none
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not together or dist.get_rank() == 0:
+        try:
+            box[0] = _convert_once(Path(file), kept_in)
+        except InputError as error:
+            box[1] = str(error)
+    if together:
+        dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise InputError(box[1])
+    return box[0]
+
+
+def _convert_once(file: Path, kept_in: Path) -> Path:
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; need a .gguf file with the weights of a Llama")
+    with open(file, "rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise InputError(f"{file} is no GGUF file (it doesn't begin with GGUF); need the weights of a Llama")
+        opened.seek(0)
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    folder = kept_in / f"gguf-{file.stem}-{digest[:16]}"
+    try:
+        # Two commands with one file: the second waits for the first and finds the folder.
+        with locked(kept_in / f".{folder.name}.lock", wait=True):
+            if not folder.is_dir():
+                _convert(file, digest, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a working folder "
+                         "with room for the weights in float32") from None
+    return folder
+
+
+def _convert(file: Path, digest: str, folder: Path):
+    """Read, copy, try out, and let `folder` appear in one rename."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{file}: reading .gguf files needs the optional packages {' and '.join(PACKAGES)}, and "
+                         f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install "
+                         f"{' '.join(missing)}")
+    print(f"{file}: dequantising into {folder}, once", flush=True)
+    model, tokenizer = read_gguf(file)
+    sentence = first_sentence(model, tokenizer)
+    print(f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in float32; it says: {sentence!r}",
+          flush=True)
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        source = {"file": file.name, "sha256": digest, "sentence": sentence}
+        (aside / "npo.json").write_text(json.dumps({"converted_from": source}, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_gguf(file: Path):
+    """(LlamaForCausalLM in float32, tokenizer with its chat template). Raises InputError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    try:
+        where = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        read, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # format and version errors of every kind: the sentence carries the cause
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"{file}: cannot read it as the weights of a Llama ({cause}); take another .gguf file, or a "
+                         "folder with safetensors") from None
+    if type(read) is not LlamaForCausalLM:
+        raise InputError(f"{file} holds a {type(read).__name__}; only Llama's architecture is read from .gguf files, "
+                         "take a folder with safetensors")
+    if info["missing_keys"]:
+        raise InputError(f"{file}: weights are missing, among them {sorted(info['missing_keys'])[0]}; need the whole "
+                         "model")
+    # A fresh model, so that nothing of the file's quantisation stays in what is saved.
+    settings = {k: v for k, v in read.config.to_dict().items()
+                if k not in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version")}
+    model = LlamaForCausalLM(type(read.config)(**settings)).to(torch.float32)
+    model.load_state_dict(read.state_dict())
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def first_sentence(model, tokenizer) -> str:
+    """What the model answers to a plain question, greedily: a look tells whether the weights came over well.
+
+    Raises InputError where its scores are not finite.
+    """
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
+                                               tokenize=False)
+    else:
+        prompt = START
+    ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
+    if not model(ids).logits.isfinite().all():
+        raise InputError("the .gguf file's weights give scores that are not finite: it is broken, take another")
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SENTENCE_TOKENS, do_sample=False,
+                         pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
