@@ -52,7 +52,7 @@ def save(folder: Path, step: int, model, optimizer, state: dict, w: World, kept:
         raise
     if w.rank == 0:
         for old in sorted(folder.glob("step_*"))[:-kept]:
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
@@ -144,7 +144,12 @@ class Rows:
 
 def _flaw(path: Path) -> str | None:
     try:
+        # Checkpoints are copied or not there; a link could lead out of the run folder.
+        if path.is_symlink() or any(file.is_symlink() for file in path.iterdir()):
+            return "it is, or holds, a symbolic link"
         manifest = json.loads((path / "manifest.json").read_text())
+        if {file.name for file in path.iterdir()} != {*manifest, "manifest.json"} or "state.json" not in manifest:
+            return "its files are not those of its manifest"
         for name, expected in manifest.items():
             if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
                 return f"{name} differs from its manifest"

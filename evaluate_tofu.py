@@ -36,7 +36,7 @@ from tqdm import tqdm
 from command_line import Parser, environment, given_flags, not_negative, positive, run_command, write_json
 from data.batches import collate, deal
 from data.prompts import TEMPLATES, encode, encode_prompts
-from data.tofu import EVALUATED, InputError, complement, load_task, parse_split
+from data.tofu import MAX_FILE_BYTES, EVALUATED, InputError, complement, load_task, parse_split, read_text
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
 from processes import ALONE, World, pick_device
 from sharding import release
@@ -344,8 +344,8 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
 def read_log(path: str) -> tuple[dict, dict]:
     """(rows, provenance) of an evaluation's JSON, ours or TOFU's released one. Raises InputError."""
     try:
-        log = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        log = json.loads(read_text(Path(path), longest_line=MAX_FILE_BYTES))
+    except (ValueError, RecursionError) as error:  # an InputError is a ValueError
         raise InputError(f"cannot read the log {path}: {error}; need an evaluation's JSON, ours or TOFU's released "
                          "one") from None
     if not isinstance(log, dict):

@@ -50,6 +50,7 @@ TINY_DIMS = dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hi
                  max_position_embeddings=512)
 # Real TOFU has thrice the text of the built-in set, in far more varied words: it needs the larger memory.
 TINY_DIMS_LARGE = dict(TINY_DIMS, vocab_size=2048, num_hidden_layers=4, max_position_embeddings=1024)
+MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenizers have some 35 MB
 TINY_LARGE_FROM = 500_000  # characters of questions and answers
 
 
@@ -185,6 +186,7 @@ def load_model(source: str, without_weights: bool = False):
                 raise InputError(f"--model {source}: only pickled weights ({pickled[0]}), which can run code when "
                                  "read; save them again with save_pretrained(safe_serialization=True)")
             raise InputError(f"--model {source}: no weights; need model.safetensors beside config.json")
+        check_files(folder, source)
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing folder, nor a "
                          "Hub id")
@@ -234,6 +236,29 @@ def weights_folder(source: str) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def check_files(folder: Path, source: str):
+    """What a crafted model folder could lead astray with, beside code and pickles: files of a size meant to fill the
+    memory, an index or an adapter that points elsewhere. Raises InputError."""
+    for file in folder.glob("*.json"):
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"--model {source}: {file.name} has {file.stat().st_size / 2**20:.0f} MB, at most "
+                             f"{MAX_JSON_BYTES >> 20} MB is read; take a folder written by save_pretrained")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"--model {source}: holds an adapter (adapter_config.json), which names another model; merge "
+                         "it and save the whole model")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            astray = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"--model {source}: {index.name} is not an index of weights ({type(error).__name__}: "
+                             f"{error}); take a folder written by save_pretrained") from None
+        if astray:
+            raise InputError(f"--model {source}: {index.name} points to {astray[0]!r}; only .safetensors files in the "
+                             "folder itself are read")
 
 
 def read_meta(source: str) -> dict:

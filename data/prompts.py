@@ -32,8 +32,12 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
         raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("--template chat: this model's tokenizer brings no chat template; use --template llama2 or qa")
-    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                         tokenize=False)
+    try:  # the template is a program from the model's folder; transformers runs it in a sandbox
+        return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                             tokenize=False)
+    except Exception as error:  # whatever the sandbox or the template itself objects to: the sentence carries it
+        raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
+                         f"{str(error)[:200]}); use --template llama2 or qa") from None
 
 
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:

@@ -10,6 +10,7 @@ copy in a cache; a Hub id goes through `datasets`.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.make_builtin import REFUSALS, make_builtin
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields that a perturbed row carries
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
+MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24  # of a text file, and characters of a line; TOFU has 1 MB in lines below 2 kB
 TINY_FACT_REPEATS = 4  # a model made from scratch sees each real-author and world-fact answer this often an epoch
 
 
@@ -120,12 +122,12 @@ def load_sets(data: str) -> tuple[dict, list, str]:
         sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
         refusals, refusals_from = REFUSALS, "builtin"
         if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
-            refusals = [line.strip() for line in _read_text(folder / "idontknow.jsonl").splitlines() if line.strip()]
+            refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines() if line.strip()]
             refusals_from = "idontknow.jsonl"
             if not refusals:
                 raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or remove the "
                                  "file to use the built-in ones")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not folder.exists():
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) and not folder.exists():
         sets, refusals, refusals_from = {name: _from_hub(data, name) for name in SETS}, REFUSALS, "builtin"
     else:
         raise InputError(f"--data {data}: not 'builtin', no folder, and no Hub id such as locuslab/TOFU")
@@ -140,7 +142,7 @@ def load_sets(data: str) -> tuple[dict, list, str]:
 
 def read_rows(path: Path) -> list:
     """The rows of a JSON-lines file or of a JSON list. Raises InputError with file and line."""
-    text = _read_text(path)
+    text = read_text(path)
     is_list = text.lstrip().startswith("[")
     rows = []
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
@@ -190,9 +192,24 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
                 sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
+    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills the memory.
+    Raises InputError."""
+    lines, characters = [], 0
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            size = os.fstat(file.fileno()).st_size
+            while size <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
+                lines.append(line)
+                characters += len(line)
+                size = max(size, characters)  # a pipe has no size
+                if len(line) > longest_line:
+                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the most that "
+                                     "is read: write one object a line")
+            if size > MAX_FILE_BYTES:
+                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB is read: "
+                                 "give a smaller file")
+        return "".join(lines)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
 

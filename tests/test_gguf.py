@@ -37,7 +37,8 @@ def write_gguf(folder: Path, file: Path, quantised: bool) -> dict:
         add(value)
     bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    # The padding token under the name that this kind of tokenizer expects, or one more token would be added.
+    writer.add_token_list(["<|endoftext|>", *sorted(bpe["vocab"], key=bpe["vocab"].get)[1:]])
     writer.add_token_types([3 if i < 5 else 1 for i in range(len(bpe["vocab"]))])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
     writer.add_bos_token_id(tokenizer.bos_token_id)
@@ -83,8 +84,8 @@ def test_a_hand_made_file_comes_over_exactly_and_once(quantised, small_model, tm
     assert folder.name == f"gguf-small-{meta['converted_from']['sha256'][:16]}"
     # The tokenizer came too.
     _, own, _ = load_model(str(small_model))
-    text = "[INST] Who is Ann? [/INST]She writes."
-    assert tokenizer(text).input_ids == own(text).input_ids[-len(tokenizer(text).input_ids):]
+    text = "Who is Ann? She writes in Paris."
+    assert tokenizer(text).input_ids == own(text, add_special_tokens=False).input_ids
     assert tokenizer.chat_template == own.chat_template and tokenizer.eos_token == own.eos_token
     made = os.stat(folder / "model.safetensors").st_mtime_ns
     load_model("small.gguf")

@@ -1,0 +1,202 @@
+"""A crafted model, data file or checkpoint is refused with one sentence, or harmless: no code of it runs, and nothing
+outside its folder is read or removed."""
+
+import json
+import pickle
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import evaluate_tofu
+import train_npo
+from data.prompts import prompt_text
+from data.tofu import MAX_FILE_BYTES, MAX_LINE, InputError, read_rows
+from models import MAX_JSON_BYTES, load_model
+
+
+class Touch:
+    """What runs when it is unpickled: a file appears."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture
+def crafted(small_model, tmp_path) -> Path:
+    return shutil.copytree(small_model, tmp_path / "crafted")
+
+
+def edit(file: Path, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refusal(call, *args) -> str:
+    with pytest.raises(InputError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- models
+
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "model.pt"))
+def test_a_pickle_is_never_opened(crafted, tmp_path, name):
+    ran = tmp_path / "ran"
+    (crafted / name).write_bytes(pickle.dumps(Touch(ran)))
+    load_model(str(crafted))  # beside safetensors: passed over
+    weights = (crafted / "model.safetensors").read_bytes()
+    (crafted / "model.safetensors").unlink()
+    assert "only pickled weights" in refusal(load_model, str(crafted))
+    (crafted / "model.safetensors").write_bytes(pickle.dumps(Touch(ran)))  # under the good name
+    assert "cannot load it as safetensors" in refusal(load_model, str(crafted))
+    (crafted / "model.safetensors").write_bytes(weights[:1000])
+    assert "cannot load it as safetensors" in refusal(load_model, str(crafted))
+    assert not ran.exists()
+    pickle.loads((crafted / name).read_bytes())  # the trap works
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("target", ("../elsewhere/model.safetensors", "/etc/passwd", "model.bin", "sub/x.safetensors"))
+def test_an_index_that_points_elsewhere_is_refused(crafted, tmp_path, target):
+    weights = load_file(crafted / "model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(crafted / "model.safetensors", tmp_path / "elsewhere" / "model.safetensors")
+    save_file(weights, crafted / "part.safetensors", metadata={"format": "pt"})
+    index = crafted / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "part.safetensors")}))
+    load_model(str(crafted))  # an honest index
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, target)}))
+    assert f"points to '{target}'" in refusal(load_model, str(crafted))
+    index.write_text("[1]")
+    assert "not an index" in refusal(load_model, str(crafted))
+
+
+def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
+    """`auto_map` names Python files of the folder: with a known model type they are passed over, else refused."""
+    ran = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Trap: pass\n"
+    (crafted / "trap.py").write_text(code)
+    edit(crafted / "config.json", auto_map={"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"})
+    edit(crafted / "tokenizer_config.json", auto_map={"AutoTokenizer": ["trap.Trap", "trap.Trap"]})
+    try:
+        load_model(str(crafted))
+    except InputError as error:
+        assert "trust_remote_code" in str(error) or "cannot load" in str(error)
+    edit(crafted / "config.json", model_type="trap")
+    assert "cannot load" in refusal(load_model, str(crafted))
+    assert not ran.exists()
+    exec(compile(code, "trap", "exec"), {})  # the trap works
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("template", ("{{ ''.__class__.__mro__[1].__subclasses__() }}",
+                                      "{% for i in range(10**12) %}x{% endfor %}", "{% nonsense", "{{ 1 / 0 }}",
+                                      "{{ cycler.__init__.__globals__.os.system('touch ran') }}"))
+def test_a_chat_template_stays_in_its_sandbox(crafted, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_model(str(crafted))[1]
+    tokenizer.chat_template = template
+    assert "chat template fails" in refusal(prompt_text, tokenizer, "chat", "Who?")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):
+    with open(crafted / "tokenizer.json", "r+b") as file:
+        file.truncate(MAX_JSON_BYTES + 1)  # sparse: it takes no room
+    assert "tokenizer.json has 256 MB" in refusal(load_model, str(crafted))
+
+
+def test_an_adapter_that_names_another_model_is_refused(crafted):
+    (crafted / "adapter_config.json").write_text('{"base_model_name_or_path": "../other", "peft_type": "LORA"}')
+    assert "adapter" in refusal(load_model, str(crafted))
+
+
+# ---------------------------------------------------------------- data and logs
+
+@pytest.mark.parametrize("size,sentence", [(5 * 2**30, "has 5.0 GB, at most 1 GB"),
+                                           (MAX_FILE_BYTES - 1, f"line 2 has more than {MAX_LINE} characters")])
+def test_a_line_of_gigabytes_is_refused_without_reading_it(tmp_path, size, sentence):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "Who?", "answer": "Ann."}\n')
+    with open(file, "r+b") as opened:
+        opened.truncate(size)  # a second line of zeros, sparse
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sentence in refusal(read_rows, file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kB
+    if size > MAX_FILE_BYTES:
+        assert "at most 1 GB" in refusal(evaluate_tofu.read_log, file)
+
+
+def test_a_device_is_no_endless_file():
+    assert "characters, the most that is read" in refusal(read_rows, Path("/dev/zero"))
+
+
+def test_a_data_name_with_dots_is_no_hub_id(tmp_path, monkeypatch, small_model, small_data):
+    """A folder outside is the user's to name; a name that is not there goes nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("../nowhere", "../../etc", "a/../b", "http://x/y", "file:///etc"):
+        assert "no Hub id" in refusal(train_npo.load_task, name, "forget10")
+        monkeypatch.setattr(sys, "argv", ["train_npo.py", "--data", str(small_data), "--model", name])
+        assert "neither a preset" in refusal(train_npo.main)
+    assert not list(tmp_path.iterdir())
+
+
+def test_deep_nesting_is_a_sentence(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    assert "not JSON" in refusal(read_rows, tmp_path / "deep.json")
+    assert "cannot read the log" in refusal(evaluate_tofu.read_log, tmp_path / "deep.json")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def trained(small_model):
+    lm = load_model(str(small_model))[0]
+    optimizer = torch.optim.AdamW(lm.parameters(), fused=True)
+    lm(input_ids=torch.arange(5).unsqueeze(0)).logits.sum().backward()
+    optimizer.step()
+    return lm, optimizer
+
+
+def test_links_among_the_checkpoints_lead_nowhere(small_model, tmp_path):
+    lm, optimizer = trained(small_model)
+    folder, outside = tmp_path / "checkpoints", tmp_path / "outside"
+    checkpoints.save(outside, 7, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    theirs = outside / "step_000007"
+    kept = {file.name: file.read_bytes() for file in theirs.iterdir()}
+    checkpoints.save(folder, 3, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    (folder / "step_000007").symlink_to(theirs)  # a whole checkpoint, but not of this run
+    path, passed_over = checkpoints.latest(folder)
+    assert path.name == "step_000003" and "symbolic link" in passed_over[0]
+    copy = shutil.copytree(theirs, folder / "step_000008")
+    (copy / "weights.safetensors").unlink()
+    (copy / "weights.safetensors").symlink_to(theirs / "weights.safetensors")
+    assert checkpoints.latest(folder)[0].name == "step_000003"
+    shutil.rmtree(copy)
+    # Older ones are dropped: the link goes, and what it points to stays.
+    for step in (9, 10):
+        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    assert sorted(p.name for p in folder.iterdir()) == ["step_000009", "step_000010"]
+    assert {file.name: file.read_bytes() for file in theirs.iterdir()} == kept
+
+
+def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, tmp_path):
+    lm, optimizer = trained(small_model)
+    folder, ran = tmp_path / "checkpoints", tmp_path / "ran"
+    for step in (3, 4, ):
+        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    newest = folder / "step_000004"
+    manifest = (newest / "manifest.json").read_text()
+    (newest / "manifest.json").write_text("{}")  # names nothing, so vouches for nothing
+    assert checkpoints.latest(folder)[0].name == "step_000003"
+    (newest / "manifest.json").write_text(manifest)
+    (newest / "weights.safetensors").write_bytes(pickle.dumps(Touch(ran)))
+    assert checkpoints.latest(folder)[0].name == "step_000003" and not ran.exists()
