@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from checkpoints import latest
 from conftest import ROOT
-from processes import World
+from processes import ALONE
 from train_npo import parse, run
 
-ALONE = World(0, 1, torch.device("cpu"))
 
 # A run whose files may have at most 4000 bytes from the moment on that it writes what NAME says (the operating system
 # refuses the rest of a write, as a full disk does; Python ignores the signal that comes with it).
