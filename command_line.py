@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def locked(file: Path, wait: bool = False):
 
 
 def environment() -> dict:
-    """What a result's provenance says of its making: versions, commit, command, time."""
+    """What a result's provenance says of its making: versions, commit and whether files differed from it, command, time.
+    The command is as typed, without this machine's interpreter and folders."""
     import torch
     import transformers
     def git(*args) -> str:
@@ -86,11 +88,13 @@ def environment() -> dict:
         except FileNotFoundError:  # no git on this machine
             return ""
 
-    commit = git("rev-parse", "HEAD")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    processes, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    torchrun = ["torchrun", *[f"--nnodes={nodes}"] * (nodes > 1), f"--nproc_per_node={processes}"] * (processes > 0)
     return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__},
-            "commit": commit + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no")) or None,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": commit + "+changes" * bool(changes) or None, "dirty": bool(changes) if commit else None,
+            "command": shlex.join([*torchrun, Path(sys.argv[0]).name, *sys.argv[1:]]),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 

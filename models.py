@@ -20,6 +20,7 @@ from data.batches import TokenBatch, collate
 from data.prompts import Encoded
 from data.tofu import InputError
 from gguf_weights import converted
+from losses import token_logps
 from processes import ALONE, World
 from sharding import parameters_on_meta, release, whole, write_weights
 

@@ -25,6 +25,7 @@ import checkpoints
 from command_line import environment, write_json
 from data.tofu import InputError, evaluation_split
 from evaluate_tofu import compute_metrics, evaluate, number
+from model_card import model_card
 from models import PRESETS, AnswerModel, autocast, save_model
 from processes import World
 from reference import Reference
@@ -54,9 +55,12 @@ def _appear(folder: Path, config: dict) -> bool:
     if folder.exists():
         return False
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    write_json(aside / "config.json", config)
     try:
+        write_json(aside / "config.json", config)
         os.rename(aside, folder)
+    except InputError:  # no room
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     except OSError:  # another run took the name in this instant
         shutil.rmtree(aside)
         if not folder.exists():
@@ -175,13 +179,13 @@ class Run:
                             reference_head=self.reference and self.reference.head_weight)
         metrics = compute_metrics(rows, self.retain_rows)
         if self.w.rank == 0:
-            earlier = self.evaluations()
             write_json(self.folder / "eval" / f"step_{step:06d}.json",
                        {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
         if self.s.keep == "best" and step > 0:
-            is_best = self.w.rank == 0 and best_step({**earlier, step: metrics}) == step
-            if self.w.agree(is_best):
-                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta, self.w)
+            evaluations = self.evaluations() if self.w.rank == 0 else {}
+            if self.w.agree(self.w.rank == 0 and best_step(evaluations, self.s.best_by) == step):
+                save_aside(model.lm, self.tokenizer, self.folder / "best", self.meta, self.w,
+                           self.card(evaluations, step))
         self.w.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality {number(metrics['forget_quality'])}"
                    f"  model utility {number(metrics['model_utility'])}"
                    f"  forget probability {number(metrics['forget']['probability'])}"
@@ -199,16 +203,20 @@ class Run:
                 "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
                 "dtype": self.s.dtype, **environment()}
 
+    def card(self, evaluations: dict, step: int) -> str:
+        return model_card(self.s, json.loads((self.folder / "config.json").read_text()), evaluations, step)
+
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
-        save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta, self.w)
+        card = self.card(self.evaluations(), self.plan.steps)
+        save_aside(model.lm, self.tokenizer, self.folder / "model", self.meta, self.w, card)
         self.w.wait()  # whoever goes on may read it
         evaluations = self.evaluations()
         if self.w.rank > 0 or len(evaluations) < 2:
             self.w.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
             return
         plot_trajectory(evaluations, self.s.method, self.folder / "trajectory.png")
-        start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
+        start, best, last = min(evaluations), best_step(evaluations, self.s.best_by), max(evaluations)
         self.w.say(f"\n{'':16}{'forget quality':>15}{'model utility':>15}{'forget prob':>13}{'retain prob':>13}"
                    f"{'forget ROUGE':>14}{'retain ROUGE':>14}")
         for name, step in (("start", start), ("best", best), ("last", last)):
@@ -228,25 +236,30 @@ class Run:
                    f"picture {self.folder / 'trajectory.png'}")
 
 
-def best_step(evaluations: dict) -> int:
-    """The step (after the start) with the largest forget quality; without a retrained model, the largest retain less
-    forget probability."""
-    def merit(step):
-        m = evaluations[step]
-        if m["forget_quality_log10"] is None:
-            return m["retain"]["probability"] - m["forget"]["probability"]
-        return m["forget_quality_log10"]
-    return max((step for step in evaluations if step > 0), key=merit)
+# What "best" may mean; the first needs a retrained model's log, the second no further model, the third TOFU's sets.
+BEST_BY = {"forget-quality": lambda m: m["forget_quality_log10"],
+           "retain-minus-forget": lambda m: m["retain"]["probability"] - m["forget"]["probability"],
+           "model-utility": lambda m: m["model_utility"]}
 
 
-def save_aside(lm, tokenizer, folder: Path, meta: dict, w: World):
-    """`save_model`, but the folder appears whole or not at all. Raises InputError where there is no room."""
+def best_step(evaluations: dict, by: str | None = None) -> int:
+    """The step after the start with the largest value of BEST_BY[by], the first of equals. Without `by`: forget quality
+    where it was measured, else retain less forget probability."""
+    measured = all(m["forget_quality_log10"] is not None for m in evaluations.values())
+    merit = BEST_BY[by or ("forget-quality" if measured else "retain-minus-forget")]
+    return max((step for step in evaluations if step > 0), key=lambda step: merit(evaluations[step]))
+
+
+def save_aside(lm, tokenizer, folder: Path, meta: dict, w: World, card: str):
+    """`save_model` and the card as README.md, but the folder appears whole or not at all. Raises InputError where there
+    is no room."""
     aside = folder.with_name(f".{folder.name}.partial")
     if w.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
     try:
         save_model(lm, tokenizer, aside, meta, w)
         if w.rank == 0:
+            (aside / "README.md").write_text(card, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(aside, folder)
     except (OSError, SafetensorError) as error:

@@ -45,7 +45,7 @@ from models import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_m
                     tiny_dims, weights_folder, weights_hash)
 from processes import World, join_world
 from reference import Reference, reference_pass
-from run_folder import Run, Stopped, folder_names, open_folder
+from run_folder import BEST_BY, Run, Stopped, folder_names, open_folder
 from sharding import fill, local, shard, whole
 
 LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
@@ -384,6 +384,9 @@ def build_parser() -> Parser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
     add("--keep", default="last", choices=("last", "best"),
         help="best: also keep the weights of the best evaluation, in best/ (default: last)")
+    add("--best-by", choices=BEST_BY,
+        help="what best means (default: forget-quality where there is a retain log, else retain-minus-forget, the "
+             "difference of the two probabilities, which needs no retrained model)")
     add("--checkpoint-every", type=checkpoint_interval, default="10m",
         help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
@@ -438,6 +441,12 @@ def resolve(given: dict) -> Namespace:
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft to "
                          "train on it)")
+    if s.best_by == "forget-quality" and not s.retain_log and s.start:
+        raise InputError("--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or take "
+                         "retain-minus-forget")
+    if s.best_by == "model-utility" and s.forget:
+        raise InputError("--best-by model-utility needs TOFU's four sets, and own data has two: take "
+                         "retain-minus-forget")
     if s.preset != "tiny" and not s.start:
         raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft "
                          f"--split full first, then give --model {s.preset}=runs/NAME/model")
@@ -459,7 +468,8 @@ def parse(argv) -> tuple[Namespace, dict]:
         if stored.get(key) != value:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
                              f"{stored.get(key)}; leave it out, or start a new run")
-    return Namespace(**{**stored, "resume": str(folder)}), given
+    # A run of an earlier version may lack a setting: then its default holds.
+    return Namespace(**{**vars(build_parser().parse_args([])), **stored, "resume": str(folder)}), given
 
 
 def read_config(folder: Path) -> dict:

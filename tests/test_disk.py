@@ -37,7 +37,8 @@ moments = {"checkpoint": (checkpoints, "save", lambda folder, step, *_: step == 
 fills(*moments[sys.argv.pop(1)])
 command_line.run_command(train_npo.main, "train_npo.py")
 """
-FLAGS = ["--retain-weight", 1, "--batch-size", 8, "--epochs", 2, "--lr", 1e-3, "--eval-every", 2, "--keep", "best"]
+FLAGS = ["--retain-weight", 1, "--batch-size", 2, "--epochs", 1, "--lr", 1e-3, "--eval-every", 2, "--keep", "best"]
+ROWS = 10  # to forget, and as many to keep: five steps
 
 
 def fails(folder: Path, program: str, *words) -> str:
@@ -53,7 +54,12 @@ def fails(folder: Path, program: str, *words) -> str:
 def undisturbed(small_model, small_data, tmp_path_factory):
     """(flags, the folder of a run that always had room)."""
     folder = tmp_path_factory.mktemp("room") / "run"
-    flags = [str(word) for word in ["--model", small_model, "--data", small_data, *FLAGS]]
+    lines = (small_data / "full.json").read_text().splitlines()
+    for name, rows in (("forget", lines[-ROWS:]), ("retain", lines[:ROWS])):
+        (folder.parent / f"{name}.jsonl").write_text("\n".join(rows))
+    flags = ["--model", small_model, "--forget", folder.parent / "forget.jsonl",
+             "--retain", folder.parent / "retain.jsonl", *FLAGS]
+    flags = list(map(str, flags))
     run(parse([*flags, "--out", str(folder)])[0], ALONE)
     return flags, folder
 
