@@ -77,8 +77,8 @@ def locked(file: Path, wait: bool = False):
 
 
 def environment() -> dict:
-    """What a result's provenance says of its making: versions, commit and whether files differed from it, command, time.
-    The command is as typed, without this machine's interpreter and folders."""
+    """What a result's provenance says of its making: versions, commit and whether files differed from it, the command
+    as typed (without this machine's interpreter), time."""
     import torch
     import transformers
     def git(*args) -> str:

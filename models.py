@@ -82,7 +82,8 @@ PRESETS = {
 
 
 def preset_and_path(model: str) -> tuple[str | None, str]:
-    """`--model`'s value -> (preset or None, folder, file or Hub id): "smollm2-135m=PATH" has both. Raises InputError."""
+    """`--model`'s value -> (preset or None, folder, file or Hub id): "smollm2-135m=PATH" has both.
+    Raises InputError."""
     name, equals, path = model.partition("=")
     if not (equals and path):
         return None, model

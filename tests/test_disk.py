@@ -1,5 +1,5 @@
-"""A full disk, made by the limit on a file's size: a clear sentence, what was there stays whole, and once there is room a
-resumed run ends bitwise as an undisturbed one."""
+"""A full disk, made by the limit on a file's size: a clear sentence, what was there stays whole, and once there is room
+a resumed run ends bitwise as an undisturbed one."""
 
 import json
 import subprocess

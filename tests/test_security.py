@@ -18,6 +18,7 @@ import train_npo
 from data.prompts import prompt_text
 from data.tofu import MAX_FILE_BYTES, MAX_LINE, InputError, read_rows
 from models import MAX_JSON_BYTES, load_model
+from processes import ALONE
 
 
 class Touch:
@@ -169,21 +170,21 @@ def trained(small_model):
 def test_links_among_the_checkpoints_lead_nowhere(small_model, tmp_path):
     lm, optimizer = trained(small_model)
     folder, outside = tmp_path / "checkpoints", tmp_path / "outside"
-    checkpoints.save(outside, 7, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    checkpoints.save(outside, 7, lm, optimizer, {"log_bytes": 0, "scaler": {}}, ALONE)
     theirs = outside / "step_000007"
     kept = {file.name: file.read_bytes() for file in theirs.iterdir()}
-    checkpoints.save(folder, 3, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+    checkpoints.save(folder, 3, lm, optimizer, {"log_bytes": 0, "scaler": {}}, ALONE)
     (folder / "step_000007").symlink_to(theirs)  # a whole checkpoint, but not of this run
     path, passed_over = checkpoints.latest(folder)
     assert path.name == "step_000003" and "symbolic link" in passed_over[0]
     copy = shutil.copytree(theirs, folder / "step_000008")
-    (copy / "weights.safetensors").unlink()
-    (copy / "weights.safetensors").symlink_to(theirs / "weights.safetensors")
+    (copy / "weights-00000.safetensors").unlink()
+    (copy / "weights-00000.safetensors").symlink_to(theirs / "weights.safetensors")
     assert checkpoints.latest(folder)[0].name == "step_000003"
     shutil.rmtree(copy)
     # Older ones are dropped: the link goes, and what it points to stays.
     for step in (9, 10):
-        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}}, ALONE)
     assert sorted(p.name for p in folder.iterdir()) == ["step_000009", "step_000010"]
     assert {file.name: file.read_bytes() for file in theirs.iterdir()} == kept
 
@@ -192,11 +193,11 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
     lm, optimizer = trained(small_model)
     folder, ran = tmp_path / "checkpoints", tmp_path / "ran"
     for step in (3, 4, ):
-        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}})
+        checkpoints.save(folder, step, lm, optimizer, {"log_bytes": 0, "scaler": {}}, ALONE)
     newest = folder / "step_000004"
     manifest = (newest / "manifest.json").read_text()
     (newest / "manifest.json").write_text("{}")  # names nothing, so vouches for nothing
     assert checkpoints.latest(folder)[0].name == "step_000003"
     (newest / "manifest.json").write_text(manifest)
-    (newest / "weights.safetensors").write_bytes(pickle.dumps(Touch(ran)))
+    (newest / "weights-00000.safetensors").write_bytes(pickle.dumps(Touch(ran)))
     assert checkpoints.latest(folder)[0].name == "step_000003" and not ran.exists()
