@@ -9,7 +9,6 @@ the format is left to the optional packages gguf and accelerate (through transfo
 """
 
 import hashlib
-import json
 import os
 import shutil
 from importlib.util import find_spec
@@ -69,6 +68,7 @@ def _convert_once(file: Path, kept_in: Path) -> Path:
 
 def _convert(file: Path, digest: str, folder: Path):
     """Read, copy, try out, and let `folder` appear in one rename."""
+    from models import save_model  # not above, since models calls this file
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"{file}: reading .gguf files needs the optional packages {' and '.join(PACKAGES)}, and "
@@ -82,10 +82,8 @@ def _convert(file: Path, digest: str, folder: Path):
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        source = {"file": file.name, "sha256": digest, "sentence": sentence}
-        (aside / "npo.json").write_text(json.dumps({"converted_from": source}, indent=1) + "\n", encoding="utf-8")
+        save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest,
+                                                                "sentence": sentence}})
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

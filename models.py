@@ -319,7 +319,10 @@ def save_model(model, tokenizer, folder: Path, meta: dict, w: World = ALONE):
     if w.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers reports a full disk as a bare Exception
+            raise (OSError(str(error)) if type(error) is Exception else error) from None
     if w.sharded:
         write_weights(model, folder, w.rank)
         if w.rank == 0:
