@@ -40,6 +40,7 @@ from data.batches import collate, deal, make_stream
 from data.prompts import TEMPLATES, encode
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
 from evaluate_tofu import prepare, read_retain_log
+from layers import prepare_layers
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
 from models import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_model, make_tiny, pad_id, read_meta,
                     tiny_dims, weights_folder, weights_hash)
@@ -221,6 +222,7 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
 
     Raises InputError where the loss is not finite: the weights before that step are saved.
     """
+    prepare_layers(model.lm, s.activation_checkpointing, s.compile)
     decayed = lambda p: p.ndim >= 2  # norm weights and biases are vectors; the decay spares them
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": [p for p in parameters if decayed(p)], "weight_decay": s.weight_decay},
@@ -231,7 +233,7 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
     has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
     replicated = w.size > 1 and not w.sharded
-    policy = DistributedDataParallel(model, **sync) if replicated else model
+    policy = DistributedDataParallel(model, **sync, gradient_as_bucket_view=True) if replicated else model
     model.lm.train()
     step = run.restore(model, optimizer, scaler)
     if step == 0 and 0 in run.evaluation_steps:
@@ -281,7 +283,8 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
             check_start(s, logged)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        # DDP's buckets stay: gradients that remain views of them need no memory of their own.
+        optimizer.zero_grad(set_to_none=not replicated)
         if math.isfinite(grad_norm):  # else the update was skipped, and the same batch comes again
             step += 1
             run.log(step, lr, logged, grad_norm, counts["tokens"] / (time.perf_counter() - begin))
@@ -373,6 +376,9 @@ def build_parser() -> Parser:
         help="of batches, partners, refusals, and a new model's weights (default: 0)")
     add("--dtype", default="fp32", choices=AUTOCAST,
         help="autocast precision; weights and AdamW stay float32 (default: fp32)")
+    add("--activation-checkpointing", action="store_true",
+        help="keep only each layer's input for the backward pass: less memory, a forward pass more")
+    add("--compile", action="store_true", help="compile each layer (needs a C++ compiler)")
     add("--eval-every", type=evaluation_interval,
         help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
     add("--retain-log",
