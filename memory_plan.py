@@ -8,7 +8,6 @@ The peak is at the turn from the forward to the backward pass of a step's last m
 gradient and AdamW's moments are there.
 """
 
-import json
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -118,3 +117,113 @@ def memory(x: Shape, load: Load) -> dict:
         # Gradients are made as activations go: the larger counts.
         parts["gradients that come as activations go"] = -min(parts["gradients"], activations)
     return {**parts, "peak": sum(parts.values())}
+
+
+# ---------------------------------------------------------------- the run: rows, tokens, steps, operations
+
+class Work(NamedTuple):
+    """A run's counts; `estimated` where no tokenizer was at hand."""
+    rows: int
+    steps: int
+    tokens: float  # of a global batch, without padding
+    answer_tokens: float  # of them
+    sequences: int  # that a row of the stream becomes: itself, its partner, its refusal
+    width: int  # the longest row's tokens
+    answer_share: float
+    estimated: bool
+
+
+def count_work(s: Namespace, task, plan=None) -> Work:
+    """Rows and tokens of the run that the settings describe; `plan` holds the tokens where there is a tokenizer."""
+    rows = task.forget or task.retain
+    unlearning = s.loss != "sft"
+    uses_retain = unlearning and (s.retain_weight > 0 or s.kl_weight > 0)
+    sequences = 1 + uses_retain + (s.loss == "dpo")
+    used = [rows, task.retain if uses_retain else []]
+    if plan:
+        lengths = [[(len(e.ids), e.answer_tokens) for e in encoded] for encoded in (plan.forget, plan.retain)]
+    else:
+        tokens = lambda text: len(text) / CHARACTERS_PER_TOKEN
+        lengths = [[(tokens(row["question"] + row["answer"]) + TEMPLATE_TOKENS, tokens(row["answer"]) + 1)
+                    for row in some] for some in used]
+    mean = lambda some, i: sum(pair[i] for pair in some) / max(1, len(some))
+    total, answers = (mean(lengths[0], i) * (sequences - uses_retain) + mean(lengths[1], i) for i in (0, 1))
+    steps = len(make_stream(len(rows), s.epochs, s.batch_size, s.seed, 0, 0, "stream"))
+    return Work(len(rows), steps, s.batch_size * total, s.batch_size * answers, sequences,
+                math.ceil(max(pair[0] for some in lengths for pair in some)), answers / total, plan is None)
+
+
+def flops(x: Shape, work: Work, checkpointing: bool) -> float:
+    """Floating-point operations of a step: 2 a parameter and token forward, 4 backward (and 2 again with activation
+    checkpointing), causal attention, and the head at the answers' tokens alone."""
+    layers = 2 * x.layers * x.layer * work.tokens + 2 * x.layers * work.width * x.hidden * work.tokens
+    return (4 if checkpointing else 3) * layers + 6 * x.vocabulary * x.hidden * work.answer_tokens
+
+
+def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
+    sequences = micro * work.sequences
+    answers = math.ceil(sequences * work.width * work.answer_share)
+    kl_answers = answers // work.sequences if s.kl_weight > 0 else 0
+    return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, kl_answers,
+                micro < math.ceil(s.batch_size / processes))
+
+
+def suggest(s: Namespace, x: Shape, work: Work, processes: int, gpu_memory: float) -> Load | None:
+    """The fastest way that fits: without recomputing first, whole models before parts, large micro-batches before
+    small."""
+    largest = math.ceil(s.batch_size / processes)
+    micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= largest]
+    for checkpointing in (False, True):
+        for parallel in ("ddp", "fsdp")[:1 + (processes > 1)]:
+            for micro in micros:
+                load = load_of(s, work, processes, parallel, micro, checkpointing)
+                if memory(x, load)["peak"] <= USABLE * gpu_memory:
+                    return load
+    return None
+
+
+# ---------------------------------------------------------------- in words
+
+def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, say=print):
+    """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model beside
+    the policy would add."""
+    task = load_task(s.data, s.split, s.forget, s.retain)
+    x = read_shape(s, task.full)
+    work = count_work(s, task)
+    mark = " (estimated: no tokenizer at hand)" if work.estimated else ""
+    asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
+    best = suggest(s, x, work, processes, gpu_memory)
+    say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, {s.dtype}")
+    say(f"{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; {work.tokens:,.0f} "
+        f"tokens a step, {work.answer_tokens:,.0f} of them answers; the longest row {work.width}{mark}")
+    columns = [("as asked", asked)] + ([("suggested", best)] if best and best != asked else [])
+    say(f"\n{'memory of one process at its peak, GB':40}" + "".join(f"{name:>12}" for name, _ in columns))
+    for what, value in (("parallel", lambda c: c.parallel), ("micro-batch, rows", lambda c: c.sequences // work.sequences),
+                        ("activation checkpointing", lambda c: "yes" if c.checkpointing else "no")):
+        say(f"  {what:38}" + "".join(f"{value(load):>12}" for _, load in columns))
+    plans = [memory(x, load) for _, load in columns]
+    for part in sorted({key: None for p in plans for key in p}, key=lambda key: key == "peak"):
+        say(f"  {part:38}" + "".join(f"{p.get(part, 0) / GB:12.2f}" for p in plans))
+    for what, load in columns:
+        step = flops(x, work, load.checkpointing)
+        hours = step * work.steps / (teraflops * 1e12 * processes) / 3600
+        say(f"{what}: {step / 1e12:,.1f} TFLOP a step; {hours:.2f} h for {work.steps} steps at {teraflops:g} TFLOP/s a "
+            "process, evaluations apart")
+    say("")
+    gpus = f"{processes} x {gpu_memory / GB:g} GB ({USABLE:.0%} of it usable)"
+    fits = plans[0]["peak"] <= USABLE * gpu_memory
+    say(f"As asked it {'fits' if fits else 'does not fit'} on {gpus}.")
+    if best is None:
+        say("Nothing fits: take more GPUs (fsdp cuts weights, gradients and moments by their number), or --dtype bf16.")
+    elif best != asked:
+        flags = f"--parallel {best.parallel} --micro-batch-size {best.sequences // work.sequences}"
+        say(f"{'Faster' if fits else 'This fits'}: {flags}{' --activation-checkpointing' * best.checkpointing}")
+    last = best or asked
+    if s.loss in ("npo", "dpo", "kto") or s.kl_weight > 0:
+        sharded = last.parallel == "fsdp" and processes > 1
+        more = 4 * x.parameters / (processes if sharded else 1)
+        if sharded:  # its root and the layers in passage, too
+            more += (2 if s.dtype != "fp32" else 4) * (x.root + 2 * x.layer)
+        peak = memory(x, last)["peak"]
+        say(f"A reference model kept beside the policy would need {more / GB:.2f} GB more a process, "
+            f"{(peak + more) / GB:.2f} GB instead of {peak / GB:.2f}.")

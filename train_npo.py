@@ -19,6 +19,7 @@ means over sequences, as in the authors' code; K, idk+rt and DPO follow the pape
 is off: at step 0 the policy must equal the reference, and that is checked.
 """
 
+import argparse
 import inspect
 import json
 import math
@@ -42,6 +43,7 @@ from data.tofu import InputError, complement, evaluation_split, fingerprint, loa
 from evaluate_tofu import prepare, read_retain_log
 from layers import prepare_layers
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
+from memory_plan import dry_run
 from models import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_model, make_tiny, pad_id, read_meta,
                     tiny_dims, weights_folder, weights_hash)
 from processes import World, join_world
@@ -53,6 +55,7 @@ LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
 TOKEN_MEAN = ("sft", "ga", "idk")  # means over answer tokens; the others are means over sequences
 WITH_REFERENCE = ("npo", "dpo", "kto")
 WITH_REFUSAL = ("idk", "dpo", "kto")
+NOT_STORED = ("resume", "dry_run", "gpus", "gpu_memory", "tflops")  # of no meaning for a run folder
 
 
 # ---------------------------------------------------------------- the objective
@@ -333,6 +336,14 @@ def checkpoint_interval(text: str) -> str:
         return text
 
 
+def gigabytes(text: str) -> float:
+    """"80G" (10^9 bytes) -> bytes."""
+    number = text.removesuffix("G").removesuffix("g")
+    if number == text:
+        raise argparse.ArgumentTypeError(f"must be gigabytes such as 80G, got {text}")
+    return 1e9 * positive(float)(number)
+
+
 def evaluation_interval(text: str) -> str:
     if text in ("epoch", "step", "never") or positive(int)(text):
         return text
@@ -396,6 +407,12 @@ def build_parser() -> Parser:
     add("--checkpoint-every", type=checkpoint_interval, default="10m",
         help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
+    add("--dry-run", action="store_true", default=None,
+        help="say what the run will need (memory by part, operations, time), and do nothing; loads no weights")
+    add("--gpus", type=positive(int), help="for --dry-run: processes, one a GPU (default: this command's own number)")
+    add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
+    add("--tflops", type=positive(float),
+        help="for --dry-run: TFLOP/s that a process reaches, for the time (default: 200, half of an H100's in bf16)")
     add("--resume", metavar="DIR",
         help="go on with an interrupted run; its settings hold, and flags that differ are refused")
     return parser
@@ -453,7 +470,7 @@ def resolve(given: dict) -> Namespace:
     if s.best_by == "model-utility" and s.forget:
         raise InputError("--best-by model-utility needs TOFU's four sets, and own data has two: take "
                          "retain-minus-forget")
-    if s.preset != "tiny" and not s.start:
+    if s.preset != "tiny" and not s.start and not s.dry_run:
         raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft "
                          f"--split full first, then give --model {s.preset}=runs/NAME/model")
     return s
@@ -583,7 +600,7 @@ def run(s: Namespace, w: World) -> Path:
     if s.retain_log:
         retain_rows = read_retain_log(s.retain_log, judged, prepared.rows["forget"], task.fingerprint)
 
-    settings = {key: value for key, value in vars(s).items() if key != "resume"}
+    settings = {key: value for key, value in vars(s).items() if key not in NOT_STORED}
     model_config = lm.config.to_dict()
     config = {"settings": settings, "world_size": w.size, "device": w.device.type,
               "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps,
@@ -673,6 +690,13 @@ def restarted(s: Namespace) -> Namespace:
 
 
 def main():
+    given = given_flags(build_parser(), sys.argv[1:])
+    if "dry_run" in given:
+        asked = {"gpus": int(os.environ.get("WORLD_SIZE", 1)), "gpu_memory": 80e9, "tflops": 200.0, **given}
+        s = resolve(given)
+        return dry_run(s, asked["gpus"], asked["gpu_memory"], asked["tflops"])
+    if {"gpus", "gpu_memory", "tflops"} & set(given):
+        raise InputError("--gpus, --gpu-memory and --tflops belong to --dry-run: add it, or leave them out")
     s = restarted(parse(sys.argv[1:])[0])
     if s.out and not s.resume and Path(s.out).exists():
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
