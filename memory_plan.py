@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from chunked_head import CHUNK_BYTES, KEPT_CHUNKS, chunk_tokens
-from data.batches import make_stream
+from chunked_head import KEPT_CHUNKS, chunk_tokens
+from data.prompts import encode
 from data.tofu import InputError, load_task
-from models import PRESETS, tiny_dims
+from models import PRESETS, read_meta, tiny_dims
 from sharding import decoder_layers
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
@@ -133,24 +133,29 @@ class Work(NamedTuple):
     estimated: bool
 
 
-def count_work(s: Namespace, task, plan=None) -> Work:
-    """Rows and tokens of the run that the settings describe; `plan` holds the tokens where there is a tokenizer."""
+def count_work(s: Namespace, task) -> Work:
+    """Rows and tokens of the run that the settings describe: by the tokenizer in the model's folder, else estimated."""
     rows = task.forget or task.retain
     unlearning = s.loss != "sft"
     uses_retain = unlearning and (s.retain_weight > 0 or s.kl_weight > 0)
     sequences = 1 + uses_retain + (s.loss == "dpo")
     used = [rows, task.retain if uses_retain else []]
-    if plan:
-        lengths = [[(len(e.ids), e.answer_tokens) for e in encoded] for encoded in (plan.forget, plan.retain)]
+    tokenizer = None
+    if s.start and (Path(s.start) / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True)
+        encoded = [encode(tokenizer, s.template or read_meta(s.start).get("template") or "llama2",
+                          [(row["question"], row["answer"]) for row in some], None) if some else [] for some in used]
+        lengths = [[(len(e.ids), e.answer_tokens) for e in some] for some in encoded]
     else:
         tokens = lambda text: len(text) / CHARACTERS_PER_TOKEN
         lengths = [[(tokens(row["question"] + row["answer"]) + TEMPLATE_TOKENS, tokens(row["answer"]) + 1)
                     for row in some] for some in used]
     mean = lambda some, i: sum(pair[i] for pair in some) / max(1, len(some))
     total, answers = (mean(lengths[0], i) * (sequences - uses_retain) + mean(lengths[1], i) for i in (0, 1))
-    steps = len(make_stream(len(rows), s.epochs, s.batch_size, s.seed, 0, 0, "stream"))
-    return Work(len(rows), steps, s.batch_size * total, s.batch_size * answers, sequences,
-                math.ceil(max(pair[0] for some in lengths for pair in some)), answers / total, plan is None)
+    return Work(len(rows), math.ceil(s.epochs * len(rows) / s.batch_size), s.batch_size * total, s.batch_size * answers, sequences,
+                math.ceil(max(pair[0] for some in lengths for pair in some)), answers / total,
+                tokenizer is None)
 
 
 def flops(x: Shape, work: Work, checkpointing: bool) -> float:
@@ -187,6 +192,9 @@ def suggest(s: Namespace, x: Shape, work: Work, processes: int, gpu_memory: floa
 def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, say=print):
     """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model beside
     the policy would add."""
+    if not (s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()):
+        raise InputError(f"--dry-run asks no network, and --data {s.data} is no folder: give one, or leave --data out for "
+                         "the built-in rows, which are shorter than TOFU's")
     task = load_task(s.data, s.split, s.forget, s.retain)
     x = read_shape(s, task.full)
     work = count_work(s, task)
@@ -214,7 +222,9 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
     fits = plans[0]["peak"] <= USABLE * gpu_memory
     say(f"As asked it {'fits' if fits else 'does not fit'} on {gpus}.")
     if best is None:
-        say("Nothing fits: take more GPUs (fsdp cuts weights, gradients and moments by their number), or --dtype bf16.")
+        enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, gpu_memory)), None)
+        say("Nothing fits" + (f"; the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}" if enough
+                              else ", on no number of such GPUs up to the batch size; need larger ones, or --dtype bf16"))
     elif best != asked:
         flags = f"--parallel {best.parallel} --micro-batch-size {best.sequences // work.sequences}"
         say(f"{'Faster' if fits else 'This fits'}: {flags}{' --activation-checkpointing' * best.checkpointing}")

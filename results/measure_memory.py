@@ -11,12 +11,10 @@ here.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +30,7 @@ from command_line import environment, write_json
 from data.batches import Item, collate
 from data.tofu import load_task
 from evaluate_tofu import Prepared
-from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, make_tiny, pad_id, save_model, weights_folder
+from models import AUTOCAST, PRESETS, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_folder
 from processes import join_world
 from reference import Reference, reference_pass
 from sharding import fill, shard
@@ -107,7 +105,7 @@ def measure(case: tuple, data: str, folder: str) -> dict:
              "micro_batch_size": micro, "epochs": 1, "activation_checkpointing": checkpointing}
     s = train_npo.resolve(given)
     w = join_world("cpu", parallel)
-    from transformers import AutoTokenizer, LlamaForCausalLM  # all that is imported is there before
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (imported, it is part of the size before)
     task, tokenizer = load_task(data, s.split), AutoTokenizer.from_pretrained(folder)
     plan = train_npo.Plan(s, task, tokenizer, None)
     two_steps(plan, rows)

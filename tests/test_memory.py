@@ -1,12 +1,23 @@
 """Memory and its plan: logits in chunks, what --dry-run predicts, and switches that change no number."""
 
+import re
+import shutil
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
 import chunked_head
+import test_training
+import train_npo
 from chunked_head import answer_values
+from data.tofu import InputError
+from layers import prepare_layers
 from losses import KL_DIRECTIONS, kl_loss, token_logps
+from memory_plan import Load, Shape, token_bytes
+from test_training import assert_close, trained_weights
+
+settings = test_training.settings  # a fixture
 
 N, M, H, V = 23, 9, 8, 50  # tokens, those with a K, hidden size, vocabulary
 
@@ -80,3 +91,128 @@ def test_no_step_of_the_head_holds_the_logits_of_all_tokens(monkeypatch):
     with Watch():
         values_and_gradients(lambda h, w: answer_values(h, w, targets, reference), hidden, weight)
     assert max(sizes) == 10 * V < N * V
+
+
+# ---------------------------------------------------------------- layers
+
+def two_layers(seed=0):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                                        num_attention_heads=6, num_key_value_heads=2)).train()
+
+
+def hidden_and_gradients(lm):
+    ids = torch.arange(4 * 9).view(4, 9)
+    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return {"hidden": hidden.detach(), **{name: p.grad for name, p in lm.named_parameters() if p.grad is not None}}
+
+
+def kept_bytes(lm, dtype) -> int:
+    """Bytes that forward keeps of 5 x 40 tokens for backward, each storage once; weights and their copies apart."""
+    own, sizes = {p.untyped_storage().data_ptr() for p in lm.parameters()}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own and x.numel() % (5 * 40) == 0:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            alive.append(x)
+        return x
+    alive = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
+            torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        lm.base_model(input_ids=torch.zeros(5, 40, dtype=torch.long), use_cache=False)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_what_is_recomputed_changes_no_number(checkpointing):
+    plain, ours = two_layers(), two_layers()
+    prepare_layers(ours, checkpointing)
+    expected, found = hidden_and_gradients(plain), hidden_and_gradients(ours)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert kept_bytes(ours, "fp32") < (0.3 if checkpointing else 0.7) * kept_bytes(plain, "fp32")
+
+
+def test_compiled_layers_give_the_same_numbers():
+    if not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler: --compile needs one")
+    plain, ours = two_layers(), two_layers()
+    prepare_layers(ours, compile=True)
+    expected, found = hidden_and_gradients(plain), hidden_and_gradients(ours)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", ({}, {"activation_checkpointing": True}))
+def test_training_with_the_switches_ends_at_the_same_weights(settings, flags):
+    given = dict(loss="npo", retain_weight=1.0, kl_weight=0.5)
+    plain = trained_weights(settings(**given))
+    assert_close(plain, trained_weights(settings(**given, **flags)), 1e-5)
+
+
+# ---------------------------------------------------------------- the plan
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_the_plan_knows_what_a_layer_keeps(dtype, checkpointing):
+    """The formula against the storages that autograd holds."""
+    one, two = two_layers(), two_layers()
+    one.base_model.layers = one.base_model.layers[:1]
+    for lm in (one, two):
+        prepare_layers_of(lm, checkpointing)
+    x = Shape(0, 2, 0, 0, hidden=48, key_value=16, inner=80, vocabulary=60)
+    load = Load(1, "ddp", dtype, checkpointing, 5, 40, 0, 0, True)
+    measured = (kept_bytes(two, dtype) - kept_bytes(one, dtype)) / (5 * 40)
+    assert token_bytes(x, load) == pytest.approx(measured, rel=0.06)  # plus one number a norm and a head
+
+
+def prepare_layers_of(lm, checkpointing):
+    lm.config.num_hidden_layers = len(lm.base_model.layers)
+    prepare_layers(lm, checkpointing)
+
+
+def plan_of(capsys, *flags) -> str:
+    s_flags = ["train_npo.py", "--dry-run", "--loss", "npo", "--retain-weight", "1", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", s_flags)
+        train_npo.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
+def test_llama2_7b_fits_on_two_gpus_of_80_gb_sharded(capsys, dtype):
+    said = plan_of(capsys, "--model", "llama2-7b", "--gpus", "2", "--gpu-memory", "80G", "--dtype", dtype)
+    assert "6.738 G parameters" in said and "estimated" in said
+    assert "As asked it does not fit on 2 x 80 GB" in said and "This fits: --parallel fsdp" in said
+    more, instead, ours = map(float, re.search(r"need ([\d.]+) GB more a process, ([\d.]+) GB instead of (\d+\.\d+)",
+                                               said).groups())
+    assert more > 4 * 6.738e9 / 2 / 1e9 and instead == pytest.approx(ours + more, abs=0.02)
+    assert 16 * 6.738 / 2 < ours + 13.5 and ours < 80  # weights, gradients and moments halved, the least there is
+
+
+def test_llama2_70b_is_planned_without_weights(capsys):
+    said = plan_of(capsys, "--model", "llama2-70b", "--gpus", "32", "--parallel", "fsdp", "--dtype", "bf16")
+    assert "68.977 G parameters" in said and "As asked it fits" in said
+    assert "the fewest GPUs of this size are" in plan_of(capsys, "--model", "llama2-70b", "--gpus", "2")
+
+
+def test_a_folders_own_shape_and_tokens_are_used(capsys, small_model, small_data):
+    said = plan_of(capsys, "--model", str(small_model), "--data", str(small_data))
+    assert "estimated" not in said and "20 rows" in said
+
+
+@pytest.mark.parametrize("flags, reason", ((["--gpu-memory", "80X"], "gigabytes such as 80G"),
+                                           (["--gpu-memory", "0G"], "positive"), (["--gpus", "0"], "positive"),
+                                           (["--data", "some/hub-id"], "no network")))
+def test_a_plan_that_cannot_be_made_is_refused_in_one_sentence(capsys, flags, reason):
+    with pytest.raises(InputError, match=reason):
+        plan_of(capsys, "--model", "llama2-7b", *flags)
+
+
+def test_plan_flags_without_a_plan_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_npo.py", "--gpus", "2"])
+    with pytest.raises(InputError, match="belong to --dry-run"):
+        train_npo.main()
