@@ -34,7 +34,7 @@ from scipy.stats import hmean, ks_2samp
 from tqdm import tqdm
 
 from command_line import Parser, environment, given_flags, not_negative, positive, run_command, write_json
-from data.batches import collate, deal
+from data.batches import collate, collate_packed, deal, group_tokens, within
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import MAX_FILE_BYTES, EVALUATED, InputError, complement, load_task, parse_split, read_text
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
@@ -43,6 +43,7 @@ from sharding import release
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 MAX_NEW_TOKENS = 200
+SCORED_TOKENS = 1024  # of a forward pass over answers: enough for fast products, little memory
 SAMPLES = 5  # questions a set whose answers are shown
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
@@ -229,36 +230,45 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
              progress: bool = False) -> dict:
     """Score all rows: set -> list of row results, complete and in order, the same on every process.
 
-    Rows are dealt over processes, and batched by length. Where the model is sharded, all processes run it forward
+    Rows are dealt over processes, and batched by length: for scoring SCORED_TOKENS a forward pass, a question once for
+    all of its answers; for generation `batch_size` prompts. Where the model is sharded, all processes run it forward
     equally often: one that has fewer batches fills up with ghosts, whose results go nowhere. `reference` (what
     `reference_states` returns) and `reference_head`, its LM head's weight, add KL(reference || model).
     """
     keys = [(name, index) for name, rows in prepared.rows.items() for index in range(len(rows))]
-    mine = set(keys[w.rank::w.size])
+    mine = keys[w.rank::w.size]
     results = {key: {"index": key[1]} for key in mine}
-    texts = sorted((t for t in prepared.texts if (t.set, t.index) in mine), key=lambda t: len(t.encoded.ids))
     prompts = sorted(mine, key=lambda key: (len(prepared.prompts[key]), key))
-    bar = tqdm(total=len(texts) + len(prompts), desc="evaluate", unit="text", leave=False, disable=not progress)
+    texts_of = {key: [] for key in mine}
+    for t in prepared.texts:
+        if (t.set, t.index) in texts_of:
+            texts_of[t.set, t.index].append(t)
+    groups = list(texts_of.values())
+    lengths = [group_tokens([t.encoded for t in group]) for group in groups]
+    batches = [[groups[i] for i in places] for places in within(lengths, SCORED_TOKENS)]
+    bar = tqdm(total=sum(map(len, groups)) + len(prompts), desc="evaluate", unit="text", leave=False,
+               disable=not progress)
     with untouched(model):
         scores = {key: {} for key in mine}  # slot -> (nll, tokens)
-        # Texts with a KL and texts without go apart, so that a batch has the reference's states for all of its tokens
-        # or for none.
         wants_kl = lambda t: reference is not None and t.slot == ANSWER and t.set in KL_SETS
-        for group in ([t for t in texts if wants_kl(t)], [t for t in texts if not wants_kl(t)]):
-            chunks = [group[at:at + batch_size] for at in range(0, len(group), batch_size)]
-            for chunk, counts in in_step(chunks, prepared.texts[:1], w):
-                batch = collate([t.encoded for t in chunk], pad_id(tokenizer), w.device)
-                states = None
-                if counts and wants_kl(chunk[0]):
-                    states = torch.cat([reference[t.set, t.index] for t in chunk]).to(w.device), reference_head
-                logps, kl = model(batch, states, "reference_policy")
-                if not counts:
-                    continue
-                for i, (t, nll, tokens) in enumerate(zip(chunk, (-logps).tolist(), batch.lengths.tolist())):
-                    scores[t.set, t.index][t.slot] = nll, tokens
-                    if kl is not None:
-                        results[t.set, t.index]["kl"] = float(kl[i])
-                bar.update(len(chunk))
+        for batch_groups, counts in in_step(batches, [prepared.texts[:1]], w):
+            # Texts with a KL come last, as the model wants them.
+            texts = sorted((t for group in batch_groups for t in group), key=wants_kl)
+            place = {t[:3]: i for i, t in enumerate(texts)}
+            places = [[place[t[:3]] for t in group] for group in batch_groups]
+            batch = collate_packed([t.encoded for t in texts], places, pad_id(tokenizer), w.device)
+            states = None
+            if counts and wants_kl(texts[-1]):
+                known = [reference[t.set, t.index] for t in texts if wants_kl(t)]
+                states = torch.cat(known).to(w.device), reference_head
+            logps, kl = model(batch, states, "reference_policy")
+            if not counts:
+                continue
+            for i, (t, nll, tokens) in enumerate(zip(texts, (-logps).tolist(), batch.lengths.tolist())):
+                scores[t.set, t.index][t.slot] = nll, tokens
+                if wants_kl(t):
+                    results[t.set, t.index]["kl"] = float(kl[i])
+            bar.update(len(texts))
         for key, slots in scores.items():
             perturbed = [slots[slot] for slot in sorted(slots) if slot >= PERTURBED]
             answer_nll, answer_tokens = slots[ANSWER]
@@ -548,7 +558,7 @@ def build_parser() -> Parser:
         help=f"first rows of each set, 0 for all (default: {MAX_ROWS})")
     add("--max-new-tokens", type=positive(int), default=MAX_NEW_TOKENS,
         help=f"length of a generation, tokens (default: {MAX_NEW_TOKENS})")
-    add("--batch-size", type=positive(int), help="sequences a forward pass (default: the preset's, else 32)")
+    add("--batch-size", type=positive(int), help="answers generated at once (default: the preset's, else 32)")
     add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision (default: fp32)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--out", help="write metrics, rows and provenance to this JSON file")

@@ -43,7 +43,7 @@ class Preset:
     sft_epochs: int
     warmup_epochs: float
     micro_batch_size: int  # forget rows (each with its partners) that a process runs forward at once
-    eval_batch_size: int  # sequences
+    eval_batch_size: int  # answers generated at once
     dims: dict  # the Llama's dimensions
 
 
@@ -112,23 +112,24 @@ class AnswerModel(nn.Module):
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
-        states = self.lm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return states[batch.rows, batch.positions]
+        inputs = batch.attention(self.lm.dtype)
+        states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
+        return states[batch.sequences, batch.positions]
 
     def sums(self, hidden: Tensor, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
              direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
         """What `forward` returns, from the hidden states at the answers' tokens (N, H)."""
         head = self.lm.get_output_embeddings().weight
         logps, kl = answer_values(hidden, head, batch.targets, reference, direction)
-        zeros = logps.new_zeros(len(batch.ids))
+        zeros = logps.new_zeros(len(batch.lengths))
         with_kl = batch.rows[len(logps) - len(kl):]
         return zeros.index_add(0, batch.rows, logps), None if reference is None else zeros.index_add(0, with_kl, kl)
 
     def forward(self, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
                 direction: str = "policy_reference") -> tuple[Tensor, Tensor | None]:
-        """Float32 sums over each sequence's answer tokens, in nats: log pi(y|x) (S,), and K (S,) or None.
+        """Float32 sums over each text's answer tokens, in nats: log pi(y|x) (R,), and K (R,) or None.
 
-        K covers the LAST sequences of the batch: `reference` holds the reference's hidden states (M, H) at their answer
+        K covers the LAST texts of the batch: `reference` holds the reference's hidden states (M, H) at their answer
         tokens, M <= N, and its LM head's weight (V, H).
         """
         return self.sums(self.hidden(batch), batch, reference, direction)

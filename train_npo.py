@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from command_line import Parser, environment, given_flags, locked, not_negative, positive, run_command, write_json
-from data.batches import collate, deal, make_stream
+from data.batches import collate, collate_packed, deal, make_stream
 from data.prompts import TEMPLATES, encode
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
 from evaluate_tofu import prepare, read_retain_log
@@ -164,7 +164,10 @@ def loss_sums(s: Namespace, model, plan: Plan, micro: MicroBatch, reference: Ref
     forget = [plan.forget[i.row] for i in micro.items] if s.loss != "idk" else []
     refusal = [plan.refusal[i.row, i.refusal] for i in micro.items] if s.loss in ("idk", "dpo") else []
     retain = [plan.retain[p] for p in micro.partners]
-    batch = collate(forget + refusal + retain, pad, w.device, s.pad_to)
+    texts = forget + refusal + retain
+    asked_once = len(forget) if forget and refusal else 0  # DPO: the forget answer and the refusal to one question
+    groups = [[i, asked_once + i] for i in range(asked_once)] + [[i] for i in range(2 * asked_once, len(texts))]
+    batch = collate_packed(texts, groups, pad, w.device, s.pad_to)
     reference_states = reference.states([f"retain/{p}" for p in micro.partners]) if s.kl_weight > 0 else None
     logps, kl = model(batch, reference_states, s.kl_direction)
     forget_logps, refusal_logps, retain_logps = logps.split([len(forget), len(refusal), len(retain)])

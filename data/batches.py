@@ -3,6 +3,7 @@
 Everything is a pure function of (seed, position): the position in the stream is all that a resumed run needs to know.
 """
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -71,30 +72,110 @@ def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size
     return [mine[i * micro_batch_size:(i + 1) * micro_batch_size] for i in range(count)]
 
 
-class TokenBatch(NamedTuple):
-    """S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
+def within(lengths: list, budget: int) -> list[list[int]]:
+    """Places of `lengths`, sorted by length and cut into batches of at most `budget` tokens; what is longer goes
+    alone."""
+    batches, filled = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        filled += lengths[i]
+        if not batches or filled > budget:
+            batches.append([])
+            filled = lengths[i]
+        batches[-1].append(i)
+    return batches
 
-    ids (S, T); rows, positions, targets (N,): hidden[rows, positions] predicts targets. No attention mask: with causal
-    attention no real token looks at padding that comes after it.
+
+class TokenBatch(NamedTuple):
+    """R texts in S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
+
+    ids (S, T); sequences, positions, targets, rows (N,): hidden[sequences, positions] predicts targets, which are
+    tokens of the texts `rows`. Where a sequence is one text there is no attention mask: with causal attention no real
+    token looks at padding that comes after it. Else a sequence holds groups of texts (`groups`, (S, T)), a group's
+    common beginning once (its `branches` 0) and then the rest of each (1, 2 ..); `order` are places in the text.
     """
     ids: Tensor
-    rows: Tensor
+    sequences: Tensor
     positions: Tensor
     targets: Tensor
-    lengths: Tensor  # (S,) answer tokens
+    rows: Tensor
+    lengths: Tensor  # (R,) answer tokens
+    groups: Tensor | None = None
+    branches: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Sequences x padded length: what the forward pass computes."""
         return self.ids.numel()
 
+    def attention(self, dtype) -> dict:
+        """The language model's further inputs: a token sees its group's beginning and its own text, nothing later."""
+        if self.groups is None:
+            return {}
+        pairs = lambda x: (x.unsqueeze(1), x.unsqueeze(2))  # keys (S, 1, T), queries (S, T, 1)
+        (group, of_group), (branch, of_branch) = pairs(self.groups), pairs(self.branches)
+        sees = ((group == of_group) & ((branch == 0) | (branch == of_branch))).tril()
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
+        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
+
 
 def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
-    """Encoded sequences -> TokenBatch, padded to the longest or to `pad_to` tokens."""
+    """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
     width = max(pad_to, max(len(e.ids) for e in encoded))
     ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
     lengths = torch.tensor([e.answer_tokens for e in encoded])
     rows = torch.arange(len(encoded)).repeat_interleave(lengths)
     positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in encoded])  # the token before predicts
     targets = ids[rows, positions + 1]
-    return TokenBatch(*(x.to(device) for x in (ids, rows, positions, targets, lengths)))
+    return TokenBatch(*(x.to(device) for x in (ids, rows, positions, targets, rows, lengths)))
+
+
+# Long enough that a handful of texts fills a sequence evenly, short enough that attention, which grows with its square,
+# stays small beside the rest.
+PACKED_TOKENS = 128
+
+
+def common(encoded: list) -> int:
+    """Tokens that all texts begin with, none of them an answer's."""
+    return min(len(os.path.commonprefix([e.ids for e in encoded])), *(e.start for e in encoded))
+
+
+def group_tokens(encoded: list) -> int:
+    """Tokens of a group: the texts' common beginning once, then the rest of each."""
+    return sum(len(e.ids) for e in encoded) - (len(encoded) - 1) * common(encoded)
+
+
+def collate_packed(encoded: list, groups: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
+    """As `collate`, with hardly a pad token: several texts lie in one sequence, and do not see each other.
+
+    Texts of one group (places in `encoded`) share their beginning: several answers to a question cost it once. Groups
+    are dealt to sequences of equal length, the longest first; `pad_to` pads these.
+    """
+    lengths = [group_tokens([encoded[i] for i in group]) for group in groups]
+    count = max(1, round(sum(lengths) / max(PACKED_TOKENS, *lengths)))
+    ids, of_group, branches, order = ([[] for _ in range(count)] for _ in range(4))
+    predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
+    for g in sorted(range(len(groups)), key=lambda g: -lengths[g]):
+        s = min(range(count), key=lambda s: len(ids[s]))
+        texts = [encoded[i] for i in groups[g]]
+        shared, begin = common(texts), len(ids[s])
+        ids[s] += texts[0].ids[:shared]
+        branches[s] += [0] * shared
+        order[s] += range(shared)
+        for branch, (i, e) in enumerate(zip(groups[g], texts), 1):
+            at = len(ids[s])
+            place = lambda j: begin + j if j < shared else at + j - shared  # of the text's j-th token
+            predicting[i] = s, [place(j) for j in range(e.start - 1, len(e.ids) - 1)]
+            ids[s] += e.ids[shared:]
+            branches[s] += [branch] * (len(e.ids) - shared)
+            order[s] += range(shared, len(e.ids))
+        of_group[s] += [g] * lengths[g]
+    width = max(pad_to, *map(len, ids))
+    padded = lambda lists, value: torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device)
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
+    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
+    sequences = torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens)
+    positions = torch.tensor([place for _, places in predicting for place in places])
+    targets = torch.tensor([token for e in encoded for token in e.ids[e.start:]])
+    return TokenBatch(padded(ids, pad_id), *(x.to(device) for x in (sequences, positions, targets, rows, answer_tokens)),
+                      padded(of_group, -1), padded(branches, 0), padded(order, 0))

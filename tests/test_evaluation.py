@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+import evaluate_tofu
+from data.batches import collate, collate_packed
 from data.tofu import InputError, load_task
 from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows,
                            plot_truth_ratios, prepare, read_log, read_retain_log, reference_states, rouge_l_recall)
@@ -142,8 +144,31 @@ def test_scores_equal_a_naive_loop_over_rows(measured):
             assert result["generation"] == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
-def test_batch_size_changes_nothing(measured):
+def test_answers_that_share_a_sequence_score_as_each_alone(measured):
+    """Values and gradients; groups of one and of many, of texts that part before, at and after the answer's start."""
+    model, tokenizer, _, prepared, _ = measured
+    texts = [t.encoded for t in prepared.texts if t.set == "forget"][:21]
+    texts.append(texts[-1]._replace(start=texts[-1].start + 2))
+    texts.append(texts[-1]._replace(ids=texts[-1].ids[:3] + [7, 8, 9] + texts[-1].ids[6:]))
+    groups = [[0], list(range(1, 14)), list(range(14, 23))]
+    found = []
+    for batch in (collate(texts, 0), collate_packed(texts, groups, 0)):
+        model.zero_grad()
+        logps, _ = model(batch)
+        (logps * torch.linspace(-1, 1, len(texts))).sum().backward()
+        found.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
+    model.zero_grad()
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
+    for a, b in zip(found[0][1], found[1][1]):
+        assert (a - b).norm() <= 1e-5 * a.norm()
+    one_question = texts[:7]
+    assert collate_packed(one_question, [range(7)], 0).tokens < 0.7 * collate(one_question, 0).tokens
+
+
+@pytest.mark.parametrize("tokens", (1, 300))
+def test_batch_size_changes_nothing(measured, monkeypatch, tokens):
     model, tokenizer, _, prepared, rows = measured
+    monkeypatch.setattr(evaluate_tofu, "SCORED_TOKENS", tokens)
     for other in (1, 64):
         again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
         for name in rows:
