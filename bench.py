@@ -239,7 +239,7 @@ def spread(values: list) -> dict:
 
 
 def ratios(ours: list, theirs: list) -> dict:
-    """Their cost over ours, repeat by repeat, each repeat's two measured next to each other; above 1: ours is less."""
+    """Their cost over ours, repeat by repeat, the two measured next to each other; above 1: ours is less."""
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -398,8 +398,8 @@ def measure_evaluation(args: Namespace) -> dict:
     task = load_task(s.data, s.split)
     prepared = prepare(task.evaluated, tokenizer, template, lm.config.max_position_embeddings, args.max_rows)
     batch_size = PRESETS[s.preset or "llama2-7b"].eval_batch_size
-    picked = {(name, opponent): range(0, len(rows), max(1, len(rows) // least) if least else 1)
-              for opponent, least in (("A'", args.plain_rows and args.plain_rows // 8), ("B'", args.plain_rows))
+    picked = {(name, opponent): range(0, len(rows), max(1, len(rows) // least))
+              for opponent, least in (("A'", max(1, args.plain_rows // 8)), ("B'", args.plain_rows))
               for name, rows in prepared.rows.items()}
     seconds, gaps, same = {"ours": [], "A'": [], "B'": []}, {"scores": 0.0}, []
     with autocast(args.dtype, args.device):
@@ -508,7 +508,7 @@ def part_memory(args: Namespace, plain: bool) -> dict:
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401 (no model yet)
     load_task(args.data, "forget10")
-    before = peak()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     side = Side(args, dict(METHODS["npo+rt"], micro_batch_size=args.rows), [2, args.batch_size], every=8)
     if plain:
         loop = PlainLoop(side.s, side.lm, side.tokenizer, 0, args.rows, args.device)
@@ -756,9 +756,10 @@ def main():
     if args.part:
         print(json.dumps(PARTS[args.part](args)))
         return
-    if args.model == "tiny" and set(args.only or ITEMS) != {"synthetic"}:
+    needs_model = set(args.only or ITEMS) != {"synthetic"}
+    if args.model == "tiny" and needs_model:
         args.model = small_start(args)
-    elif name in PRESETS and not path:
+    elif name in PRESETS and not path and needs_model:
         raise InputError(f"--model {name}: give its weights, --model {name}=FOLDER")
     out = Path(args.out) / f"bench_{label}.json"
     rows = json.loads(out.read_text())["rows"] if out.exists() else {}
@@ -767,7 +768,8 @@ def main():
         row = ITEMS[item](args)
         # No path of this machine: where model and data lie is nobody's business.
         model = f"{name}{'=PATH' * bool(path)}" if name in PRESETS else "PATH"
-        said = " ".join([f"python bench.py --model {model}", f"--data {'TOFU_DIR' if Path(args.data).is_dir() else args.data}", f"--only {item}"])
+        data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
+        said = f"python bench.py --model {model} --data {data} --only {item}"
         row["provenance"] = {**environment(), "command": said, **machine(args), "took": time.perf_counter() - begin}
         rows[item] = row
         rows = {key: rows[key] for key in ITEMS if key in rows}

@@ -1,0 +1,76 @@
+"""The benchmark's arithmetic, and that its opponents do the same work as the real code."""
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import synthetic
+from data.prompts import Encoded
+from models import load_model
+
+
+@pytest.fixture
+def args(small_model, small_data):
+    return Namespace(model=str(small_model), data=str(small_data), batch_size=4, repeats=2, a_rows=2, plain_rows=3,
+                     max_rows=6, max_new_tokens=8, evaluations=1, device=torch.device("cpu"), dtype="fp32", threads=1)
+
+
+def test_ratios_are_taken_repeat_by_repeat():
+    assert bench.ratios([1.0, 2.0, 4.0], [3.0, 4.0, 20.0]) == {"median": 3.0, "min": 2.0, "max": 5.0, "repeats": 3}
+    with pytest.raises(ValueError):
+        bench.ratios([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("method", bench.METHODS)
+def test_a_and_b_take_the_same_steps_as_the_real_loop(args, method):
+    row = bench.measure_step(args, method)
+    assert max(row["checked"].values()) < 1e-4 and row["update_gap_of_B"] < 0.02
+    assert {name: ratio["repeats"] for name, ratio in row["ratio"].items()} == {"A": 2, "B": 2}
+    assert row["rows"] == {"ours": 4, "B": 4, "A": 2} and (row["reference_pass_share"] > 0) == (method != "sft")
+    assert bench.table({method: row}).count("\n") == 3
+
+
+def test_an_opponent_that_does_something_else_is_caught(args, monkeypatch):
+    plain = bench.npo_loss
+    monkeypatch.setattr(bench, "npo_loss", lambda *given: 1.01 * plain(*given))
+    with pytest.raises(RuntimeError, match="did not compute the same"):
+        bench.measure_step(args, "npo+rt")
+
+
+def test_plain_evaluation_gives_the_same_scores(args):
+    row = bench.measure_evaluation(args)
+    assert row["checked"]["scores"] < 1e-4 and row["checked"]["equal_generations"] == 1
+    assert row["rows"]["B'"] >= 12 and row["rows"]["A'"] == 4  # of four sets
+
+
+def test_s_walks_the_same_path():
+    instance = synthetic.fresh_instance(0, 0)
+    rows = (instance.features(instance.x_retain, -1), instance.y_retain, instance.features(instance.x_forget, 1),
+            instance.y_forget)
+    models = synthetic.reference_and_retrained(*rows, steps=50)
+    plain = np.stack(bench.plain_models(*map(torch.from_numpy, rows), 50), 1)
+    np.testing.assert_allclose(plain, models, rtol=1e-9)
+    methods = synthetic.default_methods(1, synthetic.METHODS, None, None)
+    curves = synthetic.Problem(instance, 1, models).unlearn(methods, 10, [0, 5, 10], 2.0, "reference_policy")
+    reference, retrained = (torch.from_numpy(models[:, i].copy()) for i in (0, 1))
+    for method, curve in zip(methods, curves):
+        path = bench.plain_unlearning(method, instance, 1, reference, retrained, 10, 5)
+        np.testing.assert_allclose(np.array(path).T, curve, rtol=1e-8, err_msg=method.name)
+
+
+def test_useful_flops_by_hand(small_model):
+    lm, _, _ = load_model(str(small_model))  # 2 layers, hidden 32, MLP 64, 4 heads, vocabulary 400, tied
+    a_layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
+    body = 2 * a_layer + 32
+    row = Encoded(list(range(10)), 7)
+    assert bench.useful_flops(lm, [row]) == 6 * body * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
+
+
+def test_picture(tmp_path):
+    ratio = bench.ratios([1.0, 1.0], [2.0, 3.0])
+    rows = {"npo+rt": {"ratio": {"A": ratio, "B": ratio}}, "synthetic": {"ratio": {"S": ratio}}}
+    bench.draw(rows, "title", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
