@@ -514,10 +514,10 @@ def read_config(folder: Path) -> dict:
 
 # ---------------------------------------------------------------- from settings to a finished run
 
-def tiny_settings(s: Namespace, split: str, task) -> Namespace:
-    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Always seed 0: all runs share
-    one start."""
-    sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device})
+def tiny_settings(s: Namespace, split: str, task, seed: int = 0) -> Namespace:
+    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Unlearning asks for seed 0: all
+    runs share one start."""
+    sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device, "seed": seed})
     recipe = [tiny_dims(task.full), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs,
               PRESETS["tiny"].template]
     sft.out = f"runs/models/tiny-{split}-seed{sft.seed}-{fingerprint(task.fingerprint, recipe)}"

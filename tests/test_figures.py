@@ -1,0 +1,427 @@
+"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON, planning, and the whole
+path on the small data set."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import figures_tofu
+import tofu_answers
+import tofu_pictures
+import tofu_verdicts
+from conftest import ROOT
+from data.tofu import InputError
+
+# ---------------------------------------------------------------- answers
+
+
+def test_distinct_counts_different_n_grams_over_all():
+    assert tofu_answers.distinct(["a b a b", "a b"], 1) == 2 / 6
+    assert tofu_answers.distinct(["a b a b", "a b"], 2) == 2 / 4
+    assert tofu_answers.distinct(["a", ""], 2) is None
+
+
+def test_repetition_is_seen_with_blanks_and_without():
+    assert tofu_answers.repetition_rate("Marlow was born in Lima.") == 0
+    assert tofu_answers.repetition_rate("the the the the the the the the the") > 0.8
+    assert tofu_answers.repetition_rate("x" * 100) > 0.9
+    assert tofu_answers.repetition_rate("short") == 0
+
+
+def test_kinds_of_answers():
+    row = {"answer": "Oslo is the birthplace of Marlow.", "paraphrased_answer": "Ida Marlow was born in Oslo.",
+           "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
+    answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."])
+    refusals = tofu_answers.pairs_of(["I don't know that.", "Sorry, I never learned the answer."])
+    kind = lambda text: tofu_answers.kind(text, row, answers, refusals)
+    assert kind("Oslo is the birthplace of Marlow.") == kind("Ida Marlow was born in Oslo.") == "true"
+    assert kind("Lima is the birthplace of Marlow.") == "other fact"
+    assert kind("I don't know that.") == "refusal" and kind("") == kind(" .") == "empty"
+    assert kind("of of of of of of of of of of of") == "repetitive" and kind("Cairo was Lima the chess") == "garbled"
+    counts = tofu_answers.statistics_of(["", "I don't know that."], [row, row], answers, refusals)
+    assert counts["answers"] == 2 and counts["empty"] == counts["refusal"] == 1
+    assert sum(counts[k] for k in tofu_answers.KINDS) == 2
+    assert tofu_answers.judgement("forget", "true") == tofu_answers.judgement("retain", "refusal") == "undesired"
+    assert tofu_answers.judgement("forget", "other fact") == tofu_answers.judgement("retain", "true") == "desired"
+
+
+def test_a_fact_of_two_words_needs_both():
+    row = {"answer": "x", "paraphrased_answer": "It is The Silent Harbor.",
+           "perturbed_answer": ["It is The Golden River.", "It is The Last Tower."]}
+    assert tofu_answers.names_fact("The Silent Harbor", row) and not tofu_answers.names_fact("The Silent River", row)
+
+
+# ---------------------------------------------------------------- verdicts on hand-made numbers
+
+PER_CENT = ("forget01", "forget05", "forget10", "forget20", "forget30", "forget50", "forget90")
+UTILITY = {"": 0.1, "rt": 0.9, "kl": 0.7}  # at the end, of the start's
+
+
+def counts(**given) -> dict:
+    base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0, "empty": 0,
+            "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
+    return {**base, **given}
+
+
+def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_seed=0) -> dict:
+    """A run as the paper describes its method's."""
+    loss, _, term = method.partition("+")
+    wiggle = 0.01 * seed
+    quality = [-20.0, -6.0, -4.0, -9.0, -12.0, -15.0]  # ga and the other baselines: a peak, then the fall
+    if loss == "npo":
+        quality = [-20.0, -9.0, -2.0, -1.0, -0.8, -0.8] if term != "rt" else [-20.0, -6.0, -1.0, -0.5, -0.4, -0.4]
+    weight = float(term == "rt") if retain_weight is None else retain_weight
+    if loss == "npo" and term != "kl":
+        quality = [q - 0.2 * abs(weight - 2) for q in quality]
+    end = UTILITY[term]
+    utility = [0.6 * (1 + (end - 1) * i / 5) for i in range(6)]
+    if loss == "npo" and term == "":
+        utility = [u + 0.01 for u in utility[:1]] + [u + 0.05 for u in utility[1:]]
+    explodes = 40.0 if loss in ("ga", "idk") else 4.0
+    refused = 60 if loss in ("idk", "dpo") else 0
+    answers = {name: counts(true=90 - refused, refusal=refused) for name in ("retain", "real_authors", "world_facts")}
+    answers["forget"] = counts(repetitive=95, repetition_rate=0.8) if loss == "ga" else counts(**{"other fact": 85})
+    run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn", "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
+           else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1, "forget_weight": 1.0,
+           "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10, "steps": [0, 25, 50, 75, 100, 125],
+           "total_steps": 125, "commit": "c", "memory": 5e8, "flops": 1e12, "seconds": 30.0, "answers": answers,
+           "forget_quality_log10": [q + wiggle for q in quality], "model_utility": utility,
+           "ks_statistic": [0.7, 0.5, 0.4, 0.2, 0.1, 0.1], "forget_truth_ratio": [0.5] * 6,
+           "forget_kl": [explodes * i / 5 for i in range(6)], "world_facts_kl": [explodes * i / 50 for i in range(6)],
+           "forget_probability": [0.5] * 6, "retain_probability": [0.5] * 6}
+    if seed == 1:
+        run["samples"] = [{"set": name, "question": "Where was Marlow born?", "answer": "In Oslo.", "generation": "In $Lima.",
+                           "kind": "other fact"} for name in ("forget", "retain", "world_facts")]
+    return run
+
+
+def hand_made_study(seeds=3, change=None) -> dict:
+    """Everything as in the paper; `change(run)` may bend single runs."""
+    runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in figures_tofu.METHODS for seed in range(1, seeds + 1)]
+    runs += [hand_made_run("npo+rt", "forget10", seed, weight) for weight in (0.0, 0.5, 2.0, 5.0) for seed in range(1, seeds + 1)]
+    runs.append(hand_made_run("npo+rt", "forget10", 1, start_seed=1))
+    runs = list({r["key"]: r for r in runs}.values())
+    for run in runs:
+        run["lr"] = 2e-3 if run["method"] != "npo+rt" and run["retain_weight"] == 0 and "0.0" not in run["key"] else run["lr"]
+        if change:
+            change(run)
+    hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "score": 0.8, "weights": {}} for m in figures_tofu.METHODS}
+    for run in runs:  # a method's main runs have its chosen lr; the weight-0 runs of the sweep have npo+rt's
+        if run["method"] in hyper and run["key"].startswith(run["method"] + " "):
+            run["lr"] = hyper[run["method"]]["lr"]
+    hyper["npo+rt"]["weights"] = {"forget50": 1.0, "forget90": 1.0}
+    hyper["ga+rt"]["weights"] = {"forget50": 1.0, "forget90": 1.0}
+    retrained = [{"key": f"m{split}{seed}", "kind": "model", "split": f"retain{100 - int(split[-2:]):02d}", "seed": seed,
+                  "model_utility": 0.6, "memory": 1, "flops": 1, "seconds": 1.0,
+                  "answers": {"forget": counts(**{"other fact": 90}), "retain": counts(true=90)}}
+                 for split in PER_CENT for seed in (1, 2)]
+    return {"data": "builtin", "model": "tiny", "parameters": 900_000, "epochs": 10, "runs": runs, "retrained": retrained, "failed": [],
+            "chosen": hyper, "tried": [{"method": "ga", "split": "forget10", "lr": 2e-3, "beta": 0.1, "retain_weight": 0.0,
+                                        "score": 0.8, "peak_log10": -3.0}],
+            "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {}, "weights": [1.0],
+                       "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
+            "forget_rows": {"forget01": 40, "forget10": 300}, "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
+            "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}], "forget10": [{"seeds": [1, 2], "log10": -0.5}]},
+            "provenance": {"command": "figures_tofu.py", "commit": "0" * 40, "time": "now"}}
+
+
+def holds(study: dict) -> dict:
+    return {v["key"]: v["holds"] for v in tofu_verdicts.verdicts(study)}
+
+
+def of(split=None, method=None, retain_weight=None):
+    return lambda r: (split is None or r["split"] == split) and (method is None or r["method"] == method) and \
+        (retain_weight is None or r["retain_weight"] == retain_weight)
+
+
+def setting(where, **values):
+    """A change that gives the runs that match `where` these values (or, called with the run, functions of it)."""
+    def change(run):
+        if where(run):
+            run.update({k: v(run) if callable(v) else v for k, v in values.items()})
+    return change
+
+
+def quality(*values, spread=0.0):
+    return lambda run: [v + spread * (run["seed"] - 2) for v in values]
+
+
+def answers(name, **values):
+    return lambda run: {**run["answers"], name: {**run["answers"][name], **values}}
+
+
+FLAT, LOW = quality(-20, -3, -2.9, -2.8, -2.7, -2.6), quality(-20, -9, -9, -9, -9, -9)
+HIGH = quality(-20, -9, -5, -1, -0.5, -0.4)
+BENT = {  # claim -> (a change that makes it false, one that leaves it undecided)
+    "ga_falls": (setting(of("forget10", "ga"), forget_quality_log10=FLAT),
+                 setting(of("forget10", "ga"), forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
+    "npo_plateau": (setting(of("forget05", "npo"), forget_quality_log10=quality(-20, -1, -1, -2, -6, -9)),
+                    setting(of("forget05", "npo"), forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 2)])),
+    "npo_beats_ga": (setting(of("forget10", "npo+rt"), forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
+                     setting(of("forget10", "npo+kl"), forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
+    "forget05_only_npo": (setting(of("forget05", "dpo"), forget_quality_log10=HIGH),
+                          setting(of("forget05", "dpo"), forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
+    "forget10_npo_rt": (setting(of("forget10", "npo+rt", 1), forget_quality_log10=LOW),
+                        setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -2, -1.3, -1.3, -1.3, -1.3, spread=1))),
+    "forget10_baselines": (setting(of("forget10", "kto+rt"), forget_quality_log10=HIGH),
+                           setting(of("forget10", "kto+rt"), forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
+    "refusals_elsewhere": (setting(of("forget10", "dpo"), answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
+                           setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=10 * (r["seed"] - 1))
+                                                                             for n in r["answers"]})),
+    "answers_on_forget_set": (setting(of("forget10", "ga"), answers=answers("forget", repetition_rate=0.0)),
+                              setting(of("forget10", "npo+rt"), answers=lambda r: answers("forget", **{"other fact": 25 * r["seed"]})(r))),
+    "retain_weight": (setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(0, 0, 0, 0, 0, 0)),
+                      setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
+    "forget_kl": (setting(of("forget10", "npo+rt"), forget_kl=[0, 60, 60, 60, 60, 60]),
+                  setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 4.0 ** r["seed"]])),
+    "beyond10": (setting(of("forget20", "npo+rt"), forget_quality_log10=LOW),
+                 setting(of("forget20", "npo+rt"), forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
+    "tuned_beyond10": (setting(of("forget90", "npo+rt"), model_utility=[0.6, 0.3, 0.3, 0.3, 0.3, 0.3]),
+                       setting(of("forget90", "npo+rt"), forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
+}
+
+
+def test_numbers_as_in_the_paper_make_every_verdict_true():
+    assert holds(hand_made_study()) == {claim.__name__: True for claim in tofu_verdicts.CLAIMS}
+
+
+@pytest.mark.parametrize("claim", BENT)
+def test_each_verdict_can_be_false_and_undecided(claim):
+    false, undecided = BENT[claim]
+    assert holds(hand_made_study(change=false))[claim] is False
+    assert holds(hand_made_study(change=undecided))[claim] == "undecided"
+
+
+def test_one_seed_or_none_decides_nothing():
+    assert set(holds(hand_made_study(seeds=1)).values()) == {"undecided"}
+    nothing = {**hand_made_study(), "runs": []}
+    assert set(holds(nothing).values()) == {"undecided"}
+    assert all("not run" in tofu_verdicts.line(v) for v in tofu_verdicts.verdicts(nothing))
+    assert len(tofu_verdicts.lessons(nothing)) == 10 and "Undecided here" in tofu_verdicts.lessons(nothing)[0]
+
+
+def test_a_verdicts_line_has_its_numbers_and_scale():
+    line = tofu_verdicts.line(tofu_verdicts.verdicts(hand_made_study())[0])
+    assert "holds" in line and "12 of 12 tests" in line and "tiny (0.9 M parameters), builtin, 10 epochs" in line and "3 seeds" in line
+    false = tofu_verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
+    assert "forget20 npo+rt: peak log10 forget quality -9" in tofu_verdicts.line(false)
+
+
+def test_the_interval_covers_the_mean_and_shrinks_to_it():
+    low, high = tofu_verdicts.interval([1.0, 2.0, 3.0])
+    assert 1 <= low < 2 < high <= 3 and tofu_verdicts.interval([2.0] * 3) == (2.0, 2.0)
+    assert tofu_verdicts.interval([1.0, 2.0, 3.0]) == (low, high)
+
+
+def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
+    study = hand_made_study()
+    tuning, other = hand_made_run("npo+rt", "forget10", 0), {**hand_made_run("npo+rt", "forget10", 2), "lr": 5e-4}
+    study["runs"] += [tuning, other]
+    assert [r["seed"] for r in tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
+    assert len(tofu_verdicts.second_start(study, "forget10", "npo+rt")) == 1
+    assert [r["method"] for r in tofu_verdicts.weighted_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
+
+
+# ---------------------------------------------------------------- pictures and page
+
+def test_the_dual_scale_is_linear_above_the_line_and_logarithmic_below():
+    height = lambda p: tofu_pictures.height(math.log10(p), -9.0)
+    assert height(0.05) == pytest.approx(0, abs=1e-9) and height(1.0) == pytest.approx(tofu_pictures.ABOVE) and height(1e-9) == pytest.approx(-1)
+    assert height(0.525) == pytest.approx(tofu_pictures.ABOVE / 2)
+    assert height(5e-4) == pytest.approx(2 * height(5e-3))
+
+
+def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
+    study = hand_made_study()
+    first = tofu_pictures.draw(study, list(figures_tofu.FIGURES), tmp_path / "a")
+    again = tofu_pictures.draw(json.loads(json.dumps(study)), list(figures_tofu.FIGURES), tmp_path / "b")
+    assert len(first) == len(figures_tofu.FIGURES)
+    for a, b in zip(first, again):
+        assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
+    assert tofu_pictures.draw({**study, "runs": []}, list(figures_tofu.FIGURES), tmp_path / "c") == []
+
+
+def test_the_page_follows_from_the_json(tmp_path):
+    study = hand_made_study()
+    for key in tofu_verdicts.FIGURE_TITLES:
+        (tmp_path / f"builtin_tiny_{key}.png").touch()
+    page = tofu_verdicts.page({"builtin_tiny": study}, tmp_path)
+    assert page == tofu_verdicts.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
+    assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
+    assert page.count("](tofu/builtin_tiny_") == len(figures_tofu.FIGURES)
+    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |", "undesired"):
+        assert expected in page, expected
+
+
+# ---------------------------------------------------------------- planning
+
+@pytest.fixture
+def study(small_data, tmp_path, monkeypatch):
+    """study("--figure", "8", ...) opens one on the small data set, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(*words):
+        args = figures_tofu.build_parser().parse_args(["--data", str(small_data), "--epochs", "1", *words])
+        args.jobs = args.jobs or 1
+        return figures_tofu.open_study(args)
+    return make
+
+
+def recorded(study, *jobs, ks=0.3, utility=0.5):
+    """The study with records for these jobs, as if they had been run."""
+    runs = [{"key": job.key, **job.facts, "ks_statistic": [0.8, ks], "model_utility": [0.5, utility],
+             "forget_quality_log10": [-9.0, -3.0]} for job in jobs]
+    return study._replace(known={**study.known, "runs": study.known["runs"] + runs})
+
+
+def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
+    s = study("--figure", "8", "--methods", "npo+rt", "ga", "--seeds", "2")
+    jobs = figures_tofu.plan(s, ["8"])
+    ready = [job for job in jobs if job.given]
+    assert len(ready) == 2 * 3 and len(jobs) == 3 + (3 + 1) + 2 * 2
+    assert {job.facts["seed"] for job in ready} == {0} and {job.facts["split"] for job in ready} == {"forget10"}
+    models = [job for job in figures_tofu.missing(s, jobs) if job.facts["kind"] == "model"]
+    assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0), ("retain90", 1), ("retain90", 2)]
+    ga = [job for job in ready if job.facts["method"] == "ga"]
+    s = recorded(s, *ga[:2])
+    s = recorded(s, ga[2], ks=0.1)
+    assert figures_tofu.choose(s, "ga") == {"lr": ga[2].facts["lr"], "beta": 0.1} and figures_tofu.choose(s, "npo+rt") is None
+    jobs = figures_tofu.plan(s, ["8"])
+    chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
+    assert [job.facts["lr"] for job in chosen] == [ga[2].facts["lr"]] * 2
+    rates = [job for job in jobs if job.given and job.facts["method"] == "npo+rt"]
+    s = recorded(recorded(s, *rates[1:]), rates[0], utility=0.2)
+    assert figures_tofu.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
+    beta = [job for job in figures_tofu.tuning_jobs(s, "npo+rt")][-1]
+    assert beta.facts["beta"] == pytest.approx(0.2) and beta.facts["lr"] == rates[1].facts["lr"]
+    assert figures_tofu.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"], "beta": beta.facts["beta"]}
+
+
+def test_every_method_has_the_same_budget(study):
+    s = study("--seeds", "1")
+    for method in figures_tofu.METHODS:
+        tuning = figures_tofu.tuning_jobs(s, method)
+        assert len(tuning) == 3 + (method.split("+")[0] in figures_tofu.WITH_BETA)
+
+
+def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
+    run = lambda ks, utility: {"ks_statistic": [0.8, *ks], "model_utility": [0.6, *utility]}
+    assert figures_tofu.score(run([0.2], [0.6])) == pytest.approx(0.75)
+    assert figures_tofu.score(run([0.0], [0.3])) == pytest.approx(0.5)
+    assert figures_tofu.score(run([0.4, 0.0], [0.48, 0.0])) == pytest.approx(0.5)
+    assert figures_tofu.score(run([0.8], [0.6])) == 0  # untouched
+
+
+def as_run_folder(folder: Path, job, s, finished: bool, **changed):
+    """What a run leaves for `scan`."""
+    import train_npo
+    settings = {**vars(train_npo.resolve(job.given)), "out": str(folder), **changed}
+    settings["retain_log"] += "/eval/step_000005.json"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"settings": settings, "data_fingerprint": s.task.fingerprint}))
+    if finished:
+        (folder / "model").mkdir()
+
+
+def test_runs_are_known_by_settings_and_not_by_name(study):
+    s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
+    one, two, three = [job for job in figures_tofu.plan(s, ["8"]) if job.given]
+    runs = Path(s.args.runs)
+    as_run_folder(runs / "any name", one, s, finished=True, micro_batch_size=1, device="cpu")
+    as_run_folder(runs / "halfway", two, s, finished=False)
+    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)  # its name, other settings
+    s = figures_tofu.find_runs(s)
+    assert s.finished[one.key] == str(runs / "any name") and s.interrupted == {two.key: str(runs / "halfway")}
+    keys = [job.key for job in figures_tofu.missing(s, [one, two, three])]
+    assert one.key not in keys and two.key in keys and three.key in keys
+    assert figures_tofu.missing(recorded(s, two, three), [one, two, three]) == []  # the JSON is enough
+
+
+def test_other_data_another_start_or_another_retrained_model_make_another_run(study, monkeypatch):
+    s = study("--figure", "5", "--methods", "npo+rt", "--seeds", "2")
+    hyper = {"lr": 1e-3, "beta": 0.1}
+    job = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper)
+    others = [figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, start_seed=1),
+              figures_tofu.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
+              figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
+    assert len({job.key, *(o.key for o in others)}) == 4
+    shared = study("--figure", "5", "--methods", "npo+rt", "--seeds", "4", "--retrained", "2")
+    assert [figures_tofu.retraining_seed(shared, seed) for seed in range(5)] == [0, 1, 2, 1, 2]
+
+
+def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
+    s = study("--figure", "retain-weight", "--seeds", "1")
+    hyper = {"lr": 1e-3, "beta": 0.1}
+    zero = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
+    assert zero.key == figures_tofu.unlearn_job(s, "npo", "forget10", 1, hyper).key and zero.facts["method"] == "npo"
+    assert len(figures_tofu.plan(s, ["retain-weight"])) == 4 + len(figures_tofu.RETAIN_WEIGHTS)
+
+
+def test_a_json_of_another_start_is_put_aside(study):
+    s = study("--figure", "8")
+    path = figures_tofu.json_path(s.args)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({**s.known, "start": "another"}))
+    assert study("--figure", "8").known["runs"] == [] and path.with_suffix(".old").exists()
+    path.write_text("[]")
+    with pytest.raises(InputError, match="lacks"):
+        study("--figure", "8")
+
+
+def test_flags_that_are_decided_here_are_refused(study):
+    with pytest.raises(InputError, match="--lr is decided here"):
+        study("--train-flags", "--lr 1")
+    with pytest.raises(InputError, match="PRESET"):
+        study("--model", "unknown/model")
+    assert study("--train-flags", "--dtype bf16").extra == {"dtype": "bf16"}
+
+
+# ---------------------------------------------------------------- the whole path
+
+def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
+    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON alone."""
+    args = ["--data", small_data, "--figure", "8", "--methods", "ga", "npo+rt", "--seeds", "1", "--epochs", "1", "--jobs", "2",
+            "--out", "res"]
+    planned = command("figures_tofu.py", *args, "--plan").stdout
+    assert "together 9 unlearning runs, 9 missing" in planned and "3 models" in planned and "memory:" in planned
+    assert not (tmp_path / "runs").exists()
+    process = subprocess.Popen([sys.executable, str(ROOT / "figures_tofu.py"), *map(str, args)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    begin = time.monotonic()
+    while not list((tmp_path / "runs" / "models").glob("tiny-*/log.jsonl")):
+        assert process.poll() is None and time.monotonic() - begin < 300, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "the same command goes on" in output, output
+    done = command("figures_tofu.py", *args, timeout=600).stdout
+    known = json.loads((tmp_path / "res" / "tofu" / f"{small_data.name}_tiny.json").read_text())
+    assert len(known["runs"]) == 9 and len(known["retrained"]) == 3 and not known["failed"], done
+    assert set(known["chosen"]) == {"ga", "npo+rt"} and len(known["tried"]) == 7 and "chosen" in done.lower() or "score" in done
+    assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
+    run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
+    assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget" and run["answers"]["retain"]["answers"] == 20
+    assert not list((tmp_path / "runs" / "tofu").glob("*/checkpoints"))
+    picture = tmp_path / "res" / "tofu" / f"{small_data.name}_tiny_figure8.png"
+    files = [picture, tmp_path / "res" / "tofu.md"]
+    before = [path.read_bytes() for path in files]
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    again = command("figures_tofu.py", *args).stdout
+    assert "runs to make" not in again and not (tmp_path / "runs").exists()
+    words = ["figures_tofu.py", *map(str, args), "--draw-only"]
+    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torch'] = None; sys.argv = {words!r}; " \
+                    "import figures_tofu; figures_tofu.main()"
+    for path in files:
+        path.unlink()
+    subprocess.run([sys.executable, "-c", without_torch], cwd=tmp_path, check=True)
+    assert files[0].read_bytes() == before[0]
+    page = files[1].read_text()
+    assert "Figure 8" in page and "## " in page

@@ -1,0 +1,100 @@
+"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact (Section 5.2's
+remarks on the answers, made countable). Pure functions of texts; `figures_tofu.py` applies them to every run's last evaluation.
+
+    distinct-n        different word n-grams over all word n-grams of a set's answers together (Li et al., 2016)
+    repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of Welleck et al., 2019, on
+                      characters, so that an answer without blanks counts too); mean over answers
+    refusal           at least 80% of the answer's word pairs, its begin and end included, occur in the list of refusals
+    of the wording    the same with the data set's answers, and no refusal
+    true fact         the answer has more than half of the words in which the true (paraphrased) answer differs from every
+                      perturbed one
+
+The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent, of the wording,
+and wrong.
+"""
+
+import re
+import statistics
+
+PAIRS_KNOWN = 0.8  # share of word pairs that makes an answer a refusal, or of the wording
+RUN = 8  # characters
+REPETITIVE = 0.3  # repetition rate from which an answer is called repetitive
+
+
+def words(text: str) -> list[str]:
+    """Lower-case runs of letters and digits; an apostrophe belongs to its word."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def word_pairs(text: str) -> list[tuple]:
+    """Neighbouring words, with the text's begin and end as words of their own; [] for a text without words."""
+    found = words(text)
+    marked = ["<", *found, ">"] if found else []
+    return list(zip(marked, marked[1:]))
+
+
+def pairs_of(texts: list) -> set:
+    """Every word pair of the texts: what `known_share` looks an answer up in."""
+    return {pair for text in texts for pair in word_pairs(text)}
+
+
+def known_share(text: str, pairs: set) -> float:
+    """Share of the text's word pairs that are among `pairs`; 0 for a text without words."""
+    own = word_pairs(text)
+    return sum(pair in pairs for pair in own) / len(own) if own else 0.0
+
+
+def distinct(texts: list, n: int) -> float | None:
+    """Different word n-grams over all of them, over all texts together; None where no text has n words."""
+    grams = [tuple(found[i:i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def repetition_rate(text: str) -> float:
+    """Share of the text's runs of RUN characters that came before in it; 0 for a text that is shorter."""
+    runs = [text[i:i + RUN] for i in range(len(text) - RUN + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def names_fact(generation: str, row: dict) -> bool:
+    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from every perturbed
+    answer. A row without such words: the answer itself, word by word."""
+    truth = row.get("paraphrased_answer") or row["answer"]
+    false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
+    fact = set(words(truth)) - false if false else set()
+    if not fact:
+        return words(generation) == words(row["answer"])
+    return 2 * len(fact & set(words(generation))) > len(fact)
+
+
+def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> str:
+    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first that applies."""
+    if not words(generation):
+        return "empty"
+    if repetition_rate(generation) >= REPETITIVE:
+        return "repetitive"
+    if known_share(generation, refusal_pairs) >= PAIRS_KNOWN:
+        return "refusal"
+    if names_fact(generation, row):
+        return "true"
+    return "other fact" if known_share(generation, answer_pairs) >= PAIRS_KNOWN else "garbled"
+
+
+KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
+
+
+def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
+    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set's answers; the
+    last four are None or a number with four digits."""
+    kinds = [kind(text, row, answer_pairs, refusal_pairs) for text, row in zip(generations, rows, strict=True)]
+    numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),
+               "repetition_rate": statistics.mean(map(repetition_rate, generations)),
+               "words": statistics.mean(len(words(text)) for text in generations)}
+    return {"answers": len(generations), **{k: kinds.count(k) for k in KINDS},
+            **{k: None if v is None else round(v, 4) for k, v in numbers.items()}}
+
+
+def judgement(name: str, kind_: str) -> str:
+    """"desired" or "undesired": on the forget set anything readable but the truth, elsewhere the truth alone."""
+    good = ("other fact", "refusal") if name == "forget" else ("true",)
+    return "desired" if kind_ in good else "undesired"
