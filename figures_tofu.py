@@ -110,6 +110,7 @@ class Study(NamedTuple):
     known: dict  # the distilled JSON
     finished: dict  # key -> folder of the runs that are done
     interrupted: dict  # key -> folder of the runs that were begun
+    taken: dict  # another study's choices (--choices), else {}
     memo: dict  # jobs that were described before: resolving settings takes a millisecond, and plans are made often
 
 
@@ -238,6 +239,8 @@ def plan(study: Study, figures: list) -> list[Job]:
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:
     """All learning rates at the first beta; the other betas at the best of these."""
+    if study.taken:
+        return []
     first, *others = betas(study, method)
     rates = [unlearn_job(study, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first}) for lr in learning_rates(study)]
     best = best_job(study, rates)
@@ -252,10 +255,9 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict 
     """The runs of one method on one split for one figure, on the reported seeds."""
     seeds = range(1, 1 + (1 if figure == "7" else seeds_of(study.args, figure)))
     if figure == "9":
-        tuning = weight_jobs(study, method, split, hyper)
-        best = best_job(study, tuning)
-        return tuning + [unlearn_job(study, method, split, seed, hyper if best else None,
-                                     retain_weight=best.facts["retain_weight"] if best else None) for seed in seeds]
+        weight = chosen_weight(study, method, split, hyper)
+        return weight_jobs(study, method, split, hyper) + [
+            unlearn_job(study, method, split, seed, None if weight is None else hyper, retain_weight=weight) for seed in seeds]
     if figure == "retain-weight":
         return [unlearn_job(study, method, split, seed, hyper, retain_weight=weight)
                 for weight in RETAIN_WEIGHTS for seed in seeds]
@@ -266,8 +268,9 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict 
 
 
 def weight_jobs(study: Study, method: str, split: str, hyper: dict | None) -> list[Job]:
-    return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=weight)
-            for weight in TUNED_WEIGHTS]
+    """The retain weights that Figure 9 chooses from."""
+    weights = () if study.taken else TUNED_WEIGHTS
+    return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=weight) for weight in weights]
 
 
 def seeds_of(args, figure: str) -> int:
@@ -296,15 +299,25 @@ def best_job(study: Study, jobs: list) -> Job | None:
 
 def choose(study: Study, method: str) -> dict | None:
     """{"lr", "beta"} of a method, or None while its tuning runs are not all there."""
+    if study.taken:
+        return {k: study.taken[method][k] for k in ("lr", "beta")} if method in study.taken else None
     best = best_job(study, tuning_jobs(study, method))
     return {k: best.facts[k] for k in ("lr", "beta")} if best else None
+
+
+def chosen_weight(study: Study, method: str, split: str, hyper: dict | None) -> float | None:
+    """The retain weight of Figure 9, or None while its tuning runs are not all there."""
+    if study.taken:
+        return study.taken.get(method, {}).get("weights", {}).get(split)
+    best = best_job(study, weight_jobs(study, method, split, hyper))
+    return best.facts["retain_weight"] if best else None
 
 
 def chosen(study: Study) -> tuple[dict, list]:
     """(what was chosen for each method, and the weights of Figure 9; one line for each tuning run), both for the JSON."""
     records = {record["key"]: record for record in study.known["runs"]}
-    choices, tried = {}, []
-    for method in METHODS:
+    choices, tried = dict(study.taken), []
+    for method in METHODS if not study.taken else ():
         hyper, jobs = choose(study, method), tuning_jobs(study, method)
         lines = [tried_line(job, records) for job in jobs if job.given and job.key in records]
         if hyper and lines:
@@ -386,11 +399,24 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
                         str(Path(__file__).parent / "train_npo.py"), *flags], check=True)
     else:
         s = train_npo.parse(["--resume", folder])[0] if folder else train_npo.resolve(given)
-        train_npo.run(s, train_npo.join_world(s.device))
+        start = start_rows_file(job)
+        rows = json.loads(start.read_text(encoding="utf-8")) if start and start.exists() else None
+        train_npo.run(s, train_npo.join_world(s.device), rows)
+        if start and rows is None:
+            evaluated = json.loads((Path(folder or job.folder) / "eval" / "step_000000.json").read_text(encoding="utf-8"))
+            write_json(start, evaluated["rows"])
     if job.facts["kind"] == "unlearn":  # what only a resume needs: a hundred runs would fill the disk
         for part in ("checkpoints", "reference"):
             shutil.rmtree(Path(folder or job.folder) / part, ignore_errors=True)
     return folder or job.folder, time.perf_counter() - begin
+
+
+def start_rows_file(job: Job) -> Path | None:
+    """Where the start's evaluation is kept for the other runs from this start on this split: it would be the same in each."""
+    if job.facts["kind"] == "model":
+        return None
+    mark = fingerprint(job.given["model"], job.facts["split"], job.given["data"], job.given.get("dtype"))
+    return Path(job.folder).parent / f"start_{job.facts['split']}_{mark[:8]}.json"
 
 
 def work(pipe, log: str, processes: int):
@@ -685,6 +711,7 @@ def build_parser() -> Parser:
     add("--model", default="tiny", help="preset, or PRESET=FOLDER (default: tiny)")
     add("--base", help="folder with the base model that retraining starts from (default: the preset's)")
     add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id (default: builtin)")
+    add("--choices", metavar="FILE", help="take hyper-parameters and weights from another study's JSON in place of tuning")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
     add("--train-flags", default="", help="further flags of train_npo.py for every run, in one string, e.g. \"--dtype bf16\"")
     add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
@@ -720,7 +747,8 @@ def open_study(args) -> Study:
         raise InputError(f"--train-flags {args.train_flags}: --{min(taken).replace('_', '-')} is decided here; leave it out")
     task = load_task(args.data, TUNING_SPLIT)
     empty = {"runs": [], "retrained": [], "failed": []}
-    study = Study(args, task, PRESETS[name], name, extra, empty, {}, {}, {})
+    study = Study(args, task, PRESETS[name], name, extra, empty, {}, {},
+                  read_study(Path(args.choices))["chosen"] if args.choices else {}, {})
     start = model_job(study, "full", 0)
     identity = {"data_fingerprint": task.fingerprint, "start": Path(start.folder).name if start else PRESETS[name].finetuned}
     path = json_path(args)
@@ -736,7 +764,7 @@ def open_study(args) -> Study:
                  budget={"split": TUNING_SPLIT, "seed": TUNING_SEED, "learning_rates": list(learning_rates(study)),
                          "betas": {m: list(betas(study, m)) for m in METHODS if m.split("+")[0] in WITH_BETA},
                          "weights": list(TUNED_WEIGHTS), "retain_weights": list(RETAIN_WEIGHTS)},
-                 provenance=provenance(args))
+                 provenance=provenance(args), choices_from=Path(args.choices).name if args.choices else None)
     return find_runs(study._replace(known=known))
 
 

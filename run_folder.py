@@ -80,6 +80,7 @@ class Run:
                  reference: Reference | None, meta: dict, w: World):
         self.s, self.folder, self.plan, self.prepared, self.retain_rows = s, folder, plan, prepared, retain_rows
         self.tokenizer, self.reference, self.meta, self.w = tokenizer, reference, meta, w
+        self.start_rows = None  # the start's evaluation, where another run has made it
         self.evaluation_steps = plan.evaluation_steps(s.eval_every)
         every = s.checkpoint_every
         self.checkpoint_steps, self.interval = set(), math.inf
@@ -172,11 +173,9 @@ class Run:
     def evaluate(self, step: int, model: AnswerModel):
         """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so far."""
         begin = time.perf_counter()
-        batch_size = PRESETS[self.s.preset or "llama2-7b"].eval_batch_size
-        with autocast(self.s.dtype, self.w.device):
-            rows = evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, w=self.w,
-                            reference=self.reference and self.reference.evaluation(),
-                            reference_head=self.reference and self.reference.head_weight)
+        rows = self.start_rows if step == 0 else None
+        if rows is None:
+            rows = self.measured_rows(model)
         metrics = compute_metrics(rows, self.retain_rows)
         if self.w.rank == 0:
             write_json(self.folder / "eval" / f"step_{step:06d}.json",
@@ -191,6 +190,14 @@ class Run:
                    f"  forget probability {number(metrics['forget']['probability'])}"
                    f"  retain probability {number(metrics['retain']['probability'])}"
                    f"  ({time.perf_counter() - begin:.1f} s)")
+
+    def measured_rows(self, model: AnswerModel) -> dict:
+        """set -> row results of the model as it is now."""
+        batch_size = PRESETS[self.s.preset or "llama2-7b"].eval_batch_size
+        with autocast(self.s.dtype, self.w.device):
+            return evaluate(model, self.prepared, self.tokenizer, batch_size=batch_size, w=self.w,
+                            reference=self.reference and self.reference.evaluation(),
+                            reference_head=self.reference and self.reference.head_weight)
 
     def evaluations(self) -> dict:
         """step -> metrics of the evaluations so far."""

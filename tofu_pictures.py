@@ -105,8 +105,8 @@ def lattice(axes, study: dict, split: str, floor: float):
         for log in sorted({p for _, p in steps if p >= floor}):
             axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7, transform=axes.get_yaxis_transform())
         n, last = study["forget_rows"][split], steps[-1][1]
-        axes.annotate(f"possible p-values, n = {n}\n(floor $10^{{{last:.0f}}}$)", (0.965, 0.02), xycoords="axes fraction",
-                      ha="right", fontsize=7, color="gray")
+        axes.set_title(f"right: the p-values that {n} rows allow, floor $10^{{{last:.0f}}}$", loc="right", fontsize=7, color="gray",
+                       y=0.005)
 
 
 def with_runs(study: dict, split: str, methods) -> list:

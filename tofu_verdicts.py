@@ -392,6 +392,17 @@ def tuning_table(study: dict) -> list[str]:
     return table(head, rows) if rows else []
 
 
+def sensitivity_table(study: dict) -> list[str]:
+    """Worst and best of each method's tuning runs."""
+    rows = []
+    for method in study["chosen"]:
+        tried = [t for t in study["tried"] if t["method"] == method and t["split"] == study["budget"]["split"]]
+        if tried:
+            scores, peaks_ = sorted(t["score"] for t in tried), sorted(t["peak_log10"] for t in tried)
+            rows.append([method, len(tried), f"{scores[0]:.3f} to {scores[-1]:.3f}", f"{peaks_[0]:.2f} to {peaks_[-1]:.2f}"])
+    return table(["method", "settings", "score", "peak log10 forget quality"], rows) if rows else []
+
+
 def samples_of(study: dict) -> list:
     """(who, samples) on forget10: the start, the retrained model, then every method's run of seed 1."""
     start = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
@@ -472,7 +483,8 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     lines = [f"## {study['data']}, {study['model']}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; `{made['command']}`, commit "
              f"{(made['commit'] or 'unknown')[:12]}, {made['time']}. {seeds_line(study)}", "",
-             "### What to take away", "", *lessons(study), "", "### Verdicts", "",
+             "### What to take away", "", "What the paper teaches, and whether it was seen at this scale, with the number that decides "
+             "(intervals: bootstrap over seeds).", "", *lessons(study), "", "### Verdicts", "",
              *table(["claim", "holds", "numbers"], [[v["claim"], ANSWER[v["holds"]], line(v).partition(": ")[2].partition("(")[2].
                                                     replace("|", "/").rpartition(") [")[0]] for v in verdicts(study)]),
              "", f"Scale: {scale(study)}. Intervals: bootstrap over seeds, {COVERED:.0%}.", "", *failed]
@@ -484,10 +496,16 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
     budget = study["budget"]
+    if study.get("choices_from"):
+        rows = [[m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
+                for m, c in study["chosen"].items()]
+        return lines + ["### Hyper-parameters", "", f"Not tuned here: those of `{study['choices_from']}`.", "",
+                        *table(["method", "lr", "beta", "retain weight of Figure 9"], rows), ""]
     lines += ["### Hyper-parameters", "",
               f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning rates "
               f"{', '.join(f'{lr:g}' for lr in budget['learning_rates'])}, then a second beta at the best. Score: the largest, over "
               "evaluations, of the smaller of 1 - D/D_start and U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
+              "How much each method depends on them, over all that was tried on this split:", "", *sensitivity_table(study), "",
               *tuning_table(study), ""]
     return lines
 

@@ -576,9 +576,10 @@ def floating_point_rate(w: World) -> float:
     return products * 2 * size**3 / (time.perf_counter() - begin) * w.size / 3
 
 
-def run(s: Namespace, w: World) -> Path:
+def run(s: Namespace, w: World, start_rows: dict | None = None) -> Path:
     """Everything: check, load, train what is missing, pass the reference, train, evaluate, save.
-    Returns the run folder.
+    Returns the run folder. `start_rows`: the start's evaluation on these rows, where the caller has it from another run
+    of the same start; it is then not made again.
 
     Raises InputError before anything is written, where the input is at fault; Stopped where a signal
     ended the training.
@@ -621,11 +622,12 @@ def run(s: Namespace, w: World) -> Path:
         w.say(f"{folder} is there, finished")
         return folder
     with locked(folder / ".lock") if w.rank == 0 else nullcontext():
-        return finish_run(s, w, task, plan, prepared, lm, tokenizer, start, retain_rows, config, folder, begin)
+        return finish_run(s, w, task, plan, prepared, lm, tokenizer, start, retain_rows, config, folder, begin,
+                          start_rows)
 
 
 def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer, start: dict, retain_rows: list | None,
-               config: dict, folder: Path, begin: float) -> Path:
+               config: dict, folder: Path, begin: float, start_rows: dict | None) -> Path:
     """The part of `run` that writes: train what is missing, pass the reference, train, evaluate, save."""
     from_scratch, source = s.preset == "tiny" and not s.start, s.start
     wanted = [] if s.loss == "sft" or not from_scratch else ["full"] if retain_rows else ["full", complement(s.split)]
@@ -674,6 +676,7 @@ def finish_run(s: Namespace, w: World, task, plan: Plan, prepared, lm, tokenizer
             "trained_on": {"split": s.split, "loss": s.method, "data": s.data, "data_fingerprint": task.fingerprint,
                            "seed": s.seed, "facts_included": facts_included}}
     with Run(s, folder, plan, prepared, retain_rows, tokenizer, reference, meta, w) as outer:
+        outer.start_rows = start_rows
         train(s, model, plan, reference, pad_id(tokenizer), w, outer)
         outer.finish(model, time.perf_counter() - begin)
     return folder

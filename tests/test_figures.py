@@ -376,6 +376,15 @@ def test_a_json_of_another_start_is_put_aside(study):
         study("--figure", "8")
 
 
+def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"runs": [], "retrained": [], "failed": [], "chosen": {
+        "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}))
+    s = study("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices", "other.json")
+    jobs = figures_tofu.plan(s, ["9"])
+    assert [(j.facts["lr"], j.facts["beta"], j.facts["retain_weight"], j.facts["seed"]) for j in jobs] == \
+        [(3e-4, 0.3, 2.0, 1), (3e-4, 0.3, 2.0, 2)] and all(j.given for j in jobs)
+
+
 def test_flags_that_are_decided_here_are_refused(study):
     with pytest.raises(InputError, match="--lr is decided here"):
         study("--train-flags", "--lr 1")
@@ -388,10 +397,10 @@ def test_flags_that_are_decided_here_are_refused(study):
 
 def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON alone."""
-    args = ["--data", small_data, "--figure", "8", "--methods", "ga", "npo+rt", "--seeds", "1", "--epochs", "1", "--jobs", "2",
+    args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1", "--jobs", "2",
             "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
-    assert "together 9 unlearning runs, 9 missing" in planned and "3 models" in planned and "memory:" in planned
+    assert "together 5 unlearning runs, 5 missing" in planned and "3 models" in planned and "memory:" in planned
     assert not (tmp_path / "runs").exists()
     process = subprocess.Popen([sys.executable, str(ROOT / "figures_tofu.py"), *map(str, args)], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -404,8 +413,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert process.returncode == 130 and "the same command goes on" in output, output
     done = command("figures_tofu.py", *args, timeout=600).stdout
     known = json.loads((tmp_path / "res" / "tofu" / f"{small_data.name}_tiny.json").read_text())
-    assert len(known["runs"]) == 9 and len(known["retrained"]) == 3 and not known["failed"], done
-    assert set(known["chosen"]) == {"ga", "npo+rt"} and len(known["tried"]) == 7 and "chosen" in done.lower() or "score" in done
+    assert len(known["runs"]) == 5 and len(known["retrained"]) == 3 and not known["failed"], done
+    assert set(known["chosen"]) == {"npo+rt"} and len(known["tried"]) == 4 and "score" in done
     assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
     run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
     assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget" and run["answers"]["retain"]["answers"] == 20
@@ -425,3 +434,22 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert files[0].read_bytes() == before[0]
     page = files[1].read_text()
     assert "Figure 8" in page and "## " in page
+
+
+def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_data, tmp_path, monkeypatch):
+    """A run that is given the start's rows writes the same evaluations as one that measures them."""
+    import torch
+
+    import run_folder
+    from processes import World
+    from train_npo import resolve, run
+    monkeypatch.chdir(tmp_path)
+    given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10, "template": "llama2"}
+    alone, measured, plain = World(0, 1, torch.device("cpu")), [], run_folder.Run.measured_rows
+    monkeypatch.setattr(run_folder.Run, "measured_rows", lambda self, model: measured.append(1) or plain(self, model))
+    own = run(resolve({**given, "out": "own"}), alone)
+    read = lambda folder, step: {k: v for k, v in json.loads((folder / "eval" / f"step_{step:06d}.json").read_text()).items()
+                                 if k != "provenance"}
+    shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
+    assert len(measured) == 2 + 1
+    assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)
