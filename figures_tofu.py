@@ -1,6 +1,6 @@
-"""Section 5 whole: plan the runs that a figure needs, run what is missing, distil them into one small JSON, draw, judge.
+"""Section 5 whole: plan the runs of a figure, run what is missing, distil them into one small JSON, draw, judge.
 
-    python figures_tofu.py                       # built-in data, the tiny model, everything; --plan says what that takes
+    python figures_tofu.py                       # built-in data, the tiny model, everything: see --plan first
     python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt --splits forget10
     python figures_tofu.py --draw-only           # from the JSON alone: no model, no run folder
 
@@ -13,16 +13,17 @@
     --figure retain-weight   npo+rt on forget10, retain weights 0 to 5
     --figure beyond10        forget20, 30, 50, 90
 
-It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A run is known by
-its settings, data, start and retrained model: one that is in the JSON, or finished in --runs, is not made again; one that
-was interrupted goes on. The story: `plan` (what is needed, given what is known), `execute` (workers), `record` (what is kept
-of a run), `choose` (hyper-parameters), then `tofu_verdicts.py` and `tofu_pictures.py`, pure functions of the JSON.
+It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A run is known
+by its settings, data, start and retrained model: one that is in the JSON, or finished in --runs, is not made again; one
+that was interrupted goes on. The story: `plan` (what is needed, given what is known), `execute` (workers), `record`
+(what is kept of a run), `choose` (hyper-parameters), then `tofu_verdicts.py` and `tofu_pictures.py`, pure functions of
+the JSON.
 
-Hyper-parameters: one budget for every method, on forget10 and on TUNING_SEED, which is not among the reported seeds 1 to N:
-every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. The score of a run is the
-largest, over its evaluations after the start, of the smaller of 1 - D/D_start and U/U_start, D the Kolmogorov-Smirnov
-statistic against the retrained model (linear where the p-value runs over a hundred decades) and U the model utility. What is
-chosen holds for every split; Figure 9 tunes its weights in the same way.
+Hyper-parameters: one budget for every method, on forget10 and on TUNING_SEED, which is not among the reported seeds 1
+to N: every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. The score of a run is
+the largest, over its evaluations after the start, of the smaller of 1 - D/D_start and U/U_start, D the
+Kolmogorov-Smirnov statistic against the retrained model (linear where the p-value runs over a hundred decades) and U
+the model utility. What is chosen holds for every split; Figure 9 tunes its weights in the same way.
 
 Seeds vary unlearning and retraining; the fine-tuned start is shared. Departures from the paper: see `tofu_verdicts.py`.
 """
@@ -36,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +47,8 @@ import tofu_verdicts
 from command_line import Parser, environment, given_flags, positive, run_command, write_json
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, slice_rows
 
-METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl", "simnpo",
+METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
+           "simnpo",
            "simnpo+rt")
 WITH_BETA = ("dpo", "kto", "npo", "simnpo")
 FIGURES = {  # name -> (splits, methods)
@@ -71,7 +74,8 @@ SECOND_START_SEED = 1
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 # What identifies a run, besides data, start and retrained model. Micro-batch, device and places change no number.
-SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta", "gamma", "epochs",
+SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta", "gamma",
+               "epochs",
                "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm", "seed", "dtype", "eval_every",
                "retain_pairing")
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl", "world_facts_kl")
@@ -152,8 +156,10 @@ def base_model(study: Study) -> str:
 def _model_job(study: Study, split: str, seed: int) -> Job:
     import train_npo
     if study.preset_name == "tiny":
-        settings = train_npo.tiny_settings(train_npo.resolve({"data": study.args.data, **study.extra}), split, study.task, seed)
-        given = {"loss": "sft", "split": split, "data": study.args.data, "seed": seed, "eval_every": settings.eval_every}
+        settings = train_npo.tiny_settings(train_npo.resolve({"data": study.args.data, **study.extra}), split,
+                                           study.task, seed)
+        given = {"loss": "sft", "split": split, "data": study.args.data, "seed": seed,
+                 "eval_every": settings.eval_every}
     else:
         given = {"loss": "sft", "split": split, "data": study.args.data, "seed": seed, "model": base_model(study),
                  "eval_every": "never" if split == "full" else "end", **study.extra}
@@ -168,7 +174,8 @@ def _model_job(study: Study, split: str, seed: int) -> Job:
 
 def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict | None, start_seed: int = 0,
                 retain_weight: float | None = None) -> Job:
-    """An unlearning run with `hyper` {"lr", "beta"} (None: not chosen yet), judged against its own seed's retrained model."""
+    """An unlearning run with `hyper` {"lr", "beta"} (None: not chosen yet), judged against its own seed's retrained
+    model."""
     mark = method, split, seed, tuple((hyper or {}).values()), start_seed, retain_weight
     if mark not in study.memo:
         study.memo[mark] = _unlearn_job(study, method, split, seed, hyper, start_seed, retain_weight)
@@ -195,9 +202,11 @@ def _unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict |
                   Path(retrained.folder).name)
     name = f"{split} {method} lr {settings.lr:g} beta {settings.beta:g} weights {settings.forget_weight:g}/" \
            f"{settings.retain_weight:g}/{settings.kl_weight:g} seed {seed}" + f" start {start_seed}" * (start_seed > 0)
-    passes = 1 + (settings.retain_weight + settings.kl_weight > 0) + (settings.loss == "dpo") + 0.3 * (settings.loss == "kto")
+    passes = 1 + (settings.retain_weight
+                  + settings.kl_weight > 0) + (settings.loss == "dpo") + 0.3 * (settings.loss == "kto")
     facts = {"kind": "unlearn", "method": settings.method, "split": split, "seed": seed, "start_seed": start_seed,
-             **{k: getattr(settings, k) for k in ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")}}
+             **{k: getattr(settings, k)
+                for k in ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")}}
     if hyper is None:  # what the name says of lr and beta isn't known yet
         name = f"to be chosen: {name}"
     folder = f"{study.args.runs}/{split}_{method}_seed{seed}_{key[:8]}"
@@ -218,8 +227,8 @@ def evaluation_every(split: str, rows: int, batch: int) -> int:
 
 
 def plan(study: Study, figures: list) -> list[Job]:
-    """The unlearning runs that the figures need, each once: for the choice of hyper-parameters, then for the figures. What
-    depends on a choice that can't be made yet has no settings."""
+    """The unlearning runs that the figures need, each once: for the choice of hyper-parameters, then for the figures.
+    What depends on a choice that can't be made yet has no settings."""
     jobs = {}
 
     def add(job: Job):
@@ -242,7 +251,8 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
     if study.taken:
         return []
     first, *others = betas(study, method)
-    rates = [unlearn_job(study, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first}) for lr in learning_rates(study)]
+    rates = [unlearn_job(study, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first})
+             for lr in learning_rates(study)]
     best = best_job(study, rates)
     for beta in others:
         hyper = {"lr": best.facts["lr"], "beta": beta} if best else None
@@ -256,8 +266,9 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict 
     seeds = range(1, 1 + (1 if figure == "7" else seeds_of(study.args, figure)))
     if figure == "9":
         weight = chosen_weight(study, method, split, hyper)
+        hyper_if_tuned = None if weight is None else hyper
         return weight_jobs(study, method, split, hyper) + [
-            unlearn_job(study, method, split, seed, None if weight is None else hyper, retain_weight=weight) for seed in seeds]
+            unlearn_job(study, method, split, seed, hyper_if_tuned, retain_weight=weight) for seed in seeds]
     if figure == "retain-weight":
         return [unlearn_job(study, method, split, seed, hyper, retain_weight=weight)
                 for weight in RETAIN_WEIGHTS for seed in seeds]
@@ -281,8 +292,8 @@ def seeds_of(args, figure: str) -> int:
 # ---------------------------------------------------------------- choosing hyper-parameters
 
 def score(run: dict) -> float:
-    """The largest, over evaluations after the start, of the smaller of 1 - D/D_start and U/U_start: 1 where a model is as
-    the retrained one and as useful as the start."""
+    """The largest, over evaluations after the start, of the smaller of 1 - D/D_start and U/U_start: 1 where a model is
+    as the retrained one and as useful as the start."""
     quality = [1 - d / run["ks_statistic"][0] for d in run["ks_statistic"]]
     utility = [u / run["model_utility"][0] for u in run["model_utility"]]
     return max(min(pair) for pair in list(zip(quality, utility))[1:])
@@ -314,7 +325,8 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict | None) -> 
 
 
 def chosen(study: Study) -> tuple[dict, list]:
-    """(what was chosen for each method, and the weights of Figure 9; one line for each tuning run), both for the JSON."""
+    """(what was chosen for each method, and the weights of Figure 9; one line for each tuning run), both for the
+    JSON."""
     records = {record["key"]: record for record in study.known["runs"]}
     choices, tried = dict(study.taken), []
     for method in METHODS if not study.taken else ():
@@ -341,7 +353,8 @@ def tried_line(job: Job, records: dict) -> dict:
 # ---------------------------------------------------------------- what is there
 
 def scan(runs: Path) -> tuple[dict, dict]:
-    """(key -> folder of finished runs, the same of interrupted ones) under `runs`, by their settings, whatever their names."""
+    """(key -> folder of finished runs, the same of interrupted ones) under `runs`, by their settings, whatever their
+    names."""
     finished, interrupted = {}, {}
     for config in sorted(runs.glob("*/config.json")):
         stored = json.loads(config.read_text(encoding="utf-8"))
@@ -372,8 +385,8 @@ def is_model_there(job: Job) -> bool:
 
 
 def missing(study: Study, jobs: list) -> list[Job]:
-    """What must still be run, models first: runs without record and without finished folder, and the models they need (or
-    whose own record is not there yet)."""
+    """What must still be run, models first: runs without record and without finished folder, and the models they need
+    (or whose own record is not there yet)."""
     known = {record["key"] for record in study.known["runs"]} | {r["key"] for r in study.known["retrained"]}
     failed = {f["key"] for f in study.known["failed"]}
     open_jobs = [job for job in jobs if job.key not in known | failed and job.key not in study.finished]
@@ -394,7 +407,8 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
         given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
     folder = resumed or (job.folder if Path(job.folder).is_dir() else None)
     if processes > 1:
-        flags = ["--resume", folder] if folder else [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+        flags = ["--resume", folder] if folder else [word for k, v in given.items()
+                                                     for word in (f"--{k.replace('_', '-')}", str(v))]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                         str(Path(__file__).parent / "train_npo.py"), *flags], check=True)
     else:
@@ -403,8 +417,8 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
         rows = json.loads(start.read_text(encoding="utf-8")) if start and start.exists() else None
         train_npo.run(s, train_npo.join_world(s.device), rows)
         if start and rows is None:
-            evaluated = json.loads((Path(folder or job.folder) / "eval" / "step_000000.json").read_text(encoding="utf-8"))
-            write_json(start, evaluated["rows"])
+            evaluated = Path(folder or job.folder) / "eval" / "step_000000.json"
+            write_json(start, json.loads(evaluated.read_text(encoding="utf-8"))["rows"])
     if job.facts["kind"] == "unlearn":  # what only a resume needs: a hundred runs would fill the disk
         for part in ("checkpoints", "reference"):
             shutil.rmtree(Path(folder or job.folder) / part, ignore_errors=True)
@@ -412,7 +426,8 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
 
 
 def start_rows_file(job: Job) -> Path | None:
-    """Where the start's evaluation is kept for the other runs from this start on this split: it would be the same in each."""
+    """Where the start's evaluation is kept for the other runs from this start on this split: it would be the same in
+    each."""
     if job.facts["kind"] == "model":
         return None
     mark = fingerprint(job.given["model"], job.facts["split"], job.given["data"], job.given.get("dtype"))
@@ -480,7 +495,9 @@ class Workers:
     def close(self, at_once: bool):
         """Let idle workers go; `at_once`: ask busy ones to finish their step and save."""
         for _, process, pipe in self.idle:
-            pipe.send(None)
+            if process.is_alive():
+                with suppress(BrokenPipeError):  # it has heard the same Ctrl-C
+                    pipe.send(None)
             process.join()
         for _, process, _ in self.busy.values():
             if at_once:
@@ -506,10 +523,10 @@ def execute(study: Study, jobs: list, workers: Workers, progress) -> Study:
                 raise KeyboardInterrupt
             if what == "failed":
                 study = fail(study, job, text)
-                progress(job, f"FAILED: {text}", 0.0)
+                progress(study, job, f"FAILED: {text}", 0.0)
             else:
                 study = keep(study, record(study, job, Path(text), seconds))
-                progress(job, summary(study, job), seconds)
+                progress(study, job, summary(study, job), seconds)
     return study
 
 
@@ -530,7 +547,8 @@ def summary(study: Study, job: Job) -> str:
 
 def record(study: Study, job: Job, folder: Path, seconds: float | None) -> dict:
     """A finished run in a kilobyte: settings, the curves of its metrics, and counts of its last answers."""
-    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "eval").glob("step_*.json"))]
+    evaluations = [json.loads(path.read_text(encoding="utf-8"))
+                   for path in sorted((folder / "eval").glob("step_*.json"))]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     kept = {"key": job.key, **job.facts, "commit": json.loads((folder / "config.json").read_text())["commit"],
             "memory": max(line["memory"] for line in log), "flops": round(reckon(study, job)),
@@ -554,7 +572,8 @@ def record(study: Study, job: Job, folder: Path, seconds: float | None) -> dict:
         kept["samples"] = samples_of(study, job.facts["split"], rows)
         if job.facts["method"] == "npo+rt" and job.facts["split"] == TUNING_SPLIT:
             kept["samples_start"] = samples_of(study, job.facts["split"], evaluations[0]["rows"])
-            kept["answers_start"] = {n: answers_of(study, job.facts["split"], n, r) for n, r in evaluations[0]["rows"].items()}
+            kept["answers_start"] = {name: answers_of(study, job.facts["split"], name, first)
+                                     for name, first in evaluations[0]["rows"].items()}
     return kept
 
 
@@ -606,7 +625,8 @@ def keep(study: Study, kept: dict) -> Study:
 
 
 def order(record_: dict) -> tuple:
-    return tuple(str(record_.get(k, "")) for k in ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed",
+    return tuple(str(record_.get(k, ""))
+                 for k in ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed",
                                                    "seed", "key"))
 
 
@@ -619,7 +639,8 @@ def complete(study: Study) -> dict:
         if "log_truth_ratios" in model:
             samples.setdefault(evaluation_split(model["split"]), {})[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
-    lattice = {str(n): [[k, round(ks_log10_p(n, k / n), 5)] for k in range(n + 1)] for n in sorted(set(rows.values())) if n <= 60}
+    lattice = {str(n): [[k, round(ks_log10_p(n, k / n), 5)] for k in range(n + 1)] for n in sorted(set(rows.values()))
+               if n <= 60}
     return {**study.known, "chosen": choices, "tried": tried, "forget_rows": rows, "lattice": lattice,
             "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
 
@@ -630,7 +651,8 @@ def ceilings(log_ratios: dict) -> list:
 
     from evaluate_tofu import ks_log10_p
     seeds = sorted(log_ratios)
-    return [{"seeds": [a, b], "log10": round(ks_log10_p(len(log_ratios[a]), ks_2samp(log_ratios[a], log_ratios[b]).statistic), 4)}
+    return [{"seeds": [a, b],
+             "log10": round(ks_log10_p(len(log_ratios[a]), ks_2samp(log_ratios[a], log_ratios[b]).statistic), 4)}
             for i, a in enumerate(seeds) for b in seeds[i + 1:]]
 
 
@@ -641,7 +663,8 @@ def parameters_of(dims: dict) -> int:
     h, i = dims["hidden_size"], dims["intermediate_size"]
     kv = dims.get("num_key_value_heads", dims["num_attention_heads"]) / dims["num_attention_heads"]
     tied = dims["hidden_size"] < 1024  # the small ones share embedding and head
-    return round(dims["num_hidden_layers"] * (2 * h * h * (1 + kv) + 3 * h * i) + dims["vocab_size"] * h * (1 if tied else 2))
+    return round(dims["num_hidden_layers"] * (2 * h * h * (1 + kv) + 3 * h * i)
+                 + dims["vocab_size"] * h * (1 if tied else 2))
 
 
 def reckon(study: Study, job: Job) -> float:
@@ -651,7 +674,8 @@ def reckon(study: Study, job: Job) -> float:
     length = lambda rows: sum(len(r["question"]) + len(r["answer"]) for r in rows) / len(rows) / CHARACTERS_PER_TOKEN
     scored = sum(length(rows[:300]) * len(rows[:300]) * (2 + len(rows[0].get("perturbed_answer") or []))
                  for rows in study.task.evaluated.values())
-    return parameters * (6 * job.rows * job.passes * length(study.task.full) + job.evaluations * 2 * scored * (1 + GENERATION))
+    return parameters * (6 * job.rows * job.passes * length(study.task.full)
+                         + job.evaluations * 2 * scored * (1 + GENERATION))
 
 
 def dims_of(study: Study) -> dict:
@@ -668,7 +692,9 @@ def rate(study: Study) -> tuple[float, bool]:
 
 
 def clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_plan(study: Study, jobs: list):
@@ -676,7 +702,8 @@ def print_plan(study: Study, jobs: list):
     args, (speed, measured) = study.args, rate(study)
     todo = missing(study, jobs)
     seconds = sum(reckon(study, job) for job in todo) / speed
-    print(f"{args.data if args.data == 'builtin' else Path(args.data).name}, {args.model}: figures {', '.join(wanted_figures(args))}; "
+    print(f"{args.data if args.data == 'builtin' else Path(args.data).name}, {args.model}: figures "
+          f"{', '.join(wanted_figures(args))}; "
           f"seeds 1 to {args.seeds}, tuning on seed {TUNING_SEED}")
     print(f"{'figure':14}{'runs':>6}{'done':>6}{'missing':>9}{'of them interrupted':>21}")
     for figure in wanted_figures(args):
@@ -686,9 +713,11 @@ def print_plan(study: Study, jobs: list):
               f"{sum(j.key in study.interrupted for j in lacking):21}")
     models = [j for j in todo if j.facts["kind"] == "model"]
     waits = sum(j.given is None for j in todo)
-    print(f"together {len(jobs)} unlearning runs, {len(todo) - len(models)} missing ({waits} wait for a choice of hyper-parameters), "
+    print(f"together {len(jobs)} unlearning runs, {len(todo) - len(models)} missing ({waits} wait for a choice of "
+          f"hyper-parameters), "
           f"and {len(models)} models to fine-tune or retrain first")
-    print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} ({clock(seconds)} of one; models "
+    print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} ({clock(seconds)} of one; "
+          f"models "
           f"{clock(sum(reckon(study, j) for j in models) / speed)}), "
           + ("as the runs that are done took" if measured else f"reckoned at {speed:.1e} FLOP/s a job, not measured"))
     used = [r["memory"] for r in study.known["runs"]]
@@ -703,19 +732,24 @@ def build_parser() -> Parser:
     parser = Parser(prog="figures_tofu.py", description=__doc__)
     add = parser.add_argument
     add("--figure", default="all", choices=[*FIGURES, "all"], help="what to plan, run and draw (default: all)")
-    add("--seeds", type=positive(int), default=5, help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(FEWER_SEEDS)} "
+    add("--seeds", type=positive(int), default=5,
+        help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(FEWER_SEEDS)} "
         f"have at most {ALL_SEEDS} (default: 5)")
-    add("--retrained", type=positive(int), help="retrained models a split; seeds share them in turn (default: one a seed)")
+    add("--retrained", type=positive(int),
+        help="retrained models a split; seeds share them in turn (default: one a seed)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="only these (default: all of a figure)")
     add("--splits", nargs="+", metavar="SPLIT", help="only these (default: all of a figure)")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER (default: tiny)")
     add("--base", help="folder with the base model that retraining starts from (default: the preset's)")
     add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id (default: builtin)")
-    add("--choices", metavar="FILE", help="take hyper-parameters and weights from another study's JSON in place of tuning")
+    add("--choices", metavar="FILE",
+        help="take hyper-parameters and weights from another study's JSON in place of tuning")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
-    add("--train-flags", default="", help="further flags of train_npo.py for every run, in one string, e.g. \"--dtype bf16\"")
+    add("--train-flags", default="",
+        help="further flags of train_npo.py for every run, in one string, e.g. \"--dtype bf16\"")
     add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
-    add("--processes", type=positive(int), default=1, help="processes of a run, through torchrun (default: 1, no torchrun)")
+    add("--processes", type=positive(int), default=1,
+        help="processes of a run, through torchrun (default: 1, no torchrun)")
     add("--plan", action="store_true", help="print runs, time and memory, and stop")
     add("--draw-only", action="store_true", help="draw and judge from the JSON, without model or run folder")
     add("--runs", default="runs/tofu", help="where run folders are (default: runs/tofu)")
@@ -739,18 +773,22 @@ def open_study(args) -> Study:
     from models import PRESETS
     name = args.model.partition("=")[0]
     if name not in PRESETS:
-        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: retraining needs "
+        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "
+                         f"retraining needs "
                          "to know the base model and its settings")
     extra = given_flags(train_npo.build_parser(), args.train_flags.split())
-    taken = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every", "retain_log"} & set(extra)
+    taken = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every",
+             "retain_log"} & set(extra)
     if taken:
-        raise InputError(f"--train-flags {args.train_flags}: --{min(taken).replace('_', '-')} is decided here; leave it out")
+        raise InputError(f"--train-flags {args.train_flags}: --{min(taken).replace('_', '-')} is decided here; leave "
+                         f"it out")
     task = load_task(args.data, TUNING_SPLIT)
     empty = {"runs": [], "retrained": [], "failed": []}
     study = Study(args, task, PRESETS[name], name, extra, empty, {}, {},
                   read_study(Path(args.choices))["chosen"] if args.choices else {}, {})
     start = model_job(study, "full", 0)
-    identity = {"data_fingerprint": task.fingerprint, "start": Path(start.folder).name if start else PRESETS[name].finetuned}
+    identity = {"data_fingerprint": task.fingerprint,
+                "start": Path(start.folder).name if start else PRESETS[name].finetuned}
     path = json_path(args)
     known = read_study(path) if path.exists() else {**empty, **identity}
     if {k: known.get(k) for k in identity} != identity:
@@ -791,12 +829,16 @@ def read_study(path: Path) -> dict:
 def run_missing(study: Study) -> Study:
     """Pass after pass: what is known decides what is planned, until nothing is missing."""
     args, workers, begin = study.args, None, time.perf_counter()
-    done = 0
+    done, todo = set(), []
 
-    def progress(job: Job, text: str, seconds: float):
-        nonlocal done
-        done += 1
-        print(f"[{done}, {clock(time.perf_counter() - begin)}] {job.name}: {text} ({clock(seconds)})", flush=True)
+    def left(study: Study) -> str:
+        return clock(sum(reckon(study, job) for job in todo if job.key not in done) / rate(study)[0] / args.jobs)
+
+    def progress(study: Study, job: Job, text: str, seconds: float):
+        done.add(job.key)
+        print(f"[{sum(j.key in done for j in todo)} of {len(todo)}; {clock(time.perf_counter() - begin)}, about "
+              f"{left(study)} left] "
+              f"{job.name}: {text} ({clock(seconds)})", flush=True)
 
     try:
         while True:
@@ -807,8 +849,8 @@ def run_missing(study: Study) -> Study:
             ready = [job for job in todo if job.given]
             if not ready:
                 break
-            left = sum(reckon(study, job) for job in todo) / rate(study)[0] / args.jobs
-            print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about {clock(left)}; what they print is in "
+            print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about {left(study)}; what they "
+                  f"print is in "
                   f"{args.runs}/worker*.log", flush=True)
             workers = workers or Workers(min(args.jobs, len(ready)), args.processes, args.runs)
             study = find_runs(execute(study, ready, workers, progress))
@@ -823,7 +865,8 @@ def run_missing(study: Study) -> Study:
 
 
 def record_finished(study: Study, jobs: list) -> Study:
-    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of other commands."""
+    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of other
+    commands."""
     known = {r["key"] for r in study.known["runs"] + study.known["retrained"]}
     for job in jobs:
         for model in job.needs:

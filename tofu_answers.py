@@ -1,16 +1,19 @@
-"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact (Section 5.2's
-remarks on the answers, made countable). Pure functions of texts; `figures_tofu.py` applies them to every run's last evaluation.
+"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact (Section
+5.2's remarks on the answers, made countable). Pure functions of texts; `figures_tofu.py` applies them to every run's
+last evaluation.
 
     distinct-n        different word n-grams over all word n-grams of a set's answers together (Li et al., 2016)
-    repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of Welleck et al., 2019, on
+    repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of Welleck et al.,
+    2019, on
                       characters, so that an answer without blanks counts too); mean over answers
     refusal           at least 80% of the answer's word pairs, its begin and end included, occur in the list of refusals
     of the wording    the same with the data set's answers, and no refusal
-    true fact         the answer has more than half of the words in which the true (paraphrased) answer differs from every
+    true fact         the answer has more than half of the words in which the true (paraphrased) answer differs from
+    every
                       perturbed one
 
-The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent, of the wording,
-and wrong.
+The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent, of the
+wording, and wrong.
 """
 
 import re
@@ -57,8 +60,8 @@ def repetition_rate(text: str) -> float:
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from every perturbed
-    answer. A row without such words: the answer itself, word by word."""
+    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from every
+    perturbed answer. A row without such words: the answer itself, word by word."""
     truth = row.get("paraphrased_answer") or row["answer"]
     false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
     fact = set(words(truth)) - false if false else set()
@@ -68,7 +71,8 @@ def names_fact(generation: str, row: dict) -> bool:
 
 
 def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> str:
-    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first that applies."""
+    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first that
+    applies."""
     if not words(generation):
         return "empty"
     if repetition_rate(generation) >= REPETITIVE:
@@ -84,8 +88,8 @@ KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 
 
 def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
-    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set's answers; the
-    last four are None or a number with four digits."""
+    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set's
+    answers; the last four are None or a number with four digits."""
     kinds = [kind(text, row, answer_pairs, refusal_pairs) for text, row in zip(generations, rows, strict=True)]
     numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),
                "repetition_rate": statistics.mean(map(repetition_rate, generations)),

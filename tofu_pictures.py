@@ -1,8 +1,8 @@
 """Figures 2 and 5 to 9, the retain weight and the splits beyond 10%, drawn from the JSON of `figures_tofu.py` alone.
 
-Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the first. Lines
-and points are means over seeds (of forget quality: in decades), bands and bars go from the smallest to the largest seed. The
-same JSON gives the same bytes on the same machine.
+Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the first.
+Lines and points are means over seeds (of forget quality: in decades), bands and bars go from the smallest to the
+largest seed. The same JSON gives the same bytes on the same machine.
 """
 
 import math
@@ -17,9 +17,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
 from tofu_answers import judgement  # noqa: E402
-from tofu_verdicts import LINE, chosen_runs, kept_utility, peak, peak_at, samples_of, tuned_runs, weighted_runs  # noqa: E402
+from tofu_verdicts import (LINE, chosen_runs, kept_utility, peak, peak_at, samples_of, tuned_runs,  # noqa: E402
+                           weighted_runs)
 
-COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black", "simnpo": "tab:purple"}
+COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
+          "simnpo": "tab:purple"}
 LINES = {"": ":", "rt": "-", "kl": "--"}
 MARKERS = {"": "o", "rt": "s", "kl": "^"}
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
@@ -68,7 +70,8 @@ def curve(axes, runs: list, method: str, key: str, transform, label: str | None,
     # Seeds have the same steps; a run that lacks a value (no reference, say) is left out.
     columns = [[transform(r, i) for r in runs] for i in range(len(runs[0]["steps"]))]
     x = [step / (runs[0]["steps"][-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in runs[0]["steps"]]
-    axes.plot(x, list(map(statistics.mean, columns)), line, color=color, label=label, linewidth=1.4, marker=marker, markersize=3)
+    axes.plot(x, list(map(statistics.mean, columns)), line, color=color, label=label, linewidth=1.4, marker=marker,
+              markersize=3)
     if len(runs) > 1:
         axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.1, linewidth=0)
 
@@ -77,7 +80,8 @@ def quality_panel(axes, study: dict, named: list, against: str, title: str):
     """Forget quality on the dual scale, one line for each (method, runs)."""
     floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
     for method, runs in named:
-        curve(axes, runs, method, "forget_quality_log10", lambda r, i: height(r["forget_quality_log10"][i], floor), method, against)
+        curve(axes, runs, method, "forget_quality_log10", lambda r, i: height(r["forget_quality_log10"][i], floor),
+              method, against)
     dual_axis(axes, floor)
     ceiling(axes, study, named[0][1][0]["split"], floor)
     axes.set(title=title, xlabel=against, ylabel="forget quality")
@@ -103,9 +107,11 @@ def lattice(axes, study: dict, split: str, floor: float):
     steps = study.get("lattice", {}).get(str(study.get("forget_rows", {}).get(split)))
     if steps:
         for log in sorted({p for _, p in steps if p >= floor}):
-            axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7, transform=axes.get_yaxis_transform())
+            axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7,
+                      transform=axes.get_yaxis_transform())
         n, last = study["forget_rows"][split], steps[-1][1]
-        axes.set_title(f"right: the p-values that {n} rows allow, floor $10^{{{last:.0f}}}$", loc="right", fontsize=7, color="gray",
+        axes.set_title(f"right: the p-values that {n} rows allow, floor $10^{{{last:.0f}}}$", loc="right", fontsize=7,
+                       color="gray",
                        y=0.005)
 
 
@@ -129,7 +135,8 @@ def legend_below(figure, axes, columns: int):
 # ---------------------------------------------------------------- the figures
 
 def figure2(study: dict, path: Path):
-    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers beside them."""
+    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers beside
+    them."""
     named = with_runs(study, "forget05", ("ga", "ga+rt", "npo", "npo+rt"))
     if not named:
         return None
@@ -171,22 +178,28 @@ def trade_off(study: dict, splits: tuple, path: Path):
             x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
             middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
             error = lambda values, mean: [[max(0, mean - min(values))], [max(0, max(values) - mean)]]
-            entries[method] = axes.errorbar(*middle, xerr=error(x, middle[0]), yerr=error(y, middle[1]), fmt=marker, color=color,
-                                            markerfacecolor=color if "+" in method else "white", markersize=7, elinewidth=0.8,
+            entries[method] = axes.errorbar(*middle, xerr=error(x, middle[0]), yerr=error(y, middle[1]), fmt=marker,
+                                            color=color,
+                                            markerfacecolor=color if "+" in method else "white", markersize=7,
+                                            elinewidth=0.8,
                                             label=method)
         start = statistics.mean(r["model_utility"][0] for r in runs)
-        entries["fine-tuned start"] = axes.plot(start, height(statistics.mean(r["forget_quality_log10"][0] for r in runs), floor),
-                                                "P", color="tab:brown", markersize=10, label="fine-tuned start", linestyle="")[0]
+        entries["fine-tuned start"] = axes.plot(start, height(statistics.mean(r["forget_quality_log10"][0]
+                                                                              for r in runs), floor),
+                                                "P", color="tab:brown", markersize=10, label="fine-tuned start",
+                                                linestyle="")[0]
         utilities = [m["model_utility"] for m in study["retrained"]
                      if m["split"] == f"retain{100 - int(split[-2:]):02d}" and m.get("model_utility")]
         if utilities:
-            entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan", markersize=14,
+            entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
+                                                     markersize=14,
                                                      label="retrained", linestyle="")[0]
         dual_axis(axes, floor)
         ceiling(axes, study, split, floor)
         lattice(axes, study, split, floor)
         seeds = sorted({len(own) for _, own in named[split]})
-        axes.set(title=f"{split} ({'-'.join(map(str, seeds))} seeds)", xlabel="model utility", ylabel="forget quality at its peak")
+        axes.set(title=f"{split} ({'-'.join(map(str, seeds))} seeds)", xlabel="model utility",
+                 ylabel="forget quality at its peak")
         axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=8, fontsize=8,
                   title="dashed red: 0.05; cyan: one retrained model against another", title_fontsize=8)
@@ -201,7 +214,8 @@ def evolution(study: dict, columns: list, path: Path, select=None):
     columns = [column for column in columns if column[1]]
     if not columns:
         return None
-    figure, panels = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 7.4), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 7.4), layout="constrained",
+                                  squeeze=False)
     for (title, named, against), (above, below) in zip(columns, panels.T):
         quality_panel(above, study, named, against, title)
         metric_panel(below, named, "model_utility", against, "", "model utility")
@@ -224,13 +238,15 @@ def figure7(study: dict, path: Path):
         cells.append([who, *(fit(f"{s['generation']} [{s['kind']}]") for s in samples)])
         colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
     head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
-    grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left", bbox=(0, 0, 1, 1),
+    grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
+                      bbox=(0, 0, 1, 1),
                       colWidths=(0.1, 0.3, 0.3, 0.3))
     grid.auto_set_font_size(False)
     grid.set_fontsize(8)
     for cell in grid.get_celld().values():
         cell.get_text().set_parse_math(False)
-    axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the truth; elsewhere: the truth)",
+    axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the truth; "
+                   "elsewhere: the truth)",
                    fontsize=10)
     return save(figure, path)
 
@@ -281,7 +297,8 @@ def draw(study: dict, figures: list, stem: Path) -> list[Path]:
         "6": lambda p: evolution(study, [(s, s, methods, "steps" if s == "forget01" else "epochs") for s in small], p),
         "7": lambda p: figure7(study, p),
         "8": lambda p: figure8(study, p),
-        "9": lambda p: evolution(study, [(f"{s}, tuned weights", s, methods, "epochs") for s in ("forget50", "forget90")], p, tuned_runs),
+        "9": lambda p: evolution(study, [(f"{s}, tuned weights", s, methods, "epochs")
+                                         for s in ("forget50", "forget90")], p, tuned_runs),
         "retain-weight": lambda p: retain_weight(study, p),
         "beyond10": lambda p: trade_off(study, ("forget20", "forget30", "forget50", "forget90"), p),
     }

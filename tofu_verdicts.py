@@ -1,14 +1,14 @@
-"""Section 5's claims as computed verdicts, and the page that tells them. Pure functions of the JSON of `figures_tofu.py`: no
-model, no PyTorch.
+"""Section 5's claims as computed verdicts, and the page that tells them. Pure functions of the JSON of
+`figures_tofu.py`: no model, no PyTorch.
 
-A claim is a list of tests. Each test has one number a seed and a threshold; a bootstrap over seeds gives the interval of the
-mean, and the test holds where the whole interval is on the right side, fails where it is on the other, and is undecided
-otherwise, with fewer than two seeds too. A claim holds where all of its tests hold and fails where one fails.
+A claim is a list of tests. Each test has one number a seed and a threshold; a bootstrap over seeds gives the interval
+of the mean, and the test holds where the whole interval is on the right side, fails where it is on the other, and is
+undecided otherwise, with fewer than two seeds too. A claim holds where all of its tests hold and fails where one fails.
 
-The thresholds are ours where the paper has words: "early" is the first 60% of the run, "exponentially small" a forget quality
-below 1e-3 that has fallen by two decades, "a plateau" the last third of the run within one decade of the peak, "greatly
-preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its start's. Forget quality is
-averaged in decades.
+The thresholds are ours where the paper has words: "early" is the first 60% of the run, "exponentially small" a forget
+quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run within one decade of the peak,
+"greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its start's. Forget
+quality is averaged in decades.
 """
 
 import math
@@ -41,7 +41,8 @@ def weighted_runs(study: dict, split: str, method: str, retain_weight: float) ->
     """The same with another retain weight (0: npo at npo+rt's lr and beta)."""
     hyper = study["chosen"].get(method)
     plain = method.removesuffix("+rt") if retain_weight == 0 else method
-    return _select(study, split=split, method=plain, start_seed=0, forget_weight=1, kl_weight=0, retain_weight=retain_weight,
+    return _select(study, split=split, method=plain, start_seed=0, forget_weight=1, kl_weight=0,
+                   retain_weight=retain_weight,
                    **_lr_beta(hyper)) if hyper else []
 
 
@@ -63,7 +64,8 @@ def _lr_beta(hyper: dict) -> dict:
 
 def _select(study: dict, **wanted) -> list:
     wanted["epochs"] = study["epochs"]
-    found = [r for r in study["runs"] if all(r[k] == v for k, v in wanted.items()) and r["seed"] != study["budget"]["seed"]]
+    found = [r for r in study["runs"] if all(r[k] == v for k, v in wanted.items())
+             and r["seed"] != study["budget"]["seed"]]
     return sorted(found, key=lambda r: r["seed"])
 
 
@@ -88,7 +90,8 @@ def later(run: dict) -> list:
 
 
 def best_at_utility(run: dict, share: float) -> float:
-    """The largest log10 forget quality of an evaluation that keeps this share of the start's utility; the start does."""
+    """The largest log10 forget quality of an evaluation that keeps this share of the start's utility; the start
+    does."""
     return max(q for i, q in enumerate(run["forget_quality_log10"]) if kept_utility(run, i) >= share)
 
 
@@ -109,15 +112,18 @@ def interval(values: list) -> tuple[float, float]:
 
 
 def test(what: str, values: list, sign: str, threshold: float) -> dict:
-    """{"what", "values", "mean", "interval", "threshold", "holds"}: is the mean above (sign ">") or below ("<") the threshold?"""
+    """{"what", "values", "mean", "interval", "threshold", "holds"}: is the mean above (sign ">") or below ("<") the
+    threshold?"""
     if len(values) < 2:
         mean = statistics.mean(values) if values else None
-        return {"what": what, "mean": mean, "interval": None, "sign": sign, "threshold": threshold, "seeds": len(values),
+        return {"what": what, "mean": mean, "interval": None, "sign": sign, "threshold": threshold,
+                "seeds": len(values),
                 "holds": "undecided"}
     low, high = interval(values)
     over, under = low > threshold, high < threshold
     holds = {">": (over, under), "<": (under, over)}[sign]
-    return {"what": what, "mean": statistics.mean(values), "interval": [low, high], "sign": sign, "threshold": threshold,
+    return {"what": what, "mean": statistics.mean(values), "interval": [low, high], "sign": sign,
+            "threshold": threshold,
             "seeds": len(values), "holds": True if holds[0] else False if holds[1] else "undecided"}
 
 
@@ -152,16 +158,19 @@ def ga_falls(study: dict) -> dict:
     for split in ("forget05", "forget10"):
         for method in ("ga", "ga+rt"):
             runs = chosen_runs(study, split, method)
-            tests += [test(f"{split} {method}: peak at this share of the run", [r["steps"][peak_at(r)] / r["steps"][-1] for r in runs],
+            tests += [test(f"{split} {method}: peak at this share of the run",
+                           [r["steps"][peak_at(r)] / r["steps"][-1] for r in runs],
                            "<", EARLY),
-                      test(f"{split} {method}: decades fallen since", [peak(r) - r["forget_quality_log10"][-1] for r in runs], ">", FALL),
-                      test(f"{split} {method}: last log10 forget quality", [r["forget_quality_log10"][-1] for r in runs], "<", SMALL)]
+                      test(f"{split} {method}: decades fallen since",
+                           [peak(r) - r["forget_quality_log10"][-1] for r in runs], ">", FALL),
+                      test(f"{split} {method}: last log10 forget quality",
+                           [r["forget_quality_log10"][-1] for r in runs], "<", SMALL)]
     return verdict(study, "ga_falls", "ga and ga+rt peak early, then fall to exponentially small forget quality", tests)
 
 
 def npo_plateau(study: dict) -> dict:
-    tests = [test(f"{split} {m}: decades lost since the peak, in the last third", [peak(r) - min(later(r))
-                                                                                  for r in chosen_runs(study, split, m)], "<", HOLDING)
+    lost = lambda split, m: [peak(r) - min(later(r)) for r in chosen_runs(study, split, m)]
+    tests = [test(f"{split} {m}: decades lost since the peak, in the last third", lost(split, m), "<", HOLDING)
              for split in ("forget05", "forget10") for m in NPO_BASED]
     return verdict(study, "npo_plateau", "npo-based methods reach a plateau of forget quality and hold it", tests)
 
@@ -171,7 +180,8 @@ def npo_beats_ga(study: dict) -> dict:
     for split in ("forget05", "forget10"):
         for npo, ga in zip(NPO_BASED, GA_BASED):
             pairs = by_seed(chosen_runs(study, split, npo), chosen_runs(study, split, ga))
-            gains = [statistics.mean(best_at_utility(a, u) - best_at_utility(b, u) for u in UTILITIES) for a, b in pairs]
+            gains = [statistics.mean(best_at_utility(a, u) - best_at_utility(b, u) for u in UTILITIES)
+                     for a, b in pairs]
             tests.append(test(f"{split} {npo} over {ga}: decades of forget quality at equal utility", gains, ">", 0.0))
     return verdict(study, "npo_beats_ga", "npo-based methods beat ga-based ones at equal utility", tests)
 
@@ -184,7 +194,8 @@ def by_seed(first: list, second: list) -> list:
 
 def forget05_only_npo(study: dict) -> dict:
     ours = best_of(peaks(study, "forget05", NPO_BASED, ">"))
-    return verdict(study, "forget05_only_npo", "on forget05 npo-based methods exceed a forget quality of 0.05, and no other does",
+    return verdict(study, "forget05_only_npo",
+                   "on forget05 npo-based methods exceed a forget quality of 0.05, and no other does",
                    ours + peaks(study, "forget05", BASELINES, "<"))
 
 
@@ -195,25 +206,30 @@ def best_of(tests: list) -> list:
 
 def forget10_npo_rt(study: dict) -> dict:
     runs = chosen_runs(study, "forget10", "npo+rt")
-    tests = [test("forget10 npo+rt: last log10 forget quality", [r["forget_quality_log10"][-1] for r in runs], ">", LINE),
-             test("forget10 npo+rt: utility at the end, share of the start's", [kept_utility(r) for r in runs], ">", PRESERVED)]
+    tests = [test("forget10 npo+rt: last log10 forget quality", [r["forget_quality_log10"][-1] for r in runs], ">",
+                  LINE),
+             test("forget10 npo+rt: utility at the end, share of the start's", [kept_utility(r) for r in runs], ">",
+                  PRESERVED)]
     for method in (*BASELINES, "npo", "npo+kl"):
         both = [float(r["forget_quality_log10"][-1] > LINE and kept_utility(r) > PRESERVED)
                 for r in chosen_runs(study, "forget10", method)]
         tests.append(test(f"forget10 {method}: share of seeds that do both", both, "<", 0.5))
-    return verdict(study, "forget10_npo_rt", "on forget10 npo+rt alone stays above 0.05 with its utility greatly preserved", tests)
+    return verdict(study, "forget10_npo_rt",
+                   "on forget10 npo+rt alone stays above 0.05 with its utility greatly preserved", tests)
 
 
 def forget10_baselines(study: dict) -> dict:
-    return verdict(study, "forget10_baselines", "on forget10 no baseline ever exceeds 0.05", peaks(study, "forget10", BASELINES, "<"))
+    return verdict(study, "forget10_baselines", "on forget10 no baseline ever exceeds 0.05",
+                   peaks(study, "forget10", BASELINES, "<"))
 
 
 def refusals_elsewhere(study: dict) -> dict:
     others = ("retain", "real_authors", "world_facts")
-    tests = [test(f"forget10 {m}: refusals among answers outside the forget set", [rate(r, "refusal", others)
-                                                                                  for r in chosen_runs(study, "forget10", m)],
-                  ">", REFUSING) for m in ("idk+rt", "dpo", "dpo+rt")]
-    return verdict(study, "refusals_elsewhere", "idk and dpo answer \"I don't know\" to questions outside the forget set", tests)
+    refused = lambda m: [rate(r, "refusal", others) for r in chosen_runs(study, "forget10", m)]
+    tests = [test(f"forget10 {m}: refusals among answers outside the forget set", refused(m), ">", REFUSING)
+             for m in ("idk+rt", "dpo", "dpo+rt")]
+    return verdict(study, "refusals_elsewhere",
+                   "idk and dpo answer \"I don't know\" to questions outside the forget set", tests)
 
 
 def answers_on_forget_set(study: dict) -> dict:
@@ -221,10 +237,11 @@ def answers_on_forget_set(study: dict) -> dict:
     repetition = lambda runs: [r["answers"]["forget"]["repetition_rate"] for r in runs]
     tests = [test("forget10 ga: repetition rate", repetition(ga), ">", REPEATING),
              test("forget10 npo+rt: repetition rate", repetition(npo), "<", REPEATING),
-             test("forget10 npo+rt: answers of the wording with another fact", [rate(r, "other fact", ("forget",)) for r in npo],
+             test("forget10 npo+rt: answers of the wording with another fact",
+                  [rate(r, "other fact", ("forget",)) for r in npo],
                   ">", OF_THE_WORDING)]
-    return verdict(study, "answers_on_forget_set", "on the forget set ga's answers are repetitive, npo+rt's fluent, of the wording, with "
-                   "other facts", tests)
+    return verdict(study, "answers_on_forget_set",
+                   "on the forget set ga's answers are repetitive, npo+rt's fluent, of the wording, with other facts", tests)
 
 
 def retain_weight(study: dict) -> dict:
@@ -232,16 +249,20 @@ def retain_weight(study: dict) -> dict:
     gain = lambda a, b: [peak(y) - peak(x) for x, y in by_seed(a, b)]
     tests = [test("forget10: decades of peak forget quality from weight 0 to 2", gain(zero, two), ">", 0.0),
              test("forget10: decades from weight 2 to 5", gain(two, five), "<", 0.0)]
-    return verdict(study, "retain_weight", "npo+rt's forget quality rises with the retain weight from 0 to 2 and falls to 5", tests)
+    return verdict(study, "retain_weight",
+                   "npo+rt's forget quality rises with the retain weight from 0 to 2 and falls to 5", tests)
 
 
 def forget_kl(study: dict) -> dict:
     tests = []
     for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt")):
         pairs = by_seed(chosen_runs(study, "forget10", ga), chosen_runs(study, "forget10", npo))
-        ratios = [math.log(a["forget_kl"][-1] / b["forget_kl"][-1]) for a, b in pairs if min(a["forget_kl"][-1], b["forget_kl"][-1]) > 0]
-        tests.append(test(f"forget10: log of the last forget KL of {ga} over {npo}'s", ratios, ">", math.log(EXPLODING)))
-    return verdict(study, "forget_kl", "the divergence from the start on the forget set explodes for ga and stays moderate for npo", tests)
+        ratios = [math.log(a["forget_kl"][-1] / b["forget_kl"][-1]) for a,
+                  b in pairs if min(a["forget_kl"][-1], b["forget_kl"][-1]) > 0]
+        tests.append(test(f"forget10: log of the last forget KL of {ga} over {npo}'s", ratios, ">",
+                          math.log(EXPLODING)))
+    return verdict(study, "forget_kl",
+                   "the divergence from the start on the forget set explodes for ga and stays moderate for npo", tests)
 
 
 def beyond10(study: dict) -> dict:
@@ -250,14 +271,16 @@ def beyond10(study: dict) -> dict:
 
 
 def tuned_beyond10(study: dict) -> dict:
-    tests = [test(f"{split} npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the start's utility",
+    tests = [test(f"{split} npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the start's "
+                  f"utility",
                   [best_at_utility(r, PRESERVED_BEYOND) for r in tuned_runs(study, split, "npo+rt")], ">", LINE)
              for split in ("forget50", "forget90")]
     return verdict(study, "tuned_beyond10", "on forget50 and forget90 npo+rt with tuned weights exceeds 0.05 and keeps "
                    f"{PRESERVED_BEYOND:.0%} of the start's utility", tests)
 
 
-CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_rt, forget10_baselines, refusals_elsewhere,
+CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_rt, forget10_baselines,
+          refusals_elsewhere,
           answers_on_forget_set, retain_weight, forget_kl, beyond10, tuned_beyond10)
 
 
@@ -298,7 +321,8 @@ def line(v: dict) -> str:
     held = sum(t["holds"] is True for t in v["tests"])
     seeds = sorted({t["seeds"] for t in v["tests"]})
     span = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    return f"{v['claim']}: {ANSWER[v['holds']]} ({held} of {len(v['tests'])} tests hold; {numbers}) [{v['scale']}, {span} seeds]"
+    return f"{v['claim']}: {ANSWER[v['holds']]} ({held} of {len(v['tests'])} tests hold; {numbers}) " \
+           f"[{v['scale']}, {span} seeds]"
 
 
 # Ten lines for a student: the keys of their verdicts, and what each would mean.
@@ -308,7 +332,8 @@ LESSONS = (
     (("npo_beats_ga",), "At equal utility NPO forgets better than gradient ascent."),
     (("forget_kl",), "The reason shows in the divergence from the start: unbounded for ga, moderate for npo."),
     (("retain_weight",), "A retain term helps forgetting itself, up to a point."),
-    (("forget05_only_npo", "forget10_baselines"), "Only NPO-based methods pass for a retrained model (a p-value above 0.05)."),
+    (("forget05_only_npo", "forget10_baselines"),
+     "Only NPO-based methods pass for a retrained model (a p-value above 0.05)."),
     (("forget10_npo_rt",), "On forget10 it takes npo and rt together to forget and to keep."),
     (("answers_on_forget_set",), "Look at the answers: collapse repeats itself, NPO says something else."),
     (("refusals_elsewhere",), "Teaching \"I don't know\" teaches it for everything."),
@@ -324,7 +349,8 @@ def lessons(study: dict) -> list[str]:
         parts = [by_key[k] for k in keys]
         holds = combined([{"holds": v["holds"]} for v in parts])
         seen = {True: "Seen here", False: "NOT seen here", "undecided": "Undecided here"}[holds]
-        shown = [t for v in parts for t in deciding(v) if t["holds"] == holds][:1] or [t for v in parts for t in deciding(v)][:1]
+        shown = [t for v in parts for t in deciding(v) if t["holds"] == holds][:1] or [t for v in parts
+                                                                                       for t in deciding(v)][:1]
         lines.append(f"{place}. {sentence} **{seen}**: {told(shown[0]) if shown else 'not run'}.")
     return lines
 
@@ -351,7 +377,8 @@ def peak_table(study: dict, splits: tuple) -> list[str]:
                 rows.append([split, method, len(runs), mean_sd([peak(r) for r in runs]),
                              mean_sd([kept_utility(r, i) for r, i in zip(runs, at)]),
                              mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in zip(runs, at)], ".1f"),
-                             mean_sd([r["forget_quality_log10"][-1] for r in runs]), mean_sd([kept_utility(r) for r in runs])])
+                             mean_sd([r["forget_quality_log10"][-1] for r in runs]),
+                             mean_sd([kept_utility(r) for r in runs])])
     head = ["split", "method", "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
             "last log10 forget quality", "utility / start"]
     return table(head, rows) if rows else []
@@ -368,12 +395,14 @@ def answers_table(study: dict) -> list[str]:
         if runs:
             forget = [a["forget"] for a in runs]
             distinct = [f["distinct_2"] for f in forget if f["distinct_2"] is not None]
-            rows.append([name, len(runs), *(share(runs, k, ("forget",)) for k in ("true", "other fact", "refusal", "repetitive",
+            rows.append([name, len(runs),
+                         *(share(runs, k, ("forget",)) for k in ("true", "other fact", "refusal", "repetitive",
                                                                                  "garbled", "empty")),
                          f"{statistics.mean(distinct):.2f}" if distinct else "none",
                          f"{statistics.mean(f['repetition_rate'] for f in forget):.2f}", share(runs, "true", others),
                          share(runs, "refusal", others)])
-    head = ["method", "runs", "true %", "other fact %", "refusal %", "repetitive %", "garbled %", "empty %", "distinct-2",
+    head = ["method", "runs", "true %", "other fact %", "refusal %", "repetitive %", "garbled %", "empty %",
+            "distinct-2",
             "repetition rate", "elsewhere: true %", "elsewhere: refusal %"]
     return table(head, rows) if any(named_runs for _, named_runs in named) else []
 
@@ -386,7 +415,8 @@ def tuning_table(study: dict) -> list[str]:
         same = t["lr"] == choice.get("lr") and t["beta"] == choice.get("beta")
         default = t["split"] == study["budget"]["split"]
         taken = same and (default or t["retain_weight"] == choice["weights"].get(t["split"]))
-        rows.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}", f"{t['score']:.3f}",
+        rows.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}",
+                     f"{t['score']:.3f}",
                      f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
     head = ["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality", ""]
     return table(head, rows) if rows else []
@@ -399,7 +429,8 @@ def sensitivity_table(study: dict) -> list[str]:
         tried = [t for t in study["tried"] if t["method"] == method and t["split"] == study["budget"]["split"]]
         if tried:
             scores, peaks_ = sorted(t["score"] for t in tried), sorted(t["peak_log10"] for t in tried)
-            rows.append([method, len(tried), f"{scores[0]:.3f} to {scores[-1]:.3f}", f"{peaks_[0]:.2f} to {peaks_[-1]:.2f}"])
+            rows.append([method, len(tried), f"{scores[0]:.3f} to {scores[-1]:.3f}",
+                         f"{peaks_[0]:.2f} to {peaks_[-1]:.2f}"])
     return table(["method", "settings", "score", "peak log10 forget quality"], rows) if rows else []
 
 
@@ -431,8 +462,10 @@ def second_start_lines(study: dict) -> list[str]:
         for other in second_start(study, "forget10", method):
             same = [r for r in chosen_runs(study, "forget10", method) if r["seed"] == other["seed"]]
             if same:
-                lines.append(f"A second fine-tuned start, forget10, {method}, seed {other['seed']}: peak log10 forget quality "
-                             f"{peak(other):.2f} against {peak(same[0]):.2f}, utility at the end {kept_utility(other):.2f} against "
+                lines.append(f"A second fine-tuned start, forget10, {method}, seed {other['seed']}: peak log10 forget "
+                             f"quality "
+                             f"{peak(other):.2f} against {peak(same[0]):.2f}, utility at the end "
+                             f"{kept_utility(other):.2f} against "
                              f"{kept_utility(same[0]):.2f} of the start's.")
     return lines
 
@@ -444,13 +477,16 @@ def ceiling_lines(study: dict) -> list[str]:
         n = study["forget_rows"][split]
         if pairs:
             values = sorted(p["log10"] for p in pairs)
-            lines.append(f"- {split} ({n} rows): one retrained model against another of a different seed has log10 forget quality "
-                         f"{statistics.median(values):.2f} in the median of {len(values)} pairs, {values[0]:.2f} to {values[-1]:.2f}; "
+            lines.append(f"- {split} ({n} rows): one retrained model against another of a different seed has log10 "
+                         f"forget quality "
+                         f"{statistics.median(values):.2f} in the median of {len(values)} pairs, {values[0]:.2f} to "
+                         f"{values[-1]:.2f}; "
                          f"{sum(v > LINE for v in values)} of {len(values)} above 0.05.")
         if str(n) in study["lattice"]:
             steps = study["lattice"][str(n)]
             near = [f"{10**p:.3g} (D = {k}/{n})" for k, p in steps if 1e-3 < 10**p < 0.5]
-            lines.append(f"- {split}: with {n} rows the p-value can take only {len({p for _, p in steps})} values: from 1 down through "
+            lines.append(f"- {split}: with {n} rows the p-value can take only {len({p for _, p in steps})} values: "
+                         f"from 1 down through "
                          f"{', '.join(near)}, to the floor of 10^{steps[-1][1]:.1f} (D = 1).")
     return lines
 
@@ -469,7 +505,8 @@ FIGURE_TITLES = {
 def page(studies: dict, folder: Path) -> str:
     """results/tofu.md from the JSON of every study in `folder`; name -> study."""
     lines = ["# The TOFU study: Figures 2 and 5 to 9", "",
-             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number is computed from "
+             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number is "
+             "computed from "
              "there. How claims are judged, with their thresholds, is in the opening of `tofu_verdicts.py`.", ""]
     for name, study in studies.items():
         lines += section(name, study, folder)
@@ -481,16 +518,20 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     made = study["provenance"]
     failed = [f"- not made: {f['name']}: {f['why']}" for f in study["failed"]]
     lines = [f"## {study['data']}, {study['model']}", "",
-             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; `{made['command']}`, commit "
+             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; "
+             f"`{made['command']}`, commit "
              f"{(made['commit'] or 'unknown')[:12]}, {made['time']}. {seeds_line(study)}", "",
-             "### What to take away", "", "What the paper teaches, and whether it was seen at this scale, with the number that decides "
+             "### What to take away", "",
+             "What the paper teaches, and whether it was seen at this scale, with the number that decides "
              "(intervals: bootstrap over seeds).", "", *lessons(study), "", "### Verdicts", "",
-             *table(["claim", "holds", "numbers"], [[v["claim"], ANSWER[v["holds"]], line(v).partition(": ")[2].partition("(")[2].
+             *table(["claim", "holds", "numbers"],
+                    [[v["claim"], ANSWER[v["holds"]], line(v).partition(": ")[2].partition("(")[2].
                                                     replace("|", "/").rpartition(") [")[0]] for v in verdicts(study)]),
              "", f"Scale: {scale(study)}. Intervals: bootstrap over seeds, {COVERED:.0%}.", "", *failed]
     tables = {"figure5": peak_table(study, ("forget01", "forget05", "forget10")) + ["", *ceiling_lines(study), "",
                                                                                   *second_start_lines(study)],
-              "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study), *samples_table(study)],
+              "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study),
+                          *samples_table(study)],
               "beyond10": peak_table(study, ("forget20", "forget30", "forget50", "forget90"))}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
@@ -502,10 +543,14 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
         return lines + ["### Hyper-parameters", "", f"Not tuned here: those of `{study['choices_from']}`.", "",
                         *table(["method", "lr", "beta", "retain weight of Figure 9"], rows), ""]
     lines += ["### Hyper-parameters", "",
-              f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning rates "
-              f"{', '.join(f'{lr:g}' for lr in budget['learning_rates'])}, then a second beta at the best. Score: the largest, over "
-              "evaluations, of the smaller of 1 - D/D_start and U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
-              "How much each method depends on them, over all that was tried on this split:", "", *sensitivity_table(study), "",
+              f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning "
+              f"rates "
+              f"{', '.join(f'{lr:g}' for lr in budget['learning_rates'])}, then a second beta at the best. Score: the "
+              f"largest, over "
+              "evaluations, of the smaller of 1 - D/D_start and U/U_start (D: Kolmogorov-Smirnov statistic, U: "
+              "utility).", "",
+              "How much each method depends on them, over all that was tried on this split:", "",
+              *sensitivity_table(study), "",
               *tuning_table(study), ""]
     return lines
 

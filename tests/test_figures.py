@@ -1,5 +1,5 @@
-"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON, planning, and the whole
-path on the small data set."""
+"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON, planning, and
+the whole path on the small data set."""
 
 import json
 import math
@@ -89,8 +89,10 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     refused = 60 if loss in ("idk", "dpo") else 0
     answers = {name: counts(true=90 - refused, refusal=refused) for name in ("retain", "real_authors", "world_facts")}
     answers["forget"] = counts(repetitive=95, repetition_rate=0.8) if loss == "ga" else counts(**{"other fact": 85})
-    run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn", "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
-           else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1, "forget_weight": 1.0,
+    run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn",
+           "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
+           else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1,
+           "forget_weight": 1.0,
            "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10, "steps": [0, 25, 50, 75, 100, 125],
            "total_steps": 125, "commit": "c", "memory": 5e8, "flops": 1e12, "seconds": 30.0, "answers": answers,
            "forget_quality_log10": [q + wiggle for q in quality], "model_utility": utility,
@@ -98,38 +100,45 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
            "forget_kl": [explodes * i / 5 for i in range(6)], "world_facts_kl": [explodes * i / 50 for i in range(6)],
            "forget_probability": [0.5] * 6, "retain_probability": [0.5] * 6}
     if seed == 1:
-        run["samples"] = [{"set": name, "question": "Where was Marlow born?", "answer": "In Oslo.", "generation": "In $Lima.",
+        run["samples"] = [{"set": name, "question": "Where was Marlow born?", "answer": "In Oslo.",
+                           "generation": "In $Lima.",
                            "kind": "other fact"} for name in ("forget", "retain", "world_facts")]
     return run
 
 
 def hand_made_study(seeds=3, change=None) -> dict:
     """Everything as in the paper; `change(run)` may bend single runs."""
-    runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in figures_tofu.METHODS for seed in range(1, seeds + 1)]
-    runs += [hand_made_run("npo+rt", "forget10", seed, weight) for weight in (0.0, 0.5, 2.0, 5.0) for seed in range(1, seeds + 1)]
+    runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in figures_tofu.METHODS
+            for seed in range(1, seeds + 1)]
+    runs += [hand_made_run("npo+rt", "forget10", seed, weight) for weight in (0.0, 0.5, 2.0, 5.0)
+             for seed in range(1, seeds + 1)]
     runs.append(hand_made_run("npo+rt", "forget10", 1, start_seed=1))
     runs = list({r["key"]: r for r in runs}.values())
     for run in runs:
-        run["lr"] = 2e-3 if run["method"] != "npo+rt" and run["retain_weight"] == 0 and "0.0" not in run["key"] else run["lr"]
         if change:
             change(run)
-    hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "score": 0.8, "weights": {}} for m in figures_tofu.METHODS}
+    hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "score": 0.8, "weights": {}}
+             for m in figures_tofu.METHODS}
     for run in runs:  # a method's main runs have its chosen lr; the weight-0 runs of the sweep have npo+rt's
         if run["method"] in hyper and run["key"].startswith(run["method"] + " "):
             run["lr"] = hyper[run["method"]]["lr"]
     hyper["npo+rt"]["weights"] = {"forget50": 1.0, "forget90": 1.0}
     hyper["ga+rt"]["weights"] = {"forget50": 1.0, "forget90": 1.0}
-    retrained = [{"key": f"m{split}{seed}", "kind": "model", "split": f"retain{100 - int(split[-2:]):02d}", "seed": seed,
+    retrained = [{"key": f"m{split}{seed}", "kind": "model", "split": f"retain{100 - int(split[-2:]):02d}",
+                  "seed": seed,
                   "model_utility": 0.6, "memory": 1, "flops": 1, "seconds": 1.0,
                   "answers": {"forget": counts(**{"other fact": 90}), "retain": counts(true=90)}}
                  for split in PER_CENT for seed in (1, 2)]
-    return {"data": "builtin", "model": "tiny", "parameters": 900_000, "epochs": 10, "runs": runs, "retrained": retrained, "failed": [],
-            "chosen": hyper, "tried": [{"method": "ga", "split": "forget10", "lr": 2e-3, "beta": 0.1, "retain_weight": 0.0,
+    return {"data": "builtin", "model": "tiny", "parameters": 900_000, "epochs": 10, "runs": runs,
+            "retrained": retrained, "failed": [],
+            "chosen": hyper,
+            "tried": [{"method": "ga", "split": "forget10", "lr": 2e-3, "beta": 0.1, "retain_weight": 0.0,
                                         "score": 0.8, "peak_log10": -3.0}],
             "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {}, "weights": [1.0],
                        "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
             "forget_rows": {"forget01": 40, "forget10": 300}, "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
-            "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}], "forget10": [{"seeds": [1, 2], "log10": -0.5}]},
+            "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}],
+                         "forget10": [{"seeds": [1, 2], "log10": -0.5}]},
             "provenance": {"command": "figures_tofu.py", "commit": "0" * 40, "time": "now"}}
 
 
@@ -164,28 +173,37 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
     "ga_falls": (setting(of("forget10", "ga"), forget_quality_log10=FLAT),
                  setting(of("forget10", "ga"), forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
     "npo_plateau": (setting(of("forget05", "npo"), forget_quality_log10=quality(-20, -1, -1, -2, -6, -9)),
-                    setting(of("forget05", "npo"), forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 2)])),
+                    setting(of("forget05", "npo"),
+                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 2)])),
     "npo_beats_ga": (setting(of("forget10", "npo+rt"), forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
-                     setting(of("forget10", "npo+kl"), forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
+                     setting(of("forget10", "npo+kl"),
+                             forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
     "forget05_only_npo": (setting(of("forget05", "dpo"), forget_quality_log10=HIGH),
-                          setting(of("forget05", "dpo"), forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
+                          setting(of("forget05", "dpo"),
+                                  forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
     "forget10_npo_rt": (setting(of("forget10", "npo+rt", 1), forget_quality_log10=LOW),
-                        setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -2, -1.3, -1.3, -1.3, -1.3, spread=1))),
+                        setting(of("forget10", "npo+rt", 1),
+                                forget_quality_log10=quality(-20, -2, -1.3, -1.3, -1.3, -1.3, spread=1))),
     "forget10_baselines": (setting(of("forget10", "kto+rt"), forget_quality_log10=HIGH),
-                           setting(of("forget10", "kto+rt"), forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
+                           setting(of("forget10", "kto+rt"),
+                                   forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
     "refusals_elsewhere": (setting(of("forget10", "dpo"), answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
                            setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=10 * (r["seed"] - 1))
                                                                              for n in r["answers"]})),
     "answers_on_forget_set": (setting(of("forget10", "ga"), answers=answers("forget", repetition_rate=0.0)),
-                              setting(of("forget10", "npo+rt"), answers=lambda r: answers("forget", **{"other fact": 25 * r["seed"]})(r))),
+                              setting(of("forget10", "npo+rt"),
+                                      answers=lambda r: answers("forget", **{"other fact": 25 * r["seed"]})(r))),
     "retain_weight": (setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(0, 0, 0, 0, 0, 0)),
-                      setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
+                      setting(of("forget10", "npo+rt", 5),
+                              forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
     "forget_kl": (setting(of("forget10", "npo+rt"), forget_kl=[0, 60, 60, 60, 60, 60]),
                   setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 4.0 ** r["seed"]])),
     "beyond10": (setting(of("forget20", "npo+rt"), forget_quality_log10=LOW),
-                 setting(of("forget20", "npo+rt"), forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
+                 setting(of("forget20", "npo+rt"),
+                         forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
     "tuned_beyond10": (setting(of("forget90", "npo+rt"), model_utility=[0.6, 0.3, 0.3, 0.3, 0.3, 0.3]),
-                       setting(of("forget90", "npo+rt"), forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
+                       setting(of("forget90", "npo+rt"),
+                               forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
 }
 
 
@@ -210,7 +228,8 @@ def test_one_seed_or_none_decides_nothing():
 
 def test_a_verdicts_line_has_its_numbers_and_scale():
     line = tofu_verdicts.line(tofu_verdicts.verdicts(hand_made_study())[0])
-    assert "holds" in line and "12 of 12 tests" in line and "tiny (0.9 M parameters), builtin, 10 epochs" in line and "3 seeds" in line
+    for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "3 seeds"):
+        assert expected in line
     false = tofu_verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
     assert "forget20 npo+rt: peak log10 forget quality -9" in tofu_verdicts.line(false)
 
@@ -234,7 +253,8 @@ def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
 
 def test_the_dual_scale_is_linear_above_the_line_and_logarithmic_below():
     height = lambda p: tofu_pictures.height(math.log10(p), -9.0)
-    assert height(0.05) == pytest.approx(0, abs=1e-9) and height(1.0) == pytest.approx(tofu_pictures.ABOVE) and height(1e-9) == pytest.approx(-1)
+    assert height(0.05) == pytest.approx(0, abs=1e-9) and height(1e-9) == pytest.approx(-1)
+    assert height(1.0) == pytest.approx(tofu_pictures.ABOVE)
     assert height(0.525) == pytest.approx(tofu_pictures.ABOVE / 2)
     assert height(5e-4) == pytest.approx(2 * height(5e-3))
 
@@ -257,7 +277,8 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert page == tofu_verdicts.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
     assert page.count("](tofu/builtin_tiny_") == len(figures_tofu.FIGURES)
-    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |", "undesired"):
+    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |",
+                     "undesired"):
         assert expected in page, expected
 
 
@@ -289,11 +310,13 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     assert len(ready) == 2 * 3 and len(jobs) == 3 + (3 + 1) + 2 * 2
     assert {job.facts["seed"] for job in ready} == {0} and {job.facts["split"] for job in ready} == {"forget10"}
     models = [job for job in figures_tofu.missing(s, jobs) if job.facts["kind"] == "model"]
-    assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0), ("retain90", 1), ("retain90", 2)]
+    assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0),
+                                                                           ("retain90", 1), ("retain90", 2)]
     ga = [job for job in ready if job.facts["method"] == "ga"]
     s = recorded(s, *ga[:2])
     s = recorded(s, ga[2], ks=0.1)
-    assert figures_tofu.choose(s, "ga") == {"lr": ga[2].facts["lr"], "beta": 0.1} and figures_tofu.choose(s, "npo+rt") is None
+    assert figures_tofu.choose(s, "ga") == {"lr": ga[2].facts["lr"],
+                                            "beta": 0.1} and figures_tofu.choose(s, "npo+rt") is None
     jobs = figures_tofu.plan(s, ["8"])
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
     assert [job.facts["lr"] for job in chosen] == [ga[2].facts["lr"]] * 2
@@ -302,7 +325,8 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     assert figures_tofu.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
     beta = [job for job in figures_tofu.tuning_jobs(s, "npo+rt")][-1]
     assert beta.facts["beta"] == pytest.approx(0.2) and beta.facts["lr"] == rates[1].facts["lr"]
-    assert figures_tofu.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"], "beta": beta.facts["beta"]}
+    assert figures_tofu.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"],
+                                                                        "beta": beta.facts["beta"]}
 
 
 def test_every_method_has_the_same_budget(study):
@@ -396,14 +420,18 @@ def test_flags_that_are_decided_here_are_refused(study):
 # ---------------------------------------------------------------- the whole path
 
 def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
-    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON alone."""
-    args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1", "--jobs", "2",
+    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON
+    alone."""
+    args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1", "--jobs",
+            "2",
             "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
     assert "together 5 unlearning runs, 5 missing" in planned and "3 models" in planned and "memory:" in planned
     assert not (tmp_path / "runs").exists()
-    process = subprocess.Popen([sys.executable, str(ROOT / "figures_tofu.py"), *map(str, args)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "figures_tofu.py"), *map(str, args)], cwd=tmp_path,
+                               text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     begin = time.monotonic()
     while not list((tmp_path / "runs" / "models").glob("tiny-*/log.jsonl")):
         assert process.poll() is None and time.monotonic() - begin < 300, process.communicate()[0]
@@ -426,8 +454,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     again = command("figures_tofu.py", *args).stdout
     assert "runs to make" not in again and not (tmp_path / "runs").exists()
     words = ["figures_tofu.py", *map(str, args), "--draw-only"]
-    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torch'] = None; sys.argv = {words!r}; " \
-                    "import figures_tofu; figures_tofu.main()"
+    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torch'] = None; " \
+                    f"sys.argv = {words!r}; import figures_tofu; figures_tofu.main()"
     for path in files:
         path.unlink()
     subprocess.run([sys.executable, "-c", without_torch], cwd=tmp_path, check=True)
@@ -444,11 +472,13 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     from processes import World
     from train_npo import resolve, run
     monkeypatch.chdir(tmp_path)
-    given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10, "template": "llama2"}
+    given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
+             "template": "llama2"}
     alone, measured, plain = World(0, 1, torch.device("cpu")), [], run_folder.Run.measured_rows
     monkeypatch.setattr(run_folder.Run, "measured_rows", lambda self, model: measured.append(1) or plain(self, model))
     own = run(resolve({**given, "out": "own"}), alone)
-    read = lambda folder, step: {k: v for k, v in json.loads((folder / "eval" / f"step_{step:06d}.json").read_text()).items()
+    read = lambda folder, step: {k: v for k,
+                                 v in json.loads((folder / "eval" / f"step_{step:06d}.json").read_text()).items()
                                  if k != "provenance"}
     shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
     assert len(measured) == 2 + 1
