@@ -46,7 +46,7 @@ def height(log10_p: float, floor: float) -> float:
 def dual_axis(axes, floor: float):
     """Ticks, grid and the 0.05 line of an axis whose values went through `height`."""
     decades = math.ceil((LINE - floor) / 5)
-    logs = [-decades * i for i in range(1, 6) if -decades * i > floor]
+    logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
     ticks = [(0.0 + math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)] + [(log, f"$10^{{{log}}}$") for log in logs]
     axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log, _ in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())

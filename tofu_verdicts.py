@@ -241,7 +241,8 @@ def answers_on_forget_set(study: dict) -> dict:
                   [rate(r, "other fact", ("forget",)) for r in npo],
                   ">", OF_THE_WORDING)]
     return verdict(study, "answers_on_forget_set",
-                   "on the forget set ga's answers are repetitive, npo+rt's fluent, of the wording, with other facts", tests)
+                   "on the forget set ga's answers are repetitive, npo+rt's fluent, of the wording, with other facts",
+                   tests)
 
 
 def retain_weight(study: dict) -> dict:
@@ -309,7 +310,7 @@ def told(t: dict) -> str:
     """One test in words."""
     if t["seeds"] == 0:
         return f"{t['what']}: not run"
-    spread = f" ({number(t['interval'][0])} to {number(t['interval'][1])})" if t["interval"] else ""
+    spread = f" ({number(t['interval'][0])} to {number(t['interval'][1])})" if t["interval"] else " (one seed)"
     return f"{t['what']} {number(t['mean'])}{spread}, needs {t['sign']} {number(t['threshold'])}"
 
 
