@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from chunked_head import answer_values
-from data.batches import TokenBatch, collate
+from data.batches import TokenBatch, collate_packed
 from data.prompts import Encoded
 from data.tofu import InputError
 from gguf_weights import converted
@@ -292,19 +292,24 @@ def without_dropout(model):
 
 @torch.no_grad()
 def check_head(model: AnswerModel, source: str, device="cpu"):
-    """`AnswerModel` takes the LM head's output as the logits. Raises InputError where the model does more (scaling,
-    soft caps, a bias)."""
+    """`AnswerModel` takes the LM head's output as the logits, and packs texts into sequences by position ids and a mask.
+    Raises InputError where the model does more to its logits (scaling, soft caps, a bias), or lets packed texts see
+    each other (positions that no ids can set)."""
     lm = model.lm
     head = lm.get_output_embeddings()
-    refused = f"--model {source}: {type(lm).__name__} changes its logits behind the LM head, which is not supported; " \
-              "take a Llama-like model"
+    refused = f"--model {source}: {type(lm).__name__} changes its logits behind the LM head, or cannot pack texts into " \
+              "sequences, which is not supported; take a Llama-like model"
     if head is None:
         raise InputError(refused)
     if getattr(head, "bias", None) is not None:
         raise InputError(f"--model {source}: {type(lm).__name__} has an LM head with a bias, which is not "
                          "supported; take a Llama-like model")
     ids = torch.arange(2, 10).view(2, 4) % lm.config.vocab_size
-    ours, _ = model(collate([Encoded(row, 3) for row in ids.tolist()], 0, device))  # each row's last token answers
+    texts = [Encoded(row, 3) for row in ids.tolist()]  # each row's last token answers
+    try:
+        ours, _ = model(collate_packed(texts, [[0], [1]], 0, device))
+    except (TypeError, ValueError, IndexError) as error:  # a model that knows no such mask or position ids
+        raise InputError(f"{refused} ({type(error).__name__}: {error})") from None
     theirs = model.next_logits(input_ids=ids[:, :3].to(device), use_cache=False)
     release(model)
     if not theirs.isfinite().all():
