@@ -259,7 +259,8 @@ def train(s: Namespace, model: AnswerModel, plan: Plan, reference: Reference | N
 
         # The parts' sums, then two requests that all processes must agree on.
         totals = torch.zeros(len(PARTS) + 2, device=w.device)
-        micros = micro_batches(s, plan, items, w)
+        # The longest first: its activations meet no gradients yet, and what follows fits into the memory it leaves.
+        micros = micro_batches(s, plan, items, w)[::-1]
         for m, micro in enumerate(micros):
             last = m == len(micros) - 1
             if w.sharded:  # each gradient goes to its owner at once; embedding and head stay gathered until the last
