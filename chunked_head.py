@@ -81,7 +81,8 @@ class _Head:
 
     def __init__(self, hidden, weight, targets, reference_hidden, reference_weight, direction):
         self.hidden, self.weight, self.targets = hidden, weight.to(hidden.dtype), targets
-        self.reference_hidden, self.reference_weight = (x.to(hidden.dtype) for x in (reference_hidden, reference_weight))
+        self.reference_hidden = reference_hidden.to(hidden.dtype)
+        self.reference_weight = reference_weight.to(hidden.dtype)
         self.direction = direction
         size = chunk_tokens(len(weight))
         self.chunks = [slice(at, min(at + size, len(hidden))) for at in range(0, len(hidden), size)]

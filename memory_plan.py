@@ -206,7 +206,8 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
         f"tokens a step, {work.answer_tokens:,.0f} of them answers; the longest row {work.width}{mark}")
     columns = [("as asked", asked)] + ([("suggested", best)] if best and best != asked else [])
     say(f"\n{'memory of one process at its peak, GB':40}" + "".join(f"{name:>12}" for name, _ in columns))
-    for what, value in (("parallel", lambda c: c.parallel), ("micro-batch, rows", lambda c: c.sequences // work.sequences),
+    for what, value in (("parallel", lambda c: c.parallel),
+                        ("micro-batch, rows", lambda c: c.sequences // work.sequences),
                         ("activation checkpointing", lambda c: "yes" if c.checkpointing else "no")):
         say(f"  {what:38}" + "".join(f"{value(load):>12}" for _, load in columns))
     plans = [memory(x, load) for _, load in columns]
