@@ -153,7 +153,8 @@ def count_work(s: Namespace, task) -> Work:
                     for row in some] for some in used]
     mean = lambda some, i: sum(pair[i] for pair in some) / max(1, len(some))
     total, answers = (mean(lengths[0], i) * (sequences - uses_retain) + mean(lengths[1], i) for i in (0, 1))
-    return Work(len(rows), math.ceil(s.epochs * len(rows) / s.batch_size), s.batch_size * total, s.batch_size * answers, sequences,
+    return Work(len(rows), math.ceil(s.epochs * len(rows) / s.batch_size), s.batch_size * total,
+                s.batch_size * answers, sequences,
                 math.ceil(max(pair[0] for some in lengths for pair in some)), answers / total,
                 tokenizer is None)
 
@@ -193,8 +194,8 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
     """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model beside
     the policy would add."""
     if not (s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()):
-        raise InputError(f"--dry-run asks no network, and --data {s.data} is no folder: give one, or leave --data out for "
-                         "the built-in rows, which are shorter than TOFU's")
+        raise InputError(f"--dry-run asks no network, and --data {s.data} is no folder: give one, or leave --data out "
+                         "for the built-in rows, which are shorter than TOFU's")
     task = load_task(s.data, s.split, s.forget, s.retain)
     x = read_shape(s, task.full)
     work = count_work(s, task)
@@ -225,7 +226,7 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
     if best is None:
         enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, gpu_memory)), None)
         say("Nothing fits" + (f"; the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}" if enough
-                              else ", on no number of such GPUs up to the batch size; need larger ones, or --dtype bf16"))
+                              else ", on no number of such GPUs up to the batch size; need larger ones"))
     elif best != asked:
         flags = f"--parallel {best.parallel} --micro-batch-size {best.sequences // work.sequences}"
         say(f"{'Faster' if fits else 'This fits'}: {flags}{' --activation-checkpointing' * best.checkpointing}")

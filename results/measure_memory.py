@@ -3,8 +3,8 @@ loop with a resident reference and full logits.
 
     python results/measure_memory.py --data TOFU_DIR --out results
 
-npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident size is counted above its size just
-before the model is loaded. A first step of one row makes AdamW's moments, the second step's last micro-batch sets the
+npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident
+size is counted above its size just before the model is loaded. A first step of one row makes AdamW's moments, the second step's last micro-batch sets the
 peak: two micro-batches a process stand for a batch of 32 in four. Where one micro-batch is the whole batch, so it is
 here.
 """
@@ -101,7 +101,8 @@ def plain_loop(s, lm, reference, plan, pad: int):
 def measure(case: tuple, data: str, folder: str) -> dict:
     """Bytes above the size before the model was loaded: measured, and for ours as predicted."""
     name, ours, processes, parallel, micro, rows, checkpointing = case
-    given = {"loss": "npo", "retain_weight": 1.0, "model": f"smollm2-135m={folder}", "data": data, "parallel": parallel, "template": "llama2",
+    given = {"loss": "npo", "retain_weight": 1.0, "model": f"smollm2-135m={folder}", "data": data,
+             "parallel": parallel, "template": "llama2",
              "micro_batch_size": micro, "epochs": 1, "activation_checkpointing": checkpointing}
     s = train_npo.resolve(given)
     w = join_world("cpu", parallel)
