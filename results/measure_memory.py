@@ -3,10 +3,9 @@ loop with a resident reference and full logits.
 
     python results/measure_memory.py --data TOFU_DIR --out results
 
-npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident
-size is counted above its size just before the model is loaded. A first step of one row makes AdamW's moments, the second step's last micro-batch sets the
-peak: two micro-batches a process stand for a batch of 32 in four. Where one micro-batch is the whole batch, so it is
-here.
+npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident size is counted above
+its size just before the model is loaded. A first step of one row makes AdamW's moments, the second sets the peak: two
+micro-batches a process stand for a batch of 32 in four. Where one micro-batch is the whole batch, so it is here.
 """
 
 import argparse
