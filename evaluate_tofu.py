@@ -37,6 +37,7 @@ from command_line import Parser, environment, given_flags, not_negative, positiv
 from data.batches import collate, collate_packed, deal, group_tokens, within
 from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import MAX_FILE_BYTES, EVALUATED, InputError, complement, load_task, parse_split, read_text
+from generation import generate
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
 from processes import ALONE, World, pick_device
 from sharding import release
@@ -296,48 +297,6 @@ def in_step(batches: list, ghost: list, w: World) -> list:
     behind them as it takes for all processes to have equally many."""
     missing = w.most(len(batches)) - len(batches) if w.sharded else 0
     return [(batch, True) for batch in batches] + [(ghost, False)] * missing
-
-
-@torch.no_grad()
-def generate(model: AnswerModel, tokenizer, prompts: list, max_new_tokens: int, w: World) -> list[str]:
-    """Greedy continuations of one batch: padded on the left, with a key-value cache, each ending at the
-    end-of-sequence token.
-
-    Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone. Where the
-    model is sharded, a process that is done goes on with one token for nothing until all are.
-    """
-    from transformers import DynamicCache
-    width, pad, eos = max(map(len, prompts)), pad_id(tokenizer), tokenizer.eos_token_id
-    device, context = w.device, getattr(model.lm.config, "max_position_embeddings", None) or width + max_new_tokens
-    room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own, whoever it shares the batch with
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, rows, answers = DynamicCache(), list(range(len(prompts))), [[] for _ in prompts]
-    for length in range(1, max(room) + 1):
-        logits = model.next_logits(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                                   use_cache=True)
-        new = logits.argmax(-1).tolist()
-        for row, token in zip(rows, new):
-            if answers[row][-1:] != [eos] and length <= room[row]:
-                answers[row].append(token)
-        ended = [answers[row][-1:] == [eos] or length >= room[row] for row in rows]
-        going_on = not all(ended)
-        anyone = w.most(going_on) if w.sharded else False
-        if not going_on:
-            break
-        ids = torch.tensor(new, device=device).unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        if sum(ended) * 4 >= len(rows):  # by quarters: each time costs a copy of the cache
-            kept = [i for i, e in enumerate(ended) if not e]
-            select = torch.tensor(kept, device=device)
-            cache.batch_select_indices(select)
-            ids, mask, positions, rows = ids[select], mask[select], positions[select], [rows[i] for i in kept]
-    while anyone:
-        model.next_logits(input_ids=ids[:1, :1], use_cache=False)
-        anyone = w.most(False)
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 # ---------------------------------------------------------------- logs

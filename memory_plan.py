@@ -17,12 +17,14 @@ import torch
 
 from chunked_head import KEPT_CHUNKS, chunk_tokens
 from data.prompts import encode
-from data.tofu import InputError, load_task
+from data.tofu import InputError, complement, load_task, parse_split, slice_rows
 from models import PRESETS, read_meta, tiny_dims
 from sharding import decoder_layers
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
 TEMPLATE_TOKENS = 12  # beside question and answer
+TOFU_ROWS = 4000
+TOFU_CHARACTERS = (70, 169), (201, 418)  # question and answer, on average and of the longest row
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, the allocator's gaps and the collectives'
 GB = 1e9
 
@@ -190,13 +192,21 @@ def suggest(s: Namespace, x: Shape, work: Work, processes: int, gpu_memory: floa
 
 # ---------------------------------------------------------------- in words
 
+def as_published(s: Namespace) -> Namespace:
+    """A Hub id is not asked for, since there may be no network: as many rows as TOFU's full.json has, as long."""
+    row, longest = ({"question": "?" * q, "answer": "!" * a} for q, a in TOFU_CHARACTERS)
+    full = [longest, *[row] * (TOFU_ROWS - 2), longest]
+    forgets = parse_split(s.split)[0] == "forget"
+    return Namespace(source=f"{s.data} (not read: TOFU's published number and lengths of rows)", full=full,
+                     forget=slice_rows(full, s.split) if forgets else [],
+                     retain=slice_rows(full, complement(s.split) if forgets else s.split))
+
+
 def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, say=print):
     """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model beside
     the policy would add."""
-    if not (s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()):
-        raise InputError(f"--dry-run asks no network, and --data {s.data} is no folder: give one, or leave --data out "
-                         "for the built-in rows, which are shorter than TOFU's")
-    task = load_task(s.data, s.split, s.forget, s.retain)
+    at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
+    task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
     x = read_shape(s, task.full)
     work = count_work(s, task)
     mark = " (estimated: no tokenizer at hand)" if work.estimated else ""

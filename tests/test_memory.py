@@ -216,3 +216,13 @@ def test_plan_flags_without_a_plan_are_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_npo.py", "--gpus", "2"])
     with pytest.raises(InputError, match="belong to --dry-run"):
         train_npo.main()
+
+
+@pytest.mark.parametrize("flags, rows", ((["--retain-weight", "1"], 400), (["--loss", "sft", "--split", "full"], 4000)))
+def test_a_hub_id_is_planned_for_without_asking_it(capsys, flags, rows):
+    """As the README's 7B command with --dry-run behind it, where there is no network."""
+    from train_npo import parse
+    s = parse(["--model", "llama2-7b", "--data", "locuslab/TOFU", "--dtype", "bf16", *flags])[0]
+    memory_plan.dry_run(s, 2, 80e9, 200)
+    shown = capsys.readouterr().out
+    assert f"{rows} rows" in shown and "not read" in shown and "This fits: --parallel fsdp" in shown
