@@ -483,3 +483,11 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
     assert len(measured) == 2 + 1
     assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)
+
+
+def test_readmes_commands_have_valid_flags():
+    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith("python figures_tofu.py")]
+    assert len(lines) >= 4
+    for words in lines:
+        figures_tofu.build_parser().parse_args(words[2:])
