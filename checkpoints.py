@@ -3,8 +3,8 @@
 A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the scalar state
 (JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed, so that it is whole or
 not there; the last two are kept. A sharded model's processes write a file each, of the rows that they hold; whoever
-resumes reads the rows that it needs, so that the number of processes and `--parallel` may change. Batches, partners and refusals are pure functions of (seed, position): the step is all
-that is needed of the stream.
+resumes reads the rows that it needs, so that the number of processes and `--parallel` may change. Batches, partners and
+refusals are pure functions of (seed, position): the step is all that is needed of the stream.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ def save(folder: Path, step: int, model, optimizer, state: dict, w: World, kept:
         entries = w.together(lambda: _write_part(aside, model, optimizer, w.rank) if w.sharded or w.rank == 0 else {})
         if w.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
-            manifest = {name: entry for part in [*entries, _entry(aside / "state.json")] for name, entry in part.items()}
+            entries.append(_entry(aside / "state.json"))
+            manifest = {name: entry for part in entries for name, entry in part.items()}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in (aside / "state.json", aside / "manifest.json", aside):
                 _fsync(path)
@@ -89,8 +90,8 @@ def latest(folder: Path) -> tuple[Path | None, list]:
 
 
 def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back in place and return the state, whatever number of processes wrote it, sharded or not.
-    Raises InputError where they don't fit the model."""
+    """Put weights and moments back in place and return the state, whatever number of processes wrote it, sharded or
+    not. Raises InputError where they don't fit the model."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = dict(model.named_parameters())
     if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:

@@ -292,13 +292,13 @@ def without_dropout(model):
 
 @torch.no_grad()
 def check_head(model: AnswerModel, source: str, device="cpu"):
-    """`AnswerModel` takes the LM head's output as the logits, and packs texts into sequences by position ids and a mask.
-    Raises InputError where the model does more to its logits (scaling, soft caps, a bias), or lets packed texts see
-    each other (positions that no ids can set)."""
+    """`AnswerModel` takes the LM head's output as the logits, and packs texts into sequences by position ids and a
+    mask. Raises InputError where the model does more to its logits (scaling, soft caps, a bias), or lets packed texts
+    see each other (positions that no ids can set)."""
     lm = model.lm
     head = lm.get_output_embeddings()
-    refused = f"--model {source}: {type(lm).__name__} changes its logits behind the LM head, or cannot pack texts into " \
-              "sequences, which is not supported; take a Llama-like model"
+    refused = f"--model {source}: {type(lm).__name__} changes its logits behind the LM head, or cannot pack texts " \
+              "into sequences, which is not supported; take a Llama-like model"
     if head is None:
         raise InputError(refused)
     if getattr(head, "bias", None) is not None:

@@ -145,8 +145,8 @@ class Run:
         try:
             checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.w, kept)
         except OSError as error:
-            raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); make "
-                             f"room, then --resume {self.folder}") from None
+            raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} ({error.strerror or error}); "
+                             f"make room, then --resume {self.folder}") from None
         self.w.wait()
         self.saving = False
 

@@ -688,7 +688,8 @@ def restarted(s: Namespace) -> Namespace:
     the last unfinished one of these settings."""
     if s.resume or not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return s
-    unfinished = [path for path in folder_names(s) if (path / "config.json").is_file() and not (path / "model").exists()]
+    unfinished = [path for path in folder_names(s)
+                  if (path / "config.json").is_file() and not (path / "model").exists()]
     for folder in reversed(unfinished):
         stored = read_config(folder)["settings"]
         if all(stored.get(key) == value for key, value in vars(s).items() if value is not None):

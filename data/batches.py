@@ -177,5 +177,6 @@ def collate_packed(encoded: list, groups: list, pad_id: int, device="cpu", pad_t
     sequences = torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens)
     positions = torch.tensor([place for _, places in predicting for place in places])
     targets = torch.tensor([token for e in encoded for token in e.ids[e.start:]])
-    return TokenBatch(padded(ids, pad_id), *(x.to(device) for x in (sequences, positions, targets, rows, answer_tokens)),
+    places = (x.to(device) for x in (sequences, positions, targets, rows, answer_tokens))
+    return TokenBatch(padded(ids, pad_id), *places,
                       padded(of_group, -1), padded(branches, 0), padded(order, 0))

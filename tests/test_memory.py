@@ -217,7 +217,8 @@ def test_plan_flags_without_a_plan_are_refused(monkeypatch):
         train_npo.main()
 
 
-@pytest.mark.parametrize("flags, rows", (([], 400), (["--loss", "sft", "--split", "full", "--retain-weight", "0"], 4000)))
+@pytest.mark.parametrize("flags, rows", (([], 400),
+                                         (["--loss", "sft", "--split", "full", "--retain-weight", "0"], 4000)))
 def test_a_hub_id_is_planned_for_without_asking_it(capsys, flags, rows):
     """As the README's 7B command with --dry-run behind it, where there is no network."""
     shown = plan_of(capsys, "--model", "llama2-7b", "--data", "locuslab/TOFU", "--dtype", "bf16", "--gpus", "2", *flags)

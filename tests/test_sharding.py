@@ -19,7 +19,8 @@ from data.tofu import InputError
 from models import AnswerModel, load_model, save_model, weights_hash
 from test_training import assert_close
 
-# 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs its scalar.
+# 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs its
+# scalar.
 ARGS = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 6, "--batch-size", 6,
         "--micro-batch-size", 2, "--lr", 1e-3, "--max-grad-norm", 1]
 
@@ -136,7 +137,8 @@ def test_rows_of_a_checkpoint_are_found_whoever_wrote_them(tmp_path):
     from safetensors.torch import save_file
     whole = torch.arange(21.0).view(7, 3)
     for rank, (start, stop) in enumerate(((0, 4), (4, 7), (7, 7))):  # the third process has none
-        save_file({"w": whole[start:stop].clone(), "n": torch.tensor(5.0)}, tmp_path / f"weights-{rank:05d}.safetensors",
+        tensors = {"w": whole[start:stop].clone(), "n": torch.tensor(5.0)}
+        save_file(tensors, tmp_path / f"weights-{rank:05d}.safetensors",
                   metadata={"first_rows": json.dumps({"w": start, "n": 0})})
     rows = Rows(tmp_path, "weights")
     assert rows.shapes() == {"w": (7, 3), "n": ()}
