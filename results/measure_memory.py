@@ -4,8 +4,8 @@ loop with a resident reference and full logits.
     python results/measure_memory.py --data TOFU_DIR --out results
 
 npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident size is counted above
-its size just before the model is loaded. A first step of one row makes AdamW's moments, the second sets the peak: two
-micro-batches a process stand for a batch of 32 in four. Where one micro-batch is the whole batch, so it is here.
+its size just before the model is loaded. A first step of one row makes AdamW's moments; the second, a global batch of
+the stream's first 32 rows, sets the peak.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from reference import Reference, reference_pass
 from sharding import fill, shard
 
 # (name, ours?, processes, parallel, micro-batch, rows of the measured step, whole layers recomputed)
-CASES = [("ours, micro-batch 8", True, 1, "ddp", 8, 16, False), ("plain, micro-batch 8", False, 1, "ddp", 8, 16, False),
+CASES = [("ours, micro-batch 8", True, 1, "ddp", 8, 32, False), ("plain, micro-batch 8", False, 1, "ddp", 8, 32, False),
          ("ours, micro-batch 32", True, 1, "ddp", 32, 32, False),
          ("plain, micro-batch 32", False, 1, "ddp", 32, 32, False),
-         ("ours, ddp, 2 processes", True, 2, "ddp", 4, 16, False),
-         ("ours, fsdp, 2 processes", True, 2, "fsdp", 4, 16, False),
-         ("ours, activation checkpointing", True, 1, "ddp", 8, 16, True)]
+         ("ours, ddp, 2 processes", True, 2, "ddp", 8, 32, False),
+         ("ours, fsdp, 2 processes", True, 2, "fsdp", 8, 32, False),
+         ("ours, activation checkpointing", True, 1, "ddp", 8, 32, True)]
 GB = 1e9
 
 
