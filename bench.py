@@ -711,6 +711,35 @@ def machine(args: Namespace) -> dict:
             "device": args.device.type, "dtype": args.dtype}
 
 
+def profile(args: Namespace) -> str:
+    """Markdown: where an npo+rt step and an evaluation spend their processor time, by torch's operators."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+    side = Side(args, METHODS["npo+rt"], [2, args.batch_size], every=4)
+    model, parts = AnswerModel(side.lm), []
+    task = load_task(side.s.data, side.s.split)
+    prepared = prepare(task.evaluated, side.tokenizer, side.s.template, side.lm.config.max_position_embeddings,
+                       args.max_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        reference, _ = side.refer(Path(folder), model)
+        work = {"A step of npo+rt": lambda: train(side.s, model, side.plan, reference, pad_id(side.tokenizer), side.w,
+                                                  Interleaved(side, {})),
+                "An evaluation": lambda: evaluate(model, prepared, side.tokenizer, batch_size=256,
+                                                  max_new_tokens=args.max_new_tokens)}
+        # An evaluation first: it shall see the start's weights, and answers that end.
+        for name in reversed(work):
+            begin = time.process_time()
+            with watch(activities=[ProfilerActivity.CPU]) as watched:
+                work[name]()
+            seconds = time.process_time() - begin
+            events = sorted(watched.key_averages(), key=lambda e: -e.self_cpu_time_total)
+            total = sum(e.self_cpu_time_total for e in events)
+            lines = [f"| {e.key} | {100 * e.self_cpu_time_total / total:.1f}% | {e.count} |" for e in events[:12]]
+            parts += [f"## {name}: {seconds:.2f} s of processor time, {args.threads} thread(s)", "",
+                      "| operator | share of self time | calls |", "|---|---|---|", *lines, ""]
+    return "\n".join(parts)
+
+
 def small_start(args: Namespace) -> str:
     """The tiny model that is measured: fine-tuned for three epochs only, kept under runs/bench."""
     task = load_task(args.data, "full")
@@ -739,6 +768,7 @@ def build_parser() -> Parser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision of both sides (default: fp32)")
     add("--out", default=str(HERE / "results"), help="folder for bench_MODEL.json, .md, .png (default: results)")
+    add("--profile", metavar="FILE", help="measure no ratio: write torch.profiler's tables to this Markdown file")
     add("--part", choices=PARTS, help="used by bench.py itself: one measurement, in a process of its own")
     add("--rows", type=positive(int), default=8, help="rows at once of --part")
     return parser
@@ -761,6 +791,9 @@ def main():
         args.model = small_start(args)
     elif name in PRESETS and not path and needs_model:
         raise InputError(f"--model {name}: give its weights, --model {name}=FOLDER")
+    if args.profile:
+        Path(args.profile).write_text(profile(args))
+        return
     out = Path(args.out) / f"bench_{label}.json"
     rows = json.loads(out.read_text())["rows"] if out.exists() else {}
     for item in args.only or ITEMS:

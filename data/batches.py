@@ -130,9 +130,8 @@ def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenB
     return TokenBatch(*(x.to(device) for x in (ids, rows, positions, targets, rows, lengths)))
 
 
-# Long enough that a handful of texts fills a sequence evenly, short enough that attention, which grows with its square,
-# stays small beside the rest.
-PACKED_TOKENS = 128
+PACKED_TOKENS = 384  # the most in a sequence of several groups: attention's cost grows with the square
+ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
 
 
 def common(encoded: list) -> int:
@@ -145,18 +144,33 @@ def group_tokens(encoded: list) -> int:
     return sum(len(e.ids) for e in encoded) - (len(encoded) - 1) * common(encoded)
 
 
+def pack(lengths: list) -> list[list[int]]:
+    """Places of `lengths`, dealt to sequences: as many of these as cost the least, padding and attention together."""
+    def dealt(count: int) -> tuple[list, int]:
+        sequences, filled = [[] for _ in range(count)], [0] * count
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first, to the emptiest
+            s = filled.index(min(filled))
+            sequences[s].append(i)
+            filled[s] += lengths[i]
+        return sequences, max(filled)
+
+    most = max(1, sum(lengths) // max(lengths))
+    fewest = min(most, -(-sum(lengths) // PACKED_TOKENS))
+    cost = lambda sequences, width: len(sequences) * width * (1 + width / ATTENTION_TOKENS)
+    return min((dealt(count) for count in range(fewest, most + 1)), key=lambda some: cost(*some))[0]
+
+
 def collate_packed(encoded: list, groups: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
     """As `collate`, with hardly a pad token: several texts lie in one sequence, and do not see each other.
 
-    Texts of one group (places in `encoded`) share their beginning: several answers to a question cost it once. Groups
-    are dealt to sequences of equal length, the longest first; `pad_to` pads these.
+    Texts of one group (places in `encoded`) share their beginning: several answers to a question cost it once. `pad_to`
+    pads the sequences to so many tokens.
     """
     lengths = [group_tokens([encoded[i] for i in group]) for group in groups]
-    count = max(1, round(sum(lengths) / max(PACKED_TOKENS, *lengths)))
-    ids, of_group, branches, order = ([[] for _ in range(count)] for _ in range(4))
+    packed = pack(lengths)
+    ids, of_group, branches, order = ([[] for _ in packed] for _ in range(4))
     predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
-    for g in sorted(range(len(groups)), key=lambda g: -lengths[g]):
-        s = min(range(count), key=lambda s: len(ids[s]))
+    for s, g in ((s, g) for s, some in enumerate(packed) for g in some):
         texts = [encoded[i] for i in groups[g]]
         shared, begin = common(texts), len(ids[s])
         ids[s] += texts[0].ids[:shared]
