@@ -104,7 +104,7 @@ def test_it_trains_and_is_evaluated_by_one_name(command, small_model, small_data
     done = command("evaluate_tofu.py", "--model", model, "--data", small_data, "--max-rows", 2,
                    "--max-new-tokens", 4, "--reference", model, "--out", "log.json")
     log = json.loads((tmp_path / "log.json").read_text())
-    assert "dequantising" not in done.stdout and log["metrics"]["forget_kl"] == 0
+    assert "dequantising" not in done.stdout and abs(log["metrics"]["forget_kl"]) < 1e-6
     assert log["provenance"]["template"] == PRESETS["smollm2-135m"].template
     assert "no preset" in command("evaluate_tofu.py", "--model", "small=x.gguf", status=2).stderr
 

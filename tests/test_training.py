@@ -5,8 +5,6 @@ import json
 import math
 import re
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -260,25 +258,6 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     with pytest.raises(InputError, match="differs"):
         train_npo.parse(["--resume", "halves", "--lr", "0.5"])
     assert train_npo.parse(["--resume", "halves", "--lr", "0.001"])
-
-
-def test_a_killed_run_resumes_bitwise_the_same(command, small_model, small_data, tmp_path):
-    """SIGKILL once a checkpoint is there; then `--resume`."""
-    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 24, "--batch-size", 8,
-            "--lr", 1e-3, "--eval-every", "never", "--checkpoint-every", 8]
-    command("train_npo.py", *args, "--out", "whole")
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_npo.py"), *map(str, args), "--out", "killed"],
-                               cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while not list((tmp_path / "killed" / "checkpoints").glob("step_*")):
-        time.sleep(0.02)
-        assert process.poll() is None, "finished before it could be killed"
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    command("train_npo.py", "--resume", "killed")
-    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 60
 
 
 def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
