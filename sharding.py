@@ -155,5 +155,8 @@ def write_weights(lm: nn.Module, folder: Path, rank: int):
         size, total = size + tensor.nbytes, total + tensor.nbytes
     if rank == 0:
         write()
+        if len(parts) == 1:
+            (folder / parts[0][0]).rename(folder / "model.safetensors")
+            return
         index = {"metadata": {"total_size": total}, "weight_map": {key: name for name, keys in parts for key in keys}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
