@@ -43,8 +43,8 @@ CASES = [("ours, micro-batch 8", True, 1, "ddp", 8, 32, False), ("plain, micro-b
          ("ours, fsdp, 2 processes", True, 2, "fsdp", 8, 32, False),
          ("ours, activation checkpointing", True, 1, "ddp", 8, 32, True)]
 GB = 1e9
-# glibc raises its threshold for blocks of their own to 32 MB, and keeps smaller ones in a heap with holes: up to a
-# third more resident memory here than is held. Set, the threshold stays, for ours and for the plain loop.
+# glibc raises its threshold for blocks of their own to 32 MB, and keeps smaller ones in a heap with holes:
+# more resident memory than is held. Set, the threshold stays, for ours and for the plain loop.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 
 
