@@ -64,7 +64,10 @@ def undisturbed(small_model, small_data, tmp_path_factory):
     return flags, folder
 
 
-@pytest.mark.parametrize("moment", ("checkpoint", "evaluation", "best", "model"))
+SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("evaluation", "best", "model")]
+
+
+@pytest.mark.parametrize("moment", ("checkpoint", *SLOW))
 def test_a_full_disk_costs_nothing_that_was_there(moment, undisturbed, tmp_path):
     flags, whole = undisturbed
     out = tmp_path / "run"
@@ -90,7 +93,7 @@ def test_a_full_disk_costs_nothing_that_was_there(moment, undisturbed, tmp_path)
         assert ours["rows"] == theirs["rows"]
 
 
-@pytest.mark.parametrize("room", (1000, 20_000))
+@pytest.mark.parametrize("room", (1000, pytest.param(20_000, marks=pytest.mark.slow)))
 def test_little_room_from_the_start(room, undisturbed, tmp_path):
     """One sentence, whatever was being written first; what could be begun can be gone on with."""
     flags, _ = undisturbed

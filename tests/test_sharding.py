@@ -33,7 +33,7 @@ def log(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", (2, 4))
+@pytest.mark.parametrize("processes", (pytest.param(2, marks=pytest.mark.slow), 4))
 def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes):
     """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight hash."""
     args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", 20]
