@@ -87,6 +87,16 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
+def meeting_place(rank: int, size: int) -> dict:
+    """Where the processes find each other: what torchrun set up. It keeps one store over its restarts, and in it the
+    addresses of processes that are gone: after a restart, keys of our own."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    return {"store": dist.PrefixStore(f"restart{restarts}", store), "rank": rank, "world_size": size}
+
+
 def join_world(device: str, parallel: str = "ddp") -> World:
     """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone, which has nothing to
     shard."""
@@ -100,5 +110,6 @@ def join_world(device: str, parallel: str = "ddp") -> World:
         torch.set_num_threads(max(1, cores // local_size))
     if size > 1:
         # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
-        dist.init_process_group("nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo")
+        backend = "nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo"
+        dist.init_process_group(backend, **meeting_place(rank, size))
     return World(rank, size, chosen, sharded=parallel == "fsdp" and size > 1)
