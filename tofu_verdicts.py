@@ -317,7 +317,6 @@ def told(t: dict) -> str:
 def line(v: dict) -> str:
     """One verdict in one line, with the numbers that decide it."""
     shown = deciding(v)
-    more = f"; {len(shown) - 2} more" if len(shown) > 3 else ""
     numbers = "; ".join(map(told, shown if len(shown) <= 3 else shown[:2])) or "not run"
     held = sum(t["holds"] is True for t in v["tests"])
     seeds = sorted({t["seeds"] for t in v["tests"]})
