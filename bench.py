@@ -18,6 +18,7 @@ Both sides take the same steps on the same rows, in turn (ours, A, B, ours, A, B
 timed steps and the weights after them to TOLERANCE, an evaluation's scores alike. A first step is discarded. A costs
 the same for every row, so it takes 4 rows of a batch, and its optimizer's update is counted once for the whole batch;
 B' takes 40 rows a set and is scaled to the set. Our steps carry their share of the one reference pass before training.
+The opponents have a process of their own, with the settings that a plain loop finds there.
 
 Results: results/bench_MODEL.json, .md (the table) and .png. Costs are per pair of forget and retain row, in seconds.
 """
@@ -25,6 +26,7 @@ Results: results/bench_MODEL.json, .md (the table) and .png. Costs are per pair 
 import copy
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -35,12 +37,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from command_line import Parser, environment, positive, run_command, write_json
 from data.prompts import encode, encode_prompts
@@ -48,7 +51,7 @@ from data.tofu import InputError, fingerprint, load_task
 from evaluate_tofu import MAX_NEW_TOKENS, Prepared, evaluate, prepare
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
-from processes import World, pick_device
+from processes import World, keep_freed_memory, pick_device
 from reference import Reference, reference_pass
 from train_npo import Plan, resolve, train
 from train_npo import run as run_training
@@ -173,6 +176,69 @@ def plain_evaluation(lm, tokenizer, template: str, rows: list, rows_at_once: int
     return results
 
 
+# ---------------------------------------------------------------- a process for each side
+
+class Opponents:
+    """A and B, or A' and B', with the model they share."""
+
+    def __init__(self, s: Namespace, args: Namespace):
+        torch.set_num_threads(args.threads)
+        self.s, self.args = s, args
+        self.lm, self.tokenizer, _ = load_model(s.start)
+        self.lm.to(args.device).eval()
+        self.loops = {}
+
+    def step(self, name: str, lr: float, forget: list, refusal: list, retain: list) -> tuple[float, float, float]:
+        """`PlainLoop.step` of A or B."""
+        if name not in self.loops:
+            self.loops[name] = PlainLoop(self.s, self.lm, self.tokenizer, PADDED_TO if name == "A" else 0,
+                                         A_ROWS_AT_ONCE if name == "A" else B_ROWS_AT_ONCE, self.args.device)
+        return self.loops[name].step(lr, forget, refusal, retain)
+
+    def save(self, name: str, file: str):
+        """The loop's weights, as safetensors."""
+        save_file({k: v.detach().clone().cpu() for k, v in self.loops[name].policy.named_parameters()}, file)
+
+    def evaluation(self, template: str, rows: list, rows_at_once: int) -> tuple[list, float]:
+        """(`plain_evaluation`, its seconds)."""
+        begin = now(self.args.device)
+        with autocast(self.args.dtype, self.args.device):
+            scores = plain_evaluation(self.lm, self.tokenizer, template, rows, rows_at_once, self.args.max_new_tokens,
+                                      self.args.device)
+        return scores, now(self.args.device) - begin
+
+
+class Apart:
+    """`Opponents` in a process of their own: what the real code does to its process (`keep_freed_memory`) must not
+    help or hurt them. While one side works, the other waits at its pipe."""
+
+    def __init__(self, s: Namespace, args: Namespace):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=answer, args=(theirs, s, args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __getattr__(self, name: str):
+        def ask(*given):
+            self.pipe.send((name, given))
+            return self.pipe.recv()
+        return ask
+
+    def close(self):
+        self.pipe.close()
+        self.process.join()
+
+
+def answer(pipe, s: Namespace, args: Namespace):
+    """The other end of `Apart`'s pipe."""
+    opponents = Opponents(s, args)
+    with suppress(EOFError):
+        while True:
+            name, given = pipe.recv()
+            pipe.send(getattr(opponents, name)(*given))
+
+
 # ---------------------------------------------------------------- S: the synthetic experiment
 
 def plain_models(Z_retain, y_retain, Z_forget, y_forget, steps: int):
@@ -248,6 +314,11 @@ def largest_gap(weights: dict, others: dict) -> float:
     return max(float((a - others[name]).norm() / a.norm().clamp(min=1e-30)) for name, a in weights.items())
 
 
+def distance(lm, weights: dict) -> float:
+    """The norm of the difference of all parameters together."""
+    return math.sqrt(sum(float((p - weights[name]).norm()) ** 2 for name, p in lm.named_parameters()))
+
+
 def relative(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
@@ -319,13 +390,14 @@ class Interleaved:
     wants_stop = wants_checkpoint = stopped = False
     folder = Path("bench")
 
-    def __init__(self, side: Side, opponents: dict):
-        """opponents: name -> (PlainLoop, rows of a batch that it takes, 0 for all)."""
-        self.side, self.opponents = side, opponents
-        self.seconds = {name: [] for name in ("ours", *opponents)}  # of a pair of rows, step by step
-        self.losses = {name: [] for name in ("ours", *opponents)}
+    def __init__(self, side: Side, opponents=None, rows: dict | None = None):
+        """opponents: `Opponents`, or `Apart`; rows: name -> rows of a batch that this one takes, None for all."""
+        self.side, self.opponents, self.rows = side, opponents, rows or {}
+        self.seconds = {name: [] for name in ("ours", *self.rows)}  # of a pair of rows, step by step
+        self.losses = {name: [] for name in ("ours", *self.rows)}
 
     def restore(self, *_) -> int:
+        keep_freed_memory()  # as `join_world` does for a real run
         self.begin = now(self.side.args.device)
         return 0
 
@@ -333,9 +405,9 @@ class Interleaved:
         items = self.side.plan.stream[step - 1]
         spent = {"ours": (now(self.side.args.device) - self.begin) / len(items)}
         self.losses["ours"].append(parts["loss"])
-        for name, (opponent, at_most) in self.opponents.items():
-            rows = self.side.rows(items[:at_most or None])
-            loss, passes, update = opponent.step(lr, *rows)
+        for name, at_most in self.rows.items():
+            rows = self.side.rows(items[:at_most])
+            loss, passes, update = self.opponents.step(name, lr, *rows)
             spent[name] = passes / len(rows[0]) + update / len(items)
             self.losses[name].append(loss)
         for name, seconds in spent.items():
@@ -343,9 +415,9 @@ class Interleaved:
         self.begin = now(self.side.args.device)
 
 
-def real_steps(side: Side, lm, reference, opponents: dict) -> Interleaved:
-    """`train_npo.train` over the side's stream."""
-    run = Interleaved(side, opponents)
+def real_steps(side: Side, lm, reference, opponents=None, rows: dict | None = None) -> Interleaved:
+    """`train_npo.train` over the side's stream, the opponents' steps between its own."""
+    run = Interleaved(side, opponents, rows)
     model = AnswerModel(lm)
     train(side.s, model, side.plan, reference, pad_id(side.tokenizer), side.w, run)
     return run
@@ -353,33 +425,33 @@ def real_steps(side: Side, lm, reference, opponents: dict) -> Interleaved:
 
 # ---------------------------------------------------------------- the rows of the table
 
-def measure_step(args: Namespace, method: str) -> dict:
+def measure_step(args: Namespace, method: str, opponents=Apart) -> dict:
     """A method's step, ours against A and B. Weights and losses after it must agree."""
     side = Side(args, METHODS[method], [2] + [args.batch_size] * args.repeats, every=4 if method != "sft" else 1)
-    start, weights = side.lm, lambda lm: dict(lm.named_parameters())
-    ours = copy.deepcopy(start)
-    loops = {"A": (PlainLoop(side.s, start, side.tokenizer, PADDED_TO, A_ROWS_AT_ONCE, args.device), args.a_rows),
-             "B": (PlainLoop(side.s, start, side.tokenizer, 0, B_ROWS_AT_ONCE, args.device), 0)}
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+    start = side.lm
+    with tempfile.TemporaryDirectory() as folder, closing(opponents(side.s, args)) as others:
+        def weights_of(name: str) -> dict:
+            others.save(name, f"{folder}/{name}.safetensors")
+            return load_file(f"{folder}/{name}.safetensors", device=str(args.device))
+
+        ours = copy.deepcopy(start)
         reference, share = None, 0.0
         if method != "sft":
             reference, share = side.refer(Path(folder), AnswerModel(ours))
-        run = real_steps(side, ours, reference, loops)
-        moved = math.sqrt(sum(float((a - b).detach().norm() ** 2) for a, b in zip(ours.parameters(),
-                                                                                  start.parameters())))
-        apart = math.sqrt(sum(float((a - b).detach().norm() ** 2) for a, b in zip(
-            ours.parameters(), loops["B"][0].policy.parameters())))
+        run = real_steps(side, ours, reference, others, {"A": args.a_rows, "B": None})
+        theirs = weights_of("B")
         with torch.no_grad():
             gaps = {"losses of B": max(map(relative, run.losses["ours"], run.losses["B"])),
-                    "weights of B": largest_gap(weights(ours), weights(loops["B"][0].policy))}
-        del ours, loops["B"]
+                    "weights of B": largest_gap(dict(ours.named_parameters()), theirs)}
+            moved = distance(ours, dict(start.named_parameters()))
+            apart = distance(ours, theirs)
         # A took the first rows of each batch: our own loop on those alone, untimed, for its check.
-        side.take([items[:args.a_rows or None] for items in side.plan.stream])
+        side.take([items[:args.a_rows] for items in side.plan.stream])
         ours = copy.deepcopy(start)
-        again = real_steps(side, ours, reference, {})
+        again = real_steps(side, ours, reference)
         with torch.no_grad():
             gaps |= {"losses of A": max(map(relative, again.losses["ours"], run.losses["A"])),
-                     "weights of A": largest_gap(weights(ours), weights(loops["A"][0].policy))}
+                     "weights of A": largest_gap(dict(ours.named_parameters()), weights_of("A"))}
     seconds = {name: values[1:] for name, values in run.seconds.items()}
     seconds["ours"] = [value + share for value in seconds["ours"]]
     return {"unit": "s a pair" if method != "sft" else "s a row",
@@ -389,7 +461,7 @@ def measure_step(args: Namespace, method: str) -> dict:
             "rows": {"ours": args.batch_size, "B": args.batch_size, "A": args.a_rows or args.batch_size}}
 
 
-def measure_evaluation(args: Namespace) -> dict:
+def measure_evaluation(args: Namespace, opponents=Apart) -> dict:
     """All four sets, ours whole; A' and B' on evenly spaced rows of each set, scaled to the set."""
     s = resolve({"model": args.model, "data": args.data})
     lm, tokenizer, start = load_model(s.start)
@@ -402,8 +474,9 @@ def measure_evaluation(args: Namespace) -> dict:
               for opponent, least in (("A'", max(1, args.plain_rows // 8)), ("B'", args.plain_rows))
               for name, rows in prepared.rows.items()}
     seconds, gaps, same = {"ours": [], "A'": [], "B'": []}, {"scores": 0.0}, []
-    with autocast(args.dtype, args.device):
+    with autocast(args.dtype, args.device), closing(opponents(s, args)) as others:
         for _ in range(args.evaluations):
+            keep_freed_memory()  # as evaluate_tofu.py does
             begin = now(args.device)
             ours = evaluate(AnswerModel(lm), prepared, tokenizer, batch_size=batch_size, w=World(0, 1, args.device),
                             max_new_tokens=args.max_new_tokens)
@@ -412,10 +485,8 @@ def measure_evaluation(args: Namespace) -> dict:
                 total = 0.0
                 for name, rows in prepared.rows.items():
                     places = picked[name, opponent]
-                    begin = now(args.device)
-                    plain = plain_evaluation(lm, tokenizer, template, [rows[i] for i in places], rows_at_once,
-                                             args.max_new_tokens, args.device)
-                    total += (now(args.device) - begin) * len(rows) / len(places)
+                    plain, took = others.evaluation(template, [rows[i] for i in places], rows_at_once)
+                    total += took * len(rows) / len(places)
                     for i, other in zip(places, plain):
                         row = ours[name][i]
                         nll = [row["answer_nll"], *filter(None, [row["paraphrased_nll"]]), *row["perturbed_nll"]]
@@ -464,7 +535,7 @@ def measure_arithmetic(args: Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model = AnswerModel(side.lm)
         reference, _ = side.refer(Path(folder), model)
-        run = Interleaved(side, {})
+        run = Interleaved(side)
 
         def log(step, *rest):
             plain_log(run, step, *rest)
@@ -487,7 +558,7 @@ def measure_flat(args: Namespace) -> dict:
     for split, batch in (("forget10", 8), ("forget10", 32), ("forget10", 128), ("forget01", 32), ("forget90", 32)):
         steps = max(2, args.repeats * 32 // batch)
         side = Side(args, dict(loss="simnpo", retain_weight=1.0, split=split, epochs=20), [2] + [batch] * steps)
-        run = real_steps(side, side.lm, None, {})
+        run = real_steps(side, side.lm, None)
         tokens = [sum(len(e.ids) for e in sum(side.rows(items), [])) for items in side.plan.stream]
         cases[f"{split}, batch {batch}"] = spread([t * batch / n for t, n in zip(run.seconds["ours"][1:], tokens[1:])])
     medians = [case["median"] for case in cases.values()]
@@ -518,7 +589,7 @@ def part_memory(args: Namespace, plain: bool) -> dict:
     else:
         with tempfile.TemporaryDirectory() as folder:
             reference, _ = side.refer(Path(folder), AnswerModel(side.lm))
-            real_steps(side, side.lm, reference, {})
+            real_steps(side, side.lm, reference)
     if args.device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated()}
     return {"bytes": peak() - before}
@@ -545,8 +616,8 @@ def measure_processes(args: Namespace) -> dict:
     for _ in range(args.repeats):
         for count in rates:
             with training(args, ["--loss", "sft", "--split", "retain10"], count) as (process, folder, _):
-                wait_for_steps(process, folder, 3)
-                lines = (folder / "log.jsonl").read_text().splitlines()[1:3]
+                wait_for_steps(process, folder, 1 + args.process_steps)
+                lines = (folder / "log.jsonl").read_text().splitlines()[1:1 + args.process_steps]
                 rates[count].append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     return {"unit": "tokens/s", "rates": {str(count): spread(values) for count, values in rates.items()},
             "ratio": {"one": ratios(rates[1], rates[2])}}
@@ -723,7 +794,7 @@ def profile(args: Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         reference, _ = side.refer(Path(folder), model)
         work = {"A step of npo+rt": lambda: train(side.s, model, side.plan, reference, pad_id(side.tokenizer), side.w,
-                                                  Interleaved(side, {})),
+                                                  Interleaved(side)),
                 "An evaluation": lambda: evaluate(model, prepared, side.tokenizer, batch_size=256,
                                                   max_new_tokens=args.max_new_tokens)}
         # An evaluation first: it shall see the start's weights, and answers that end.
@@ -782,7 +853,7 @@ def main():
     args.threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(args.threads)
     args.repeats = args.repeats or (5 if label == "tiny" else 2)
-    args.evaluations, args.synthetic_repeats = (3, 1) if label == "tiny" else (1, 1)
+    args.evaluations, args.synthetic_repeats, args.process_steps = (3, 3, 40) if label == "tiny" else (1, 1, 2)
     if args.part:
         print(json.dumps(PARTS[args.part](args)))
         return

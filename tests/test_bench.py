@@ -12,6 +12,13 @@ from data.prompts import Encoded
 from models import load_model
 
 
+class Here(bench.Opponents):
+    """In this process, where a test can reach them."""
+
+    def close(self):
+        pass
+
+
 @pytest.fixture
 def args(small_model, small_data):
     return Namespace(model=str(small_model), data=str(small_data), batch_size=4, repeats=2, a_rows=2, plain_rows=3,
@@ -26,7 +33,7 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 @pytest.mark.parametrize("method", bench.METHODS)
 def test_a_and_b_take_the_same_steps_as_the_real_loop(args, method):
-    row = bench.measure_step(args, method)
+    row = bench.measure_step(args, method, bench.Apart if method == "npo+kl" else Here)
     assert max(row["checked"].values()) < 1e-4 and row["update_gap_of_B"] < 0.02
     assert {name: ratio["repeats"] for name, ratio in row["ratio"].items()} == {"A": 2, "B": 2}
     assert row["rows"] == {"ours": 4, "B": 4, "A": 2} and (row["reference_pass_share"] > 0) == (method != "sft")
@@ -37,11 +44,11 @@ def test_an_opponent_that_does_something_else_is_caught(args, monkeypatch):
     plain = bench.npo_loss
     monkeypatch.setattr(bench, "npo_loss", lambda *given: 1.01 * plain(*given))
     with pytest.raises(RuntimeError, match="did not compute the same"):
-        bench.measure_step(args, "npo+rt")
+        bench.measure_step(args, "npo+rt", Here)
 
 
 def test_plain_evaluation_gives_the_same_scores(args):
-    row = bench.measure_evaluation(args)
+    row = bench.measure_evaluation(args, Here)
     assert row["checked"]["scores"] < 1e-4 and row["checked"]["equal_generations"] == 1
     assert row["rows"]["B'"] >= 12 and row["rows"]["A'"] == 4  # of four sets
 
