@@ -427,7 +427,7 @@ def real_steps(side: Side, lm, reference, opponents=None, rows: dict | None = No
 
 def measure_step(args: Namespace, method: str, opponents=Apart) -> dict:
     """A method's step, ours against A and B. Weights and losses after it must agree."""
-    side = Side(args, METHODS[method], [2] + [args.batch_size] * args.repeats, every=4 if method != "sft" else 1)
+    side = Side(args, METHODS[method], [args.batch_size] * (1 + args.repeats), every=4 if method != "sft" else 1)
     start = side.lm
     with tempfile.TemporaryDirectory() as folder, closing(opponents(side.s, args)) as others:
         def weights_of(name: str) -> dict:
@@ -529,7 +529,7 @@ def useful_flops(lm, rows: list) -> float:
 
 def measure_arithmetic(args: Namespace) -> dict:
     """Useful FLOP/s of npo+rt's steps over the rate of a large matrix product, measured before and after each."""
-    side = Side(args, METHODS["npo+rt"], [2] + [args.batch_size] * args.repeats, every=4)
+    side = Side(args, METHODS["npo+rt"], [args.batch_size] * (1 + args.repeats), every=4)
     useful = [useful_flops(side.lm, sum(side.rows(items), [])) for items in side.plan.stream]
     rates, plain_log = [], Interleaved.log
     with tempfile.TemporaryDirectory() as folder:
@@ -557,7 +557,8 @@ def measure_flat(args: Namespace) -> dict:
     cases = {}
     for split, batch in (("forget10", 8), ("forget10", 32), ("forget10", 128), ("forget01", 32), ("forget90", 32)):
         steps = max(2, args.repeats * 32 // batch)
-        side = Side(args, dict(loss="simnpo", retain_weight=1.0, split=split, epochs=20), [2] + [batch] * steps)
+        side = Side(args, dict(loss="simnpo", retain_weight=1.0, split=split, epochs=20),
+                    [max(batch, args.batch_size)] + [batch] * steps)
         run = real_steps(side, side.lm, None)
         tokens = [sum(len(e.ids) for e in sum(side.rows(items), [])) for items in side.plan.stream]
         cases[f"{split}, batch {batch}"] = spread([t * batch / n for t, n in zip(run.seconds["ours"][1:], tokens[1:])])
@@ -786,7 +787,7 @@ def profile(args: Namespace) -> str:
     """Markdown: where an npo+rt step and an evaluation spend their processor time, by torch's operators."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
-    side = Side(args, METHODS["npo+rt"], [2, args.batch_size], every=4)
+    side = Side(args, METHODS["npo+rt"], [args.batch_size] * 2, every=4)
     model, parts = AnswerModel(side.lm), []
     task = load_task(side.s.data, side.s.split)
     prepared = prepare(task.evaluated, side.tokenizer, side.s.template, side.lm.config.max_position_embeddings,

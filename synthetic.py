@@ -127,23 +127,19 @@ def log_sigmoid(u: np.ndarray) -> np.ndarray:
 
 def reference_and_retrained(Z_retain: np.ndarray, y_retain: np.ndarray, Z_forget: np.ndarray, y_forget: np.ndarray,
                             lr: float = TRAIN_LR, steps: int = TRAIN_STEPS) -> np.ndarray:
-    """theta of pi_ref and pi_retr, (N, 2): full-batch gradient descent on the mean cross-entropy, from 0.
+    """theta of pi_ref and pi_retr, (N, 2): full-batch gradient descent on the mean cross-entropy, from 0."""
+    def descend(Z, y):
+        towards_labels = lr / len(Z) * (y @ Z)  # the gradient is Z^T (p - y); its y half never changes
+        theta, probs = np.zeros(N), np.empty(len(Z))
+        for _ in range(steps):
+            sigmoid_(np.matmul(Z, theta, out=probs))
+            theta += towards_labels
+            theta -= lr / len(Z) * (probs @ Z)
+        return theta
 
-    Both at once: they see the same rows, and differ in the weight of a row (pi_retr gives the forget set none).
-    """
-    Z, y = np.concatenate([Z_retain, Z_forget]), np.concatenate([y_retain, y_forget])
-    row_weight = np.zeros((len(Z), 2))
-    row_weight[:, 0] = lr / len(Z)
-    row_weight[:len(Z_retain), 1] = lr / len(Z_retain)
-    towards_labels = Z.T @ (row_weight * y[:, None])  # the gradient is Z^T (p - y); its y half never changes
-    theta, probs, move = np.zeros((N, 2)), np.empty((len(Z), 2)), np.empty((N, 2))
-    for _ in range(steps):
-        sigmoid_(np.matmul(Z, theta, out=probs))
-        probs *= row_weight
-        np.matmul(Z.T, probs, out=move)
-        theta += towards_labels
-        theta -= move
-    return theta
+    # One after the other: BLAS is twice as fast on two vectors as on a matrix of two columns, for which it copies Z.
+    both = np.concatenate([Z_retain, Z_forget]), np.concatenate([y_retain, y_forget])
+    return np.stack([descend(*both), descend(Z_retain, y_retain)], axis=1)
 
 
 @dataclass(frozen=True)
