@@ -51,7 +51,7 @@ from data.tofu import InputError, fingerprint, load_task
 from evaluate_tofu import MAX_NEW_TOKENS, Prepared, evaluate, prepare
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
-from processes import World, keep_freed_memory, pick_device
+from processes import World, keep_freed_memory, peak_memory, pick_device
 from reference import Reference, reference_pass
 from train_npo import Plan, resolve, train
 from train_npo import run as run_training
@@ -232,6 +232,7 @@ class Apart:
 
 def answer(pipe, s: Namespace, args: Namespace):
     """The other end of `Apart`'s pipe."""
+    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # ours, inherited
     opponents = Opponents(s, args)
     with suppress(EOFError):
         while True:
@@ -550,6 +551,32 @@ def measure_arithmetic(args: Namespace) -> dict:
         [rate / 1e9 for rate in rates]), "useful_gflops": spread([f / t / 1e9 for f, t in zip(useful[1:], seconds)])}
 
 
+def measure_products(args: Namespace) -> dict:
+    """FLOPs of the matrix products of a step, A's and B's over ours: what the ratio of seconds would be if nothing else
+    took time and all products ran at one rate. Counted by PyTorch, which leaves attention on a CPU out; not timed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(step, *given) -> int:
+        with FlopCounterMode(display=False) as counter:
+            step(*given)
+        return counter.get_total_flops()
+
+    ratio, flops = {}, {}
+    for method, given in METHODS.items():
+        side = Side(args, given, [args.batch_size], every=4 if method != "sft" else 1)
+        theirs, rows = Opponents(side.s, args), side.rows(side.plan.stream[0])
+        flops[method] = {name: counted(theirs.step, name, 0.0, *(some[:n] for some in rows)) / n
+                         for name, n in (("B", len(rows[0])), ("A", args.a_rows or len(rows[0])))}
+        with tempfile.TemporaryDirectory() as folder:
+            reference = None
+            if method != "sft":
+                reference = side.refer(Path(folder), AnswerModel(side.lm))[0]
+            flops[method]["ours"] = counted(real_steps, side, side.lm, reference) / len(rows[0])
+        for name in ("A", "B"):
+            ratio[f"{method}, {name}"] = spread([flops[method][name] / flops[method]["ours"]])
+    return {"unit": "FLOP a pair or row", "flops": flops, "ratio": ratio}
+
+
 def measure_flat(args: Namespace) -> dict:
     """Seconds a real token over batch sizes 8 to 128 and forget sets of 1 to 90%: the largest over the least.
 
@@ -577,7 +604,6 @@ def measure_memory(args: Namespace) -> dict:
 
 def part_memory(args: Namespace, plain: bool) -> dict:
     """One step of npo+rt on `--rows` rows at once."""
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401 (no model yet)
     load_task(args.data, "forget10")
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -593,7 +619,7 @@ def part_memory(args: Namespace, plain: bool) -> dict:
             real_steps(side, side.lm, reference)
     if args.device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated()}
-    return {"bytes": peak() - before}
+    return {"bytes": peak_memory() - before}
 
 
 def measure_startup(args: Namespace) -> dict:
@@ -708,8 +734,9 @@ def part(args: Namespace, name: str, rows: int = 0, threads: int = 0) -> dict:
     words = [sys.executable, str(HERE / "bench.py"), "--part", name, "--rows", str(rows or 1), "--model", args.model,
              "--data", str(args.data), "--device", args.device.type, "--dtype", args.dtype,
              "--threads", str(threads or args.threads)]
+    given = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}  # ours sets it
     done = subprocess.run(words, capture_output=True, text=True, env={
-        **os.environ, **{v: "1" for v in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if threads}})
+        **given, **{v: "1" for v in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if threads}})
     if done.returncode:
         raise RuntimeError(f"{name} ended with status {done.returncode}: {done.stderr[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -719,11 +746,12 @@ def part(args: Namespace, name: str, rows: int = 0, threads: int = 0) -> dict:
 
 ITEMS = {**{method: (lambda args, method=method: measure_step(args, method)) for method in METHODS},
          "evaluation": measure_evaluation, "memory": measure_memory, "arithmetic": measure_arithmetic,
-         "flat": measure_flat, "start-up": measure_startup, "synthetic": measure_synthetic,
-         "processes": measure_processes}
+         "products": measure_products, "flat": measure_flat, "start-up": measure_startup,
+         "synthetic": measure_synthetic, "processes": measure_processes}
 NAMES = {"npo+rt": "npo+rt step", "npo+kl": "npo+kl step", "dpo+rt": "dpo+rt step", "sft": "fine-tuning step",
          "evaluation": "whole evaluation", "memory": "peak memory, npo+rt", "arithmetic": "useful arithmetic",
-         "flat": "cost a useful token, batch 8 to 128, forget01 to 90", "start-up": "start-up to the first step",
+         "products": "FLOPs of matrix products", "flat": "cost a useful token, batch 8 to 128, forget01 to 90",
+         "start-up": "start-up to the first step",
          "synthetic": "synthetic, Figure 4, both alpha", "processes": "two processes against one"}
 PARTS = {"memory-ours": lambda args: part_memory(args, plain=False),
          "memory-plain": lambda args: part_memory(args, plain=True), "synthetic": part_synthetic}

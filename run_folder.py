@@ -9,7 +9,6 @@ Process 0 writes every file, aside first and then renamed; only `reference/` has
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -27,7 +26,7 @@ from data.tofu import InputError, evaluation_split
 from evaluate_tofu import compute_metrics, evaluate, number
 from model_card import model_card
 from models import PRESETS, AnswerModel, autocast, save_model
-from processes import World
+from processes import World, peak_memory
 from reference import Reference
 
 
@@ -157,8 +156,7 @@ class Run:
         if self.w.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            memory = peak_memory()
         line = {"step": step, "epoch": round(min(epoch, self.s.epochs), 4), "lr": lr, **parts, "grad_norm": grad_norm,
                 "tokens_per_s": round(tokens_per_s), "memory": memory}
         self.bar.update(1)

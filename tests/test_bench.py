@@ -76,6 +76,18 @@ def test_useful_flops_by_hand(small_model):
     assert bench.useful_flops(lm, [row]) == 6 * body * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
 
 
+def test_products_that_are_counted(args):
+    """Ours are 6 FLOPs a parameter and real token, and a few for padding; B's reference and padding cost more."""
+    row = bench.measure_products(args)
+    for method, flops in row["flops"].items():
+        assert flops["ours"] < flops["B"] < flops["A"], method
+    side = bench.Side(args, bench.METHODS["sft"], [args.batch_size])
+    rows, _, _ = side.rows(side.plan.stream[0])
+    attention = sum(6 * 2 * 32 * len(e.ids) ** 2 for e in rows)
+    useful = (bench.useful_flops(side.lm, rows) - attention) / len(rows)
+    assert 0.99 * useful < row["flops"]["sft"]["ours"] < 1.4 * useful
+
+
 def test_picture(tmp_path):
     ratio = bench.ratios([1.0, 1.0], [2.0, 3.0])
     rows = {"npo+rt": {"ratio": {"A": ratio, "B": ratio}}, "synthetic": {"ratio": {"S": ratio}}}

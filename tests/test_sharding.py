@@ -17,6 +17,7 @@ from checkpoints import Rows
 from conftest import ROOT
 from data.tofu import InputError
 from models import AnswerModel, load_model, save_model, weights_hash
+from test_gguf import write_gguf
 from test_training import assert_close
 
 # 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs its
@@ -55,6 +56,20 @@ def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_
                 assert a.get("kl", 0.0) == pytest.approx(b.get("kl", 0.0), rel=1e-2, abs=1e-4)
     starts = [json.loads((folder / "config.json").read_text())["start_weights"] for folder in (alone, sharded)]
     assert starts[0] == starts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
+def test_two_processes_start_from_a_gguf_file_and_compile(command, small_model, small_data, tmp_path, parallel):
+    write_gguf(small_model, tmp_path / "small.gguf", quantised=False)
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler: --compile needs one")
+    args = [*ARGS, "--data", small_data, "--eval-every", "end", "--template", "llama2"]
+    command("train_npo.py", *args, "--model", small_model, "--out", "alone")
+    command("train_npo.py", *args, "--model", "small.gguf", "--compile", "--parallel", parallel, "--out", parallel,
+            processes=2)
+    assert_close(weights(tmp_path / "alone"), weights(tmp_path / parallel), 1e-4)
+    assert "forget quality" in (tmp_path / parallel / "model" / "README.md").read_text().lower()
 
 
 def test_a_sharded_run_resumes_as_another(command, small_model, small_data, tmp_path):
