@@ -194,7 +194,8 @@ def table(done: dict) -> str:
     lines = ["# Memory at SmolLM2-135M's shape, npo+rt, float32 on a CPU", "",
              "Peak resident size of a process above its size before the model is loaded, GB; written by "
              "`python results/measure_memory.py --data TOFU_DIR`. The plain loop runs with "
-             + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()) + ", which keeps holes out of the heap.", "",
+             + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()) + ", which keeps holes out of its heap.",
+             "",
              "| case | measured | predicted | predicted / measured |", "|---|---|---|---|"]
     for name, r in done.items():
         predicted = f"{r['predicted'] / GB:.2f} | {r['predicted'] / r['measured']:.2f}" if "predicted" in r else "|"
