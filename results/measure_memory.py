@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import memory_plan
 import train_npo
 from command_line import environment, write_json
-from data.batches import Item, collate
+from data.batches import Item, collate, collate_packed
 from data.tofu import load_task
 from evaluate_tofu import Prepared
 from models import AUTOCAST, PRESETS, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_folder
@@ -135,10 +135,10 @@ def measure(case: tuple, data: str, folder: str) -> dict:
     if ours:
         micros = train_npo.micro_batches(s, plan, plan.stream[-1], w)
         encoded = [[plan.forget[i.row] for i in m.items] + [plan.retain[p] for p in m.partners] for m in micros]
-        widest = max(encoded, key=lambda some: len(some) * max(len(e.ids) for e in some))
+        packed = lambda texts: collate_packed(texts, [[i] for i in range(len(texts))], pad)
+        widest = max(map(packed, encoded), key=lambda batch: batch.tokens)
         x = memory_plan.read_shape(s, task.full)
-        load = memory_plan.Load(processes, parallel, s.dtype, checkpointing, len(widest),
-                                max(len(e.ids) for e in widest), sum(e.answer_tokens for e in widest), 0,
+        load = memory_plan.Load(processes, parallel, s.dtype, checkpointing, *widest.ids.shape, len(widest.targets), 0,
                                 len(micros) > 1)
         result["load"] = load._asdict()
         result["parts"] = {key: round(value) for key, value in memory_plan.memory(x, load).items()}
