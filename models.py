@@ -67,7 +67,7 @@ PRESETS = {
     "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
                    micro_batch_size=8, eval_batch_size=256, dims=TINY_DIMS),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1,
-                           sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=32,
+                           sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=128,
                            dims=dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                                      num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
     "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full", "llama2",
