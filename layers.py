@@ -14,7 +14,8 @@ def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compil
 
     Without `activation_checkpointing`, norms and the gated products inside MLPs are computed again in the backward
     pass: a third of all that layers keep, for no matrix product. With it, a layer keeps its input and all else is
-    computed again, a forward pass more. `compile` compiles each layer, once for all lengths.
+    computed again, a forward pass more. `compile` compiles each layer for training, once for all lengths; evaluations,
+    whose cache grows in place, run as they are written.
     """
     for layer in decoder_layers(lm):
         if activation_checkpointing:
@@ -24,7 +25,11 @@ def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compil
             if recompute and not isinstance(module, recompute):
                 module.__class__ = mixed(recompute, type(module))
         if compile:
-            layer.compile(dynamic=True)
+            layer.forward = training_or_not(torch.compile(layer.forward, dynamic=True), layer.forward)
+
+
+def training_or_not(compiled, plain):
+    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -33,8 +33,8 @@ def assert_same_run(expected: Path, folder: Path):
     a, b = (load_file(path / "model" / "model.safetensors") for path in (expected, folder))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert log(folder) == log(expected)
-    names = sorted(path.name for path in (expected / "eval").iterdir())
-    assert sorted(path.name for path in (folder / "eval").iterdir()) == names
+    names = sorted(path.name for path in (expected / "eval").glob("*"))
+    assert sorted(path.name for path in (folder / "eval").glob("*")) == names
     for name in names:
         rows = [json.loads((path / "eval" / name).read_text())["rows"] for path in (expected, folder)]
         assert rows[0] == rows[1]
