@@ -542,13 +542,12 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
                 for m, c in study["chosen"].items()]
         return lines + ["### Hyper-parameters", "", f"Not tuned here: those of `{study['choices_from']}`.", "",
                         *table(["method", "lr", "beta", "retain weight of Figure 9"], rows), ""]
+    rates = ", ".join(f"{lr:g}" for lr in budget["learning_rates"])
+    further = ", then further betas at the best" * any(len(betas) > 1 for betas in budget["betas"].values())
     lines += ["### Hyper-parameters", "",
               f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning "
-              f"rates "
-              f"{', '.join(f'{lr:g}' for lr in budget['learning_rates'])}, then a second beta at the best. Score: the "
-              f"largest, over "
-              "evaluations, of the smaller of 1 - D/D_start and U/U_start (D: Kolmogorov-Smirnov statistic, U: "
-              "utility).", "",
+              f"rates {rates}{further}. Score: the largest, over evaluations, of the smaller of 1 - D/D_start and "
+              "U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
               "How much each method depends on them, over all that was tried on this split:", "",
               *sensitivity_table(study), "",
               *tuning_table(study), ""]
