@@ -235,7 +235,7 @@ def figure7(study: dict, path: Path):
     cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
     colors = [["white"] * (len(sets) + 1)]
     for who, samples in named:
-        cells.append([who, *(fit(f"{s['generation']} [{s['kind']}]") for s in samples)])
+        cells.append([who, *(fit(f"[{s['kind']}] {s['generation']}") for s in samples)])
         colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
     head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
     grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
