@@ -553,7 +553,7 @@ def measure_arithmetic(args: Namespace) -> dict:
 
 def measure_products(args: Namespace) -> dict:
     """FLOPs of the matrix products of a step, A's and B's over ours: what the ratio of seconds would be if nothing else
-    took time and all products ran at one rate. Counted by PyTorch, which leaves attention on a CPU out; not timed."""
+    took time and all products ran at one rate. Counted by PyTorch (2.13 leaves attention on a CPU out); not timed."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def counted(step, *given) -> int:

@@ -77,7 +77,8 @@ def test_useful_flops_by_hand(small_model):
 
 
 def test_products_that_are_counted(args):
-    """Ours are 6 FLOPs a parameter and real token, and a few for padding; B's reference and padding cost more."""
+    """Ours are 6 FLOPs a parameter and real token, some for padding, and for attention where torch's version counts it;
+    B's reference and padding cost more."""
     row = bench.measure_products(args)
     for method, flops in row["flops"].items():
         assert flops["ours"] < flops["B"] < flops["A"], method
@@ -85,7 +86,7 @@ def test_products_that_are_counted(args):
     rows, _, _ = side.rows(side.plan.stream[0])
     attention = sum(6 * 2 * 32 * len(e.ids) ** 2 for e in rows)
     useful = (bench.useful_flops(side.lm, rows) - attention) / len(rows)
-    assert 0.99 * useful < row["flops"]["sft"]["ours"] < 1.4 * useful
+    assert 0.99 * useful < row["flops"]["sft"]["ours"] < 2 * useful
 
 
 def test_picture(tmp_path):
