@@ -129,7 +129,12 @@ def save(figure, path: Path) -> Path:
 
 def legend_below(figure, axes, columns: int):
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=columns, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncol=legend_columns(figure, columns), fontsize=8)
+
+
+def legend_columns(figure, most: int) -> int:
+    """As many as the figure is wide enough for, 1.3 inches each."""
+    return min(most, int(figure.get_figwidth() // 1.3))
 
 
 # ---------------------------------------------------------------- the figures
@@ -201,7 +206,8 @@ def trade_off(study: dict, splits: tuple, path: Path):
         axes.set(title=f"{split} ({'-'.join(map(str, seeds))} seeds)", xlabel="model utility",
                  ylabel="forget quality at its peak")
         axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=8, fontsize=8,
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
+                  ncol=legend_columns(figure, 8), fontsize=8,
                   title="dashed red: 0.05; cyan: one retrained model against another", title_fontsize=8)
     return save(figure, path)
 
