@@ -94,22 +94,25 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
 
 def peak_memory() -> int:
     """Most bytes that this process has held in memory since it began. (`ru_maxrss` may be its parent's.)"""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    status = Path("/proc/self/status")
+    own = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if own:
+        return 1024 * int(own[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory():
     """Let a freed tensor's memory serve the next one. glibc hands large pieces back to the system, which clears every
-    page of the next: a tenth of a step on a CPU. Large tensors come on huge pages (PyTorch's THP_MEM_ALLOC_ENABLE),
-    which leaves fewer holes. Who sets one of glibc's MALLOC_ variables has decided otherwise; other C libraries are
+    page of the next, in every step. Large tensors come on huge pages (PyTorch's THP_MEM_ALLOC_ENABLE), which leaves
+    fewer holes. Who sets one of glibc's MALLOC_ variables has decided otherwise; other C libraries are
     left alone."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    decided = any(name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform == "linux" and not decided and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def meeting_place(rank: int, size: int) -> dict:
