@@ -218,6 +218,7 @@ class Apart:
         self.process = context.Process(target=answer, args=(theirs, s, args), daemon=True)
         self.process.start()
         theirs.close()
+        self.pipe.recv()  # it has loaded its model: nothing that is timed runs beside that
 
     def __getattr__(self, name: str):
         def ask(*given):
@@ -234,6 +235,7 @@ def answer(pipe, s: Namespace, args: Namespace):
     """The other end of `Apart`'s pipe."""
     os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # ours, inherited
     opponents = Opponents(s, args)
+    pipe.send("ready")
     with suppress(EOFError):
         while True:
             name, given = pipe.recv()
@@ -363,8 +365,10 @@ class Side:
         retain = [self.plan.retain[i.partner] for i in items] if self.plan.retain else []
         return [self.plan.forget[i.row] for i in items], refusal, retain
 
-    def refer(self, folder: Path, model: AnswerModel) -> tuple[Reference, float]:
-        """The reference's cache, and its seconds for a forget row with what belongs to it, over the run's epochs."""
+    def refer(self, folder: Path, model: AnswerModel) -> tuple[Reference, float, float]:
+        """The reference's cache, the seconds of the pass that makes it, and which part of the pass one use of a forget
+        row with what belongs to it bears, over the run's epochs."""
+        keep_freed_memory()  # as `join_world` does for a real run
         begin = now(self.args.device)
         with autocast(self.s.dtype, self.args.device):
             reference_pass(self.s, model, self.plan, Prepared({}, [], {}), self.tokenizer, folder, "bench", self.w)
@@ -377,10 +381,9 @@ class Side:
         tokens = {"forget": sum(len(e.ids) for e in self.plan.forget), "refusal": sum(
             len(e.ids) for e in self.plan.refusal.values()), "retain": kept.get("retain", 0) * sum(
             len(e.ids) for e in self.plan.retain) / max(1, len(self.plan.retain))}
-        a_token = seconds / sum(tokens.values())
         uses = {"forget": self.s.epochs, "refusal": 1, "retain": 1}
-        share = sum(a_token * tokens[k] / max(1, kept[k]) / uses[k] for k in tokens if kept.get(k))
-        return Reference(folder, "bench", self.w.device), share
+        part = sum(tokens[k] / kept[k] / uses[k] for k in tokens if kept.get(k)) / sum(tokens.values())
+        return Reference(folder, "bench", self.w.device), seconds, part
 
 
 class Interleaved:
@@ -398,7 +401,7 @@ class Interleaved:
         self.losses = {name: [] for name in ("ours", *self.rows)}
 
     def restore(self, *_) -> int:
-        keep_freed_memory()  # as `join_world` does for a real run
+        keep_freed_memory()
         self.begin = now(self.side.args.device)
         return 0
 
@@ -438,7 +441,8 @@ def measure_step(args: Namespace, method: str, opponents=Apart) -> dict:
         ours = copy.deepcopy(start)
         reference, share = None, 0.0
         if method != "sft":
-            reference, share = side.refer(Path(folder), AnswerModel(ours))
+            reference, seconds, part_of_it = side.refer(Path(folder), AnswerModel(ours))
+            share = seconds * part_of_it
         run = real_steps(side, ours, reference, others, {"A": args.a_rows, "B": None})
         theirs = weights_of("B")
         with torch.no_grad():
@@ -535,7 +539,7 @@ def measure_arithmetic(args: Namespace) -> dict:
     rates, plain_log = [], Interleaved.log
     with tempfile.TemporaryDirectory() as folder:
         model = AnswerModel(side.lm)
-        reference, _ = side.refer(Path(folder), model)
+        reference = side.refer(Path(folder), model)[0]
         run = Interleaved(side)
 
         def log(step, *rest):
@@ -552,26 +556,28 @@ def measure_arithmetic(args: Namespace) -> dict:
 
 
 def measure_products(args: Namespace) -> dict:
-    """FLOPs of the matrix products of a step, A's and B's over ours: what the ratio of seconds would be if nothing else
-    took time and all products ran at one rate. Counted by PyTorch (2.13 leaves attention on a CPU out); not timed."""
+    """FLOPs of the matrix products of a step, A's and B's over ours, with our share of the reference pass: what the ratio
+    of seconds would be if nothing else took time and all products ran at one rate. Counted by PyTorch (2.13 leaves
+    attention on a CPU out); not timed."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    def counted(step, *given) -> int:
+    def counted(step, *given) -> tuple:
         with FlopCounterMode(display=False) as counter:
-            step(*given)
-        return counter.get_total_flops()
+            made = step(*given)
+        return made, counter.get_total_flops()
 
     ratio, flops = {}, {}
     for method, given in METHODS.items():
         side = Side(args, given, [args.batch_size], every=4 if method != "sft" else 1)
         theirs, rows = Opponents(side.s, args), side.rows(side.plan.stream[0])
-        flops[method] = {name: counted(theirs.step, name, 0.0, *(some[:n] for some in rows)) / n
+        flops[method] = {name: counted(theirs.step, name, 0.0, *(some[:n] for some in rows))[1] / n
                          for name, n in (("B", len(rows[0])), ("A", args.a_rows or len(rows[0])))}
         with tempfile.TemporaryDirectory() as folder:
-            reference = None
+            reference, share = None, 0.0
             if method != "sft":
-                reference = side.refer(Path(folder), AnswerModel(side.lm))[0]
-            flops[method]["ours"] = counted(real_steps, side, side.lm, reference) / len(rows[0])
+                (reference, _, part_of_it), all_rows = counted(side.refer, Path(folder), AnswerModel(side.lm))
+                share = all_rows * part_of_it
+            flops[method]["ours"] = share + counted(real_steps, side, side.lm, reference)[1] / len(rows[0])
         for name in ("A", "B"):
             ratio[f"{method}, {name}"] = spread([flops[method][name] / flops[method]["ours"]])
     return {"unit": "FLOP a pair or row", "flops": flops, "ratio": ratio}
@@ -615,7 +621,7 @@ def part_memory(args: Namespace, plain: bool) -> dict:
             loop.step(side.s.lr, *side.rows(items))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            reference, _ = side.refer(Path(folder), AnswerModel(side.lm))
+            reference = side.refer(Path(folder), AnswerModel(side.lm))[0]
             real_steps(side, side.lm, reference)
     if args.device.type == "cuda":
         return {"bytes": torch.cuda.max_memory_allocated()}
@@ -821,7 +827,7 @@ def profile(args: Namespace) -> str:
     prepared = prepare(task.evaluated, side.tokenizer, side.s.template, side.lm.config.max_position_embeddings,
                        args.max_rows)
     with tempfile.TemporaryDirectory() as folder:
-        reference, _ = side.refer(Path(folder), model)
+        reference = side.refer(Path(folder), model)[0]
         work = {"A step of npo+rt": lambda: train(side.s, model, side.plan, reference, pad_id(side.tokenizer), side.w,
                                                   Interleaved(side)),
                 "An evaluation": lambda: evaluate(model, prepared, side.tokenizer, batch_size=256,

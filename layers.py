@@ -8,19 +8,22 @@ from torch.utils.checkpoint import checkpoint
 
 from sharding import decoder_layers
 
+SMALL_HIDDEN = 512  # below this hidden size an operator's call costs more time than its tensors cost memory
+
 
 def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compile: bool = False):
     """Make `lm` ready for training, in place.
 
     Without `activation_checkpointing`, norms and the gated products inside MLPs are computed again in the backward
-    pass: a third of all that layers keep, for no matrix product. With it, a layer keeps its input and all else is
-    computed again, a forward pass more. `compile` compiles each layer for training, once for all lengths; evaluations,
-    whose cache grows in place, run as they are written.
+    pass (not in a small model): a third of all that layers keep, for no matrix product. With it, a layer keeps its
+    input and all else is computed again, a forward pass more. `compile` compiles each layer for training, once for all
+    lengths; evaluations, whose cache grows in place, run as they are written.
     """
+    as_it_is = activation_checkpointing or lm.config.hidden_size < SMALL_HIDDEN
     for layer in decoder_layers(lm):
         if activation_checkpointing:
             layer.__class__ = mixed(Whole, type(layer))
-        for module in () if activation_checkpointing else layer.modules():
+        for module in () if as_it_is else layer.modules():
             recompute = Norm if is_norm(module) else GatedMLP if is_gated_mlp(module) else None
             if recompute and not isinstance(module, recompute):
                 module.__class__ = mixed(recompute, type(module))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+import layers
 from chunked_head import KEPT_CHUNKS, chunk_tokens
 from data.prompts import encode
 from data.tofu import InputError, complement, load_task, parse_split, slice_rows
@@ -82,14 +83,16 @@ def token_bytes(x: Shape, load: Load) -> int:
     """What one decoder layer keeps of each token for the backward pass, bytes.
 
     Float32: the residual stream twice, what the two norms return, queries, the attention's result, keys, values, gate
-    and up: 4 (6 H + 2 K + 2 I); norms' insides and the gated product are computed again (`layers.py`). Autocast keeps
-    float32 streams and a 16-bit copy for each product that reads them; sharded, all of it has 16 bits.
+    and up: 4 (6 H + 2 K + 2 I); norms' insides and the gated product are computed again (`layers.py`), a small model
+    keeps them: 2 H + 2 I more. Autocast keeps float32 streams and a 16-bit copy for each product that reads them;
+    sharded, all of it has 16 bits.
     """
     element = 4 if load.dtype == "fp32" else 2
     if load.checkpointing:
         return x.hidden * (element if load.parallel == "fsdp" else 4)
     copies = 2 * 4 + 2 * 5 + 2 * 2 if load.dtype != "fp32" and load.parallel == "ddp" else 6 * element
-    return copies * x.hidden + element * (2 * x.key_value + 2 * x.inner)
+    inside = 2 * 4 * x.hidden + 2 * element * x.inner if x.hidden < layers.SMALL_HIDDEN else 0
+    return copies * x.hidden + element * (2 * x.key_value + 2 * x.inner) + inside
 
 
 def memory(x: Shape, load: Load) -> dict:

@@ -61,19 +61,20 @@ class Reference:
 @torch.no_grad()
 def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, folder: Path, mark: str, w: World):
     """Write this process's share of what `Reference` reads."""
-    needed = [(f"forget/{row}", e) for row, e in enumerate(plan.forget)]
-    needed += [(f"refusal/{row}/{line}", e) for (row, line), e in plan.refusal.items()]
-    if s.kl_weight > 0:
-        partners = sorted({i.partner for items in plan.stream for i in items})
-        needed += [(f"retain/{row}", plan.retain[row]) for row in partners]
+    with_logp = {f"forget/{row}": e for row, e in enumerate(plan.forget)}
+    with_logp |= {f"refusal/{row}/{line}": e for (row, line), e in plan.refusal.items()}
+    partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
+    with_states = {f"retain/{row}": plan.retain[row] for row in partners}
     tensors = {}
-    for chunk in deal(needed, [len(e.ids) for _, e in needed], 2 * s.micro_batch_size, w.rank, w.size):
-        if chunk or w.sharded:
-            batch = collate([e for _, e in chunk or needed[:1]], pad_id(tokenizer), w.device)
-            hidden = model.hidden(batch)
-            logps = model.sums(hidden, batch)[0].cpu()
-            for (key, _), value, states in zip(chunk, logps, hidden.cpu().split(batch.lengths.tolist())):
-                tensors[key] = states.clone() if key.startswith("retain/") else value.clone()
+    for needed in with_logp, with_states:
+        keys = list(needed)
+        for chunk in deal(keys, [len(needed[k].ids) for k in keys], 2 * s.micro_batch_size, w.rank, w.size):
+            if chunk or w.sharded:
+                batch = collate([needed[k] for k in chunk or keys[:1]], pad_id(tokenizer), w.device)
+                hidden = model.hidden(batch)
+                values = (model.sums(hidden, batch)[0].cpu() if needed is with_logp else
+                          hidden.cpu().split(batch.lengths.tolist()))
+                tensors.update((key, value.clone()) for key, value in zip(chunk, values))
     states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w)
     tensors.update({f"evaluation/{name}/{index}": value for (name, index), value in states.items()})
     head = whole(model.lm.get_output_embeddings().weight)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 import chunked_head
+import layers
 import test_training
 import train_npo
 from chunked_head import answer_values
@@ -126,7 +127,8 @@ def kept_bytes(lm, dtype) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_what_is_recomputed_changes_no_number(checkpointing):
+def test_what_is_recomputed_changes_no_number(monkeypatch, checkpointing):
+    monkeypatch.setattr(layers, "SMALL_HIDDEN", 0)
     plain, ours = two_layers(), two_layers()
     prepare_layers(ours, checkpointing)
     expected, found = hidden_and_gradients(plain), hidden_and_gradients(ours)
@@ -147,9 +149,10 @@ def test_compiled_layers_give_the_same_numbers():
 
 
 @pytest.mark.parametrize("flags", ({}, {"activation_checkpointing": True}))
-def test_training_with_the_switches_ends_at_the_same_weights(settings, flags):
+def test_training_with_the_switches_ends_at_the_same_weights(settings, monkeypatch, flags):
     given = dict(loss="npo", retain_weight=1.0, kl_weight=0.5)
     plain = trained_weights(settings(**given))
+    monkeypatch.setattr(layers, "SMALL_HIDDEN", 0)
     assert_close(plain, trained_weights(settings(**given, **flags)), 1e-5)
 
 
@@ -157,8 +160,10 @@ def test_training_with_the_switches_ends_at_the_same_weights(settings, flags):
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_the_plan_knows_what_a_layer_keeps(dtype, checkpointing):
+@pytest.mark.parametrize("small", (False, True))
+def test_the_plan_knows_what_a_layer_keeps(monkeypatch, dtype, checkpointing, small):
     """The formula against the storages that autograd holds."""
+    monkeypatch.setattr(layers, "SMALL_HIDDEN", 512 if small else 0)
     one, two = two_layers(), two_layers()
     one.base_model.layers = one.base_model.layers[:1]
     for lm in (one, two):
