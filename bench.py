@@ -64,7 +64,7 @@ METHODS = {"npo+rt": dict(loss="npo", retain_weight=1.0), "npo+kl": dict(loss="n
 TARGETS = {"npo+rt": {"A": 12, "B": 2}, "npo+kl": {"A": 14, "B": 2.5}, "dpo+rt": {"A": 12, "B": 2},
            "sft": {"A": 8, "B": 1.6}, "evaluation": {"B'": 3}, "synthetic": {"S": 20}, "processes": {"one": 1.7},
            "memory": {"8 rows": 1 / 0.65, "32 rows": 1 / 0.5}, "arithmetic": {"matmul": 0.75}}
-STARTUP_TARGET = 6.0  # seconds, tiny
+STARTUP_TARGET = 6.0  # seconds, for the tiny model: a larger one has its weights to read and a longer reference pass
 
 
 # ---------------------------------------------------------------- A and B: training
@@ -556,9 +556,9 @@ def measure_arithmetic(args: Namespace) -> dict:
 
 
 def measure_products(args: Namespace) -> dict:
-    """FLOPs of the matrix products of a step, A's and B's over ours, with our share of the reference pass: what the ratio
-    of seconds would be if nothing else took time and all products ran at one rate. Counted by PyTorch (2.13 leaves
-    attention on a CPU out); not timed."""
+    """FLOPs of the matrix products of a step, A's and B's over ours, with our share of the reference pass: what the
+    ratio of seconds would be if nothing else took time and all products ran at one rate. Counted by PyTorch (2.13
+    leaves attention on a CPU out); not timed."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def counted(step, *given) -> tuple:
@@ -571,7 +571,7 @@ def measure_products(args: Namespace) -> dict:
         side = Side(args, given, [args.batch_size], every=4 if method != "sft" else 1)
         theirs, rows = Opponents(side.s, args), side.rows(side.plan.stream[0])
         flops[method] = {name: counted(theirs.step, name, 0.0, *(some[:n] for some in rows))[1] / n
-                         for name, n in (("B", len(rows[0])), ("A", args.a_rows or len(rows[0])))}
+                         for name, n in (("B", len(rows[0])), ("A", A_ROWS_AT_ONCE))}
         with tempfile.TemporaryDirectory() as folder:
             reference, share = None, 0.0
             if method != "sft":
@@ -639,7 +639,8 @@ def measure_startup(args: Namespace) -> dict:
             imports[what].append(time.perf_counter() - begin)
         with training(args, ["--loss", "npo", "--retain-weight", "1"]) as (process, folder, begin):
             firsts.append(wait_for_steps(process, folder, 1) - begin)
-    return {"unit": "s to the first step", "seconds": {"ours": spread(firsts)}, "ratio": {},
+    return {"unit": "s to the first step", "tiny": args.model.startswith("tiny"), "seconds": {"ours": spread(firsts)},
+            "ratio": {},
             "imports": {what: spread(values) for what, values in imports.items()}}
 
 
@@ -672,9 +673,16 @@ def training(args: Namespace, flags: list, processes: int = 0):
         try:
             yield process, folder, begin
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its own group: torchrun's children too
+            for pid in family(process.pid) if process.poll() is None else ():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.communicate()
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it: torchrun's workers lead groups of their own."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [pid, *(each for children in lists for child in children for each in family(int(child)))]
 
 
 def wait_for_steps(process, folder: Path, steps: int) -> float:
@@ -779,8 +787,8 @@ def table(rows: dict) -> str:
                          f"{'yes' if row['within'] <= 0.1 else '**no**'} |")
         if name == "start-up":
             share = row["imports"]["torch and transformers"]["median"]
-            lines.append(f"| {NAMES[name]} | {cost} | imports of torch and transformers {share:.1f} s | | "
-                         f"{STARTUP_TARGET:g} s (tiny) | {'yes' if ours <= STARTUP_TARGET else '**no**'} |")
+            judged = f"{STARTUP_TARGET:g} s | {'yes' if ours <= STARTUP_TARGET else '**no**'}" if row["tiny"] else " | "
+            lines.append(f"| {NAMES[name]} | {cost} | imports of torch and transformers {share:.1f} s | | {judged} |")
     return "\n".join(lines)
 
 

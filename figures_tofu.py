@@ -48,8 +48,7 @@ from command_line import Parser, environment, given_flags, positive, run_command
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, slice_rows
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
-           "simnpo",
-           "simnpo+rt")
+           "simnpo", "simnpo+rt")
 WITH_BETA = ("dpo", "kto", "npo", "simnpo")
 FIGURES = {  # name -> (splits, methods)
     "2": (("forget05",), ("ga", "ga+rt", "npo", "npo+rt")),
@@ -64,7 +63,7 @@ FIGURES = {  # name -> (splits, methods)
 FEWER_SEEDS = ("9", "retain-weight", "beyond10")  # with --figure all: at most ALL_SEEDS of them
 ALL_SEEDS = 3
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
-LR_FACTORS = (0.25, 0.5, 1.0)  # of the preset's lr, which is npo+rt's best in results/builtin_forget10_grid.md
+LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr, npo+rt's best in results/builtin_forget10_grid.md
 BETA_FACTORS = (1.0,)  # of the preset's beta: further ones cost a run a method
 BETAS = {"simnpo": (2.5,)}  # on another scale: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)

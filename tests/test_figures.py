@@ -286,8 +286,10 @@ def test_the_page_follows_from_the_json(tmp_path):
 
 @pytest.fixture
 def study(small_data, tmp_path, monkeypatch):
-    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; methods with a beta have two."""
+    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; three learning rates, and methods with a beta have
+    two."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures_tofu, "LR_FACTORS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(figures_tofu, "BETA_FACTORS", (1.0, 2.0))
     monkeypatch.setattr(figures_tofu, "BETAS", {"simnpo": (2.5, 4.5)})
 
