@@ -1,7 +1,7 @@
 """Speed and memory, always as a ratio: this code against the loops that people use today, in one run on one machine.
 
     python bench.py                                                  # the tiny model, under 5 minutes
-    python bench.py --model smollm2-135m=PATH --data TOFU_DIR        # the figures that count, under 40 minutes
+    python bench.py --model smollm2-135m=PATH --data TOFU_DIR        # the figures that count, about 40 minutes
     python bench.py --only npo+rt --only evaluation                  # some rows; they are merged into the same JSON
 
 What we time is the real code: `train_npo.train` itself, `evaluate_tofu.evaluate`, `synthetic.run`. The opponents are
