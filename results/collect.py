@@ -69,8 +69,8 @@ def peak(run: dict) -> tuple[float, int]:
 
 def table(runs: list) -> str:
     """One line a run: peak and last forget quality with the utility there, relative to the start."""
-    lines = ["| method | lr | beta | retain weight | batch | epochs | seed | peak forget quality | step | utility there / start "
-             "| last forget quality | utility / start | retain probability |", "|---" * 13 + "|"]
+    lines = ["| method | lr | beta | retain weight | batch | epochs | seed | peak forget quality | step | "
+             "utility there / start | last forget quality | utility / start | retain probability |", "|---" * 13 + "|"]
     for run in sorted(runs, key=lambda r: (r["method"], r["settings"]["lr"], r["settings"]["seed"])):
         s, m, (best, at) = run["settings"], run["metrics"], peak(run)
         start = m["model_utility"][0]

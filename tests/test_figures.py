@@ -286,8 +286,8 @@ def test_the_page_follows_from_the_json(tmp_path):
 
 @pytest.fixture
 def study(small_data, tmp_path, monkeypatch):
-    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; three learning rates, and methods with a beta have
-    two."""
+    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three learning
+    rates, and two betas where it has one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures_tofu, "LR_FACTORS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(figures_tofu, "BETA_FACTORS", (1.0, 2.0))
