@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharding import decoder_layers
 
-SMALL_HIDDEN = 512  # below this hidden size an operator's call costs more time than its tensors cost memory
+SMALL_HIDDEN = 512  # below this hidden size nothing is recomputed: at 192 that cost a fifth of a step, for few bytes
 
 
 def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compile: bool = False):

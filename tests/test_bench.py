@@ -1,6 +1,12 @@
 """The benchmark's arithmetic, and that its opponents do the same work as the real code."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +93,22 @@ def test_products_that_are_counted(args):
     attention = sum(6 * 2 * 32 * len(e.ids) ** 2 for e in rows)
     useful = (bench.useful_flops(side.lm, rows) - attention) / len(rows)
     assert 0.99 * useful < row["flops"]["sft"]["ours"] < 2 * useful
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_a_child_in_a_session_of_its_own_is_family():
+    code = "import subprocess; subprocess.run(['sleep', '60'], start_new_session=True)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        until = time.monotonic() + 30
+        while len(bench.family(parent.pid)) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        found = bench.family(parent.pid)
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        parent.wait()
+    assert found[0] == parent.pid and len(found) == 2
 
 
 def test_picture(tmp_path):
