@@ -705,8 +705,7 @@ def print_plan(study: Study, jobs: list):
     todo = missing(study, jobs)
     seconds = sum(reckon(study, job) for job in todo) / speed
     print(f"{args.data if args.data == 'builtin' else Path(args.data).name}, {args.model}: figures "
-          f"{', '.join(wanted_figures(args))}; "
-          f"seeds 1 to {args.seeds}, tuning on seed {TUNING_SEED}")
+          f"{', '.join(wanted_figures(args))}; seeds 1 to {args.seeds}, tuning on seed {TUNING_SEED}")
     print(f"{'figure':14}{'runs':>6}{'done':>6}{'missing':>9}{'of them interrupted':>21}")
     for figure in wanted_figures(args):
         own = plan(study, [figure])
@@ -716,11 +715,9 @@ def print_plan(study: Study, jobs: list):
     models = [j for j in todo if j.facts["kind"] == "model"]
     waits = sum(j.given is None for j in todo)
     print(f"together {len(jobs)} unlearning runs, {len(todo) - len(models)} missing ({waits} wait for a choice of "
-          f"hyper-parameters), "
-          f"and {len(models)} models to fine-tune or retrain first")
+          f"hyper-parameters), and {len(models)} models to fine-tune or retrain first")
     print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} ({clock(seconds)} of one; "
-          f"models "
-          f"{clock(sum(reckon(study, j) for j in models) / speed)}), "
+          f"models {clock(sum(reckon(study, j) for j in models) / speed)}), "
           + ("as the runs that are done took" if measured else f"reckoned at {speed:.1e} FLOP/s a job, not measured"))
     used = [r["memory"] for r in study.known["runs"]]
     each = max(used) if used else 16 * parameters_of(dims_of(study)) + LIBRARIES
@@ -776,14 +773,13 @@ def open_study(args) -> Study:
     name = args.model.partition("=")[0]
     if name not in PRESETS:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "
-                         f"retraining needs "
-                         "to know the base model and its settings")
+                         "retraining needs to know the base model and its settings")
     extra = given_flags(train_npo.build_parser(), args.train_flags.split())
-    taken = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every",
-             "retain_log"} & set(extra)
+    decided = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every", "retain_log"}
+    taken = decided & set(extra)
     if taken:
         raise InputError(f"--train-flags {args.train_flags}: --{min(taken).replace('_', '-')} is decided here; leave "
-                         f"it out")
+                         "it out")
     task = load_task(args.data, TUNING_SPLIT)
     empty = {"runs": [], "retrained": [], "failed": []}
     study = Study(args, task, PRESETS[name], name, extra, empty, {}, {},
@@ -852,8 +848,7 @@ def run_missing(study: Study) -> Study:
             if not ready:
                 break
             print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about {left(study)}; what they "
-                  f"print is in "
-                  f"{args.runs}/worker*.log", flush=True)
+                  f"print is in {args.runs}/worker*.log", flush=True)
             workers = workers or Workers(min(args.jobs, len(ready)), args.processes, args.runs)
             study = find_runs(execute(study, ready, workers, progress))
     except KeyboardInterrupt:

@@ -4,13 +4,11 @@ last evaluation.
 
     distinct-n        different word n-grams over all word n-grams of a set's answers together (Li et al., 2016)
     repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of Welleck et al.,
-    2019, on
-                      characters, so that an answer without blanks counts too); mean over answers
+                      2019, on characters, so that an answer without blanks counts too); mean over answers
     refusal           at least 80% of the answer's word pairs, its begin and end included, occur in the list of refusals
     of the wording    the same with the data set's answers, and no refusal
     true fact         the answer has more than half of the words in which the true (paraphrased) answer differs from
-    every
-                      perturbed one
+                      every perturbed one
 
 The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent, of the
 wording, and wrong.

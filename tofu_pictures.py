@@ -111,8 +111,7 @@ def lattice(axes, study: dict, split: str, floor: float):
                       transform=axes.get_yaxis_transform())
         n, last = study["forget_rows"][split], steps[-1][1]
         axes.set_title(f"right: the p-values that {n} rows allow, floor $10^{{{last:.0f}}}$", loc="right", fontsize=7,
-                       color="gray",
-                       y=0.005)
+                       color="gray", y=0.005)
 
 
 def with_runs(study: dict, split: str, methods) -> list:
@@ -184,21 +183,16 @@ def trade_off(study: dict, splits: tuple, path: Path):
             middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
             error = lambda values, mean: [[max(0, mean - min(values))], [max(0, max(values) - mean)]]
             entries[method] = axes.errorbar(*middle, xerr=error(x, middle[0]), yerr=error(y, middle[1]), fmt=marker,
-                                            color=color,
-                                            markerfacecolor=color if "+" in method else "white", markersize=7,
-                                            elinewidth=0.8,
-                                            label=method)
-        start = statistics.mean(r["model_utility"][0] for r in runs)
-        entries["fine-tuned start"] = axes.plot(start, height(statistics.mean(r["forget_quality_log10"][0]
-                                                                              for r in runs), floor),
-                                                "P", color="tab:brown", markersize=10, label="fine-tuned start",
-                                                linestyle="")[0]
+                                            color=color, markerfacecolor=color if "+" in method else "white",
+                                            markersize=7, elinewidth=0.8, label=method)
+        start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", "forget_quality_log10"))
+        entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
+                                                label="fine-tuned start", linestyle="")[0]
         utilities = [m["model_utility"] for m in study["retrained"]
                      if m["split"] == f"retain{100 - int(split[-2:]):02d}" and m.get("model_utility")]
         if utilities:
             entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
-                                                     markersize=14,
-                                                     label="retrained", linestyle="")[0]
+                                                     markersize=14, label="retrained", linestyle="")[0]
         dual_axis(axes, floor)
         ceiling(axes, study, split, floor)
         lattice(axes, study, split, floor)
@@ -245,15 +239,13 @@ def figure7(study: dict, path: Path):
         colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
     head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
     grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
-                      bbox=(0, 0, 1, 1),
-                      colWidths=(0.1, 0.3, 0.3, 0.3))
+                      bbox=(0, 0, 1, 1), colWidths=(0.1, 0.3, 0.3, 0.3))
     grid.auto_set_font_size(False)
     grid.set_fontsize(8)
     for cell in grid.get_celld().values():
         cell.get_text().set_parse_math(False)
     axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the truth; "
-                   "elsewhere: the truth)",
-                   fontsize=10)
+                   "elsewhere: the truth)", fontsize=10)
     return save(figure, path)
 
 

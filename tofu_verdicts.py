@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tofu_answers import KINDS, judgement
+
 LINE = math.log10(0.05)
 NPO_BASED = ("npo", "npo+rt", "npo+kl")
 GA_BASED = ("ga", "ga+rt", "ga+kl")
@@ -41,9 +43,8 @@ def weighted_runs(study: dict, split: str, method: str, retain_weight: float) ->
     """The same with another retain weight (0: npo at npo+rt's lr and beta)."""
     hyper = study["chosen"].get(method)
     plain = method.removesuffix("+rt") if retain_weight == 0 else method
-    return _select(study, split=split, method=plain, start_seed=0, forget_weight=1, kl_weight=0,
-                   retain_weight=retain_weight,
-                   **_lr_beta(hyper)) if hyper else []
+    return _select(study, split=split, method=plain, start_seed=0, forget_weight=1, retain_weight=retain_weight,
+                   kl_weight=0, **_lr_beta(hyper)) if hyper else []
 
 
 def tuned_runs(study: dict, split: str, method: str) -> list:
@@ -117,14 +118,13 @@ def test(what: str, values: list, sign: str, threshold: float) -> dict:
     if len(values) < 2:
         mean = statistics.mean(values) if values else None
         return {"what": what, "mean": mean, "interval": None, "sign": sign, "threshold": threshold,
-                "seeds": len(values),
-                "holds": "undecided"}
+                "seeds": len(values), "holds": "undecided"}
     low, high = interval(values)
     over, under = low > threshold, high < threshold
     holds = {">": (over, under), "<": (under, over)}[sign]
     return {"what": what, "mean": statistics.mean(values), "interval": [low, high], "sign": sign,
-            "threshold": threshold,
-            "seeds": len(values), "holds": True if holds[0] else False if holds[1] else "undecided"}
+            "threshold": threshold, "seeds": len(values),
+            "holds": True if holds[0] else False if holds[1] else "undecided"}
 
 
 def combined(tests: list) -> bool | str:
@@ -159,8 +159,7 @@ def ga_falls(study: dict) -> dict:
         for method in ("ga", "ga+rt"):
             runs = chosen_runs(study, split, method)
             tests += [test(f"{split} {method}: peak at this share of the run",
-                           [r["steps"][peak_at(r)] / r["steps"][-1] for r in runs],
-                           "<", EARLY),
+                           [r["steps"][peak_at(r)] / r["steps"][-1] for r in runs], "<", EARLY),
                       test(f"{split} {method}: decades fallen since",
                            [peak(r) - r["forget_quality_log10"][-1] for r in runs], ">", FALL),
                       test(f"{split} {method}: last log10 forget quality",
@@ -238,8 +237,7 @@ def answers_on_forget_set(study: dict) -> dict:
     tests = [test("forget10 ga: repetition rate", repetition(ga), ">", REPEATING),
              test("forget10 npo+rt: repetition rate", repetition(npo), "<", REPEATING),
              test("forget10 npo+rt: answers of the wording with another fact",
-                  [rate(r, "other fact", ("forget",)) for r in npo],
-                  ">", OF_THE_WORDING)]
+                  [rate(r, "other fact", ("forget",)) for r in npo], ">", OF_THE_WORDING)]
     return verdict(study, "answers_on_forget_set",
                    "on the forget set ga's answers are repetitive, npo+rt's fluent, of the wording, with other facts",
                    tests)
@@ -258,8 +256,8 @@ def forget_kl(study: dict) -> dict:
     tests = []
     for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt")):
         pairs = by_seed(chosen_runs(study, "forget10", ga), chosen_runs(study, "forget10", npo))
-        ratios = [math.log(a["forget_kl"][-1] / b["forget_kl"][-1]) for a,
-                  b in pairs if min(a["forget_kl"][-1], b["forget_kl"][-1]) > 0]
+        last = [(a["forget_kl"][-1], b["forget_kl"][-1]) for a, b in pairs]
+        ratios = [math.log(a / b) for a, b in last if min(a, b) > 0]
         tests.append(test(f"forget10: log of the last forget KL of {ga} over {npo}'s", ratios, ">",
                           math.log(EXPLODING)))
     return verdict(study, "forget_kl",
@@ -272,8 +270,8 @@ def beyond10(study: dict) -> dict:
 
 
 def tuned_beyond10(study: dict) -> dict:
-    tests = [test(f"{split} npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the start's "
-                  f"utility",
+    tests = [test(f"{split} npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the "
+                  "start's utility",
                   [best_at_utility(r, PRESERVED_BEYOND) for r in tuned_runs(study, split, "npo+rt")], ">", LINE)
              for split in ("forget50", "forget90")]
     return verdict(study, "tuned_beyond10", "on forget50 and forget90 npo+rt with tuned weights exceeds 0.05 and keeps "
@@ -281,8 +279,7 @@ def tuned_beyond10(study: dict) -> dict:
 
 
 CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_rt, forget10_baselines,
-          refusals_elsewhere,
-          answers_on_forget_set, retain_weight, forget_kl, beyond10, tuned_beyond10)
+          refusals_elsewhere, answers_on_forget_set, retain_weight, forget_kl, beyond10, tuned_beyond10)
 
 
 def verdicts(study: dict) -> list[dict]:
@@ -314,15 +311,18 @@ def told(t: dict) -> str:
     return f"{t['what']} {number(t['mean'])}{spread}, needs {t['sign']} {number(t['threshold'])}"
 
 
-def line(v: dict) -> str:
-    """One verdict in one line, with the numbers that decide it."""
+def numbers_of(v: dict) -> str:
+    """How many of a verdict's tests hold, and the numbers that decide it."""
     shown = deciding(v)
     numbers = "; ".join(map(told, shown if len(shown) <= 3 else shown[:2])) or "not run"
-    held = sum(t["holds"] is True for t in v["tests"])
+    return f"{sum(t['holds'] is True for t in v['tests'])} of {len(v['tests'])} tests hold; {numbers}"
+
+
+def line(v: dict) -> str:
+    """One verdict in one line."""
     seeds = sorted({t["seeds"] for t in v["tests"]})
     span = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    return f"{v['claim']}: {ANSWER[v['holds']]} ({held} of {len(v['tests'])} tests hold; {numbers}) " \
-           f"[{v['scale']}, {span} seeds]"
+    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{v['scale']}, {span} seeds]"
 
 
 # Ten lines for a student: the keys of their verdicts, and what each would mean.
@@ -366,22 +366,40 @@ def mean_sd(values: list, spec: str = ".2f") -> str:
     return f"{statistics.mean(values):{spec}}{sd}"
 
 
+def peak_row(names: list, runs: list) -> list:
+    """A method at its peak and at the end: means over seeds with their standard deviation."""
+    at = [peak_at(r) for r in runs]
+    return [*names, len(runs), mean_sd([peak(r) for r in runs]),
+            mean_sd([kept_utility(r, i) for r, i in zip(runs, at)]),
+            mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in zip(runs, at)], ".1f"),
+            mean_sd([r["forget_quality_log10"][-1] for r in runs]), mean_sd([kept_utility(r) for r in runs])]
+
+
+PEAK_HEAD = ["seeds", "peak log10 forget quality", "utility there / start", "at epoch", "last log10 forget quality",
+             "utility / start"]
+
+
 def peak_table(study: dict, splits: tuple) -> list[str]:
-    """Each method at its peak and at the end: means over seeds with their standard deviation."""
-    rows = []
-    for split in splits:
-        for method in study["chosen"]:
-            runs = chosen_runs(study, split, method)
-            if runs:
-                at = [peak_at(r) for r in runs]
-                rows.append([split, method, len(runs), mean_sd([peak(r) for r in runs]),
-                             mean_sd([kept_utility(r, i) for r, i in zip(runs, at)]),
-                             mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in zip(runs, at)], ".1f"),
-                             mean_sd([r["forget_quality_log10"][-1] for r in runs]),
-                             mean_sd([kept_utility(r) for r in runs])])
-    head = ["split", "method", "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
-            "last log10 forget quality", "utility / start"]
-    return table(head, rows) if rows else []
+    """Every method on these splits, with weights of 1."""
+    found = [(split, m, chosen_runs(study, split, m)) for split in splits for m in study["chosen"]]
+    rows = [peak_row([split, m], runs) for split, m, runs in found if runs]
+    return table(["split", "method", *PEAK_HEAD], rows) if rows else []
+
+
+def tuned_table(study: dict) -> list[str]:
+    """Figure 9: every method with the retain weight that was chosen for the split; npo and ga have none to choose."""
+    weight = lambda split, m: study["chosen"][m].get("weights", {}).get(split)
+    found = [(split, m, weight(split, m), tuned_runs(study, split, m)) for split in ("forget50", "forget90")
+             for m in study["chosen"]]
+    rows = [peak_row([split, m, f"{w:g}"], runs) for split, m, w, runs in found if runs]
+    return table(["split", "method", "retain weight", *PEAK_HEAD], rows) if rows else []
+
+
+def weight_table(study: dict) -> list[str]:
+    """npo+rt on forget10 by retain weight."""
+    found = [(w, weighted_runs(study, "forget10", "npo+rt", w)) for w in study["budget"]["retain_weights"]]
+    rows = [peak_row([f"{w:g}"], runs) for w, runs in found if runs]
+    return table(["retain weight", *PEAK_HEAD], rows) if rows else []
 
 
 def answers_table(study: dict) -> list[str]:
@@ -396,14 +414,12 @@ def answers_table(study: dict) -> list[str]:
             forget = [a["forget"] for a in runs]
             distinct = [f["distinct_2"] for f in forget if f["distinct_2"] is not None]
             rows.append([name, len(runs),
-                         *(share(runs, k, ("forget",)) for k in ("true", "other fact", "refusal", "repetitive",
-                                                                                 "garbled", "empty")),
+                         *(share(runs, k, ("forget",)) for k in KINDS),
                          f"{statistics.mean(distinct):.2f}" if distinct else "none",
                          f"{statistics.mean(f['repetition_rate'] for f in forget):.2f}", share(runs, "true", others),
                          share(runs, "refusal", others)])
     head = ["method", "runs", "true %", "other fact %", "refusal %", "repetitive %", "garbled %", "empty %",
-            "distinct-2",
-            "repetition rate", "elsewhere: true %", "elsewhere: refusal %"]
+            "distinct-2", "repetition rate", "elsewhere: true %", "elsewhere: refusal %"]
     return table(head, rows) if any(named_runs for _, named_runs in named) else []
 
 
@@ -416,8 +432,7 @@ def tuning_table(study: dict) -> list[str]:
         default = t["split"] == study["budget"]["split"]
         taken = same and (default or t["retain_weight"] == choice["weights"].get(t["split"]))
         rows.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}",
-                     f"{t['score']:.3f}",
-                     f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
+                     f"{t['score']:.3f}", f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
     head = ["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality", ""]
     return table(head, rows) if rows else []
 
@@ -445,7 +460,6 @@ def samples_of(study: dict) -> list:
 
 def samples_table(study: dict) -> list[str]:
     """Figure 7 as Markdown: the true answer, and each answer's kind."""
-    from tofu_answers import judgement
     named, lines = samples_of(study), []
     plain = lambda text: (text or "(empty)").replace("|", "/").replace("\n", " ")
     for place, sample in enumerate(named[0][1] if named else ()):
@@ -463,10 +477,8 @@ def second_start_lines(study: dict) -> list[str]:
             same = [r for r in chosen_runs(study, "forget10", method) if r["seed"] == other["seed"]]
             if same:
                 lines.append(f"A second fine-tuned start, forget10, {method}, seed {other['seed']}: peak log10 forget "
-                             f"quality "
-                             f"{peak(other):.2f} against {peak(same[0]):.2f}, utility at the end "
-                             f"{kept_utility(other):.2f} against "
-                             f"{kept_utility(same[0]):.2f} of the start's.")
+                             f"quality {peak(other):.2f} against {peak(same[0]):.2f}, utility at the end "
+                             f"{kept_utility(other):.2f} against {kept_utility(same[0]):.2f} of the start's.")
     return lines
 
 
@@ -478,16 +490,14 @@ def ceiling_lines(study: dict) -> list[str]:
         if pairs:
             values = sorted(p["log10"] for p in pairs)
             lines.append(f"- {split} ({n} rows): one retrained model against another of a different seed has log10 "
-                         f"forget quality "
-                         f"{statistics.median(values):.2f} in the median of {len(values)} pairs, {values[0]:.2f} to "
-                         f"{values[-1]:.2f}; "
-                         f"{sum(v > LINE for v in values)} of {len(values)} above 0.05.")
+                         f"forget quality {statistics.median(values):.2f} in the median of {len(values)} pairs, "
+                         f"{values[0]:.2f} to {values[-1]:.2f}; {sum(v > LINE for v in values)} of {len(values)} above "
+                         "0.05.")
         if str(n) in study["lattice"]:
             steps = study["lattice"][str(n)]
             near = [f"{10**p:.3g} (D = {k}/{n})" for k, p in steps if 1e-3 < 10**p < 0.5]
             lines.append(f"- {split}: with {n} rows the p-value can take only {len({p for _, p in steps})} values: "
-                         f"from 1 down through "
-                         f"{', '.join(near)}, to the floor of 10^{steps[-1][1]:.1f} (D = 1).")
+                         f"from 1 down through {', '.join(near)}, to the floor of 10^{steps[-1][1]:.1f} (D = 1).")
     return lines
 
 
@@ -506,8 +516,8 @@ def page(studies: dict, folder: Path) -> str:
     """results/tofu.md from the JSON of every study in `folder`; name -> study."""
     lines = ["# The TOFU study: Figures 2 and 5 to 9", "",
              "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number is "
-             "computed from "
-             "there. How claims are judged, with their thresholds, is in the opening of `tofu_verdicts.py`.", ""]
+             "computed from there. How claims are judged, with their thresholds, is in the opening of "
+             "`tofu_verdicts.py`.", ""]
     for name, study in studies.items():
         lines += section(name, study, folder)
     return "\n".join(lines).rstrip() + "\n"
@@ -516,22 +526,23 @@ def page(studies: dict, folder: Path) -> str:
 def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: what to take away, verdicts, figures, tables."""
     made = study["provenance"]
+    commit = (made["commit"] or "unknown")[:12]
     failed = [f"- not made: {f['name']}: {f['why']}" for f in study["failed"]]
     lines = [f"## {study['data']}, {study['model']}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; "
-             f"`{made['command']}`, commit "
-             f"{(made['commit'] or 'unknown')[:12]}, {made['time']}. {seeds_line(study)}", "",
+             f"`{made['command']}`, commit {commit}, {made['time']}. {seeds_line(study)}", "",
              "### What to take away", "",
              "What the paper teaches, and whether it was seen at this scale, with the number that decides "
              "(intervals: bootstrap over seeds).", "", *lessons(study), "", "### Verdicts", "",
              *table(["claim", "holds", "numbers"],
-                    [[v["claim"], ANSWER[v["holds"]], line(v).partition(": ")[2].partition("(")[2].
-                                                    replace("|", "/").rpartition(") [")[0]] for v in verdicts(study)]),
+                    [[v["claim"], ANSWER[v["holds"]], numbers_of(v)] for v in verdicts(study)]),
              "", f"Scale: {scale(study)}. Intervals: bootstrap over seeds, {COVERED:.0%}.", "", *failed]
-    tables = {"figure5": peak_table(study, ("forget01", "forget05", "forget10")) + ["", *ceiling_lines(study), "",
-                                                                                  *second_start_lines(study)],
+    tables = {"figure5": [*peak_table(study, ("forget01", "forget05", "forget10")), "", *ceiling_lines(study), "",
+                          *second_start_lines(study)],
               "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study),
                           *samples_table(study)],
+              "figure9": tuned_table(study),
+              "retain-weight": weight_table(study),
               "beyond10": peak_table(study, ("forget20", "forget30", "forget50", "forget90"))}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
@@ -549,8 +560,7 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
               f"rates {rates}{further}. Score: the largest, over evaluations, of the smaller of 1 - D/D_start and "
               "U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
               "How much each method depends on them, over all that was tried on this split:", "",
-              *sensitivity_table(study), "",
-              *tuning_table(study), ""]
+              *sensitivity_table(study), "", *tuning_table(study), ""]
     return lines
 
 

@@ -278,7 +278,7 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
     assert page.count("](tofu/builtin_tiny_") == len(figures_tofu.FIGURES)
     for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |",
-                     "undesired"):
+                     "undesired", "| forget90 | npo+rt | 1 | 3 |", "\n| 5 | 3 |"):
         assert expected in page, expected
 
 
