@@ -76,6 +76,10 @@ def locked(file: Path, wait: bool = False):
         yield
 
 
+# git's pathspec without what commands write into results/: a study that has begun is not a change of the code
+WRITTEN_BY_COMMANDS = [f":!results/*.{kind}" for kind in ("json", "md", "png")]
+
+
 def environment() -> dict:
     """What a result's provenance says of its making: versions, commit and whether files differed from it, the command
     as typed (without this machine's interpreter), time."""
@@ -88,7 +92,8 @@ def environment() -> dict:
         except FileNotFoundError:  # no git on this machine
             return ""
 
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *WRITTEN_BY_COMMANDS)
     processes, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
     torchrun = ["torchrun", *[f"--nnodes={nodes}"] * (nodes > 1), f"--nproc_per_node={processes}"] * (processes > 0)
     return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,

@@ -64,8 +64,8 @@ FEWER_SEEDS = ("9", "retain-weight", "beyond10")  # with --figure all: at most A
 ALL_SEEDS = 3
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
 LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr, npo+rt's best in results/builtin_forget10_grid.md
-BETA_FACTORS = (1.0,)  # of the preset's beta: further ones cost a run a method
-BETAS = {"simnpo": (2.5,)}  # on another scale: its log-probability is a mean over tokens (Fan et al., 2024)
+BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the learning rate is chosen
+SIMNPO_BETA = 2.5  # in its place, on another scale: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
 SECOND_START = ("npo+rt", "ga+rt")  # on forget10, seed 1, from a start fine-tuned with seed SECOND_START_SEED
@@ -127,7 +127,8 @@ def loss_and_weights(method: str) -> dict:
 def betas(study: Study, method: str) -> tuple:
     """The betas that a method may have, the first one for the choice of its learning rate."""
     loss = method.split("+")[0]
-    return BETAS.get(loss) or tuple(f * study.preset.beta for f in (BETA_FACTORS if loss in WITH_BETA else (1.0,)))
+    beta = SIMNPO_BETA if loss == "simnpo" else study.preset.beta
+    return tuple(factor * beta for factor in (BETA_FACTORS if loss in WITH_BETA else (1.0,)))
 
 
 def learning_rates(study: Study) -> tuple:
@@ -550,7 +551,8 @@ def record(study: Study, job: Job, folder: Path, seconds: float | None) -> dict:
     evaluations = [json.loads(path.read_text(encoding="utf-8"))
                    for path in sorted((folder / "eval").glob("step_*.json"))]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    kept = {"key": job.key, **job.facts, "commit": json.loads((folder / "config.json").read_text())["commit"],
+    config = json.loads((folder / "config.json").read_text())
+    kept = {"key": job.key, **job.facts, "commit": config["commit"], "start_weights": config["start_weights"],
             "memory": max(line["memory"] for line in log), "flops": round(reckon(study, job)),
             "seconds": seconds and round(seconds, 1)}
     if not evaluations:

@@ -291,7 +291,6 @@ def study(small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures_tofu, "LR_FACTORS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(figures_tofu, "BETA_FACTORS", (1.0, 2.0))
-    monkeypatch.setattr(figures_tofu, "BETAS", {"simnpo": (2.5, 4.5)})
 
     def make(*words):
         args = figures_tofu.build_parser().parse_args(["--data", str(small_data), "--epochs", "1", *words])
