@@ -15,9 +15,10 @@
 
 It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A run is known
 by its settings, data, start and retrained model: one that is in the JSON, or finished in --runs, is not made again; one
-that was interrupted goes on. The story: `plan` (what is needed, given what is known), `execute` (workers), `record`
-(what is kept of a run), `choose` (hyper-parameters), then `tofu_verdicts.py` and `tofu_pictures.py`, pure functions of
-the JSON.
+that was interrupted goes on. All runs of a JSON began from the same weights: where the start was trained again, on
+another machine say, and differs, another --out is asked for. The story: `plan` (what is needed, given what is known),
+`execute` (workers), `record` (what is kept of a run), `choose` (hyper-parameters), then `tofu_verdicts.py` and
+`tofu_pictures.py`, pure functions of the JSON.
 
 Hyper-parameters: one budget for every method, on forget10 and on TUNING_SEED, which is not among the reported seeds 1
 to N: every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. The score of a run is
@@ -44,7 +45,7 @@ from typing import NamedTuple
 
 import tofu_pictures
 import tofu_verdicts
-from command_line import Parser, environment, given_flags, positive, run_command, write_json
+from command_line import Parser, environment, given_flags, locked, positive, run_command, write_json
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, slice_rows
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
@@ -208,8 +209,8 @@ def _unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict |
     facts = {"kind": "unlearn", "method": settings.method, "split": split, "seed": seed, "start_seed": start_seed,
              **{k: getattr(settings, k)
                 for k in ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")}}
-    if hyper is None:  # what the name says of lr and beta isn't known yet
-        name = f"to be chosen: {name}"
+    if hyper is None:  # what the name and the key say of lr and beta isn't known yet
+        name = key = f"to be chosen: {name}"
     folder = f"{study.args.runs}/{split}_{method}_seed{seed}_{key[:8]}"
     return Job(name, {**given, **hyper} if hyper else None, key, folder, tuple(filter(None, (start, retrained))),
                rows * epochs, passes, math.ceil(steps / every), facts)
@@ -355,14 +356,17 @@ def tried_line(job: Job, records: dict) -> dict:
 
 def scan(runs: Path) -> tuple[dict, dict]:
     """(key -> folder of finished runs, the same of interrupted ones) under `runs`, by their settings, whatever their
-    names."""
+    names. Raises InputError."""
     finished, interrupted = {}, {}
     for config in sorted(runs.glob("*/config.json")):
-        stored = json.loads(config.read_text(encoding="utf-8"))
-        settings = stored["settings"]
+        try:
+            stored = json.loads(config.read_text(encoding="utf-8"))
+            settings, data = stored["settings"], stored["data_fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{config} is not what a run writes: move its folder away") from None
         if not set(SIGNIFICANT) <= set(settings):
             continue  # of another program's, or of an older version's making
-        key = unlearned_key(settings, stored["data_fingerprint"])
+        key = unlearned_key(settings, data)
         place = finished if (config.parent / "model").is_dir() else interrupted
         place.setdefault(key, str(config.parent))
     return finished, interrupted
@@ -406,12 +410,13 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
     given = {**job.given, "out": job.folder}
     if given.get("retain_log"):
         given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
-    folder = resumed or (job.folder if Path(job.folder).is_dir() else None)
+    folder = resumed
+    if not folder and Path(job.folder).is_dir():
+        if job.facts["kind"] == "unlearn":  # `scan` knows every run by its settings, and this one has others
+            raise InputError(f"{job.folder} holds another run: move it away")
+        folder = job.folder
     if processes > 1:
-        flags = ["--resume", folder] if folder else [word for k, v in given.items()
-                                                     for word in (f"--{k.replace('_', '-')}", str(v))]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                        str(Path(__file__).parent / "train_npo.py"), *flags], check=True)
+        launch(["--resume", folder] if folder else words_of(given), processes)
     else:
         s = train_npo.parse(["--resume", folder])[0] if folder else train_npo.resolve(given)
         start = start_rows_file(job)
@@ -426,12 +431,48 @@ def run_job(job: Job, resumed: str | None, processes: int) -> tuple[str, float]:
     return folder or job.folder, time.perf_counter() - begin
 
 
+def words_of(given: dict) -> list[str]:
+    """train_npo.py's command line for these settings."""
+    words = []
+    for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif (key, value) != ("eval_every", "end"):  # fine-tuning's default, which no word stands for
+            words += [flag, str(value)]
+    return words
+
+
+def launch(words: list, processes: int):
+    """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved.
+    Raises Stopped after that, CalledProcessError where it fails."""
+    from run_folder import Stopped
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+               str(Path(__file__).parent / "train_npo.py"), *words]
+    child, asked = subprocess.Popen(command), []
+
+    def hand_on(number, frame):
+        asked.append(number)
+        child.terminate()
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        status = child.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:
+        raise Stopped("stopped by a signal")
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+
+
 def start_rows_file(job: Job) -> Path | None:
     """Where the start's evaluation is kept for the other runs from this start on this split: it would be the same in
     each."""
     if job.facts["kind"] == "model":
         return None
-    mark = fingerprint(job.given["model"], job.facts["split"], job.given["data"], job.given.get("dtype"))
+    weights = [Path(need.folder, "model").stat().st_mtime_ns for need in job.needs if need.facts["split"] == "full"]
+    mark = fingerprint(job.given["model"], job.facts["split"], job.given["data"], job.given.get("dtype"), weights)
     return Path(job.folder).parent / f"start_{job.facts['split']}_{mark[:8]}.json"
 
 
@@ -547,7 +588,7 @@ def summary(study: Study, job: Job) -> str:
 # ---------------------------------------------------------------- what is kept of a run
 
 def record(study: Study, job: Job, folder: Path, seconds: float | None) -> dict:
-    """A finished run in a kilobyte: settings, the curves of its metrics, and counts of its last answers."""
+    """A finished run in two kilobytes: settings, the curves of its metrics, and counts of its last answers."""
     evaluations = [json.loads(path.read_text(encoding="utf-8"))
                    for path in sorted((folder / "eval").glob("step_*.json"))]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -620,18 +661,23 @@ def samples_of(study: Study, split: str, rows: dict) -> list:
 
 
 def keep(study: Study, kept: dict) -> Study:
-    """The study with one more record, written to its JSON."""
+    """The study with one more record, written to its JSON. Raises InputError for a run from another start than the
+    others': names and settings of two starts can be the same where their weights, made on two machines, are not."""
     place = "retrained" if kept["kind"] == "model" else "runs"
+    began = {r["start_weights"] for r in study.known["runs"] if r["start_seed"] == kept.get("start_seed")}
+    if began - {kept["start_weights"]}:
+        raise InputError(f"{json_path(study.args)} has runs that began from weights {min(began)}, and these begin from "
+                         f"{kept['start_weights']}: they don't go together; bring that start's folder, or give another "
+                         "--out")
     others = [r for r in study.known[place] if r["key"] != kept["key"]]
     study = study._replace(known={**study.known, place: sorted(others + [kept], key=order)})
     write_json(json_path(study.args), complete(study))
     return study
 
 
-def order(record_: dict) -> tuple:
-    return tuple(str(record_.get(k, ""))
-                 for k in ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed",
-                                                   "seed", "key"))
+def order(kept: dict) -> tuple:
+    return tuple(str(kept.get(k, "")) for k in ("split", "method", "lr", "beta", "forget_weight", "retain_weight",
+                                                "start_seed", "seed", "key"))
 
 
 def complete(study: Study) -> dict:
@@ -643,7 +689,7 @@ def complete(study: Study) -> dict:
         if "log_truth_ratios" in model:
             samples.setdefault(evaluation_split(model["split"]), {})[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
-    lattice = {str(n): [[k, round(ks_log10_p(n, k / n), 5)] for k in range(n + 1)] for n in sorted(set(rows.values()))
+    lattice = {str(n): [[k, round(ks_log10_p(n, k / n), 12)] for k in range(n + 1)] for n in sorted(set(rows.values()))
                if n <= 60}
     return {**study.known, "chosen": choices, "tried": tried, "forget_rows": rows, "lattice": lattice,
             "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
@@ -769,7 +815,7 @@ def json_path(args) -> Path:
 
 
 def open_study(args) -> Study:
-    """Everything that planning depends on. A JSON made with other data or another start is put aside."""
+    """Everything that planning depends on. Raises InputError, for a JSON of other data, start or flags too."""
     import train_npo
     from models import PRESETS
     name = args.model.partition("=")[0]
@@ -777,28 +823,29 @@ def open_study(args) -> Study:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "
                          "retraining needs to know the base model and its settings")
     extra = given_flags(train_npo.build_parser(), args.train_flags.split())
-    decided = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every", "retain_log"}
+    decided = {"loss", "split", "model", "data", "seed", "out", "resume", "lr", "beta", "eval_every", "retain_log",
+               "template"}
     taken = decided & set(extra)
     if taken:
         raise InputError(f"--train-flags {args.train_flags}: --{min(taken).replace('_', '-')} is decided here; leave "
                          "it out")
     task = load_task(args.data, TUNING_SPLIT)
     empty = {"runs": [], "retrained": [], "failed": []}
-    study = Study(args, task, PRESETS[name], name, extra, empty, {}, {},
-                  read_study(Path(args.choices))["chosen"] if args.choices else {}, {})
+    study = Study(args, task, PRESETS[name], name, extra, empty, {}, {}, read_choices(args), {})
     start = model_job(study, "full", 0)
-    identity = {"data_fingerprint": task.fingerprint,
-                "start": Path(start.folder).name if start else PRESETS[name].finetuned}
+    flags = {"base": args.base and Path(args.base).name, "retrained": args.retrained, **extra}
+    identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or PRESETS[name].epochs,
+                "start": Path(start.folder).name if start else PRESETS[name].finetuned,
+                "flags": {key: value for key, value in flags.items() if value is not None}}
     path = json_path(args)
     known = read_study(path) if path.exists() else {**empty, **identity}
-    if {k: known.get(k) for k in identity} != identity:
-        aside = path.with_suffix(".old")
-        print(f"{path} was made with other data or another start: put aside as {aside}")
-        path.rename(aside)
-        known = {**empty, **identity}
+    other = [key for key in identity if known.get(key) != identity[key]]
+    if other:
+        raise InputError(f"{path} was made with {other[0]} {known.get(other[0])}, not {identity[other[0]]}: give "
+                         "another --out")
     dims = dims_of(study)
     known.update(data="builtin" if args.data == "builtin" else Path(args.data).name, model=name, failed=[],
-                 parameters=parameters_of(dims), epochs=args.epochs or PRESETS[name].epochs,
+                 parameters=parameters_of(dims),
                  budget={"split": TUNING_SPLIT, "seed": TUNING_SEED, "learning_rates": list(learning_rates(study)),
                          "betas": {m: list(betas(study, m)) for m in METHODS if m.split("+")[0] in WITH_BETA},
                          "weights": list(TUNED_WEIGHTS), "retain_weights": list(RETAIN_WEIGHTS)},
@@ -818,12 +865,38 @@ def read_study(path: Path) -> dict:
     """A distilled JSON. Raises InputError."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-        missing_ = {"runs", "retrained", "failed"} - set(study)
+    except FileNotFoundError:
+        raise InputError(f"there is no {path} yet: run without --draw-only first") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; run without --draw-only first") from None
-    if missing_:
-        raise InputError(f"{path} lacks {', '.join(sorted(missing_))}: it is not one of this command's; move it away")
+        raise InputError(f"cannot read {path}: {error}; move it away") from None
+    lacking = {"runs", "retrained", "failed", "chosen", "tried", "budget", "provenance", "epochs", "model"} - set(
+        study if isinstance(study, dict) else ())
+    if lacking:
+        raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; move it away")
     return study
+
+
+def read_choices(args) -> dict:
+    """What --choices takes the place of tuning with: method -> {"lr", "beta", "weights"}. Raises InputError where
+    something that the wanted figures need was not chosen there."""
+    if not args.choices:
+        return {}
+    other = read_study(Path(args.choices))
+    if other["model"] != args.model.partition("=")[0]:
+        raise InputError(f"--choices {args.choices}: made with --model {other['model']}, whose learning rates are no "
+                         "other model's")
+    for figure in wanted_figures(args):
+        splits, methods = FIGURES[figure]
+        for method in [m for m in methods if m in (args.methods or methods)]:
+            choice = other["chosen"].get(method)
+            if not choice:
+                raise InputError(f"--choices {args.choices}: nothing was chosen for {method}; name the --methods that "
+                                 f"it has ({', '.join(other['chosen'])})")
+            lacking = [s for s in splits if s in (args.splits or splits) and s not in choice["weights"]]
+            if figure == "9" and lacking:
+                raise InputError(f"--choices {args.choices}: no retain weight was chosen for {method} on {lacking[0]}; "
+                                 "run --figure 9 there first")
+    return other["chosen"]
 
 
 def run_missing(study: Study) -> Study:
@@ -837,9 +910,9 @@ def run_missing(study: Study) -> Study:
     def progress(study: Study, job: Job, text: str, seconds: float):
         done.add(job.key)
         print(f"[{sum(j.key in done for j in todo)} of {len(todo)}; {clock(time.perf_counter() - begin)}, about "
-              f"{left(study)} left] "
-              f"{job.name}: {text} ({clock(seconds)})", flush=True)
+              f"{left(study)} left] {job.name}: {text} ({clock(seconds)})", flush=True)
 
+    stopped = True
     try:
         while True:
             jobs = plan(study, wanted_figures(args))
@@ -853,13 +926,13 @@ def run_missing(study: Study) -> Study:
                   f"print is in {args.runs}/worker*.log", flush=True)
             workers = workers or Workers(min(args.jobs, len(ready)), args.processes, args.runs)
             study = find_runs(execute(study, ready, workers, progress))
+        stopped = False
     except KeyboardInterrupt:
         print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
-        if workers:
-            workers.close(at_once=True)
         raise
-    if workers:
-        workers.close(at_once=False)
+    finally:
+        if workers:
+            workers.close(at_once=stopped)
     return study
 
 
@@ -906,12 +979,13 @@ def main():
             raise InputError(f"--splits {split}: no figure has it; need some of forget01, 05, 10, 20, 30, 50, 90")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.jobs = args.jobs or (cores if args.model.partition("=")[0] == "tiny" else 1)
-    study = open_study(args)
     if args.plan:
+        study = open_study(args)
         return print_plan(study, plan(study, wanted_figures(args)))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved like Ctrl-C
-    study = run_missing(study)
-    write_json(json_path(args), complete(study))
+    with locked(json_path(args).with_suffix(".lock")):  # two commands would overwrite each other's records
+        study = run_missing(open_study(args))
+        write_json(json_path(args), complete(study))
     print_choices(complete(study))
     for failure in study.known["failed"]:
         print(f"not made: {failure['name']}: {failure['why']}")

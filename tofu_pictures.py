@@ -64,24 +64,22 @@ def floor_of(values: list) -> float:
 
 # ---------------------------------------------------------------- pieces
 
-def curve(axes, runs: list, method: str, key: str, transform, label: str | None, against: str = "steps"):
-    """Mean over seeds as a line, the seeds' range as a band."""
+def curve(axes, runs: list, method: str, key: str, against: str, drawn=float):
+    """Mean over seeds as a line, the seeds' range as a band; `drawn` makes a height of what was averaged."""
     color, line, marker = style(method)
-    # Seeds have the same steps; a run that lacks a value (no reference, say) is left out.
-    columns = [[transform(r, i) for r in runs] for i in range(len(runs[0]["steps"]))]
+    columns = [[r[key][i] for r in runs] for i in range(len(runs[0]["steps"]))]  # seeds have the same steps
+    heights = lambda summary: [drawn(summary(column)) for column in columns]
     x = [step / (runs[0]["steps"][-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in runs[0]["steps"]]
-    axes.plot(x, list(map(statistics.mean, columns)), line, color=color, label=label, linewidth=1.4, marker=marker,
-              markersize=3)
+    axes.plot(x, heights(statistics.mean), line, color=color, label=method, linewidth=1.4, marker=marker, markersize=3)
     if len(runs) > 1:
-        axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.1, linewidth=0)
+        axes.fill_between(x, heights(min), heights(max), color=color, alpha=0.1, linewidth=0)
 
 
 def quality_panel(axes, study: dict, named: list, against: str, title: str):
     """Forget quality on the dual scale, one line for each (method, runs)."""
     floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
     for method, runs in named:
-        curve(axes, runs, method, "forget_quality_log10", lambda r, i: height(r["forget_quality_log10"][i], floor),
-              method, against)
+        curve(axes, runs, method, "forget_quality_log10", against, lambda log: height(log, floor))
     dual_axis(axes, floor)
     ceiling(axes, study, named[0][1][0]["split"], floor)
     axes.set(title=title, xlabel=against, ylabel="forget quality")
@@ -89,7 +87,7 @@ def quality_panel(axes, study: dict, named: list, against: str, title: str):
 
 def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: str):
     for method, runs in named:
-        curve(axes, runs, method, key, lambda r, i: r[key][i], method, against)
+        curve(axes, runs, method, key, against)
     axes.set(title=title, xlabel=against, ylabel=ylabel)
     axes.grid(alpha=0.25)
 
@@ -103,7 +101,7 @@ def ceiling(axes, study: dict, split: str, floor: float):
 
 
 def lattice(axes, study: dict, split: str, floor: float):
-    """The p-values that this few rows can take, as ticks on the right; the lowest is the floor."""
+    """The p-values that this few rows can take, as ticks on the right, as far down as the axis goes."""
     steps = study.get("lattice", {}).get(str(study.get("forget_rows", {}).get(split)))
     if steps:
         for log in sorted({p for _, p in steps if p >= floor}):
@@ -154,7 +152,8 @@ def figure2(study: dict, path: Path):
     for method, runs in named:
         sample = next((s for r in runs for s in r.get("samples", []) if s["set"] == "forget"), None)
         if sample and method.endswith("+rt"):
-            lines += [wrapped("question", sample["question"]), wrapped("true", sample["answer"])] * (not lines)
+            if not lines:
+                lines = [wrapped("question", sample["question"]), wrapped("true", sample["answer"])]
             lines.append(wrapped(method, f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"))
     panels[3].text(0, 1, "\n\n".join(lines), va="top", fontsize=8.5, family="monospace", parse_math=False)
     panels[3].set_title("answers at the end, seed 1")
@@ -197,7 +196,7 @@ def trade_off(study: dict, splits: tuple, path: Path):
         ceiling(axes, study, split, floor)
         lattice(axes, study, split, floor)
         seeds = sorted({len(own) for _, own in named[split]})
-        axes.set(title=f"{split} ({'-'.join(map(str, seeds))} seeds)", xlabel="model utility",
+        axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
                  ylabel="forget quality at its peak")
         axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center",
@@ -272,11 +271,11 @@ def retain_weight(study: dict, path: Path):
     last = lambda r: r["forget_quality_log10"][-1]
     for name, color, quality, utility in (("peak", "black", peak, lambda r: kept_utility(r, peak_at(r))),
                                           ("end of the run", "tab:gray", last, kept_utility)):
-        for axes, value in ((left, lambda r: height(quality(r), floor)), (right, utility)):
-            columns = [[value(r) for r in runs] for _, runs in found]
+        for axes, value, drawn in ((left, quality, lambda log: height(log, floor)), (right, utility, float)):
+            heights = lambda summary: [drawn(summary(map(value, runs))) for _, runs in found]
             x = [w for w, _ in found]
-            axes.plot(x, list(map(statistics.mean, columns)), "o-", color=color, label=name)
-            axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.12, linewidth=0)
+            axes.plot(x, heights(statistics.mean), "o-", color=color, label=name)
+            axes.fill_between(x, heights(min), heights(max), color=color, alpha=0.12, linewidth=0)
     dual_axis(left, floor)
     ceiling(left, study, "forget10", floor)
     left.set(xlabel="retain weight", ylabel="forget quality", title="npo+rt, forget10")

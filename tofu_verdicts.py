@@ -1,21 +1,24 @@
 """Section 5's claims as computed verdicts, and the page that tells them. Pure functions of the JSON of
 `figures_tofu.py`: no model, no PyTorch.
 
-A claim is a list of tests. Each test has one number a seed and a threshold; a bootstrap over seeds gives the interval
-of the mean, and the test holds where the whole interval is on the right side, fails where it is on the other, and is
-undecided otherwise, with fewer than two seeds too. A claim holds where all of its tests hold and fails where one fails.
+A claim is a list of tests. Each test has one number a seed and a threshold; an interval of the mean over seeds
+(`interval`: 95%, bootstrap from five seeds on, Student's t below) decides: the test holds where the whole interval is
+on the right side, fails where it is on the other, and is undecided otherwise, with fewer than two seeds too. A claim
+holds where all of its tests hold and fails where one fails.
 
-The thresholds are ours where the paper has words: "early" is the first 60% of the run, "exponentially small" a forget
-quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run within one decade of the peak,
-"greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its start's. Forget
-quality is averaged in decades.
+The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially small" a
+forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run within one decade of the
+peak, "greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its start's.
+Forget quality is averaged in decades, and "exceeds" is said of this mean: single seeds may do otherwise.
 """
 
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from tofu_answers import KINDS, judgement
 
@@ -23,11 +26,11 @@ LINE = math.log10(0.05)
 NPO_BASED = ("npo", "npo+rt", "npo+kl")
 GA_BASED = ("ga", "ga+rt", "ga+kl")
 BASELINES = (*GA_BASED, "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt")
-EARLY, SMALL, FALL, HOLDING = 0.6, -3.0, 2.0, 1.0  # share of the run; log10; decades; decades
+EARLY, SMALL, FALL, HOLDING = 2 / 3, -3.0, 2.0, 1.0  # share of the run; log10; decades; decades
 PRESERVED, PRESERVED_BEYOND = 0.8, 0.88  # shares of the start's utility
 REFUSING, REPEATING, OF_THE_WORDING, EXPLODING = 0.1, 0.3, 0.5, 3.0
-UTILITIES = [u / 20 for u in range(4, 20)]  # shares of the start's utility at which methods are compared
-RESAMPLES, COVERED = 2000, 0.95
+UTILITIES = (0.5, 0.7, 0.9)  # shares of the start's utility at which methods are compared
+RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
 
 
 # ---------------------------------------------------------------- selecting runs
@@ -67,6 +70,7 @@ def _select(study: dict, **wanted) -> list:
     wanted["epochs"] = study["epochs"]
     found = [r for r in study["runs"] if all(r[k] == v for k, v in wanted.items())
              and r["seed"] != study["budget"]["seed"]]
+    assert len({r["seed"] for r in found}) == len(found), f"two records of one seed: {wanted}"
     return sorted(found, key=lambda r: r["seed"])
 
 
@@ -105,11 +109,17 @@ def rate(run: dict, kind: str, sets: tuple) -> float:
 # ---------------------------------------------------------------- judging
 
 def interval(values: list) -> tuple[float, float]:
-    """Percentile bootstrap of the mean over seeds; the same draws at every call."""
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = np.sort(np.array(values, dtype=float)[draws].mean(axis=1))
-    out = int((1 - COVERED) / 2 * RESAMPLES)
-    return float(means[out]), float(means[-1 - out])
+    """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles moved out
+    for small samples (Hesterberg, 2015); with so few seeds that resampling reaches no further than the smallest and the
+    largest value, which cover half of the true means (two seeds) or three quarters (three), Student's t."""
+    values, n = np.array(values, dtype=float), len(values)
+    t = stats.t.ppf((1 + COVERED) / 2, n - 1)
+    if n < BOOTSTRAP_FROM:
+        half = t * values.std(ddof=1) / math.sqrt(n)
+        return float(values.mean() - half), float(values.mean() + half)
+    means = values[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))].mean(axis=1)
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * t)
+    return tuple(map(float, np.quantile(means, [tail, 1 - tail])))
 
 
 def test(what: str, values: list, sign: str, threshold: float) -> dict:
@@ -179,9 +189,9 @@ def npo_beats_ga(study: dict) -> dict:
     for split in ("forget05", "forget10"):
         for npo, ga in zip(NPO_BASED, GA_BASED):
             pairs = by_seed(chosen_runs(study, split, npo), chosen_runs(study, split, ga))
-            gains = [statistics.mean(best_at_utility(a, u) - best_at_utility(b, u) for u in UTILITIES)
-                     for a, b in pairs]
-            tests.append(test(f"{split} {npo} over {ga}: decades of forget quality at equal utility", gains, ">", 0.0))
+            tests += [test(f"{split} {npo} over {ga}: decades of forget quality at {share:.0%} of the start's utility",
+                           [best_at_utility(a, share) - best_at_utility(b, share) for a, b in pairs], ">", 0.0)
+                      for share in UTILITIES]
     return verdict(study, "npo_beats_ga", "npo-based methods beat ga-based ones at equal utility", tests)
 
 
@@ -192,25 +202,25 @@ def by_seed(first: list, second: list) -> list:
 
 
 def forget05_only_npo(study: dict) -> dict:
-    ours = best_of(peaks(study, "forget05", NPO_BASED, ">"))
     return verdict(study, "forget05_only_npo",
                    "on forget05 npo-based methods exceed a forget quality of 0.05, and no other does",
-                   ours + peaks(study, "forget05", BASELINES, "<"))
+                   [one_of(peaks(study, "forget05", NPO_BASED, ">")), *peaks(study, "forget05", BASELINES, "<")])
 
 
-def best_of(tests: list) -> list:
-    """The one test that speaks for "some of them do": the one with the largest mean."""
-    return [max(tests, key=lambda t: -math.inf if t["mean"] is None else t["mean"])]
+def one_of(tests: list) -> dict:
+    """The test that speaks for "some of them do": one that holds, else an undecided one, else the nearest to it."""
+    rank = {True: 2, "undecided": 1, False: 0}
+    return max(tests, key=lambda t: (rank[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
 
 
 def forget10_npo_rt(study: dict) -> dict:
     runs = chosen_runs(study, "forget10", "npo+rt")
-    tests = [test("forget10 npo+rt: last log10 forget quality", [r["forget_quality_log10"][-1] for r in runs], ">",
+    tests = [test("forget10 npo+rt: lowest log10 forget quality of the last third", [min(later(r)) for r in runs], ">",
                   LINE),
              test("forget10 npo+rt: utility at the end, share of the start's", [kept_utility(r) for r in runs], ">",
                   PRESERVED)]
-    for method in (*BASELINES, "npo", "npo+kl"):
-        both = [float(r["forget_quality_log10"][-1] > LINE and kept_utility(r) > PRESERVED)
+    for method in (*BASELINES, "npo", "npo+kl", "simnpo", "simnpo+rt"):
+        both = [float(min(later(r)) > LINE and kept_utility(r) > PRESERVED)
                 for r in chosen_runs(study, "forget10", method)]
         tests.append(test(f"forget10 {method}: share of seeds that do both", both, "<", 0.5))
     return verdict(study, "forget10_npo_rt",
@@ -218,7 +228,7 @@ def forget10_npo_rt(study: dict) -> dict:
 
 
 def forget10_baselines(study: dict) -> dict:
-    return verdict(study, "forget10_baselines", "on forget10 no baseline ever exceeds 0.05",
+    return verdict(study, "forget10_baselines", "on forget10 no baseline exceeds 0.05",
                    peaks(study, "forget10", BASELINES, "<"))
 
 
@@ -526,17 +536,17 @@ def page(studies: dict, folder: Path) -> str:
 def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: what to take away, verdicts, figures, tables."""
     made = study["provenance"]
-    commit = (made["commit"] or "unknown")[:12]
     failed = [f"- not made: {f['name']}: {f['why']}" for f in study["failed"]]
     lines = [f"## {study['data']}, {study['model']}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; "
-             f"`{made['command']}`, commit {commit}, {made['time']}. {seeds_line(study)}", "",
+             f"last command `{made['command']}`, {made['time']}. {origins_line(study)} {seeds_line(study)}", "",
              "### What to take away", "",
              "What the paper teaches, and whether it was seen at this scale, with the number that decides "
-             "(intervals: bootstrap over seeds).", "", *lessons(study), "", "### Verdicts", "",
+             f"(in brackets: {COVERED:.0%} interval over seeds).", "", *lessons(study), "", "### Verdicts", "",
              *table(["claim", "holds", "numbers"],
                     [[v["claim"], ANSWER[v["holds"]], numbers_of(v)] for v in verdicts(study)]),
-             "", f"Scale: {scale(study)}. Intervals: bootstrap over seeds, {COVERED:.0%}.", "", *failed]
+             "", f"Scale: {scale(study)}. In brackets: {COVERED:.0%} interval of the mean over seeds (`interval`).", "",
+             *failed]
     tables = {"figure5": [*peak_table(study, ("forget01", "forget05", "forget10")), "", *ceiling_lines(study), "",
                           *second_start_lines(study)],
               "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study),
@@ -572,3 +582,12 @@ def seeds_line(study: dict) -> str:
         if counts:
             found[split] = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return "Seeds a method: " + ", ".join(f"{split} {n}" for split, n in found.items()) + "." if found else ""
+
+
+def origins_line(study: dict) -> str:
+    """Commits that the runs were made with, and the starts that they began from."""
+    commits = Counter((r["commit"] or "unknown")[:12] + " with changes" * ("+" in (r["commit"] or ""))
+                      for r in study["runs"])
+    starts = sorted({(r["start_seed"], r["start_weights"]) for r in study["runs"]})
+    return "Runs by commit: " + ", ".join(f"{c} {n}" for c, n in commits.most_common()) + ". Weights of the start: " + \
+        ", ".join(f"{weights} (seed {seed})" for seed, weights in starts) + "."

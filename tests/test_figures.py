@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import figures_tofu
@@ -77,14 +78,14 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     wiggle = 0.01 * seed
     quality = [-20.0, -6.0, -4.0, -9.0, -12.0, -15.0]  # ga and the other baselines: a peak, then the fall
     if loss == "npo":
-        quality = [-20.0, -9.0, -2.0, -1.0, -0.8, -0.8] if term != "rt" else [-20.0, -6.0, -1.0, -0.5, -0.4, -0.4]
+        quality = [-20.0, -5.0, -2.0, -1.0, -0.8, -0.8] if term != "rt" else [-20.0, -5.0, -1.0, -0.5, -0.4, -0.4]
     weight = float(term == "rt") if retain_weight is None else retain_weight
     if loss == "npo" and term != "kl":
-        quality = [q - 0.2 * abs(weight - 2) for q in quality]
+        quality = quality[:1] + [q - 0.2 * abs(weight - 2) for q in quality[1:]]
     end = UTILITY[term]
     utility = [0.6 * (1 + (end - 1) * i / 5) for i in range(6)]
     if loss == "npo" and term == "":
-        utility = [u + 0.01 for u in utility[:1]] + [u + 0.05 for u in utility[1:]]
+        utility = utility[:1] + [u + 0.06 for u in utility[1:]]
     explodes = 40.0 if loss in ("ga", "idk") else 4.0
     refused = 60 if loss in ("idk", "dpo") else 0
     answers = {name: counts(true=90 - refused, refusal=refused) for name in ("retain", "real_authors", "world_facts")}
@@ -94,7 +95,8 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
            else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1,
            "forget_weight": 1.0,
            "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10, "steps": [0, 25, 50, 75, 100, 125],
-           "total_steps": 125, "commit": "c", "memory": 5e8, "flops": 1e12, "seconds": 30.0, "answers": answers,
+           "total_steps": 125, "commit": "c", "start_weights": "57a7", "memory": 5e8, "flops": 1e12,
+           "seconds": 30.0, "answers": answers,
            "forget_quality_log10": [q + wiggle for q in quality], "model_utility": utility,
            "ks_statistic": [0.7, 0.5, 0.4, 0.2, 0.1, 0.1], "forget_truth_ratio": [0.5] * 6,
            "forget_kl": [explodes * i / 5 for i in range(6)], "world_facts_kl": [explodes * i / 50 for i in range(6)],
@@ -234,10 +236,20 @@ def test_a_verdicts_line_has_its_numbers_and_scale():
     assert "forget20 npo+rt: peak log10 forget quality -9" in tofu_verdicts.line(false)
 
 
-def test_the_interval_covers_the_mean_and_shrinks_to_it():
-    low, high = tofu_verdicts.interval([1.0, 2.0, 3.0])
-    assert 1 <= low < 2 < high <= 3 and tofu_verdicts.interval([2.0] * 3) == (2.0, 2.0)
-    assert tofu_verdicts.interval([1.0, 2.0, 3.0]) == (low, high)
+@pytest.mark.parametrize("seeds", (2, 3, 5, 10))
+def test_a_95_percent_interval_covers_the_true_mean_that_often(seeds):
+    samples = np.random.default_rng(1).normal(3.0, 2.0, (1000, seeds))
+    covered = [low <= 3.0 <= high for low, high in map(tofu_verdicts.interval, samples)]
+    assert np.mean(covered) > 0.91
+    assert tofu_verdicts.interval([2.0] * seeds) == (2.0, 2.0)
+    assert tofu_verdicts.interval(samples[0]) == tofu_verdicts.interval(samples[0])
+
+
+def test_some_of_them_do_where_one_does():
+    test = lambda holds, mean: {"holds": holds, "mean": mean}
+    assert tofu_verdicts.one_of([test(False, -9), test(True, -1.2), test("undecided", -0.1)])["holds"] is True
+    assert tofu_verdicts.one_of([test(False, -9), test("undecided", None)])["holds"] == "undecided"
+    assert tofu_verdicts.one_of([test(False, -9), test(False, -2)])["mean"] == -2
 
 
 def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
@@ -247,6 +259,9 @@ def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
     assert [r["seed"] for r in tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
     assert len(tofu_verdicts.second_start(study, "forget10", "npo+rt")) == 1
     assert [r["method"] for r in tofu_verdicts.weighted_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
+    study["runs"].append({**tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")[0], "key": "the same again"})
+    with pytest.raises(AssertionError, match="two records of one seed"):
+        tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")
 
 
 # ---------------------------------------------------------------- pictures and page
@@ -267,6 +282,22 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     for a, b in zip(first, again):
         assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
     assert tofu_pictures.draw({**study, "runs": []}, list(figures_tofu.FIGURES), tmp_path / "c") == []
+
+
+def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
+    """Seeds in which the mean of p-values would be far from the mean of their logarithms."""
+    spread = setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=1.2),
+                     model_utility=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    study = hand_made_study(change=spread)
+    monkeypatch.setattr(tofu_pictures, "save", lambda figure, path: figure)
+    evolution, trade_off = tofu_pictures.draw(study, ["6", "5"], Path("x"))
+    log_height = lambda log: pytest.approx(tofu_pictures.height(log, -22.0))
+    last = next(axes for axes in evolution.axes if "forget10" in axes.get_title())
+    line = next(line for line in last.get_lines() if line.get_label() == "npo+rt")
+    assert list(line.get_ydata()) == [log_height(log) for log in (-20, -9, -1.5, -4, -5, -6)]
+    last = next(axes for axes in trade_off.axes if "forget10" in axes.get_title())
+    point = next(bar for bar in last.containers if bar.get_label() == "npo+rt").lines[0]
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (pytest.approx(0.4), log_height(-1.5))
 
 
 def test_the_page_follows_from_the_json(tmp_path):
@@ -302,7 +333,7 @@ def study(small_data, tmp_path, monkeypatch):
 def recorded(study, *jobs, ks=0.3, utility=0.5):
     """The study with records for these jobs, as if they had been run."""
     runs = [{"key": job.key, **job.facts, "ks_statistic": [0.8, ks], "model_utility": [0.5, utility],
-             "forget_quality_log10": [-9.0, -3.0]} for job in jobs]
+             "forget_quality_log10": [-9.0, -3.0], "start_weights": "57a7"} for job in jobs]
     return study._replace(known={**study.known, "runs": study.known["runs"] + runs})
 
 
@@ -392,24 +423,109 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     assert len(figures_tofu.plan(s, ["retain-weight"])) == 4 + len(figures_tofu.RETAIN_WEIGHTS)
 
 
-def test_a_json_of_another_start_is_put_aside(study):
+@pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5},
+                                     {"flags": {"dtype": "bf16"}}))
+def test_a_json_of_another_study_is_refused_and_kept(study, changed):
     s = study("--figure", "8")
     path = figures_tofu.json_path(s.args)
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({**s.known, "start": "another"}))
-    assert study("--figure", "8").known["runs"] == [] and path.with_suffix(".old").exists()
+    path.write_text(json.dumps({**figures_tofu.complete(s), **changed}))
+    with pytest.raises(InputError, match=f"was made with {next(iter(changed))} .*another --out"):
+        study("--figure", "8")
+    assert json.loads(path.read_text())["runs"] == []
     path.write_text("[]")
     with pytest.raises(InputError, match="lacks"):
         study("--figure", "8")
 
 
+def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
+    s = study("--figure", "8", "--methods", "ga")
+    job, other = [j for j in figures_tofu.plan(s, ["8"]) if j.given][:2]
+    s = recorded(s, job)
+    kept = {**s.known["runs"][0], "key": other.key}
+    assert len(figures_tofu.keep(s, kept).known["runs"]) == 2
+    with pytest.raises(InputError, match="began from weights 57a7"):
+        figures_tofu.keep(s, {**kept, "start_weights": "0"})
+    assert len(figures_tofu.keep(s, {**kept, "start_weights": "0", "start_seed": 1}).known["runs"]) == 2
+
+
+def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
+    s = study("--figure", "8", "--methods", "ga")
+    job = figures_tofu.plan(s, ["8"])[0]
+    retrained = Path(job.needs[1].folder) / "eval"
+    retrained.mkdir(parents=True)
+    (retrained / "step_000005.json").touch()
+    as_run_folder(Path(job.folder), job, s, finished=False, weight_decay=0.5)
+    with pytest.raises(InputError, match="holds another run"):
+        figures_tofu.run_job(job, figures_tofu.find_runs(s).interrupted.get(job.key), 1)
+    (Path(job.folder) / "config.json").write_text("[")
+    with pytest.raises(InputError, match="config.json is not what a run writes"):
+        figures_tofu.find_runs(s)
+
+
+def test_settings_as_words_are_the_same_run(study):
+    """What torchrun is given: a model to retrain, a run, and flags of each kind."""
+    import train_npo
+    s = study("--figure", "8", "--train-flags", "--activation-checkpointing --batch-size 16")
+    run = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, {"lr": 1e-3, "beta": 0.2})
+    for job in (run, *run.needs):
+        given = {**job.given, "out": "x", "retain_log": None} if job is run else {**job.given, "out": "x"}
+        given = {k: v for k, v in given.items() if v is not None}
+        assert vars(train_npo.parse(figures_tofu.words_of(given))[0]) == vars(train_npo.resolve(given))
+    assert "--activation-checkpointing" in figures_tofu.words_of(run.given)
+
+
+def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
+    s = study("--figure", "9", "--methods", "npo+rt", "--splits", "forget50")
+    hyper = {"lr": 1e-3, "beta": 0.1}
+    one, two, five = figures_tofu.weight_jobs(s, "npo+rt", "forget50", hyper)
+    s = recorded(s, one, five)
+    assert figures_tofu.chosen_weight(s, "npo+rt", "forget50", hyper) is None
+    s = recorded(s, two, ks=0.1)
+    assert figures_tofu.chosen_weight(s, "npo+rt", "forget50", hyper) == 2.0 == two.facts["retain_weight"]
+    assert {job.facts["split"] for job in (one, two, five)} == {"forget50"} and two.facts["seed"] == 0
+
+
+def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
+    seeds = lambda *words: {f: figures_tofu.seeds_of(figures_tofu.build_parser().parse_args(words), f) for f in "59"}
+    assert seeds("--seeds", "5") == {"5": 5, "9": 3} and seeds("--figure", "9", "--seeds", "5")["9"] == 5
+
+
+def test_the_starts_rows_are_kept_for_one_start_on_one_split(study):
+    s = study("--figure", "9")
+    job = lambda split, **more: figures_tofu.unlearn_job(s, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
+    for seed in (0, 1):
+        Path(figures_tofu.model_job(s, "full", seed).folder, "model").mkdir(parents=True)
+    files = [figures_tofu.start_rows_file(j) for j in (job("forget10"), job("forget05"), job("forget10", start_seed=1))]
+    assert len(set(files)) == 3
+    os.utime(Path(job("forget10").needs[0].folder, "model"), (1, 1))  # the start was trained again
+    assert figures_tofu.start_rows_file(job("forget10")) not in files
+
+
+def test_a_ceiling_compares_different_retrained_models():
+    from scipy.stats import ks_2samp
+    samples = {1: [0.0, 0.1, 0.2, 0.3], 2: [0.25, 0.35, 0.45, 0.55], 3: [5.0, 6.0, 7.0, 8.0]}
+    found = {tuple(pair["seeds"]): 10 ** pair["log10"] for pair in figures_tofu.ceilings(samples)}
+    assert found == {(a, b): pytest.approx(ks_2samp(samples[a], samples[b]).pvalue, rel=1e-3)
+                     for a, b in ((1, 2), (1, 3), (2, 3))}
+
+
 def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
-    (tmp_path / "other.json").write_text(json.dumps({"runs": [], "retrained": [], "failed": [], "chosen": {
-        "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}))
-    s = study("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices", "other.json")
+    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices", "other.json")
+    other = {**figures_tofu.complete(study()), "chosen": {
+        "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    s = study(*words)
     jobs = figures_tofu.plan(s, ["9"])
     assert [(j.facts["lr"], j.facts["beta"], j.facts["retain_weight"], j.facts["seed"]) for j in jobs] == \
         [(3e-4, 0.3, 2.0, 1), (3e-4, 0.3, 2.0, 2)] and all(j.given for j in jobs)
+    with pytest.raises(InputError, match="no retain weight was chosen for npo[+]rt on forget90"):
+        study(*words, "--splits", "forget90")
+    with pytest.raises(InputError, match="nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"):
+        study(*words, "--methods", "ga+rt")
+    (tmp_path / "other.json").write_text(json.dumps({**other, "model": "llama2-7b"}))
+    with pytest.raises(InputError, match="made with --model llama2-7b"):
+        study(*words)
 
 
 def test_flags_that_are_decided_here_are_refused(study):
