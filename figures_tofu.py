@@ -15,8 +15,9 @@
 
 It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A run is known
 by its settings, data, start and retrained model: one that is in the JSON, or finished in --runs, is not made again; one
-that was interrupted goes on. All runs of a JSON began from the same weights: where the start was trained again, on
-another machine say, and differs, another --out is asked for. The story: `plan` (what is needed, given what is known),
+that was interrupted goes on. All runs of a split and a seed began from the same weights, so methods are always compared
+on one start; where it was trained again, on another machine say, its sums differ in rounding and its weights with them,
+and it serves for the splits and seeds that have no runs yet. The story: `plan` (what is needed, given what is known),
 `execute` (workers), `record` (what is kept of a run), `choose` (hyper-parameters), then `tofu_verdicts.py` and
 `tofu_pictures.py`, pure functions of the JSON.
 
@@ -536,14 +537,15 @@ class Workers:
 
     def close(self, at_once: bool):
         """Let idle workers go; `at_once`: ask busy ones to finish their step and save."""
-        for _, process, pipe in self.idle:
+        workers = [(process, pipe) for _, process, pipe in self.idle]
+        busy = [(process, pipe) for pipe, (_, process, _) in self.busy.items()]
+        for process, pipe in workers + busy:  # a busy one reads it after its run, which may end before it is asked to
             if process.is_alive():
                 with suppress(BrokenPipeError):  # it has heard the same Ctrl-C
                     pipe.send(None)
-            process.join()
-        for _, process, _ in self.busy.values():
-            if at_once:
-                process.terminate()
+        for process, _ in busy if at_once else ():
+            process.terminate()
+        for process, _ in workers + busy:
             process.join()
 
 
@@ -662,13 +664,15 @@ def samples_of(study: Study, split: str, rows: dict) -> list:
 
 def keep(study: Study, kept: dict) -> Study:
     """The study with one more record, written to its JSON. Raises InputError for a run from another start than the
-    others': names and settings of two starts can be the same where their weights, made on two machines, are not."""
+    others of its split and seed: names and settings of two starts can be the same where their weights, made on two
+    machines, are not."""
     place = "retrained" if kept["kind"] == "model" else "runs"
-    began = {r["start_weights"] for r in study.known["runs"] if r["start_seed"] == kept.get("start_seed")}
+    group = lambda record: tuple(record.get(key) for key in ("split", "seed", "start_seed"))
+    began = {r["start_weights"] for r in study.known["runs"] if group(r) == group(kept)}
     if began - {kept["start_weights"]}:
-        raise InputError(f"{json_path(study.args)} has runs that began from weights {min(began)}, and these begin from "
-                         f"{kept['start_weights']}: they don't go together; bring that start's folder, or give another "
-                         "--out")
+        raise InputError(f"{json_path(study.args)} has runs of {kept['split']}, seed {kept['seed']}, that began from "
+                         f"weights {min(began)}, and these begin from {kept['start_weights']}: they can't be compared; "
+                         "bring that start's folder, give another --out, or take those runs out of the JSON")
     others = [r for r in study.known[place] if r["key"] != kept["key"]]
     study = study._replace(known={**study.known, place: sorted(others + [kept], key=order)})
     write_json(json_path(study.args), complete(study))

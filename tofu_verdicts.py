@@ -588,6 +588,11 @@ def origins_line(study: dict) -> str:
     """Commits that the runs were made with, and the starts that they began from."""
     commits = Counter((r["commit"] or "unknown")[:12] + " with changes" * ("+" in (r["commit"] or ""))
                       for r in study["runs"])
-    starts = sorted({(r["start_seed"], r["start_weights"]) for r in study["runs"]})
+    starts = {}  # (seed of the start, its weights) -> split -> seeds of its runs
+    for r in study["runs"]:
+        starts.setdefault((r["start_seed"], r["start_weights"]), {}).setdefault(r["split"], set()).add(r["seed"])
+    seeds = lambda by_split: "; ".join(f"{split} seeds {', '.join(map(str, sorted(found)))}"
+                                       for split, found in sorted(by_split.items()))
     return "Runs by commit: " + ", ".join(f"{c} {n}" for c, n in commits.most_common()) + ". Weights of the start: " + \
-        ", ".join(f"{weights} (seed {seed})" for seed, weights in starts) + "."
+        " and ".join(f"{weights} (start seed {seed}: {seeds(by_split)})"
+                     for (seed, weights), by_split in sorted(starts.items())) + "."

@@ -446,7 +446,8 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     assert len(figures_tofu.keep(s, kept).known["runs"]) == 2
     with pytest.raises(InputError, match="began from weights 57a7"):
         figures_tofu.keep(s, {**kept, "start_weights": "0"})
-    assert len(figures_tofu.keep(s, {**kept, "start_weights": "0", "start_seed": 1}).known["runs"]) == 2
+    for other in ({"start_seed": 1}, {"seed": 9}, {"split": "forget20"}):
+        assert len(figures_tofu.keep(s, {**kept, "start_weights": "0", **other}).known["runs"]) == 2
 
 
 def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
