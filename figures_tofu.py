@@ -58,7 +58,7 @@ FIGURES = {  # name -> (splits, methods)
     "6": (("forget01", "forget05", "forget10"), METHODS),
     "7": (("forget10",), METHODS),
     "8": (("forget10",), METHODS),
-    "9": (("forget50", "forget90"), ("ga+rt", "npo+rt")),
+    "9": (("forget50", "forget90"), ("ga", "ga+rt", "npo", "npo+rt", "dpo+rt")),
     "retain-weight": (("forget10",), ("npo+rt",)),
     "beyond10": (("forget20", "forget30", "forget50", "forget90"), ("npo", "npo+rt", "ga+rt", "dpo+rt", "idk+rt")),
 }
@@ -282,8 +282,8 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict 
 
 
 def weight_jobs(study: Study, method: str, split: str, hyper: dict | None) -> list[Job]:
-    """The retain weights that Figure 9 chooses from."""
-    weights = () if study.taken else TUNED_WEIGHTS
+    """The retain weights that Figure 9 chooses from; a method without a retain term has none to choose."""
+    weights = () if study.taken or "+rt" not in method else TUNED_WEIGHTS
     return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=weight) for weight in weights]
 
 
@@ -321,6 +321,8 @@ def choose(study: Study, method: str) -> dict | None:
 
 def chosen_weight(study: Study, method: str, split: str, hyper: dict | None) -> float | None:
     """The retain weight of Figure 9, or None while its tuning runs are not all there."""
+    if "+rt" not in method:
+        return 0.0
     if study.taken:
         return study.taken.get(method, {}).get("weights", {}).get(split)
     best = best_job(study, weight_jobs(study, method, split, hyper))
@@ -338,11 +340,11 @@ def chosen(study: Study) -> tuple[dict, list]:
         if hyper and lines:
             choices[method] = {**hyper, "score": max(line["score"] for line in lines), "weights": {}}
             for split in FIGURES["9"][0] if method in FIGURES["9"][1] else ():
-                jobs = weight_jobs(study, method, split, hyper)
-                best = best_job(study, jobs)
-                if best:
-                    choices[method]["weights"][split] = best.facts["retain_weight"]
-                lines += [tried_line(job, records) for job in jobs if job.key in records]
+                weight = chosen_weight(study, method, split, hyper)
+                if weight is not None:
+                    choices[method]["weights"][split] = weight
+                lines += [tried_line(job, records) for job in weight_jobs(study, method, split, hyper)
+                          if job.key in records]
         tried += lines
     return choices, tried
 
@@ -897,7 +899,7 @@ def read_choices(args) -> dict:
                 raise InputError(f"--choices {args.choices}: nothing was chosen for {method}; name the --methods that "
                                  f"it has ({', '.join(other['chosen'])})")
             lacking = [s for s in splits if s in (args.splits or splits) and s not in choice["weights"]]
-            if figure == "9" and lacking:
+            if figure == "9" and lacking and "+rt" in method:
                 raise InputError(f"--choices {args.choices}: no retain weight was chosen for {method} on {lacking[0]}; "
                                  "run --figure 9 there first")
     return other["chosen"]

@@ -485,6 +485,8 @@ def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
     s = recorded(s, two, ks=0.1)
     assert figures_tofu.chosen_weight(s, "npo+rt", "forget50", hyper) == 2.0 == two.facts["retain_weight"]
     assert {job.facts["split"] for job in (one, two, five)} == {"forget50"} and two.facts["seed"] == 0
+    assert not figures_tofu.weight_jobs(s, "npo", "forget50", hyper)  # no retain term, nothing to choose
+    assert figures_tofu.chosen_weight(s, "npo", "forget50", hyper) == 0.0
 
 
 def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
