@@ -76,9 +76,8 @@ EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 # What identifies a run, besides data, start and retrained model. Micro-batch, device and places change no number.
 SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta", "gamma",
-               "epochs",
-               "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm", "seed", "dtype", "eval_every",
-               "retain_pairing")
+               "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm", "seed", "dtype",
+               "eval_every", "retain_pairing")
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl", "world_facts_kl")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_SPLITS = ("forget05", "forget10")  # of seed 1, for Figures 2 and 7
@@ -205,8 +204,8 @@ def _unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict |
                   Path(retrained.folder).name)
     name = f"{split} {method} lr {settings.lr:g} beta {settings.beta:g} weights {settings.forget_weight:g}/" \
            f"{settings.retain_weight:g}/{settings.kl_weight:g} seed {seed}" + f" start {start_seed}" * (start_seed > 0)
-    passes = 1 + (settings.retain_weight
-                  + settings.kl_weight > 0) + (settings.loss == "dpo") + 0.3 * (settings.loss == "kto")
+    keeps = settings.retain_weight + settings.kl_weight > 0
+    passes = 1 + keeps + (settings.loss == "dpo") + 0.3 * (settings.loss == "kto")
     facts = {"kind": "unlearn", "method": settings.method, "split": split, "seed": seed, "start_seed": start_seed,
              **{k: getattr(settings, k)
                 for k in ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")}}
