@@ -3,13 +3,17 @@ the whole path on the small data set."""
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ import tofu_pictures
 import tofu_verdicts
 from conftest import ROOT
 from data.tofu import InputError
+from run_folder import Stopped
 
 # ---------------------------------------------------------------- answers
 
@@ -474,6 +479,34 @@ def test_settings_as_words_are_the_same_run(study):
         given = {k: v for k, v in given.items() if v is not None}
         assert vars(train_npo.parse(figures_tofu.words_of(given))[0]) == vars(train_npo.resolve(given))
     assert "--activation-checkpointing" in figures_tofu.words_of(run.given)
+
+
+def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(monkeypatch, tmp_path):
+    """The signal may come when the run has just ended: what the worker reads next must let it go."""
+    monkeypatch.setattr(figures_tofu, "run_job", lambda job, resumed, processes: ("folder", 1.0))
+    monkeypatch.setattr(figures_tofu.os, "dup2", lambda *descriptors: None)
+    ours, theirs = multiprocessing.Pipe()
+    thread = threading.Thread(target=figures_tofu.work, args=(theirs, str(tmp_path / "log"), 1), daemon=True)
+    thread.start()
+    ours.send(("a job", None))
+    process = SimpleNamespace(is_alive=thread.is_alive, terminate=lambda: None, join=lambda: thread.join(20))
+    workers = figures_tofu.Workers.__new__(figures_tofu.Workers)
+    workers.idle, workers.busy = [], {ours: (0, process, "a job")}
+    workers.close(at_once=True)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("script, raised", [
+    ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", Stopped),
+    ("raise SystemExit(3)", subprocess.CalledProcessError),
+    ("pass", None)])
+def test_torchrun_hears_of_a_stop_and_its_failure_is_told(script, raised, monkeypatch):
+    begin = subprocess.Popen
+    monkeypatch.setattr(figures_tofu.subprocess, "Popen", lambda command: begin([sys.executable, "-c", script]))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised) if raised else nullcontext():
+        figures_tofu.launch(["--loss", "npo"], 2)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
