@@ -39,7 +39,7 @@ from data.prompts import TEMPLATES, encode, encode_prompts
 from data.tofu import MAX_FILE_BYTES, EVALUATED, InputError, complement, load_task, parse_split, read_text
 from generation import generate
 from models import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
-from processes import ALONE, World, keep_freed_memory, pick_device
+from processes import ALONE, World, flush_denormals, keep_freed_memory, pick_device
 from sharding import release
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
@@ -530,6 +530,7 @@ def measure(args, split: str) -> tuple[dict, dict, list | None]:
     """(rows, provenance, retained model's forget rows) of `--model`: load, check everything, then score."""
     device = pick_device(args.device)
     keep_freed_memory()
+    flush_denormals()
     preset, path = preset_and_path(args.model)
     model, tokenizer, meta = load_model(path)
     meta = {**meta, **({"preset": preset} if preset else {})}

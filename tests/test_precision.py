@@ -1,4 +1,5 @@
-"""What float32 master weights are for, and what a step that fp16's scaler skips counts for: nothing."""
+"""What float32 master weights are for, what a step that fp16's scaler skips counts for (nothing), and numbers that
+float32 can no longer hold whole."""
 
 import json
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 import train_npo
 from data.tofu import load_task
 from models import AnswerModel, load_model
-from processes import ALONE
+from processes import ALONE, join_world
 from train_npo import Plan, global_counts, loss_sums, lr_factor, micro_batches, resolve, run
 
 
@@ -81,3 +82,15 @@ def test_a_step_that_the_scaler_skips_is_not_counted(settings, monkeypatch):
     start = dict(load_model(train_npo.read_config(whole)["settings"]["start"])[0].named_parameters())
     moved = [torch.cat([(w[name] - start[name].detach()).flatten() for name in w]) for w in (ours, theirs)]
     assert (moved[0] - moved[1]).norm() < 0.1 * moved[1].norm()
+
+
+def test_numbers_below_float32s_smallest_are_zero_in_a_run():
+    """A collapsed model's steps would be ten times slower on a CPU."""
+    tiny = torch.tensor(1e-30)
+    try:
+        torch.set_flush_denormal(False)
+        assert tiny * 1e-10 > 0
+        join_world("cpu")
+        assert tiny * 1e-10 == 0
+    finally:
+        torch.set_flush_denormal(False)
