@@ -581,11 +581,11 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1",
             "--jobs", "2", "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
-    assert "together 4 unlearning runs, 4 missing" in planned and "3 models" in planned and "memory:" in planned
+    tuning = len(figures_tofu.LR_FACTORS) + len(figures_tofu.BETA_FACTORS) - 1
+    assert f"together {tuning + 1} unlearning runs, {tuning + 1} missing" in planned and "3 models" in planned and "memory:" in planned
     assert not (tmp_path / "runs").exists()
     process = subprocess.Popen([sys.executable, str(ROOT / "figures_tofu.py"), *map(str, args)], cwd=tmp_path,
-                               text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     begin = time.monotonic()
     while not list((tmp_path / "runs" / "models").glob("tiny-*/log.jsonl")):
@@ -596,8 +596,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert process.returncode == 130 and "the same command goes on" in output, output
     done = command("figures_tofu.py", *args, timeout=600).stdout
     known = json.loads((tmp_path / "res" / "tofu" / f"{small_data.name}_tiny.json").read_text())
-    assert len(known["runs"]) == 4 and len(known["retrained"]) == 3 and not known["failed"], done
-    assert set(known["chosen"]) == {"npo+rt"} and len(known["tried"]) == 3 and "score" in done
+    assert len(known["runs"]) == tuning + 1 and len(known["retrained"]) == 3 and not known["failed"], done
+    assert set(known["chosen"]) == {"npo+rt"} and len(known["tried"]) == tuning and "score" in done
     assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
     run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
     assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget" and run["answers"]["retain"]["answers"] == 20
@@ -609,8 +609,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     again = command("figures_tofu.py", *args).stdout
     assert "runs to make" not in again and not (tmp_path / "runs").exists()
     words = ["figures_tofu.py", *map(str, args), "--draw-only"]
-    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torch'] = None; " \
-                    f"sys.argv = {words!r}; import figures_tofu; figures_tofu.main()"
+    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}; import figures_tofu; " \
+                    "figures_tofu.main(); assert 'torch' not in sys.modules"
     for path in files:
         path.unlink()
     subprocess.run([sys.executable, "-c", without_torch], cwd=tmp_path, check=True)
