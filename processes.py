@@ -116,8 +116,9 @@ def keep_freed_memory():
 
 
 def flush_denormals():
-    """Take numbers below 1e-38 for 0, since a CPU is ten times slower with them, and a collapsed model's probabilities
-    and gradients are full of them. Threads inherit it from the one that starts them: before the first product, then."""
+    """Take numbers below float32's smallest normal one, 1e-38, for 0: a CPU is many times slower with them, and a
+    collapsed model's probabilities and gradients are full of them. Threads inherit this from the one that starts them,
+    so it must come before the first product."""
     torch.set_flush_denormal(True)
 
 
