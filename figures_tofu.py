@@ -237,12 +237,12 @@ def plan(study: Study, figures: list) -> list[Job]:
         jobs.setdefault(job.key if job.given else (job.name, job.key), job)
 
     for figure in figures:
-        splits, methods = FIGURES[figure]
-        for method in [m for m in methods if m in (study.args.methods or methods)]:
+        splits, methods = wanted_of(study.args, figure)
+        for method in methods:
             for job in tuning_jobs(study, method):
                 add(job)
             hyper = choose(study, method)
-            for split in [s for s in splits if s in (study.args.splits or splits)]:
+            for split in splits:
                 for job in figure_jobs(study, figure, method, split, hyper):
                     add(job)
     return list(jobs.values())
@@ -813,6 +813,12 @@ def wanted_figures(args) -> list:
     return list(FIGURES) if args.figure == "all" else [args.figure]
 
 
+def wanted_of(args, figure: str) -> tuple[list, list]:
+    """(splits, methods) of a figure, without those that --splits and --methods leave out."""
+    splits, methods = FIGURES[figure]
+    return [s for s in splits if s in (args.splits or splits)], [m for m in methods if m in (args.methods or methods)]
+
+
 def json_path(args) -> Path:
     """OUT/tofu/DATA_MODEL.json."""
     plain = lambda text: "".join(c if c.isalnum() or c in "-." else "-" for c in Path(text).name)
@@ -891,13 +897,13 @@ def read_choices(args) -> dict:
         raise InputError(f"--choices {args.choices}: made with --model {other['model']}, whose learning rates are no "
                          "other model's")
     for figure in wanted_figures(args):
-        splits, methods = FIGURES[figure]
-        for method in [m for m in methods if m in (args.methods or methods)]:
+        splits, methods = wanted_of(args, figure)
+        for method in methods:
             choice = other["chosen"].get(method)
             if not choice:
                 raise InputError(f"--choices {args.choices}: nothing was chosen for {method}; name the --methods that "
                                  f"it has ({', '.join(other['chosen'])})")
-            lacking = [s for s in splits if s in (args.splits or splits) and s not in choice["weights"]]
+            lacking = [s for s in splits if s not in choice["weights"]]
             if figure == "9" and lacking and "+rt" in method:
                 raise InputError(f"--choices {args.choices}: no retain weight was chosen for {method} on {lacking[0]}; "
                                  "run --figure 9 there first")
