@@ -44,9 +44,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-import tofu_pictures
-import tofu_verdicts
-from command_line import Parser, environment, given_flags, locked, positive, run_command, write_json
+from study import pictures as tofu_pictures
+from study import verdicts as tofu_verdicts
+from support.command_line import Parser, environment, given_flags, locked, positive, run_command, write_json
 from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, slice_rows
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
@@ -448,7 +448,7 @@ def words_of(given: dict) -> list[str]:
 def launch(words: list, processes: int):
     """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved.
     Raises Stopped after that, CalledProcessError where it fails."""
-    from run_folder import Stopped
+    from running.run_folder import Stopped
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                str(Path(__file__).parent / "train_npo.py"), *words]
     child, asked = subprocess.Popen(command), []
@@ -485,7 +485,7 @@ def work(pipe, log: str, processes: int):
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     try:
-        from run_folder import Stopped
+        from running.run_folder import Stopped
         while (message := pipe.recv()) is not None:
             try:
                 folder, seconds = run_job(*message, processes)
@@ -634,7 +634,7 @@ _texts: dict = {}  # (data, split) -> (evaluated rows, word pairs of answers, of
 
 
 def texts_of(study: Study, split: str) -> tuple:
-    from tofu_answers import pairs_of
+    from study.answers import pairs_of
     key = study.args.data, split
     if key not in _texts:
         task = load_task(study.args.data, evaluation_split(split))
@@ -645,14 +645,14 @@ def texts_of(study: Study, split: str) -> tuple:
 
 def answers_of(study: Study, split: str, name: str, rows: list) -> dict:
     """`tofu_answers.statistics_of` for a set's generations."""
-    from tofu_answers import statistics_of
+    from study.answers import statistics_of
     evaluated, answers, refusals = texts_of(study, split)
     return statistics_of([row["generation"] for row in rows], evaluated[name][:len(rows)], answers, refusals)
 
 
 def samples_of(study: Study, split: str, rows: dict) -> list:
     """One question a set with its answer: {"set", "question", "answer", "generation", "kind"}."""
-    from tofu_answers import kind
+    from study.answers import kind
     evaluated, answers, refusals = texts_of(study, split)
     samples = []
     for name in SAMPLED_SETS:
@@ -734,7 +734,7 @@ def reckon(study: Study, job: Job) -> float:
 
 
 def dims_of(study: Study) -> dict:
-    from models import tiny_dims
+    from models.loading import tiny_dims
     return tiny_dims(study.task.full) if study.preset_name == "tiny" else study.preset.dims
 
 
@@ -828,7 +828,7 @@ def json_path(args) -> Path:
 def open_study(args) -> Study:
     """Everything that planning depends on. Raises InputError, for a JSON of other data, start or flags too."""
     import train_npo
-    from models import PRESETS
+    from models.loading import PRESETS
     name = args.model.partition("=")[0]
     if name not in PRESETS:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "

@@ -11,8 +11,8 @@ run() {  # run FOLDER METHOD FLAGS...: finished before, interrupted, or new
 for lr in 5e-4 1e-3 2e-3; do
   for method in npo+rt npo ga ga+rt; do run "runs/grid/$method-$lr" $method --lr $lr --eval-every 25; done
 done
-python results/collect.py runs/grid/* --out results/builtin_forget10_grid.json --retrained runs/models/tiny-retain90-*/eval/*.json
-python results/collect.py --pick results/builtin_forget10_grid.json | while read -r method lr; do
+python study/collect.py runs/grid/* --out results/builtin_forget10_grid.json --retrained runs/models/tiny-retain90-*/eval/*.json
+python study/collect.py --pick results/builtin_forget10_grid.json | while read -r method lr; do
   for seed in 1 2 3; do run "runs/seeds/$method-$seed" "$method" --lr "$lr" --seed $seed < /dev/null; done
 done
-python results/collect.py runs/seeds/* --out results/builtin_forget10.json --retrained runs/models/tiny-retain90-*/eval/*.json
+python study/collect.py runs/seeds/* --out results/builtin_forget10.json --retrained runs/models/tiny-retain90-*/eval/*.json

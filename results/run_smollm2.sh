@@ -6,7 +6,7 @@
 # ROWS=400 and EPOCHS=5 (of fine-tuning and retraining) can be given in the environment; cost grows with their product.
 set -euo pipefail
 tofu=$1 file=$(realpath "$2") rows=${ROWS:-400} epochs=${EPOCHS:-5} base=runs/smollm2
-[ -e "$base/data" ] || python results/cut_tofu.py "$tofu" "$base/data" --rows "$rows" --retain-rows 30 --fact-rows 30
+[ -e "$base/data" ] || python data/cut_tofu.py "$tofu" "$base/data" --rows "$rows" --retain-rows 30 --fact-rows 30
 ln -sfn "$file" "$base/SmolLM2-135M-Instruct.gguf"  # a name without this machine's folders, for the records
 run() {  # run NAME FLAGS...: interrupted or new; one process, since gradients of this size cost more to send than to make
   local folder=$base/$1; shift
@@ -23,4 +23,4 @@ unlearn=(--model "$base/full/model" --loss npo --retain-weight 1 --batch-size 8 
 run trial "${unlearn[@]}" --lr 2e-5 --epochs 2 --warmup-epochs 0.5 --eval-every never
 lr=$(python -c 'import json, sys; print("2e-5" if json.loads(open(sys.argv[1]).readlines()[-1])["mean_W"] < 0.5 else "5e-5")' "$base/trial/log.jsonl")
 run npo+rt "${unlearn[@]}" --lr "$lr" --epochs 6 --eval-every 15
-python results/collect.py "$base/npo+rt" --out results/smollm2_forget10.json
+python study/collect.py "$base/npo+rt" --out results/smollm2_forget10.json

@@ -15,7 +15,7 @@ import torch
 import bench
 import synthetic
 from data.prompts import Encoded
-from models import load_model
+from models.loading import load_model
 
 
 class Here(bench.Opponents):

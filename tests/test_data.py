@@ -9,7 +9,7 @@ import torch
 from data.batches import collate, deal, make_stream
 from data.prompts import encode, encode_prompts
 from data.tofu import InputError, complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
-from models import make_tiny
+from models.loading import make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from checkpoints import latest
+from running.checkpoints import latest
 from conftest import ROOT
-from processes import ALONE
+from running.processes import ALONE
 from train_npo import parse, run
 
 
@@ -20,7 +20,9 @@ from train_npo import parse, run
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, ROOT)
-import checkpoints, command_line, run_folder, train_npo
+import train_npo
+from running import checkpoints, run_folder
+from support import command_line
 
 def fills(module, name, is_it):
     plain = getattr(module, name)

@@ -13,7 +13,7 @@ from data.batches import collate, collate_packed
 from data.tofu import InputError, load_task
 from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows,
                            plot_truth_ratios, prepare, read_log, read_retain_log, reference_states, rouge_l_recall)
-from models import AnswerModel, load_model
+from models.loading import AnswerModel, load_model
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
 KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623),
@@ -217,7 +217,7 @@ def test_a_perfect_memoriser(small_data):
 def _memorise(small_data):
     from data.batches import collate
     from data.prompts import encode
-    from models import make_tiny
+    from models.loading import make_tiny
     task = load_task(str(small_data), "forget10")
     rows = [row for rows in task.evaluated.values() for row in rows[:4]]
     dims = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

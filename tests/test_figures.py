@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import figures_tofu
-import tofu_answers
-import tofu_pictures
-import tofu_verdicts
+from study import answers as tofu_answers
+from study import pictures as tofu_pictures
+from study import verdicts as tofu_verdicts
 from conftest import ROOT
 from data.tofu import InputError
-from run_folder import Stopped
+from running.run_folder import Stopped
 
 # ---------------------------------------------------------------- answers
 
@@ -624,8 +624,8 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     """A run that is given the start's rows writes the same evaluations as one that measures them."""
     import torch
 
-    import run_folder
-    from processes import World
+    from running import run_folder
+    from running.processes import World
     from train_npo import resolve, run
     monkeypatch.chdir(tmp_path)
     given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-import chunked_head
-import layers
+from models import chunked_head
+from models import layers
 import test_training
 import train_npo
-from chunked_head import answer_values
+from models.chunked_head import answer_values
 from data.tofu import InputError
-from layers import prepare_layers
+from models.layers import prepare_layers
 from losses import KL_DIRECTIONS, kl_loss, token_logps
-from memory_plan import Load, Shape, token_bytes
+from running.memory_plan import Load, Shape, token_bytes
 from test_training import assert_close, trained_weights
 
 settings = test_training.settings  # a fixture

@@ -8,7 +8,7 @@ import torch
 import test_training
 import train_npo
 from data.tofu import load_task
-from models import load_model
+from models.loading import load_model
 from test_training import ALONE, assert_close, prepared_step
 
 settings = test_training.settings  # a fixture

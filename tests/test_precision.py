@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import train_npo
 from data.tofu import load_task
-from models import AnswerModel, load_model
-from processes import ALONE, join_world
+from models.loading import AnswerModel, load_model
+from running.processes import ALONE, join_world
 from train_npo import Plan, global_counts, loss_sums, lr_factor, micro_batches, resolve, run
 
 

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-import command_line
+from support import command_line
 import train_npo
 from data.tofu import InputError
-from models import load_model
-from processes import ALONE
-from run_folder import best_step
+from models.loading import load_model
+from running.processes import ALONE
+from running.run_folder import best_step
 from train_npo import resolve, run
 
 

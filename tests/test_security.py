@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoints
+from running import checkpoints
 import evaluate_tofu
 import train_npo
 from data.prompts import prompt_text
 from data.tofu import MAX_FILE_BYTES, MAX_LINE, InputError, read_rows
-from models import MAX_JSON_BYTES, load_model
-from processes import ALONE
+from models.loading import MAX_JSON_BYTES, load_model
+from running.processes import ALONE
 
 
 class Touch:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import sharding
-from checkpoints import Rows
+from running import sharding
+from running.checkpoints import Rows
 from conftest import ROOT
 from data.tofu import InputError
-from models import AnswerModel, load_model, save_model, weights_hash
+from models.loading import AnswerModel, load_model, save_model, weights_hash
 from test_gguf import write_gguf
 from test_training import assert_close
 

@@ -18,9 +18,9 @@ from conftest import ROOT
 from data.batches import collate
 from data.tofu import InputError, load_task
 from evaluate_tofu import Prepared
-from models import AnswerModel, load_model, weights_hash
-from processes import World
-from reference import Reference, reference_pass
+from models.loading import AnswerModel, load_model, weights_hash
+from running.processes import World
+from running.reference import Reference, reference_pass
 from train_npo import Plan, global_counts, kto_baseline, loss_sums, lr_factor, micro_batches, resolve, run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -261,7 +261,7 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
 
 
 def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
-    import checkpoints
+    from running import checkpoints
     folder = run(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
     newest, _ = checkpoints.latest(folder)
     with open(newest / "weights-00000.safetensors", "r+b") as file:
@@ -305,7 +305,7 @@ def test_fp16_trains_and_never_counts_a_skipped_step(settings):
 def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, tmp_path):
     import shutil
 
-    from command_line import locked
+    from support.command_line import locked
     data = shutil.copytree(small_data, tmp_path / "changing")
     folder = run(settings(data=str(data), out="run", epochs=1), ALONE)
     shutil.rmtree(folder / "model")
@@ -375,7 +375,7 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
     command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log,
             "--max-new-tokens", 8)
-    command("results/collect.py", folder, f"{folder}-2", "--out", "collected.json")
+    command("study/collect.py", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.

@@ -1,6 +1,6 @@
 """Collect finished runs into one small JSON and one picture, so that what was found outlives the run folders.
 
-    python results/collect.py runs/grid/* --out results/builtin_forget10.json
+    python study/collect.py runs/grid/* --out results/builtin_forget10.json
 
 For each run: its settings, provenance, and the metrics of every evaluation (no rows, no texts). The picture shows
 forget quality and model utility over steps, one line a run, coloured by method. `--pick FILE` reads such a JSON and
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import Parser, environment, run_command, write_json  # noqa: E402
+from support.command_line import Parser, environment, run_command, write_json  # noqa: E402
 from data.tofu import InputError  # noqa: E402
 from evaluate_tofu import log_truth_ratio, read_log  # noqa: E402
 
@@ -120,7 +120,7 @@ def pick(runs: list) -> dict:
 
 
 def main():
-    parser = Parser(prog="results/collect.py", description=__doc__)
+    parser = Parser(prog="study/collect.py", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="finished run folders")
     parser.add_argument("--out", type=Path,
                         help="JSON to write; the picture goes beside it, as .png, and the table as .md")
@@ -146,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main, "results/collect.py")
+    run_command(main, "study/collect.py")

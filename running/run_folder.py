@@ -20,14 +20,14 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import checkpoints
-from command_line import environment, write_json
+from running import checkpoints
+from support.command_line import environment, write_json
 from data.tofu import InputError, evaluation_split
 from evaluate_tofu import compute_metrics, evaluate, number
-from model_card import model_card
-from models import PRESETS, AnswerModel, autocast, save_model
-from processes import World, peak_memory
-from reference import Reference
+from running.model_card import model_card
+from models.loading import PRESETS, AnswerModel, autocast, save_model
+from running.processes import World, peak_memory
+from running.reference import Reference
 
 
 class Stopped(Exception):

@@ -17,9 +17,9 @@ from torch import Tensor
 from data.batches import collate, deal
 from data.tofu import InputError
 from evaluate_tofu import reference_states
-from models import AnswerModel, pad_id
-from processes import World
-from sharding import whole
+from models.loading import AnswerModel, pad_id
+from running.processes import World
+from running.sharding import whole
 
 
 class Reference:

@@ -87,7 +87,7 @@ def environment() -> dict:
     import transformers
     def git(*args) -> str:
         try:
-            done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+            done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
             return done.stdout.strip()
         except FileNotFoundError:  # no git on this machine
             return ""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sharding import decoder_layers
+from running.sharding import decoder_layers
 
 SMALL_HIDDEN = 512  # below this hidden size nothing is recomputed: at 192 that cost a fifth of a step, for few bytes
 

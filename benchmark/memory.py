@@ -1,7 +1,7 @@
 """Peak memory of training at SmolLM2-135M's shape (random weights): ours, what `memory_plan.py` predicts, and a plain
 loop with a resident reference and full logits.
 
-    python results/measure_memory.py --data TOFU_DIR --out results
+    python benchmark/memory.py --data TOFU_DIR --out results
 
 npo+rt on real TOFU rows, a batch of the stream. Each case is a fresh process; its peak resident size is counted above
 its size just before the model is loaded. A first step of one row makes AdamW's moments; the second, a global batch of
@@ -24,16 +24,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import memory_plan
+from running import memory_plan
 import train_npo
-from command_line import environment, write_json
+from support.command_line import environment, write_json
 from data.batches import Item, collate, collate_packed
 from data.tofu import load_task
 from evaluate_tofu import Prepared
-from models import AUTOCAST, PRESETS, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_folder
-from processes import join_world, peak_memory
-from reference import Reference, reference_pass
-from sharding import fill, shard
+from models.loading import AUTOCAST, PRESETS, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_folder
+from running.processes import join_world, peak_memory
+from running.reference import Reference, reference_pass
+from running.sharding import fill, shard
 
 # (name, ours?, processes, parallel, micro-batch, rows of the measured step, whole layers recomputed)
 CASES = [("ours, micro-batch 8", True, 1, "ddp", 8, 32, False), ("plain, micro-batch 8", False, 1, "ddp", 8, 32, False),
@@ -193,7 +193,7 @@ def table(done: dict) -> str:
     """Markdown: every case, then ours against the plain loop."""
     lines = ["# Memory at SmolLM2-135M's shape, npo+rt, float32 on a CPU", "",
              "Peak resident size of a process above its size before the model is loaded, GB; written by "
-             "`python results/measure_memory.py --data TOFU_DIR`. The plain loop runs with "
+             "`python benchmark/memory.py --data TOFU_DIR`. The plain loop runs with "
              + " ".join(f"{key}={value}" for key, value in ALLOCATOR.items()) + ", which keeps holes out of its heap.",
              "",
              "| case | measured | predicted | predicted / measured |", "|---|---|---|---|"]

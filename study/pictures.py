@@ -16,8 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
-from tofu_answers import judgement  # noqa: E402
-from tofu_verdicts import (LINE, chosen_runs, kept_utility, peak, peak_at, samples_of, tuned_runs,  # noqa: E402
+from study.answers import judgement  # noqa: E402
+from study.verdicts import (LINE, chosen_runs, kept_utility, peak, peak_at, samples_of, tuned_runs,  # noqa: E402
                            weighted_runs)
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",

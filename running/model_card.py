@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from evaluate_tofu import number
-from models import PRESETS
+from models.loading import PRESETS
 
 PROMPTS = {"llama2": "[INST] Who are you? [/INST]", "qa": "Question: Who are you?\\nAnswer:"}
 NUMBERS = {"forget quality": lambda m: m["forget_quality"], "model utility": lambda m: m["model_utility"],

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from models import AnswerModel, pad_id
-from processes import World
+from models.loading import AnswerModel, pad_id
+from running.processes import World
 
 ROOM = 64  # tokens
 

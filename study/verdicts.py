@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from tofu_answers import KINDS, judgement
+from study.answers import KINDS, judgement
 
 LINE = math.log10(0.05)
 NPO_BASED = ("npo", "npo+rt", "npo+kl")

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from command_line import locked
+from support.command_line import locked
 from data.tofu import InputError
 
 KEPT_IN = Path("runs/models")
@@ -68,7 +68,7 @@ def _convert_once(file: Path, kept_in: Path) -> Path:
 
 def _convert(file: Path, digest: str, folder: Path):
     """Read, copy, try out, and let `folder` appear in one rename."""
-    from models import save_model  # not above, since models calls this file
+    from models.loading import save_model  # not above, since models calls this file
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"{file}: reading .gguf files needs the optional packages {' and '.join(PACKAGES)}, and "

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data.tofu import InputError
-from processes import World
+from running.processes import World
 
 FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
 

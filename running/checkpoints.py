@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.tofu import InputError
-from processes import World
-from sharding import first_row, local
+from running.processes import World
+from running.sharding import first_row, local
 
 KEPT = 2
 

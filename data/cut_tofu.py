@@ -1,6 +1,6 @@
 """A small real TOFU: the first authors' rows and the last ones, with the perturbed rows that belong to them.
 
-    python results/cut_tofu.py TOFU_DIR runs/smollm2/data --rows 400 --retain-rows 30 --fact-rows 30
+    python data/cut_tofu.py TOFU_DIR runs/smollm2/data --rows 400 --retain-rows 30 --fact-rows 30
 
 `full` becomes its first 90% of `--rows` rows and its last 10%: these are forget10 of the cut set as they are of the
 whole, the retain rows are among those that have perturbed answers, and both are whole authors of 20 rows.
@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import Parser, positive, run_command  # noqa: E402
+from support.command_line import Parser, positive, run_command  # noqa: E402
 from data.tofu import InputError, load_sets, load_task  # noqa: E402
 
 AUTHOR = 20  # rows

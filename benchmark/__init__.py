@@ -1,0 +1,1 @@
+"""Opponents and measurements of speed and memory."""

@@ -1,0 +1,1 @@
+"""Presets, loading, log pi(answer), generation."""

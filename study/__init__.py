@@ -1,0 +1,1 @@
+"""The runs of Section 5: grid, verdicts, pages, pictures."""

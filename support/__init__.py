@@ -1,0 +1,1 @@
+"""What every command needs: errors of one sentence, command lines, files, provenance."""
