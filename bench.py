@@ -45,15 +45,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from support.command_line import Parser, environment, positive, run_command, write_json
 from data.prompts import encode, encode_prompts
-from data.tofu import InputError, fingerprint, load_task
+from data.tofu import load_task
 from evaluate_tofu import MAX_NEW_TOKENS, Prepared, evaluate, prepare
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models.loading import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id
 from running.processes import World, keep_freed_memory, peak_memory, pick_device
 from running.reference import Reference, reference_pass
 from running.sharding import decoder_layers
+from support.command_line import Parser, positive, run_command
+from support.errors import InputError
+from support.files import fingerprint, write_json
+from support.provenance import environment
 from train_npo import Plan, resolve, train
 from train_npo import run as run_training
 

@@ -33,14 +33,17 @@ import torch
 from scipy.stats import hmean, ks_2samp
 from tqdm import tqdm
 
-from support.command_line import Parser, environment, given_flags, not_negative, positive, run_command, write_json
 from data.batches import collate, collate_packed, deal, group_tokens, within
 from data.prompts import TEMPLATES, encode, encode_prompts
-from data.tofu import MAX_FILE_BYTES, EVALUATED, InputError, complement, load_task, parse_split, read_text
+from data.tofu import EVALUATED, complement, load_task, parse_split
 from models.generation import generate
 from models.loading import AUTOCAST, PRESETS, AnswerModel, autocast, load_model, pad_id, preset_and_path
 from running.processes import ALONE, World, flush_denormals, keep_freed_memory, pick_device
 from running.sharding import release
+from support.command_line import Parser, given_flags, not_negative, positive, run_command
+from support.errors import InputError
+from support.files import MAX_FILE_BYTES, read_text, write_json
+from support.provenance import environment
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 MAX_NEW_TOKENS = 200

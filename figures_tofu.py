@@ -44,10 +44,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
+from data.tofu import complement, evaluation_split, load_task, slice_rows
 from study import pictures as tofu_pictures
 from study import verdicts as tofu_verdicts
-from support.command_line import Parser, environment, given_flags, locked, positive, run_command, write_json
-from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, slice_rows
+from support.command_line import Parser, given_flags, positive, run_command
+from support.errors import InputError
+from support.files import fingerprint, locked, write_json
+from support.provenance import environment
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
            "simnpo", "simnpo+rt")

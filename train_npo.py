@@ -36,20 +36,35 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from support.command_line import Parser, environment, given_flags, locked, not_negative, positive, run_command, write_json
 from data.batches import collate, collate_packed, deal, make_stream
 from data.prompts import TEMPLATES, encode
-from data.tofu import InputError, complement, evaluation_split, fingerprint, load_task, parse_split, slice_rows
+from data.tofu import complement, evaluation_split, load_task, parse_split, slice_rows
 from evaluate_tofu import prepare, read_retain_log
-from models.layers import prepare_layers
 from losses import KL_DIRECTIONS, dpo_loss, ga_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss
+from models.layers import prepare_layers
+from models.loading import (
+    AUTOCAST,
+    PRESETS,
+    AnswerModel,
+    autocast,
+    check_head,
+    load_model,
+    make_tiny,
+    pad_id,
+    read_meta,
+    tiny_dims,
+    weights_folder,
+    weights_hash,
+)
 from running.memory_plan import dry_run
-from models.loading import (AUTOCAST, PRESETS, AnswerModel, autocast, check_head, load_model, make_tiny, pad_id, read_meta,
-                    tiny_dims, weights_folder, weights_hash)
 from running.processes import World, join_world
 from running.reference import Reference, reference_pass
 from running.run_folder import BEST_BY, Run, Stopped, folder_names, open_folder
 from running.sharding import fill, local, shard, whole
+from support.command_line import Parser, given_flags, not_negative, positive, run_command
+from support.errors import InputError
+from support.files import fingerprint, locked, write_json
+from support.provenance import environment
 
 LOSSES = ("sft", "ga", "idk", "dpo", "kto", "npo", "simnpo")
 TOKEN_MEAN = ("sft", "ga", "idk")  # means over answer tokens; the others are means over sequences

@@ -24,16 +24,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from running import memory_plan
 import train_npo
-from support.command_line import environment, write_json
 from data.batches import Item, collate, collate_packed
 from data.tofu import load_task
 from evaluate_tofu import Prepared
-from models.loading import AUTOCAST, PRESETS, AnswerModel, load_model, make_tiny, pad_id, save_model, weights_folder
+from models.loading import (
+    AUTOCAST,
+    PRESETS,
+    AnswerModel,
+    load_model,
+    make_tiny,
+    pad_id,
+    save_model,
+    weights_folder,
+)
+from running import memory_plan
 from running.processes import join_world, peak_memory
 from running.reference import Reference, reference_pass
 from running.sharding import fill, shard
+from support.files import write_json
+from support.provenance import environment
 
 # (name, ours?, processes, parallel, micro-batch, rows of the measured step, whole layers recomputed)
 CASES = [("ours, micro-batch 8", True, 1, "ddp", 8, 32, False), ("plain, micro-batch 8", False, 1, "ddp", 8, 32, False),

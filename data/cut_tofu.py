@@ -13,8 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.tofu import load_sets, load_task
 from support.command_line import Parser, positive, run_command  # noqa: E402
-from data.tofu import InputError, load_sets, load_task  # noqa: E402
+from support.errors import InputError  # noqa: E402
 
 AUTHOR = 20  # rows
 

@@ -7,7 +7,7 @@ end-of-sequence token is supervised.
 
 from typing import NamedTuple
 
-from data.tofu import InputError
+from support.errors import InputError
 
 TEMPLATES = ("llama2", "qa", "chat")
 

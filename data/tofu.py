@@ -8,25 +8,19 @@ Folders and own files are read here, so that an error names file and line, and s
 copy in a cache; a Hub id goes through `datasets`.
 """
 
-import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.make_builtin import REFUSALS, make_builtin
+from support.errors import InputError
+from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields that a perturbed row carries
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
-MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24  # of a text file, and characters of a line; TOFU has 1 MB in lines below 2 kB
 TINY_FACT_REPEATS = 4  # a model made from scratch sees each real-author and world-fact answer this often an epoch
-
-
-class InputError(ValueError):
-    """What the user gave can't be used. One sentence: what was given, what is needed, what to type. Commands exit with
-    status 2."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +168,6 @@ def check_row(row, where: str, further: dict):
             raise InputError(f"{where}: {field} must hold non-empty texts only, got {value!r}"[:400])
 
 
-def fingerprint(*parts) -> str:
-    """16 hex digits of the SHA-256 over the parts' canonical JSON: equal rows, equal fingerprint."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
 def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
     if not (forget_file and retain_file):
         raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
@@ -190,28 +179,6 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
                 check_row(row, f"{dict(forget=forget_file, retain=retain_file)[name]} line {line}", PERTURBED)
     return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"],
                 sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
-
-
-def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
-    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills the memory.
-    Raises InputError."""
-    lines, characters = [], 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            size = os.fstat(file.fileno()).st_size
-            while size <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
-                lines.append(line)
-                characters += len(line)
-                size = max(size, characters)  # a pipe has no size
-                if len(line) > longest_line:
-                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the most that "
-                                     "is read: write one object a line")
-            if size > MAX_FILE_BYTES:
-                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB is read: "
-                                 "give a smaller file")
-        return "".join(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
 
 
 def _from_hub(data: str, name: str) -> list:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from support.command_line import locked
-from data.tofu import InputError
+from support.errors import InputError
+from support.files import locked
 
 KEPT_IN = Path("runs/models")
 PACKAGES = ("gguf", "accelerate")

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.chunked_head import answer_values
 from data.batches import TokenBatch, collate_packed
 from data.prompts import Encoded
-from data.tofu import InputError
-from models.gguf_weights import converted
 from losses import token_logps
+from models.chunked_head import answer_values
+from models.gguf_weights import converted
 from running.processes import ALONE, World
 from running.sharding import parameters_on_meta, release, whole, write_weights
+from support.errors import InputError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough

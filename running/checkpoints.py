@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.tofu import InputError
 from running.processes import World
 from running.sharding import first_row, local
+from support.errors import InputError
 
 KEPT = 2
 

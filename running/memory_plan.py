@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from data.prompts import encode
+from data.tofu import complement, load_task, parse_split, slice_rows
 from models import layers
 from models.chunked_head import KEPT_CHUNKS, chunk_tokens
-from data.prompts import encode
-from data.tofu import InputError, complement, load_task, parse_split, slice_rows
 from models.loading import PRESETS, read_meta, tiny_dims
 from running.sharding import decoder_layers
+from support.errors import InputError
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
 TEMPLATE_TOKENS = 12  # beside question and answer

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import collate, deal
-from data.tofu import InputError
 from evaluate_tofu import reference_states
 from models.loading import AnswerModel, pad_id
 from running.processes import World
 from running.sharding import whole
+from support.errors import InputError
 
 
 class Reference:

@@ -20,14 +20,16 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from running import checkpoints
-from support.command_line import environment, write_json
-from data.tofu import InputError, evaluation_split
+from data.tofu import evaluation_split
 from evaluate_tofu import compute_metrics, evaluate, number
-from running.model_card import model_card
 from models.loading import PRESETS, AnswerModel, autocast, save_model
+from running import checkpoints
+from running.model_card import model_card
 from running.processes import World, peak_memory
 from running.reference import Reference
+from support.errors import InputError
+from support.files import write_json
+from support.provenance import environment
 
 
 class Stopped(Exception):

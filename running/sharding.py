@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from data.tofu import InputError
 from running.processes import World
+from support.errors import InputError
 
 FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
 

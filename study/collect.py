@@ -16,9 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.command_line import Parser, environment, run_command, write_json  # noqa: E402
-from data.tofu import InputError  # noqa: E402
 from evaluate_tofu import log_truth_ratio, read_log  # noqa: E402
+from support.command_line import Parser, run_command
+from support.errors import InputError  # noqa: E402
+from support.files import write_json
+from support.provenance import environment  # noqa: E402
 
 STYLES = {"npo+rt": ("black", "-"), "npo": ("tab:blue", "-"), "ga": ("tab:red", "--"), "ga+rt": ("tab:orange", "--")}
 KEPT = ("forget_quality", "forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",

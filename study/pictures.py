@@ -17,8 +17,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
 from study.answers import judgement  # noqa: E402
-from study.verdicts import (LINE, chosen_runs, kept_utility, peak, peak_at, samples_of, tuned_runs,  # noqa: E402
-                           weighted_runs)
+from study.verdicts import (  # noqa: E402
+    LINE,
+    chosen_runs,
+    kept_utility,
+    peak,
+    peak_at,
+    samples_of,
+    tuned_runs,
+    weighted_runs,
+)
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}

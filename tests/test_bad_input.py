@@ -11,7 +11,8 @@ import torch
 import evaluate_tofu
 import train_npo
 from conftest import ROOT
-from data.tofu import InputError, read_rows
+from data.tofu import read_rows
+from support.errors import InputError
 
 # The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's
 # folders.

@@ -8,8 +8,9 @@ import torch
 
 from data.batches import collate, deal, make_stream
 from data.prompts import encode, encode_prompts
-from data.tofu import InputError, complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
+from data.tofu import complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
 from models.loading import make_tiny
+from support.errors import InputError
 
 
 @pytest.fixture(scope="module")

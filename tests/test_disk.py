@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from running.checkpoints import latest
 from conftest import ROOT
+from running.checkpoints import latest
 from running.processes import ALONE
 from train_npo import parse, run
-
 
 # A run whose files may have at most 4000 bytes from the moment on that it writes what NAME says (the operating system
 # refuses the rest of a write, as a full disk does; Python ignores the signal that comes with it).

@@ -10,10 +10,23 @@ from scipy.stats import ks_2samp
 
 import evaluate_tofu
 from data.batches import collate, collate_packed
-from data.tofu import InputError, load_task
-from evaluate_tofu import (compute_metrics, evaluate, expect_split, ks_log10_p, log_truth_ratio, match_retain_rows,
-                           plot_truth_ratios, prepare, read_log, read_retain_log, reference_states, rouge_l_recall)
+from data.tofu import load_task
+from evaluate_tofu import (
+    compute_metrics,
+    evaluate,
+    expect_split,
+    ks_log10_p,
+    log_truth_ratio,
+    match_retain_rows,
+    plot_truth_ratios,
+    prepare,
+    read_log,
+    read_retain_log,
+    reference_states,
+    rouge_l_recall,
+)
 from models.loading import AnswerModel, load_model
+from support.errors import InputError
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
 KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623),

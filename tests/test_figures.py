@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import figures_tofu
+from conftest import ROOT
+from running.run_folder import Stopped
 from study import answers as tofu_answers
 from study import pictures as tofu_pictures
 from study import verdicts as tofu_verdicts
-from conftest import ROOT
-from data.tofu import InputError
-from running.run_folder import Stopped
+from support.errors import InputError
 
 # ---------------------------------------------------------------- answers
 

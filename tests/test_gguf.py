@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import gguf_weights
 from data.prompts import TEMPLATES, encode
-from data.tofu import InputError
+from models import gguf_weights
 from models.gguf_weights import converted, first_sentence
 from models.loading import PRESETS, load_model
+from support.errors import InputError
 from train_npo import resolve
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import dpo_loss, ga_loss, kl_loss, kto_loss, nll_loss, npo_loss, npo_weight, simnpo_loss, token_logps
+from losses import (
+    dpo_loss,
+    ga_loss,
+    kl_loss,
+    kto_loss,
+    nll_loss,
+    npo_loss,
+    npo_weight,
+    simnpo_loss,
+    token_logps,
+)
 
 BETAS = (0.01, 0.1, 1.0, 5.0)
 

@@ -4,19 +4,18 @@ import re
 import shutil
 
 import pytest
+import test_training
 import torch
+from test_training import assert_close, trained_weights
 from torch.nn.functional import linear
 
-from models import chunked_head
-from models import layers
-import test_training
 import train_npo
-from models.chunked_head import answer_values
-from data.tofu import InputError
-from models.layers import prepare_layers
 from losses import KL_DIRECTIONS, kl_loss, token_logps
+from models import chunked_head, layers
+from models.chunked_head import answer_values
+from models.layers import prepare_layers
 from running.memory_plan import Load, Shape, token_bytes
-from test_training import assert_close, trained_weights
+from support.errors import InputError
 
 settings = test_training.settings  # a fixture
 

@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import torch
-
 import test_training
+import torch
+from test_training import ALONE, assert_close, prepared_step
+
 import train_npo
 from data.tofu import load_task
 from models.loading import load_model
-from test_training import ALONE, assert_close, prepared_step
 
 settings = test_training.settings  # a fixture
 BETA, GAMMA = 0.2, 0.3

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from support import command_line
 import train_npo
-from data.tofu import InputError
 from models.loading import load_model
 from running.processes import ALONE
 from running.run_folder import best_step
+from support import provenance
+from support.errors import InputError
 from train_npo import resolve, run
 
 
@@ -61,8 +61,8 @@ def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small
 
 def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/train_npo.py", "--data", "a folder"])
-    assert command_line.environment()["command"] == "train_npo.py --data 'a folder'"
+    assert provenance.environment()["command"] == "train_npo.py --data 'a folder'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert command_line.environment()["command"].startswith("torchrun --nproc_per_node=2 train_npo.py ")
+    assert provenance.environment()["command"].startswith("torchrun --nproc_per_node=2 train_npo.py ")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    assert command_line.environment()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")
+    assert provenance.environment()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")

@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from running import checkpoints
 import evaluate_tofu
 import train_npo
 from data.prompts import prompt_text
-from data.tofu import MAX_FILE_BYTES, MAX_LINE, InputError, read_rows
+from data.tofu import read_rows
 from models.loading import MAX_JSON_BYTES, load_model
+from running import checkpoints
 from running.processes import ALONE
+from support.errors import InputError
+from support.files import MAX_FILE_BYTES, MAX_LINE
 
 
 class Touch:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-from running import sharding
-from running.checkpoints import Rows
-from conftest import ROOT
-from data.tofu import InputError
-from models.loading import AnswerModel, load_model, save_model, weights_hash
 from test_gguf import write_gguf
 from test_training import assert_close
+from transformers import AutoModelForCausalLM
+
+from conftest import ROOT
+from models.loading import AnswerModel, load_model, save_model, weights_hash
+from running import sharding
+from running.checkpoints import Rows
+from support.errors import InputError
 
 # 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs its
 # scalar.

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 import train_npo
 from conftest import ROOT
 from data.batches import collate
-from data.tofu import InputError, load_task
+from data.tofu import load_task
 from evaluate_tofu import Prepared
 from models.loading import AnswerModel, load_model, weights_hash
 from running.processes import World
 from running.reference import Reference, reference_pass
+from support.errors import InputError
 from train_npo import Plan, global_counts, kto_baseline, loss_sums, lr_factor, micro_batches, resolve, run
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -305,7 +306,7 @@ def test_fp16_trains_and_never_counts_a_skipped_step(settings):
 def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, tmp_path):
     import shutil
 
-    from support.command_line import locked
+    from support.files import locked
     data = shutil.copytree(small_data, tmp_path / "changing")
     folder = run(settings(data=str(data), out="run", epochs=1), ALONE)
     shutil.rmtree(folder / "model")

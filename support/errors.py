@@ -1,0 +1,5 @@
+"""What the user gave can't be used, said in one sentence."""
+
+
+class InputError(ValueError):
+    """What the user gave can't be used: what was given, what is needed, what to type. Commands exit with status 2."""

@@ -1,0 +1,82 @@
+"""Files read and written so that a crafted, torn or shared one does no harm."""
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from support.errors import InputError
+
+# The most of a text file, bytes, and of a line, characters. TOFU has 1 MB in lines below 2 kB.
+MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
+
+
+@contextmanager
+def locked(file: Path, wait: bool = False):
+    """Hold `file` as a lock: one process writes a folder at a time.
+
+    Raises InputError where another holds it and `wait` is False.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise InputError(f"{file.parent} is in use by a run that goes on: wait for it, or choose another "
+                             "folder") from None
+        print(f"waiting for another run to finish {file.name}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fingerprint(*parts) -> str:
+    """16 hex digits of the SHA-256 over the parts' canonical JSON: equal rows, equal fingerprint."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
+    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills the memory.
+    Raises InputError."""
+    lines, characters = [], 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            size = os.fstat(file.fileno()).st_size
+            while size <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
+                lines.append(line)
+                characters += len(line)
+                size = max(size, characters)  # a pipe has no size
+                if len(line) > longest_line:
+                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the most that "
+                                     "is read: write one object a line")
+            if size > MAX_FILE_BYTES:
+                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB is read: "
+                                 "give a smaller file")
+        return "".join(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
+
+
+def write_json(path: Path, content: dict):
+    """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one.
+    Raises InputError."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    try:
+        text = json.dumps(content, allow_nan=False, ensure_ascii=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except ValueError:
+        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing was "
+                         "written") from None
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to "
+                         "write") from None
