@@ -47,10 +47,10 @@ class Preset:
     dims: dict  # the Llama's dimensions
 
 
-TINY_DIMS = dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
+TINY_DIMS = dict(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=6,
                  max_position_embeddings=512)
 # Real TOFU has thrice the text of the built-in set, in far more varied words: it needs the larger memory.
-TINY_DIMS_LARGE = dict(TINY_DIMS, vocab_size=2048, num_hidden_layers=4, max_position_embeddings=1024)
+TINY_DIMS_LARGE = dict(TINY_DIMS, num_hidden_layers=4, max_position_embeddings=1024)
 MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenizers have some 35 MB
 TINY_LARGE_FROM = 500_000  # characters of questions and answers
 
@@ -64,7 +64,7 @@ def tiny_dims(rows: list) -> dict:
 # For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch,
 # beta 0.1.
 PRESETS = {
-    "tiny": Preset("", "", "llama2", lr=1e-3, epochs=10, beta=0.1, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
+    "tiny": Preset("", "", "llama2", lr=2e-3, epochs=10, beta=0.5, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
                    micro_batch_size=8, eval_batch_size=256, dims=TINY_DIMS),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1,
                            sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=128,
