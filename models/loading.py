@@ -64,7 +64,7 @@ def tiny_dims(rows: list) -> dict:
 # For anything but tiny, the paper's: lr 1e-5, 10 epochs (fine-tuning 5), batch 32, warm-up over the first epoch,
 # beta 0.1.
 PRESETS = {
-    "tiny": Preset("", "", "llama2", lr=2e-3, epochs=10, beta=0.5, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
+    "tiny": Preset("", "", "llama2", lr=2e-3, epochs=10, beta=0.35, sft_lr=4e-3, sft_epochs=16, warmup_epochs=1,
                    micro_batch_size=8, eval_batch_size=256, dims=TINY_DIMS),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", "", "llama2", lr=1e-5, epochs=10, beta=0.1,
                            sft_lr=1e-5, sft_epochs=5, warmup_epochs=1, micro_batch_size=8, eval_batch_size=128,
