@@ -13,6 +13,7 @@ from conftest import ROOT
 from data import make_builtin as make_builtin_module
 from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_builtin
 from data.tofu import load_sets, load_task
+from evaluate_tofu import compute_metrics, log_truth_ratio
 
 PER_AUTHOR = 20
 SPLITS = make_builtin()
@@ -237,3 +238,19 @@ def test_the_command(tmp_path):
         assert refused.returncode == 2 and not refused.stdout, arguments
         assert len(refused.stderr.splitlines()) == 1, arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
+@pytest.mark.slow
+def test_log_r_of_start_and_retrained_model_spreads_as_in_tofu(command, tmp_path):
+    """Llama-2-7B's released logs: start 0.73 +- 0.64, retrained 0.25 +- 0.58, forget quality 1e-19."""
+    def trained(split: str) -> list[dict]:
+        command("train_npo.py", "--loss", "sft", "--split", split, "--out", split, timeout=1800)
+        log, = (tmp_path / split / "eval").glob("*.json")
+        return json.loads(log.read_text())["rows"]["forget"]
+
+    start, retrained = trained("full"), trained("retain90")
+    start_ratios, retrained_ratios = (list(map(log_truth_ratio, rows)) for rows in (start, retrained))
+    assert 0.5 < statistics.mean(start_ratios) < 0.9
+    assert 0.05 < statistics.mean(retrained_ratios) < 0.3
+    assert 0.5 < statistics.stdev(retrained_ratios) < 0.9
+    assert -45 < compute_metrics({"forget": start}, retrained)["forget_quality_log10"] < -15
