@@ -67,7 +67,7 @@ def test_s_walks_the_same_path():
     plain = np.stack(bench.plain_models(*map(torch.from_numpy, rows), 50), 1)
     np.testing.assert_allclose(plain, models, rtol=1e-9)
     methods = synthetic.default_methods(1, synthetic.METHODS, None, None)
-    curves = synthetic.Problem(instance, 1, models).unlearn(methods, 10, [0, 5, 10], 2.0, "reference_policy")
+    curves = synthetic.Problem([instance], 1, [models]).unlearn(methods, 10, [0, 5, 10], 2.0, "reference_policy")[0]
     reference, retrained = (torch.from_numpy(models[:, i].copy()) for i in (0, 1))
     for method, curve in zip(methods, curves):
         path = bench.plain_unlearning(method, instance, 1, reference, retrained, 10, 5)
