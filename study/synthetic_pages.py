@@ -15,13 +15,13 @@ DASHES = {"rt": "-", "": "--", "kl": ":"}
 
 
 def tidy(value, digits: int):
-    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, infinite ones as "inf"."""
+    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, infinite ones as "inf", "-inf"."""
     if isinstance(value, dict):
         return {str(key): tidy(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
         return [tidy(item, digits) for item in value]
     if isinstance(value, (float, np.floating)):
-        return "inf" if value == math.inf else float(f"{value:.{digits}g}")
+        return str(float(value)) if math.isinf(value) else float(f"{value:.{digits}g}")
     return value.item() if isinstance(value, np.generic) else value
 
 
