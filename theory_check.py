@@ -33,8 +33,8 @@ from scipy.special import expit, lambertw
 from tqdm import tqdm
 
 import losses
-from study import theory_pictures as pictures
-from study.synthetic_pages import table, tidy
+from study import theory_pages as pages
+from study.synthetic_pages import tidy
 from support.command_line import Parser, not_negative, run_command
 from support.files import write_json
 from support.provenance import environment
@@ -101,8 +101,8 @@ def npo_flow(margin_0: float, beta: float, s: np.ndarray) -> np.ndarray:
     return CubicSpline(np.log1p(clock), grid)(np.log1p(s))
 
 
-# Nearly orthogonal rows, S the Gram matrix of the signed rows: m <- m - (eta/n_f) S f(m), vectors m and f. Late
-# in the run:
+# Nearly orthogonal rows, S the Gram matrix of the signed rows: m <- m - (eta/n_f) S f(m), vectors m and f.
+# Late in the run:
 #   GA: f -> 1, the change is (eta t/n_f) S 1, and |theta - theta_init| / (n_f^(-1/2) eta t) -> the rms of the
 #       row sums.
 #   NPO: every margin falls as (1/beta) log t, so S f = n_f/(beta eta t) 1, f = 2 e^(beta (m - log v_0)) and
@@ -381,7 +381,7 @@ def configurations() -> list[dict]:
     return found
 
 
-def flow_deviation(problems: Problems, loss: str, times: np.ndarray, margins: np.ndarray) -> tuple[float, float]:
+def flow_deviation(problems: Problems, loss: str, times: np.ndarray, margins: np.ndarray) -> tuple:
     """Orthogonal rows: the largest |iterate - flow|, and its largest ratio to the bound a TV(log f) max f."""
     largest, worst = 0.0, 0.0
     for c, (S, margin_0, settings) in enumerate(problems.problems):
@@ -448,7 +448,8 @@ def rate_verdicts(nearly: Problems, found: list, times: np.ndarray, norms: dict)
     low, high = NORMS[0]**2 * expit(-B_THETA * NORMS[1]) - C_0, NORMS[1]**2 + C_0
     linear = verdict(
         "Theorem 2: gradient ascent's distance is C n_f^(-1/2) eta t, C bounded for all t >= 1, late as "
-        "predicted", close(late_constants, 1, 0.01) and low <= constants.min() and constants.max() <= high,
+        "predicted",
+        close(late_constants, 1, 0.01) and low <= constants.min() and constants.max() <= high,
         C_1=constants.min(), C_2=constants.max(), bounds=[low, high],
         late_over_predicted=ends(late_constants))
     late = times >= LAST // 10
@@ -490,7 +491,7 @@ def constant_verdicts(found: list, times: np.ndarray, norms: dict) -> list:
         fitted[f"beta={beta:g}"] = {"C_1": 1 / beta, "C_2": own.min(), "C_3": own.max()}
     return [verdict("Theorem 2: NPO's constants C_2, C_3 don't drift with n_f, eta, d or t",
                     max(map(abs, [*drift.values(), *in_t])) < 0.05, late_power_in=drift,
-                    late_power_in_t=[min(in_t), max(in_t)], fitted=fitted)]
+                    late_power_in_t=ends(np.array(in_t)), fitted=fitted)]
 
 
 def outside_the_regime(seed: int) -> dict:
@@ -520,7 +521,7 @@ def implied_c(settings: dict, times: np.ndarray, norm: np.ndarray) -> np.ndarray
 
 
 def sweep_curves(curves: dict) -> dict:
-    """What `pictures.draw_theorem2` shows: distances in units of the rates, with the late c for NPO's."""
+    """What `pages.draw_theorem2` shows: distances in units of the rates, with the late c for NPO's."""
     found, times, result = curves["configurations"], curves["times"], {}
     for key in ("n_f", "eta"):
         result[key] = {}
@@ -602,23 +603,6 @@ def softmax_example(generator) -> tuple[list, dict]:
 # ------------------------------------------------------------------------------------------ putting it down
 
 
-def page(verdicts: list, outside: dict, command: str) -> str:
-    """Every verdict with its numbers, and the cases without one."""
-    claims = []
-    for item in verdicts:
-        told = [f"{key} {json.dumps(value)}" for key, value in tidy(item["numbers"], 6).items()]
-        cells = ["holds" if item["holds"] else "**fails**", item["claim"], "; ".join(told)]
-        claims.append([cell.replace("|", "/") for cell in cells])
-    cases = [[name, f"{case['ga_power_in_t']:.3f}", f"{case['npo_slope_over_predicted']:.3f}"]
-             for name, case in outside.items()]
-    return "\n".join([
-        "# Section 3, checked", "", f"`python {command}`", "",
-        *table(("", "claim", "measured (and predicted)"), claims), "",
-        "Outside Theorem 2's regime, no verdict (eta 0.5, beta 1, last decade of t):", "",
-        *table(("rows", "GA: power of t (1 within)", "NPO: slope in log t over sqrt(n_f)/beta (1 within)"), cases)
-    ]) + "\n"
-
-
 def check(out: Path | None, seed: int = 0) -> list:
     """All five items: their verdicts. With `out`, pictures, a page and JSON too."""
     generator = torch.Generator().manual_seed(seed)
@@ -637,13 +621,13 @@ def check(out: Path | None, seed: int = 0) -> list:
         fifth, softmax = item("linear softmax", softmax_example, generator)
     verdicts = first + second + third + fourth + fifth
     if out:
-        pictures.draw_proposition1(out / "proposition1.png", proposition)
-        pictures.draw_equation5(out / "equation5.png", weight)
-        pictures.draw_theorem2(out / "theorem2.png", theorem["times"], sweep_curves(theorem), outside)
-        pictures.draw_divergence(out / "divergence_rates.png", theorem["times"], rates)
-        pictures.draw_softmax(out / "linear_softmax.png", softmax)
+        pages.draw_proposition1(out / "proposition1.png", proposition)
+        pages.draw_equation5(out / "equation5.png", weight)
+        pages.draw_theorem2(out / "theorem2.png", theorem["times"], sweep_curves(theorem), outside)
+        pages.draw_divergence(out / "divergence_rates.png", theorem["times"], rates)
+        pages.draw_softmax(out / "linear_softmax.png", softmax)
         provenance = environment()
-        (out / "theory.md").write_text(page(verdicts, outside, provenance["command"]))
+        (out / "theory.md").write_text(pages.page(verdicts, outside, provenance["command"]))
         curves = {"proposition1": proposition, "equation5": weight, "theorem2": theorem, "outside": outside,
                   "softmax": softmax}
         content = {"verdicts": verdicts, "provenance": {**provenance, "seed": seed}, "curves": curves}
@@ -667,8 +651,8 @@ def main(argv: list | None = None) -> int:
         for key, value in tidy(result["numbers"], 6).items():
             print(f"         {key}: {json.dumps(value)}")
     failed = sum(not result["holds"] for result in verdicts)
-    print(f"{len(verdicts) - failed} of {len(verdicts)} hold, {time.time() - began:.1f} s; written: {args.out}/"
-          "theory_check.json, theory.md and pictures")
+    print(f"{len(verdicts) - failed} of {len(verdicts)} hold, {time.time() - began:.1f} s; "
+          f"written: {args.out}/theory_check.json, theory.md and pictures")
     return 1 if failed else 0
 
 

@@ -15,7 +15,7 @@ DASHES = {"rt": "-", "": "--", "kl": ":"}
 
 
 def tidy(value, digits: int):
-    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, infinite ones as "inf", "-inf"."""
+    """Plain JSON values: numpy unwrapped, floats to `digits` significant digits, infinite ones as strings."""
     if isinstance(value, dict):
         return {str(key): tidy(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):

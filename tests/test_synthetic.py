@@ -1,4 +1,4 @@
-"""Section 4: the published instances bit for bit, curves to 1e-7, gradients against autograd on losses.py, verdicts."""
+"""Section 4: the published instances bit for bit, curves to 1e-7, every method's path, verdicts."""
 
 import json
 from functools import partial
@@ -72,7 +72,8 @@ def published_curves():
         instance = published_instance(seed)
         models = models_of(instance, 1, synthetic.TRAIN_STEPS)
         methods = default_methods(1, METHODS, None, None)
-        curves.append((models, Problem([instance], 1, [models]).unlearn(methods, 500, eval_steps, **SETTINGS)[0]))
+        problem = Problem([instance], 1, [models])
+        curves.append((models, problem.unlearn(methods, 500, eval_steps, **SETTINGS)[0]))
     return eval_steps, [models for models, _ in curves], np.stack([curve for _, curve in curves])
 
 
@@ -89,9 +90,9 @@ def test_means_and_sds_are_the_published_ones(shared, published_curves):
     for name, record in published["methods"].items():
         for axis, key in enumerate(("forget_distance", "retain_distance")):
             for at, step in enumerate(eval_steps):
-                ours = curves[:, METHODS.index(name), axis, at]
-                assert abs(ours.mean() - record[key]["mean"][record["steps"].index(step)]) < 1e-7, (name, key, step)
-                assert abs(ours.std() - record[key]["sd"][record["steps"].index(step)]) < 1e-7, (name, key, step)
+                ours, place = curves[:, METHODS.index(name), axis, at], record["steps"].index(step)
+                assert abs(ours.mean() - record[key]["mean"][place]) < 1e-7, (name, key, step)
+                assert abs(ours.std() - record[key]["sd"][place]) < 1e-7, (name, key, step)
 
 
 # -- gradients
@@ -109,9 +110,10 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
                           for labels in (instance.y_forget, instance.y_idk, instance.y_retain))
     policy, ref = (losses.token_logps(logits, y) for logits in (forget, forget_reference))
     policy_idk, ref_idk = (losses.token_logps(logits, y_idk) for logits in (forget, forget_reference))
-    loss = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
-            "npo": lambda: losses.npo_loss(policy, ref, beta),
-            "dpo": lambda: dpo_scale * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}[family]().mean()
+    of_family = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
+                 "npo": lambda: losses.npo_loss(policy, ref, beta),
+                 "dpo": lambda: dpo_scale * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}
+    loss = of_family[family]().mean()
     if retain:
         logits, reference_logits = (two_class(instance.x_retain, -alpha, p) for p in (theta, reference))
         loss = loss + (losses.nll_loss(losses.token_logps(logits, y_retain)) if retain == "rt" else
@@ -122,7 +124,8 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
 @pytest.mark.parametrize("dpo_scale, kl_direction", [(2.0, "reference_policy"), (1.0, "policy_reference")])
 def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_direction):
     instance, models, problem = small
-    methods = [synthetic.make_method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7) for name in METHODS]
+    methods = [synthetic.make_method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7)
+               for name in METHODS]
     eval_steps = [1, 2, 12]
     curves = problem.unlearn(methods, 12, eval_steps, dpo_scale, kl_direction)[0]
     reference = torch.from_numpy(models[:, 0].copy())
@@ -143,8 +146,8 @@ def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
     margin = np.array([[-900.0, -40.0, -1.0, 0.0, 3.0, 40.0]])
     reference, same = np.array([[2.0, 30.0, 1.0, 0.0, 3.0, -2.0]]), np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
     loss = partial(synthetic.forget_loss, method=synthetic.make_method(family, 0.1, 0.1), dpo_scale=1.0,
-                   reference_logits=torch.from_numpy(reference)[None], answer=torch.ones(1, 1, 6, dtype=torch.float64),
-                   idk=torch.from_numpy(2 * same - 1)[None, None])
+                   reference_logits=torch.from_numpy(reference)[None], idk=torch.from_numpy(2 * same - 1),
+                   answer=torch.ones(6, dtype=torch.float64))
     theta, Z = torch.from_numpy(margin)[None], torch.eye(6, dtype=torch.float64)[None]  # its own logits
     ours = 6 * synthetic.mean_gradient(theta, Z, [(torch.tensor([0]), loss)])[0, 0]
     own, ref = torch.from_numpy(margin[0]).requires_grad_(), torch.from_numpy(reference[0])
@@ -168,7 +171,8 @@ def test_training_is_gradient_descent_on_cross_entropy(small):
         theta = torch.zeros(N, dtype=torch.float64, requires_grad=True)
         for _ in range(10):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(Z @ theta, y)
-            theta = (theta - synthetic.TRAIN_LR * torch.autograd.grad(loss, theta)[0]).detach().requires_grad_()
+            [gradient] = torch.autograd.grad(loss, theta)
+            theta = (theta - synthetic.TRAIN_LR * gradient).detach().requires_grad_()
         np.testing.assert_allclose(ours[:, column], theta.detach().numpy(), rtol=1e-10, atol=1e-13)
 
 
@@ -201,8 +205,8 @@ def strict(path):
 def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(tmp_path, monkeypatch):
     out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20", "--workers", "1",
                       monkeypatch=monkeypatch)
-    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers", "2",
-                      monkeypatch=monkeypatch)
+    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers",
+                      "2", monkeypatch=monkeypatch)
     for alpha in (1, 0):
         record, other = strict(out / f"synthetic_alpha{alpha}.json"), strict(two / "synthetic_alpha1.json")
         assert list(record["methods"]) == list(METHODS) and record["alpha"] == alpha
@@ -213,7 +217,8 @@ def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(
                 assert np.shape(entry[key]["instances"]) == (5, 3)
                 np.testing.assert_allclose(np.mean(entry[key]["instances"], 0), entry[key]["mean"], rtol=1e-8)
                 if alpha == 1:
-                    np.testing.assert_allclose(entry[key]["mean"], other["methods"][method][key]["mean"], rtol=1e-9)
+                    same = other["methods"][method][key]["mean"]
+                    np.testing.assert_allclose(entry[key]["mean"], same, rtol=1e-9)
                 assert entry[key]["mean"][0] == record["start"][key]["mean"]
         assert record["undecided"] and not record["verdicts"]  # forty steps decide nothing, and it says so
         assert (out / f"synthetic_alpha{alpha}.png").stat().st_size > 10_000
@@ -224,14 +229,15 @@ def test_figure_3_has_ga_and_npo_at_every_beta(tmp_path, monkeypatch):
                       monkeypatch=monkeypatch)
     record = strict(out / "synthetic_figure3.json")
     assert list(record["methods"]) == ["ga", "npo@0.01", "npo@0.1", "npo@0.2", "npo@0.5", "npo@1"]
-    assert record["methods"]["ga"]["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
-    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(record["methods"]["ga"]["forget_distance"])
+    ga = record["methods"]["ga"]
+    assert ga["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
+    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(ga["forget_distance"])
     assert (out / "synthetic_figure3.png").stat().st_size > 10_000
 
 
 def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances", "2",
-                      "--workers", "1", monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances",
+                      "2", "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1.json")
     distance = record["methods"]["ga"]["retain_distance"]
     assert distance["mean"][-1] == distance["sd"][-1] == "inf" and isinstance(distance["mean"][0], float)
@@ -256,12 +262,13 @@ def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
 
 
 def test_grid_search_reports_every_setting_and_chooses_a_stable_one(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt", "--steps",
-                      "30", "--workers", "1", monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt",
+                      "--steps", "30", "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1_grid.json")
     assert len(record["rows"]) == 2 + 2 * len(synthetic.GRID_BETA)
     assert not next(row for row in record["rows"] if row["method"] == "ga" and row["lr"] == 50)["stable"]
-    assert record["chosen"]["ga"]["chosen"]["lr"] == 1e-3 and record["chosen"]["ga"]["published"]["lr"] == 5e-4
+    ga = record["chosen"]["ga"]
+    assert ga["chosen"]["lr"] == 1e-3 and ga["published"]["lr"] == 5e-4
 
 
 def curve(forget, retain):
@@ -272,7 +279,8 @@ def test_frontier_interpolates_between_evaluations():
     levels = claims.frontier(curve([1.7, 0.001], [0.1, 0.2]))  # one jump over every level
     assert (np.diff(levels) < 0).all() and 0.1 < levels[-1] < levels[0] < 0.2
     assert np.isinf(claims.frontier(curve([1.7, 1.6], [0.1, 0.2]))).all()
-    np.testing.assert_allclose(claims.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))[-1], 0.104, atol=0.04)
+    back = claims.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))
+    np.testing.assert_allclose(back[-1], 0.104, atol=0.04)
 
 
 def test_path_gap_is_of_paths_and_not_of_clocks():
@@ -303,7 +311,7 @@ def test_verdicts_can_fail():
 
 
 def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
-    """Three tame instances and a wild one: the mean fails where most instances hold, and the numbers say both."""
+    """Three tame instances and a wild one: the mean fails where most hold, and the numbers say both."""
     steps = np.array([0, 1200])
     curves = np.tile(curve([1.7, 0.001], [0.1, 0.1]), (4, 1, 1, 1))
     curves[3, 0, 0, 1] = 0.8
@@ -312,11 +320,11 @@ def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
 
 
 @pytest.mark.parametrize("flags", [
-    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga", "--instances 0",
-    "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2", "--all --alpha 1",
-    "--all --figure 3", "--figure 5", "--figure 3 --methods ga", "--grid-search --grid-lr 1e-3",
-    "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2", "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0",
-    "--kl-direction forward", "--nonsense"])
+    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga",
+    "--instances 0", "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2",
+    "--all --alpha 1", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
+    "--grid-search --grid-lr 1e-3", "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2",
+    "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0", "--kl-direction forward", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as refusal:
@@ -336,6 +344,6 @@ def test_help_is_complete(capsys):
         synthetic.main(["--help"])
     said = capsys.readouterr().out
     assert asked.value.code == 0
-    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps", "--eval-every",
-                 "--grid-search", "--out"):
+    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps",
+                 "--eval-every", "--grid-search", "--out"):
         assert flag in said

@@ -1,8 +1,11 @@
-"""The pictures of `theory_check.py`: every function draws what one item measured, and what was predicted."""
+"""Pictures and page of `theory_check.py`: what every item measured, and what was predicted."""
 
+import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from study.synthetic_pages import table, tidy
 
 RED, GREYS = "#d1495b", ("0", "0.25", "0.45", "0.6")  # gradient ascent; NPO at several beta
 
@@ -93,3 +96,20 @@ def draw_softmax(path: Path, curves: dict):
              xlabel="log $\\pi_\\theta$(y|x)", ylim=(1e-16, 3))
     axis.invert_xaxis()
     finish(figure, [axis], path)
+
+
+def page(verdicts: list, outside: dict, command: str) -> str:
+    """Every verdict with its numbers, and the cases without one."""
+    claims = []
+    for item in verdicts:
+        told = [f"{key} {json.dumps(value)}" for key, value in tidy(item["numbers"], 6).items()]
+        cells = ["holds" if item["holds"] else "**fails**", item["claim"], "; ".join(told)]
+        claims.append([cell.replace("|", "/") for cell in cells])
+    cases = [[name, f"{case['ga_power_in_t']:.3f}", f"{case['npo_slope_over_predicted']:.3f}"]
+             for name, case in outside.items()]
+    return "\n".join([
+        "# Section 3, checked", "", f"`python {command}`", "",
+        *table(("", "claim", "measured (and predicted)"), claims), "",
+        "Outside Theorem 2's regime, no verdict (eta 0.5, beta 1, last decade of t):", "",
+        *table(("rows", "GA: power of t (1 within)",
+                "NPO: slope in log t over sqrt(n_f)/beta (1 within)"), cases)]) + "\n"
