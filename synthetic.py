@@ -29,6 +29,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -57,6 +58,24 @@ from support.command_line import Parser, not_negative, positive, run_command
 from support.errors import InputError
 from support.provenance import environment
 
+
+@dataclass(frozen=True)
+class Method:
+    """An objective and its step. Its name is the family that acts on the forget set (ga, npo, dpo, idk), then
+    a retain term (+rt or +kl) if it has one, or a beta (@0.1) that tells it from its like."""
+    name: str
+    lr: float
+    beta: float | None = None
+
+    @property
+    def family(self) -> str:
+        return re.split("[+@]", self.name)[0]
+
+    @property
+    def retain(self) -> str:
+        return self.name.partition("+")[2]
+
+
 # Shapes: N features, n rows, M methods and K instances (unlearned together), E evaluations.
 TRAIN_LR, TRAIN_STEPS = 0.05, 20_000  # of pi_ref and pi_retr
 METHODS = ("npo+rt", "npo", "npo+kl", "ga+rt", "ga", "ga+kl", "idk+rt", "dpo+rt", "dpo", "dpo+kl")
@@ -64,7 +83,8 @@ PUBLISHED = {  # alpha -> family -> (lr, beta)
     1: {"ga": (5e-4, None), "idk": (5e-4, None), "npo": (5e-3, 1.0), "dpo": (5e-3, 0.1)},
     0: {"ga": (1e-4, None), "idk": (1e-4, None), "npo": (5e-2, 10.0), "dpo": (5e-2, 5.0)},
 }
-FIGURE3_LR, FIGURE3_BETAS = 5e-4, (0.01, 0.1, 0.2, 0.5, 1.0)
+FIGURE3_METHODS = [Method("ga", 5e-4)]
+FIGURE3_METHODS += [Method(f"npo@{beta:g}", 5e-4, beta) for beta in (0.01, 0.1, 0.2, 0.5, 1.0)]
 GRID_LR, GRID_BETA = (2e-5, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2, 5e-2), (0.1, 0.5, 1.0, 5.0, 10.0)
 TOGETHER = 3  # instances that are unlearned as one stack
 KEPT = Path(__file__).resolve().parent / "runs" / "synthetic"  # pi_ref and pi_retr, a small file an instance
@@ -84,21 +104,6 @@ def reference_and_retrained(Z_retain: np.ndarray, y_retain: np.ndarray, Z_forget
 
     both = np.concatenate([Z_retain, Z_forget]), np.concatenate([y_retain, y_forget])
     return np.stack([descend(*both), descend(Z_retain, y_retain)], axis=1)
-
-
-@dataclass(frozen=True)
-class Method:
-    """An objective and its step: `family` acts on the forget set, `retain` is "rt", "kl" or "" for none."""
-    name: str
-    family: str  # ga, npo, dpo or idk
-    retain: str
-    lr: float
-    beta: float | None = None
-
-
-def make_method(name: str, lr: float, beta: float | None, label: str | None = None) -> Method:
-    family, _, retain = name.partition("+")
-    return Method(label or name, family, retain, lr, beta)
 
 
 def two_class(logits: torch.Tensor) -> torch.Tensor:
@@ -239,12 +244,7 @@ def reference_and_retrained_kept(instance: Instance, alpha: float, kept: Path) -
     return models
 
 
-def train_job(job: tuple) -> np.ndarray:
-    return reference_and_retrained_kept(*job)
-
-
-def unlearn_job(job: tuple) -> np.ndarray:
-    instances, alpha, models, points, *settings = job
+def unlearn(instances: list, alpha: float, models: list, points: str, *settings) -> np.ndarray:
     return Problem(instances, alpha, models, points).unlearn(*settings)
 
 
@@ -265,18 +265,18 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def map(self, function, jobs: list, what: str) -> list:
-        done = (self.pool.map if self.pool else map)(function, jobs)
+        done = (self.pool.map if self.pool else map)(function, *zip(*jobs, strict=True))
         return list(tqdm(done, what, len(jobs), ncols=100, file=sys.stderr))
 
 
 def run(workers: Workers, instances: list, alphas: list, methods: dict, args) -> dict:
     """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance: forget and retain distance."""
-    pairs = [(instance, alpha) for alpha in alphas for instance in instances]
-    models = iter(workers.map(train_job, [(*pair, args.kept) for pair in pairs], "pi_ref, pi_retr"))
+    jobs = [(instance, alpha, args.kept) for alpha in alphas for instance in instances]
+    models = iter(workers.map(reference_and_retrained_kept, jobs, "pi_ref, pi_retr"))
     stacks = [instances[start:start + TOGETHER] for start in range(0, len(instances), TOGETHER)]
     jobs = [(stack, alpha, [next(models) for _ in stack], args.points, methods[alpha], args.steps,
              args.eval_steps, args.dpo_scale, args.kl_direction) for alpha in alphas for stack in stacks]
-    curves = iter(workers.map(unlearn_job, jobs, "unlearning"))
+    curves = iter(workers.map(unlearn, jobs, "unlearning"))
     return {alpha: np.concatenate([next(curves) for _ in stacks]) for alpha in alphas}
 
 
@@ -288,7 +288,7 @@ def default_methods(alpha: float, names: tuple, lr: float | None, beta: float | 
     result = []
     for name in names:
         own_lr, own_beta = PUBLISHED[0 if alpha == 0 else 1][name.partition("+")[0]]
-        result.append(make_method(name, lr or own_lr, own_beta and (beta or own_beta)))
+        result.append(Method(name, lr or own_lr, own_beta and (beta or own_beta)))
     return result
 
 
@@ -301,29 +301,15 @@ def provenance(args) -> dict:
             **{key: getattr(args, key) for key in settings}, "numpy": np.__version__}
 
 
-def run_figure4(args, workers: Workers, instances: list):
+def run_figures(args, workers: Workers, instances: list):
+    """Figure 4 for every alpha, or Figure 3."""
     methods = {alpha: default_methods(alpha, args.methods, args.lr, args.beta) for alpha in args.alphas}
+    if args.figure == 3:
+        methods = {alpha: FIGURE3_METHODS for alpha in args.alphas}
     for alpha, curves in run(workers, instances, args.alphas, methods, args).items():
         record = pages.curves_record(alpha, methods[alpha], curves, args.eval_steps, bool(args.instances))
-        record |= claims.verdicts(claims.FIGURE4_GAP if alpha > 0 else claims.FIGURE4_NO_GAP,
-                                  args.methods, curves, args.eval_steps, claims.WITHIN)
-        record["provenance"] = provenance(args)
-        stem = args.out / f"synthetic_alpha{alpha:g}"
-        pages.draw_figure4(stem.with_suffix(".png"), alpha, methods[alpha], record)
-        pages.write_figure(stem, f"Figure 4, alpha = {alpha:g}", record)
-
-
-def run_figure3(args, workers: Workers, instances: list):
-    [alpha] = args.alphas
-    methods = [make_method("ga", FIGURE3_LR, None)]
-    methods += [make_method("npo", FIGURE3_LR, beta, f"npo@{beta:g}") for beta in FIGURE3_BETAS]
-    curves = run(workers, instances, [alpha], {alpha: methods}, args)[alpha]
-    record = pages.curves_record(alpha, methods, curves, args.eval_steps, bool(args.instances))
-    names = [method.name for method in methods]
-    record |= claims.verdicts(claims.FIGURE3, names, curves, args.eval_steps, least_steps=2000)
-    record["provenance"] = provenance(args)
-    pages.draw_figure3(args.out / "synthetic_figure3.png", methods, record)
-    pages.write_figure(args.out / "synthetic_figure3", "Figure 3", record)
+        record |= claims.verdicts(args.figure, record, curves) | {"provenance": provenance(args)}
+        pages.write_figure(args.out, args.figure, methods[alpha], record)
 
 
 CRITERION = ("Every method at every lr (and beta) of the grid. Stable: at the last step the mean over the "
@@ -335,7 +321,7 @@ def run_grid(args, workers: Workers, instances: list):
     """The paper's grid, chosen so that training "remains stable within 2000 steps"; the criterion is ours."""
     settings = {}
     for alpha in args.alphas:
-        settings[alpha] = [make_method(name, lr, beta) for name in args.methods for lr in args.grid_lr
+        settings[alpha] = [Method(name, lr, beta) for name in args.methods for lr in args.grid_lr
                            for beta in (args.grid_beta if name.startswith(("npo", "dpo")) else [None])]
     args.eval_steps = [0, args.steps]
     for alpha, curves in run(workers, instances, args.alphas, settings, args).items():
@@ -350,7 +336,7 @@ def run_grid(args, workers: Workers, instances: list):
                   "grid": {"lr": args.grid_lr, "beta": args.grid_beta},
                   "chosen": {method.name: choose(rows, method) for method in published}, "rows": rows,
                   "provenance": provenance(args)}
-        pages.write_grid(args.out / f"synthetic_alpha{alpha:g}_grid", record)
+        pages.write_grid(args.out, record)
 
 
 def choose(rows: list, published: Method) -> dict:
@@ -446,9 +432,7 @@ def main(argv: list | None = None):
         instances = [fresh_instance(args.seed, number) for number in range(args.instances)]
     else:
         instances = [published_instance(seed) for seed in PUBLISHED_SEEDS]
-    action = run_grid if args.grid_search else run_figure4
-    if args.figure == 3:
-        action = run_figure3
+    action = run_grid if args.grid_search else run_figures
     with Workers(min(args.workers, len(instances) * len(args.alphas))) as workers:
         action(args, workers, instances)
     print(f"{time.time() - began:.1f} s")

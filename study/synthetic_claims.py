@@ -171,9 +171,13 @@ def verdict(claim: str, predicate, names: list, curves: np.ndarray, steps: np.nd
     return {"claim": claim, "holds": bool(holds), "numbers": numbers}
 
 
-def verdicts(claims: tuple, names: list, curves: np.ndarray, steps: list, least_steps: int) -> dict:
-    """Verdicts, and the claims that this run leaves undecided: a method is missing or the run is too
-    short."""
+def verdicts(figure: int, record: dict, curves: np.ndarray) -> dict:
+    """Verdicts on a run; and the claims that it leaves undecided, too short or without a method they need."""
+    claims, least_steps = FIGURE4_GAP if record["alpha"] > 0 else FIGURE4_NO_GAP, WITHIN
+    if figure == 3:
+        claims, least_steps = FIGURE3, 2000
+    names = list(record["methods"])
+    steps = np.array(record["methods"][names[0]]["steps"])
     decided, undecided = [], []
     for claim, needs, predicate in claims:
         missing = [name for name in needs if name not in names]
@@ -181,5 +185,5 @@ def verdicts(claims: tuple, names: list, curves: np.ndarray, steps: list, least_
             need = f"methods {', '.join(missing)}" if missing else f"--steps {least_steps}"
             undecided.append({"claim": claim, "needs": need})
         else:
-            decided.append(verdict(claim, predicate, names, curves, np.array(steps)))
+            decided.append(verdict(claim, predicate, names, curves, steps))
     return {"verdicts": decided, "undecided": undecided}

@@ -69,9 +69,9 @@ def band(own: dict, middle: str) -> tuple:
     return np.maximum(own["mean"] - sd, 0.1 * own["mean"]), own["mean"] + sd
 
 
-def draw_figure4(path: Path, alpha: float, methods: list, record: dict):
+def draw_figure4(path: Path, methods: list, record: dict):
     """Distances over steps and against each other: (a1)-(a3); alpha = 0: (b). A row of panels a statistic."""
-    rows = {"mean": "mean, band $\\pm$ 1 sd"}
+    alpha, rows = record["alpha"], {"mean": "mean, band $\\pm$ 1 sd"}
     if has_median(record):
         rows["median"] = "median, band 10-90%"
     figure = Figure(figsize=(15, 4.6 * len(rows)), layout="constrained")
@@ -201,17 +201,22 @@ def grid_page(record: dict) -> str:
                       *table(columns, rows)]) + "\n"
 
 
-def write(stem: Path, record: dict, page: str):
-    write_json(stem.with_name(stem.name + ".json"), record)
-    stem.with_name(stem.name + ".md").write_text(page)
-    print(f"{page}\nwritten: {stem}.*\n")
+def write(out: Path, stem: str, record: dict, page: str):
+    write_json(out / f"{stem}.json", record)
+    (out / f"{stem}.md").write_text(page)
+    print(f"{page}\nwritten: {out}/{stem}.*\n")
 
 
-def write_figure(stem: Path, title: str, record: dict):
+def write_figure(out: Path, figure: int, methods: list, record: dict):
+    stem, title = f"synthetic_alpha{record['alpha']:g}", f"Figure 4, alpha = {record['alpha']:g}"
+    draw = draw_figure4
+    if figure == 3:
+        stem, title, draw = "synthetic_figure3", "Figure 3", draw_figure3
+    draw(out / f"{stem}.png", methods, record)
     digits = 10 if instances_of(record) <= 10 else 6  # of fifty instances' curves: a file below 1 MB
     rounded = tidy(record, digits) | {key: tidy(record[key], 6) for key in ("verdicts", "undecided")}
-    write(stem, rounded, figure_page(title, record))
+    write(out, stem, rounded, figure_page(title, record))
 
 
-def write_grid(stem: Path, record: dict):
-    write(stem, tidy(record, 10), grid_page(record))
+def write_grid(out: Path, record: dict):
+    write(out, f"synthetic_alpha{record['alpha']:g}_grid", tidy(record, 10), grid_page(record))

@@ -124,7 +124,7 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
 @pytest.mark.parametrize("dpo_scale, kl_direction", [(2.0, "reference_policy"), (1.0, "policy_reference")])
 def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_direction):
     instance, models, problem = small
-    methods = [synthetic.make_method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7)
+    methods = [synthetic.Method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7)
                for name in METHODS]
     eval_steps = [1, 2, 12]
     curves = problem.unlearn(methods, 12, eval_steps, dpo_scale, kl_direction)[0]
@@ -145,7 +145,7 @@ def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_
 def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
     margin = np.array([[-900.0, -40.0, -1.0, 0.0, 3.0, 40.0]])
     reference, same = np.array([[2.0, 30.0, 1.0, 0.0, 3.0, -2.0]]), np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    loss = partial(synthetic.forget_loss, method=synthetic.make_method(family, 0.1, 0.1), dpo_scale=1.0,
+    loss = partial(synthetic.forget_loss, method=synthetic.Method(family, 0.1, 0.1), dpo_scale=1.0,
                    reference_logits=torch.from_numpy(reference)[None], idk=torch.from_numpy(2 * same - 1),
                    answer=torch.ones(6, dtype=torch.float64))
     theta, Z = torch.from_numpy(margin)[None], torch.eye(6, dtype=torch.float64)[None]  # its own logits
