@@ -45,7 +45,8 @@ def small_data(tmp_path_factory) -> Path:
 def small_model(tmp_path_factory, small_data) -> Path:
     """A folder with a random Llama of a few thousand parameters, and its tokenizer."""
     from data.tofu import load_task
-    from models.loading import make_tiny, save_model
+    from models.loading import make_tiny
+    from models.saving import save_model
     task = load_task(str(small_data), "forget10")
     texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")]
     dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

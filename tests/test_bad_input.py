@@ -33,6 +33,14 @@ TRAIN = [
     ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
     ("--resume nowhere", "no config.json"), ("--model DATA --data DATA", "no config.json"),
+    ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
+    ("--kl-direction reference_policy", "--kl-direction has no effect"),
+    ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
+    ("--best-by model-utility", "--best-by has no effect"), ("--keep best --eval-every never", "--keep has no effect"),
+    ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
+    ("--model MODEL --data DATA --parallel fsdp", "--parallel fsdp has no effect in one process"),
+    ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
+    ("--dry-run --resume MODEL", "has not begun"),
     ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
 ] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from data.batches import collate, deal, make_stream
-from data.prompts import encode, encode_prompts
+from data.prompts import encode, encode_prompts, prompt_text
 from data.tofu import complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
 from models.loading import make_tiny
+from models.presets import TINY_DIMS
 from support.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0)[1]
+    return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0, TINY_DIMS)[1]
 
 
 @pytest.mark.parametrize("split,size", [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800),
@@ -150,3 +151,13 @@ def test_lists_and_lines_are_both_read(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert read_rows(tmp_path / "list.json") == read_rows(tmp_path / "lines.json") == rows
+
+
+def test_a_chat_prompt_is_the_same_on_every_day_and_has_its_system_turn():
+    """Llama 3's templates write today's date; a resumed run must see the prompts that it began with."""
+    tokenizer = make_tiny(["Who wrote it? Ann did."], 0, TINY_DIMS)[1]
+    tokenizer.chat_template = ("{{ strftime_now('%d %b %Y') }}|{{ date_string }}|{% for m in messages %}"
+                               "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
+    assert prompt_text(tokenizer, "chat", "Who?") == "10 Apr 2025|10 Apr 2025|<user>Who?"
+    tokenizer.init_kwargs["system_prompt"] = "Be brief."
+    assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?")

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from running.checkpoints import latest
-from running.processes import ALONE
-from train_npo import parse, run
+from running.settings import parse
+from support.world import ALONE
+from train_npo import carry_out
 
 # A run whose files may have at most 4000 bytes from the moment on that it writes what NAME says (the operating system
 # refuses the rest of a write, as a full disk does; Python ignores the signal that comes with it).
@@ -33,8 +34,8 @@ def fills(module, name, is_it):
 
 moments = {"checkpoint": (checkpoints, "save", lambda folder, step, *_: step == 4),
            "evaluation": (run_folder, "write_json", lambda path, *_: str(path).endswith("step_000004.json")),
-           "best": (run_folder, "save_aside", lambda lm, tokenizer, folder, *_: folder.name == "best"),
-           "model": (run_folder, "save_aside", lambda lm, tokenizer, folder, *_: folder.name == "model")}
+           "best": (run_folder.RunFolder, "save_aside", lambda run, lm, name, *_: name == "best"),
+           "model": (run_folder.RunFolder, "save_aside", lambda run, lm, name, *_: name == "model")}
 fills(*moments[sys.argv.pop(1)])
 command_line.run_command(train_npo.main, "train_npo.py")
 """
@@ -61,7 +62,7 @@ def undisturbed(small_model, small_data, tmp_path_factory):
     flags = ["--model", small_model, "--forget", folder.parent / "forget.jsonl",
              "--retain", folder.parent / "retain.jsonl", *FLAGS]
     flags = list(map(str, flags))
-    run(parse([*flags, "--out", str(folder)])[0], ALONE)
+    carry_out(parse([*flags, "--out", str(folder)]), ALONE)
     return flags, folder
 
 
@@ -81,7 +82,7 @@ def test_a_full_disk_costs_nothing_that_was_there(moment, undisturbed, tmp_path)
                                              "model": "step_000004"}[moment]
     assert all(json.loads(file.read_text())["metrics"] for file in (out / "eval").glob("*.json"))
     assert not list(out.rglob("*.partial"))
-    run(parse(["--resume", str(out)])[0], ALONE)
+    carry_out(parse(["--resume", str(out)]), ALONE)
     for name in ("model", "best"):
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, whole))
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
@@ -102,6 +103,6 @@ def test_little_room_from_the_start(room, undisturbed, tmp_path):
     program = limit + FULL_DISK.split("def fills")[0] + "command_line.run_command(train_npo.main, 'train_npo.py')"
     assert "room" in fails(tmp_path, program, *flags, "--out", "run")
     if (tmp_path / "run").exists():
-        assert (run(parse(["--resume", str(tmp_path / "run")])[0], ALONE) / "model").is_dir()
+        assert (carry_out(parse(["--resume", str(tmp_path / "run")]), ALONE) / "model").is_dir()
     else:
         assert not list(tmp_path.iterdir()), "nothing is left of a run that could not begin"

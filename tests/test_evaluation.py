@@ -8,24 +8,21 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-import evaluate_tofu
 from data.batches import collate, collate_packed
 from data.tofu import load_task
-from evaluate_tofu import (
-    compute_metrics,
+from evaluate_tofu import compute_metrics, ks_log10_p, log_truth_ratio, plot_truth_ratios
+from evaluation import scoring
+from evaluation.logs import expect_split, match_retain_rows, read_log, read_retain_log
+from evaluation.scoring import (
+    ReferenceStates,
     evaluate,
-    expect_split,
-    ks_log10_p,
-    log_truth_ratio,
-    match_retain_rows,
-    plot_truth_ratios,
     prepare,
-    read_log,
-    read_retain_log,
-    reference_states,
     rouge_l_recall,
+    states_of_answers,
+    texts_with_kl,
 )
-from models.loading import AnswerModel, load_model
+from models.answers import AnswerModel
+from models.loading import load_model
 from support.errors import InputError
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
@@ -158,30 +155,30 @@ def test_scores_equal_a_naive_loop_over_rows(measured):
 
 
 def test_answers_that_share_a_sequence_score_as_each_alone(measured):
-    """Values and gradients; groups of one and of many, of texts that part before, at and after the answer's start."""
+    """Values and gradients; prompts with one answer and with many, of texts that part before, at and after the answer's start."""
     model, tokenizer, _, prepared, _ = measured
-    texts = [t.encoded for t in prepared.texts if t.set == "forget"][:21]
+    texts = [t.encoded for some in prepared.texts.values() for t in some if t.set == "forget"][:21]
     texts.append(texts[-1]._replace(start=texts[-1].start + 2))
     texts.append(texts[-1]._replace(ids=texts[-1].ids[:3] + [7, 8, 9] + texts[-1].ids[6:]))
-    groups = [[0], list(range(1, 14)), list(range(14, 23))]
     found = []
-    for batch in (collate(texts, 0), collate_packed(texts, groups, 0)):
+    for batch in (collate(texts, 0), collate_packed(texts, 0), collate_packed(texts, 0, in_one=True)):
         model.zero_grad()
-        logps, _ = model(batch)
+        logps = batch.per_text(model(batch)[0])
         (logps * torch.linspace(-1, 1, len(texts))).sum().backward()
         found.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
     model.zero_grad()
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
-    for a, b in zip(found[0][1], found[1][1]):
-        assert (a - b).norm() <= 1e-5 * a.norm()
+    for other in found[1:]:
+        torch.testing.assert_close(found[0][0], other[0], rtol=1e-5, atol=1e-4)
+        for a, b in zip(found[0][1], other[1], strict=True):
+            assert (a - b).norm() <= 1e-5 * a.norm()
     one_question = texts[:7]
-    assert collate_packed(one_question, [range(7)], 0).tokens < 0.7 * collate(one_question, 0).tokens
+    assert collate_packed(one_question, 0).tokens < 0.7 * collate(one_question, 0).tokens
 
 
 @pytest.mark.parametrize("tokens", (1, 300))
 def test_batch_size_changes_nothing(measured, monkeypatch, tokens):
     model, tokenizer, _, prepared, rows = measured
-    monkeypatch.setattr(evaluate_tofu, "SCORED_TOKENS", tokens)
+    monkeypatch.setattr(scoring, "SCORED_TOKENS", tokens)
     for other in (1, 64):
         again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
         for name in rows:
@@ -193,12 +190,12 @@ def test_batch_size_changes_nothing(measured, monkeypatch, tokens):
 
 def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measured):
     model, tokenizer, _, prepared, _ = measured
-    states = reference_states(model, prepared, tokenizer, 16)
-    head = model.lm.get_output_embeddings().weight
-    given = dict(batch_size=16, max_new_tokens=1, reference=states)
-    kl = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference_head=head))
+    states = states_of_answers(model, texts_with_kl(prepared), 16, 0)
+    head = model.lm.get_output_embeddings().weight.detach()
+    given = dict(batch_size=16, max_new_tokens=1)
+    kl = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference=ReferenceStates(states, head)))
     assert abs(kl["forget_kl"]) < 1e-6 and abs(kl["world_facts_kl"]) < 1e-6
-    flat = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference_head=5 * head))
+    flat = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference=ReferenceStates(states, 5 * head)))
     assert flat["forget_kl"] > 0.01
 
 

@@ -625,8 +625,8 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     import torch
 
     from running import run_folder
-    from running.processes import World
-    from train_npo import resolve, run
+    from running.settings import resolve
+    from support.world import World
     monkeypatch.chdir(tmp_path)
     given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
              "template": "llama2"}

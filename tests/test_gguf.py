@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from data.prompts import TEMPLATES, encode
-from models import gguf_weights
-from models.gguf_weights import converted, first_sentence
-from models.loading import PRESETS, load_model
+from models import gguf as gguf_weights
+from models.gguf import converted, first_sentence
+from models.loading import load_model
+from models.presets import PRESETS
+from running.settings import resolve
 from support.errors import InputError
-from train_npo import resolve
 
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

@@ -11,8 +11,9 @@ from torch.nn.functional import linear
 
 import train_npo
 from losses import KL_DIRECTIONS, kl_loss, token_logps
-from models import chunked_head, layers
-from models.chunked_head import answer_values
+from models import answers as chunked_head
+from models import layers
+from models.answers import answer_values
 from models.layers import prepare_layers
 from running.memory_plan import Load, Shape, token_bytes
 from support.errors import InputError
@@ -170,6 +171,8 @@ def test_the_plan_knows_what_a_layer_keeps(monkeypatch, dtype, checkpointing, sm
     x = Shape(0, 2, 0, 0, hidden=48, key_value=16, inner=80, vocabulary=60)
     load = Load(1, "ddp", dtype, checkpointing, 5, 40, 0, 0, True)
     measured = (kept_bytes(two, dtype) - kept_bytes(one, dtype)) / (5 * 40)
+    if not small and not checkpointing:  # gate and up are kept outside autograd's own hooks
+        measured += 2 * 80 * (4 if dtype == "fp32" else 2)
     assert token_bytes(x, load) == pytest.approx(measured, rel=0.06)  # plus one number a norm and a head
 
 
@@ -201,6 +204,13 @@ def test_llama2_70b_is_planned_without_weights(capsys):
     said = plan_of(capsys, "--model", "llama2-70b", "--gpus", "32", "--parallel", "fsdp", "--dtype", "bf16")
     assert "68.977 G parameters" in said and "As asked it fits" in said
     assert "the fewest GPUs of this size are" in plan_of(capsys, "--model", "llama2-70b", "--gpus", "2")
+
+
+@pytest.mark.parametrize("preset, parameters", (("llama3.2-1b", "1.236 G"), ("llama3.1-8b", "8.030 G"),
+                                                ("qwen2.5-1.5b", "1.54"), ("qwen3-4b", "4.02")))
+def test_todays_models_are_planned_without_network(capsys, preset, parameters):
+    said = plan_of(capsys, "--model", preset, "--data", "locuslab/TOFU", "--dtype", "bf16")
+    assert parameters in said and "400 rows" in said
 
 
 def test_a_folders_own_shape_and_tokens_are_used(capsys, small_model, small_data):

@@ -15,7 +15,10 @@ from test_training import assert_close
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from models.loading import AnswerModel, load_model, save_model, weights_hash
+from models import sharded
+from models.answers import AnswerModel
+from models.loading import load_model
+from models.saving import save_model, weights_hash
 from running import sharding
 from running.checkpoints import Rows
 from support.errors import InputError
@@ -112,12 +115,12 @@ def test_weights_are_read_without_a_whole_model(small_model, tmp_path):
 
 @pytest.mark.usefixtures("swapped")
 def test_a_result_of_several_files_loads(small_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(sharded, "FILE_BYTES", 20_000)
     lm, tokenizer, _ = load_model(str(small_model))
     folder = tmp_path / "model"
     save_model(lm, tokenizer, folder, {})
     (folder / "model.safetensors").unlink()
-    sharding.write_weights(lm, folder, rank=0)
+    sharded.write_weights(lm, folder, rank=0)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert weights_hash(load_model(str(folder))[0]) == weights_hash(lm)
     empty, _, _ = load_model(str(folder), without_weights=True)
@@ -129,8 +132,8 @@ def test_flaws_of_a_folder_are_named(small_model, tmp_path):
     folder = Path(shutil.copytree(small_model, tmp_path / "model"))
     lm, _, _ = load_model(str(folder), without_weights=True)
     index = folder / "model.safetensors.index.json"
-    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', "no file of this folder"),
-                              ('{"weight_map": {"a": "absent.safetensors"}}', "no file of this folder"),
+    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', "only .safetensors files in the folder itself"),
+                              ('{"weight_map": {"a": "absent.safetensors"}}', "only .safetensors files in the folder itself"),
                               ("[1]", "not an index")):
         index.write_text(content)
         with pytest.raises(InputError, match=sentence):
