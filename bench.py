@@ -66,6 +66,7 @@ ROWS = {
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
     "synthetic": ("synthetic, Figure 4, both alpha", measure.measure_synthetic, {"S": 20}),
     "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}
+MET = {True: "yes", False: "**no**"}
 WITHOUT_THE_MODEL = {"memory", "first-command", "synthetic"}
 
 
@@ -96,18 +97,13 @@ def table(rows: dict, tiny: bool) -> str:
         cost = "" if ours is None else f"{ours:.3g} {row['unit']}"
         for against, ratio in row["ratio"].items():
             said = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['repeats']})"
-            judged = " | "
-            if against in targets:
-                judged = f"{targets[against]:.2f} | {yes_or_no(ratio['median'] >= targets[against])}"
+            target = targets.get(against)
+            judged = f"{target:.2f} | {MET[ratio['median'] >= target]}" if target else " | "
             lines.append(f"| {name} | {cost} | {against} | {said} | {judged} |")
         if "s" in targets:
-            judged = f"{targets['s']} s | {yes_or_no(ours <= targets['s'])}" if tiny else " | "
+            judged = f"{targets['s']} s | {MET[ours <= targets['s']]}" if tiny else " | "
             lines.append(f"| {name} | {cost} | | | {judged} |")
     return "\n".join(lines)
-
-
-def yes_or_no(met: bool) -> str:
-    return "yes" if met else "**no**"
 
 
 def machine(args: Namespace) -> dict:
@@ -123,17 +119,12 @@ def machine(args: Namespace) -> dict:
 def small_start(args: Namespace) -> str:
     """The tiny model that is measured: fine-tuned for three epochs only, and kept."""
     mark = fingerprint(load_task(args.data, "full").fingerprint, PRESETS["tiny"].sft_lr)
-    folder = Path("runs/bench").resolve() / f"tiny-{mark}"
+    folder = Path(f"runs/bench/tiny-{mark}")
     if not (folder / "model").is_dir():
         s = resolve({"loss": "sft", "split": "full", "data": args.data, "epochs": 3, "out": str(folder),
                      "eval_every": "never", "device": args.device.type})
         run_training(s, World(0, 1, args.device))
     return f"tiny={folder / 'model'}"
-
-
-def absolute(path: str) -> str:
-    """The same from any folder, as commands that are timed have their own; what is no path stays."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def build_parser() -> Parser:
@@ -163,17 +154,14 @@ def main():
     # No path of this machine: where model and data lie is nobody's business.
     data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
     model = f"{preset}=PATH" if preset and path else preset or "PATH"
-    args.data, args.device = absolute(args.data), pick_device(args.device)
+    args.device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     args.repeats = args.repeats or (5 if tiny else 2)
     args.evaluations, args.synthetic_repeats, args.process_steps = (3, 3, 40) if tiny else (1, 1, 2)
-    if set(wanted) - WITHOUT_THE_MODEL:
-        if args.model == "tiny":
-            args.model = small_start(args)
-        elif preset and not path:
+    if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
+        if not tiny:
             raise InputError(f"--model {name}: give its weights, --model {name}=FOLDER")
-        else:
-            args.model = f"{preset}={absolute(path)}" if preset else absolute(args.model)
+        args.model = small_start(args)
     file = args.out / f"bench_{label}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else {}
     for row in wanted:

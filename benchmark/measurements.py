@@ -291,16 +291,16 @@ def command(flags: list, processes: int = 0) -> list:
     return [sys.executable, *(torchrun if processes > 1 else []), str(TRAIN), *flags]
 
 
-def finish(words: list, folder: str, **environ):
-    """Run a command in the folder. Raises RuntimeError where it fails."""
+def finish(words: list, folder: str | None = None, **environ):
+    """Run a command, in the folder. Raises RuntimeError where it fails."""
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env={**os.environ, **environ})
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with status {done.returncode}: {done.stderr[-1000:]}")
 
 
-def what_is_measured(args: Namespace) -> list:
-    return ["--model", args.model, "--data", args.data, "--eval-every", "never", "--device", args.device.type,
-            "--out", "run"]
+def flags_of(args: Namespace, folder: str) -> list:
+    return ["--model", args.model, "--data", args.data, "--device", args.device.type, "--eval-every", "never",
+            "--out", f"{folder}/run"]
 
 
 def measure_startup(code: Namespace, args: Namespace) -> dict:
@@ -309,8 +309,8 @@ def measure_startup(code: Namespace, args: Namespace) -> dict:
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
             begin, log = time.perf_counter(), Path(folder) / "run" / "log.jsonl"
-            words = command(["--loss", "npo", "--retain-weight", "1", *what_is_measured(args)])
-            process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL)
+            words = command(["--loss", "npo", "--retain-weight", "1", *flags_of(args, folder)])
+            process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
             try:
                 while not log.exists() or not log.stat().st_size:
                     if process.poll() is not None:
@@ -328,10 +328,10 @@ def measure_processes(code: Namespace, args: Namespace) -> dict:
     steps."""
     rates = {1: [], 2: []}
     epochs = math.ceil((1 + args.process_steps) * 32 / 120)  # of the split's 120 rows, in batches of 32
-    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(epochs), *what_is_measured(args)]
+    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(epochs)]
     for _, (count, values) in product(range(args.repeats), rates.items()):
         with tempfile.TemporaryDirectory() as folder:
-            finish(command(flags, count), folder, OMP_NUM_THREADS="1")
+            finish(command([*flags, *flags_of(args, folder)], count), OMP_NUM_THREADS="1")
             lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[1:1 + args.process_steps]
         values.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     return {"unit": "tokens/s", "rates": {str(count): spread(values) for count, values in rates.items()},

@@ -28,8 +28,9 @@ class Here(opponents.Apart):
 
 @pytest.fixture
 def args(small_model, small_data):
-    return Namespace(model=str(small_model), data=str(small_data), batch_size=4, repeats=2, a_rows=2, plain_rows=3,
-                     max_rows=6, max_new_tokens=8, evaluations=1, device=torch.device("cpu"), dtype="fp32", threads=1)
+    return Namespace(model=str(small_model), data=str(small_data), device=torch.device("cpu"), dtype="fp32",
+                     threads=1, batch_size=4, repeats=2, a_rows=2, evaluations=1, plain_rows=3, max_rows=6,
+                     max_new_tokens=8)
 
 
 def test_ratios_are_taken_repeat_by_repeat():
@@ -43,7 +44,8 @@ def test_a_and_b_take_the_same_steps_as_the_real_loop(args, method):
     row = measure_step(bench.CODE, args, method, opponents.Apart if method == "npo+kl" else Here)
     assert max(row["checked"].values()) < 1e-4 and row["update_gap_of_B"] < 0.02
     assert {name: ratio["repeats"] for name, ratio in row["ratio"].items()} == {"A": 2, "B": 2}
-    assert row["rows"] == {"ours": 4, "B": 4, "A": 2} and (row["reference_pass_share"] > 0) == (method != "sft")
+    assert row["rows"] == {"ours": 4, "B": 4, "A": 2}
+    assert (row["reference_pass_share"] > 0) == (method != "sft")
     assert bench.table({method: row}, tiny=True).count("\n") == 3
 
 
@@ -62,8 +64,8 @@ def test_plain_evaluation_gives_the_same_scores(args):
 
 def test_s_walks_the_same_path():
     instance = synthetic.fresh_instance(0, 0)
-    rows = (instance.features(instance.x_retain, -1), instance.y_retain, instance.features(instance.x_forget, 1),
-            instance.y_forget)
+    rows = (instance.features(instance.x_retain, -1), instance.y_retain,
+            instance.features(instance.x_forget, 1), instance.y_forget)
     models = synthetic.reference_and_retrained(*rows, steps=50)
     plain = np.stack(opponents.plain_models(*map(torch.from_numpy, rows), synthetic.TRAIN_LR, 50), 1)
     np.testing.assert_allclose(plain, models, rtol=1e-9)
@@ -85,7 +87,8 @@ def test_useful_flops_by_hand(small_model):
 
 def test_a_case_of_memory_is_measured_beside_its_prediction(args, tmp_path):
     """In fresh processes; so small a model is lost in what Python itself holds."""
-    found = in_fresh_processes(measure_case, bench.CODE, args, Case("ours, ddp, 2 processes", 8, processes=2), count=2)
+    case = Case("ours, ddp, 2 processes", 8, processes=2)
+    found = in_fresh_processes(measure_case, bench.CODE, args, case, count=2)
     plain = in_fresh_processes(measure_case, bench.CODE, args, Case("plain, micro-batch 8", 8, ours=False))
     assert len(found) == 2 and all(result["measured"] > 0 for result in found + plain)
     assert found[0]["predicted"] > 0 and found[0]["load"]["sequences"] > 0
