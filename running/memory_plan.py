@@ -61,8 +61,16 @@ def read_shape(s: Namespace, rows: list) -> Shape:
             lm = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"--model {s.model}: its config.json is not a model's ({error})") from None
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    layers, heads = decoder_layers(lm), config.num_attention_heads
+    return shape_of(lm)
+
+
+def shape_of(lm) -> Shape:
+    """A loaded model's sizes."""
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    config, layers = lm.config, decoder_layers(lm)
+    heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(count(lm), len(layers), count(layers[0]), count(lm) - sum(map(count, layers)),
                  config.hidden_size,
@@ -172,11 +180,12 @@ def count_work(s: Namespace, task) -> Work:
                 tokenizer is None)
 
 
-def flops(x: Shape, work: Work, checkpointing: bool) -> float:
-    """Floating-point operations of a step: 2 a parameter and token forward, 4 backward (and 2 again with
-    activation checkpointing), causal attention, and the head at the answers' tokens alone."""
-    layers = 2 * x.layers * x.layer * work.tokens + 2 * x.layers * work.width * x.hidden * work.tokens
-    return (4 if checkpointing else 3) * layers + 6 * x.vocabulary * x.hidden * work.answer_tokens
+def training_flops(x: Shape, tokens: float, width: float, answer_tokens: float, passes: int = 3) -> float:
+    """Floating-point operations to train on so many tokens, in texts `width` tokens long: 2 a parameter and token
+    forward, 4 backward (2 more, a fourth pass, where activations are computed again), causal attention, and the head at
+    the answers' tokens alone."""
+    layers = 2 * x.layers * (x.layer + width * x.hidden) * tokens
+    return passes * layers + 6 * x.vocabulary * x.hidden * answer_tokens
 
 
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
@@ -240,7 +249,7 @@ def dry_run(s: Namespace, processes: int, say=print):
     for part in sorted({key: None for p in plans for key in p}, key=lambda key: key == "peak"):
         say(f"  {part:38}" + "".join(f"{p.get(part, 0) / GB:12.2f}" for p in plans))
     for what, load in columns:
-        step = flops(x, work, load.checkpointing)
+        step = training_flops(x, work.tokens, work.width, work.answer_tokens, 4 if load.checkpointing else 3)
         hours = step * work.steps / (teraflops * 1e12 * processes) / 3600
         say(f"{what}: {step / 1e12:,.1f} TFLOP a step; {hours:.2f} h for {work.steps} steps at {teraflops:g} "
             "TFLOP/s a process, evaluations apart")
