@@ -8,6 +8,7 @@ largest seed. The same JSON gives the same bytes on the same machine.
 import math
 import statistics
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,22 +17,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
+from data.tofu import complement  # noqa: E402
 from study.answers import judgement  # noqa: E402
-from study.verdicts import (  # noqa: E402
-    LINE,
-    chosen_runs,
-    kept_utility,
-    peak,
-    peak_at,
-    samples_of,
-    tuned_runs,
-    weighted_runs,
-)
+from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, samples_of, tuned_runs  # noqa: E402
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}
 LINES = {"": ":", "rt": "-", "kl": "--"}
 MARKERS = {"": "o", "rt": "s", "kl": "^"}
+SMALL_SPLITS = ("forget01", "forget05", "forget10")
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 
@@ -72,30 +66,37 @@ def floor_of(values: list) -> float:
 
 # ---------------------------------------------------------------- pieces
 
-def curve(axes, runs: list, method: str, key: str, against: str, drawn=float):
-    """Mean over seeds as a line, the seeds' range as a band; `drawn` makes a height of what was averaged."""
-    color, line, marker = style(method)
-    columns = [[r[key][i] for r in runs] for i in range(len(runs[0]["steps"]))]  # seeds have the same steps
-    heights = lambda summary: [drawn(summary(column)) for column in columns]
-    x = [step / (runs[0]["steps"][-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in runs[0]["steps"]]
-    axes.plot(x, heights(statistics.mean), line, color=color, label=method, linewidth=1.4, marker=marker, markersize=3)
-    if len(runs) > 1:
-        axes.fill_between(x, heights(min), heights(max), color=color, alpha=0.1, linewidth=0)
+def band(axes, x: list, columns: list, drawn, alpha: float, **line):
+    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the largest; `drawn`
+    makes a height of what was averaged."""
+    axes.plot(x, [drawn(statistics.mean(column)) for column in columns], **line)
+    if max(map(len, columns)) > 1:
+        axes.fill_between(x, [drawn(min(column)) for column in columns], [drawn(max(column)) for column in columns],
+                          color=line["color"], alpha=alpha, linewidth=0)
+
+
+def curve(axes, runs: list, label: str, key: str, against: str, drawn=float):
+    """A metric over steps or epochs, one line for the seeds' runs."""
+    color, line, marker = style(runs[0]["method"])
+    steps = runs[0]["steps"]  # seeds have the same
+    x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
+    band(axes, x, [[r[key][i] for r in runs] for i in range(len(steps))], drawn, 0.1, color=color, linestyle=line,
+         label=label, linewidth=1.4, marker=marker, markersize=3)
 
 
 def quality_panel(axes, study: dict, named: list, against: str, title: str):
-    """Forget quality on the dual scale, one line for each (method, runs)."""
+    """Forget quality on the dual scale, one line for each (label, runs)."""
     floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
-    for method, runs in named:
-        curve(axes, runs, method, "forget_quality_log10", against, lambda log: height(log, floor))
+    for label, runs in named:
+        curve(axes, runs, label, "forget_quality_log10", against, partial(height, floor=floor))
     dual_axis(axes, floor)
     ceiling(axes, study, named[0][1][0]["split"], floor)
     axes.set(title=title, xlabel=against, ylabel="forget quality")
 
 
 def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: str):
-    for method, runs in named:
-        curve(axes, runs, method, key, against)
+    for label, runs in named:
+        curve(axes, runs, label, key, against)
     axes.set(title=title, xlabel=against, ylabel=ylabel)
     axes.grid(alpha=0.25)
 
@@ -120,9 +121,9 @@ def lattice(axes, study: dict, split: str, floor: float):
                        color="gray", y=0.005)
 
 
-def with_runs(study: dict, split: str, methods) -> list:
+def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     """(method, its runs) for those that have any."""
-    return [(m, runs) for m in methods if (runs := chosen_runs(study, split, m))]
+    return [(m, runs) for m in methods if (runs := select(study, split, m))]
 
 
 def save(figure, path: Path) -> Path:
@@ -175,59 +176,87 @@ def wrapped(name: str, text: str) -> str:
 
 def trade_off(study: dict, splits: tuple, path: Path):
     """Forget quality against utility at each method's peak, one panel a split."""
-    named = {split: with_runs(study, split, study["chosen"]) for split in splits}
-    if not any(named.values()):
+    found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"]))]
+    if not found:
         return None
-    splits = [split for split in splits if named[split]]
-    figure, panels = plt.subplots(1, len(splits), figsize=(5.2 * len(splits), 5.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 5.2), layout="constrained", squeeze=False)
     entries = {}
-    for axes, split in zip(panels[0], splits):
-        runs = [r for _, own in named[split] for r in own]
-        floor = floor_of([r["forget_quality_log10"][0] for r in runs] + [peak(r) for r in runs])
-        for method, own in named[split]:
-            color, _, marker = style(method)
-            x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
-            middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
-            error = lambda values, mean: [[max(0, mean - min(values))], [max(0, max(values) - mean)]]
-            entries[method] = axes.errorbar(*middle, xerr=error(x, middle[0]), yerr=error(y, middle[1]), fmt=marker,
-                                            color=color, markerfacecolor=color if "+" in method else "white",
-                                            markersize=7, elinewidth=0.8, label=method)
-        start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", "forget_quality_log10"))
-        entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
-                                                label="fine-tuned start", linestyle="")[0]
-        utilities = [m["model_utility"] for m in study["retrained"]
-                     if m["split"] == f"retain{100 - int(split[-2:]):02d}" and m.get("model_utility")]
-        if utilities:
-            entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
-                                                     markersize=14, label="retrained", linestyle="")[0]
-        dual_axis(axes, floor)
-        ceiling(axes, study, split, floor)
-        lattice(axes, study, split, floor)
-        seeds = sorted({len(own) for _, own in named[split]})
-        axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
-                 ylabel="forget quality at its peak")
-        axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
+    for axes, (split, named) in zip(panels[0], found, strict=True):
+        entries |= trade_off_panel(axes, study, split, named)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center",
                   ncol=legend_columns(figure, 8), fontsize=8,
                   title="dashed red: 0.05; cyan: one retrained model against another", title_fontsize=8)
     return save(figure, path)
 
 
-def evolution(study: dict, columns: list, path: Path, select=None):
-    """Forget quality above, utility below; columns of (title, split, methods, "steps" or "epochs")."""
-    select = select or chosen_runs
-    columns = [(title, [(m, runs) for m in methods if (runs := select(study, split, m))], against)
-               for title, split, methods, against in columns]
+def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
+    """Each method's point with the seeds' range, the start and the retrained model; the legend's entries."""
+    runs, entries = [r for _, own in named for r in own], {}
+    floor = floor_of([r["forget_quality_log10"][0] for r in runs] + [peak(r) for r in runs])
+    for method, own in named:
+        color, _, marker = style(method)
+        x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
+        middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
+        entries[method] = axes.errorbar(*middle, xerr=reach(x, middle[0]), yerr=reach(y, middle[1]), fmt=marker,
+                                        color=color, markerfacecolor=color if "+" in method else "white",
+                                        markersize=7, elinewidth=0.8, label=method)
+    start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", "forget_quality_log10"))
+    entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
+                                            label="fine-tuned start", linestyle="")[0]
+    utilities = [m["model_utility"] for m in study["retrained"]
+                 if m["split"] == complement(split) and m.get("model_utility")]
+    if utilities:
+        entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
+                                                 markersize=14, label="retrained", linestyle="")[0]
+    dual_axis(axes, floor)
+    ceiling(axes, study, split, floor)
+    lattice(axes, study, split, floor)
+    seeds = sorted({len(own) for _, own in named})
+    axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
+             ylabel="forget quality at its peak")
+    axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
+    return entries
+
+
+def reach(values: list, mean: float) -> list:
+    """An error bar's lengths below and above."""
+    return [[max(0, mean - min(values))], [max(0, max(values) - mean)]]
+
+
+def evolution(study: dict, columns: list, path: Path):
+    """Forget quality above, utility below; columns of (title, [(label, runs)], "steps" or "epochs")."""
     columns = [column for column in columns if column[1]]
     if not columns:
         return None
     figure, panels = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 7.4), layout="constrained",
                                   squeeze=False)
-    for (title, named, against), (above, below) in zip(columns, panels.T):
+    for (title, named, against), (above, below) in zip(columns, panels.T, strict=True):
         quality_panel(above, study, named, against, title)
         metric_panel(below, named, "model_utility", against, "", "model utility")
-    legend_below(figure, max(panels[0], key=lambda axes: len(axes.get_legend_handles_labels()[0])), 7)
+    legend_below(figure, max(panels[0], key=legend_entries), 7)
     return save(figure, path)
+
+
+def legend_entries(axes) -> int:
+    return len(axes.get_legend_handles_labels()[0])
+
+
+def figure6(study: dict, path: Path):
+    """The small splits over epochs; forget01, whose steps are few, over steps."""
+    return evolution(study, [(split, with_runs(study, split, study["chosen"]),
+                              "steps" if split == "forget01" else "epochs") for split in SMALL_SPLITS], path)
+
+
+def figure9(study: dict, path: Path):
+    """forget50 and forget90, every method with the retain weight that was chosen for the split."""
+    return evolution(study, [(f"{split}, tuned weights", with_runs(study, split, study["chosen"], tuned_runs), "epochs")
+                             for split in ("forget50", "forget90")], path)
+
+
+def single_runs(runs: list, path: Path):
+    """Records of any settings over steps, a line each."""
+    return evolution({}, [("", [("{method} lr {lr:g} beta {beta:g} seed {seed}".format(**r), [r]) for r in runs],
+                           "steps")], path)
 
 
 def figure7(study: dict, path: Path):
@@ -238,7 +267,6 @@ def figure7(study: dict, path: Path):
     sets = named[0][1]
     figure, axes = plt.subplots(figsize=(17, 0.62 * (len(named) + 2)), layout="constrained")
     axes.axis("off")
-    fit = lambda text: "\n".join(textwrap.wrap(text or "(empty)", 58, max_lines=2, placeholder=" ..."))
     cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
     colors = [["white"] * (len(sets) + 1)]
     for who, samples in named:
@@ -256,6 +284,10 @@ def figure7(study: dict, path: Path):
     return save(figure, path)
 
 
+def fit(text: str) -> str:
+    return "\n".join(textwrap.wrap(text or "(empty)", 58, max_lines=2, placeholder=" ..."))
+
+
 def figure8(study: dict, path: Path):
     """Divergence from the start on the forget set, forget10."""
     named = with_runs(study, "forget10", study["chosen"])
@@ -271,19 +303,17 @@ def figure8(study: dict, path: Path):
 def retain_weight(study: dict, path: Path):
     """npo+rt on forget10: peak and last forget quality, and utility there, against the retain weight."""
     weights = study["budget"]["retain_weights"]
-    found = [(w, runs) for w in weights if (runs := weighted_runs(study, "forget10", "npo+rt", w))]
+    found = {w: runs for w in weights if (runs := chosen_runs(study, "forget10", "npo+rt", w))}
     if len(found) < 2:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
-    floor = floor_of([r["forget_quality_log10"][-1] for _, runs in found for r in runs])
-    last = lambda r: r["forget_quality_log10"][-1]
-    for name, color, quality, utility in (("peak", "black", peak, lambda r: kept_utility(r, peak_at(r))),
-                                          ("end of the run", "tab:gray", last, kept_utility)):
-        for axes, value, drawn in ((left, quality, lambda log: height(log, floor)), (right, utility, float)):
-            heights = lambda summary: [drawn(summary(map(value, runs))) for _, runs in found]
-            x = [w for w, _ in found]
-            axes.plot(x, heights(statistics.mean), "o-", color=color, label=name)
-            axes.fill_between(x, heights(min), heights(max), color=color, alpha=0.12, linewidth=0)
+    floor = floor_of([last(r) for runs in found.values() for r in runs])
+    for label, color, quality, place in (("peak", "black", peak, peak_at), ("end of the run", "tab:gray", last, None)):
+        line = {"color": color, "label": label, "marker": "o", "linestyle": "-"}
+        utilities = [[kept_utility(r, place(r) if place else -1) for r in runs] for runs in found.values()]
+        band(left, list(found), [list(map(quality, runs)) for runs in found.values()], partial(height, floor=floor), 0.12,
+             **line)
+        band(right, list(found), utilities, float, 0.12, **line)
     dual_axis(left, floor)
     ceiling(left, study, "forget10", floor)
     left.set(xlabel="retain weight", ylabel="forget quality", title="npo+rt, forget10")
@@ -293,22 +323,22 @@ def retain_weight(study: dict, path: Path):
     return save(figure, path)
 
 
+def figure5(study: dict, path: Path):
+    return trade_off(study, SMALL_SPLITS, path)
+
+
+def beyond10(study: dict, path: Path):
+    return trade_off(study, ("forget20", "forget30", "forget50", "forget90"), path)
+
+
+MAKERS = {"2": figure2, "5": figure5, "6": figure6, "7": figure7, "8": figure8, "9": figure9,
+          "retain-weight": retain_weight, "beyond10": beyond10}
+
+
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
     """The wanted figures that the study has runs for, as STEM_figureN.png; their paths."""
-    small, methods = ("forget01", "forget05", "forget10"), list(study["chosen"])
-    makers = {
-        "2": lambda p: figure2(study, p),
-        "5": lambda p: trade_off(study, small, p),
-        "6": lambda p: evolution(study, [(s, s, methods, "steps" if s == "forget01" else "epochs") for s in small], p),
-        "7": lambda p: figure7(study, p),
-        "8": lambda p: figure8(study, p),
-        "9": lambda p: evolution(study, [(f"{s}, tuned weights", s, methods, "epochs")
-                                         for s in ("forget50", "forget90")], p, tuned_runs),
-        "retain-weight": lambda p: retain_weight(study, p),
-        "beyond10": lambda p: trade_off(study, ("forget20", "forget30", "forget50", "forget90"), p),
-    }
     drawn = []
     for figure in figures:
         name = f"figure{figure}" if figure.isdigit() else figure
-        drawn.append(makers[figure](stem.with_name(f"{stem.name}_{name}.png")))
+        drawn.append(MAKERS[figure](study, stem.with_name(f"{stem.name}_{name}.png")))
     return [path for path in drawn if path]

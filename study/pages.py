@@ -1,0 +1,286 @@
+"""The study's page, results/tofu.md: lessons, verdicts, figures and tables, all from the JSON of each study."""
+
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from study.answers import KINDS, judgement
+from study.verdicts import (
+    ANSWER,
+    COVERED,
+    ELSEWHERE,
+    LINE,
+    chosen_runs,
+    combined,
+    deciding,
+    kept_utility,
+    last,
+    numbers_of,
+    peak,
+    peak_at,
+    rate,
+    samples_of,
+    scale,
+    second_start,
+    told,
+    tuned_runs,
+    verdicts,
+)
+
+FIGURE_TITLES = {
+    "figure2": "Figure 2: forget05, ga and npo over steps, with the answers of the rt variants",
+    "figure5": "Figure 5: forget quality against utility at each method's peak",
+    "figure6": "Figure 6: both over steps", "figure7": "Figure 7: answers",
+    "figure8": "Figure 8: divergence from the start on the forget set, forget10",
+    "figure9": "Figure 9: forget50 and forget90 with tuned weights", "retain-weight": "The retain weight of npo+rt",
+    "beyond10": "Beyond 10%: as Figure 5"}
+
+# Ten lines for a student: the keys of their verdicts, and what each would mean.
+LESSONS = (
+    (("ga_falls",), "Gradient ascent has no floor: what peaks early is destroyed by going on."),
+    (("npo_plateau",), "NPO's weight W vanishes on what is forgotten: its forget quality levels off and stays."),
+    (("npo_beats_ga",), "At equal utility NPO forgets better than gradient ascent."),
+    (("forget_kl",), "The reason shows in the divergence from the start: unbounded for ga, moderate for npo."),
+    (("retain_weight",), "A retain term helps forgetting itself, up to a point."),
+    (("forget05_only_npo", "forget10_baselines"),
+     "Only NPO-based methods pass for a retrained model (a p-value above 0.05)."),
+    (("forget10_npo_rt",), "On forget10 it takes npo and rt together to forget and to keep."),
+    (("answers_on_forget_set",), "Look at the answers: collapse repeats itself, NPO says something else."),
+    (("refusals_elsewhere",), "Teaching \"I don't know\" teaches it for everything."),
+    (("beyond10", "tuned_beyond10"), "With tuned weights npo+rt reaches beyond 10% of the data."),
+)
+
+
+def page(studies: dict, folder: Path) -> str:
+    """results/tofu.md from the JSON of every study in `folder`; name -> study."""
+    lines = ["# The TOFU study: Figures 2 and 5 to 9", "",
+             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number is "
+             "computed from there. How claims are judged, with their thresholds, is in the opening of "
+             "`tofu_verdicts.py`.", ""]
+    for name, study in studies.items():
+        lines += section(name, study, folder)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def section(name: str, study: dict, folder: Path) -> list[str]:
+    """One study: what to take away, verdicts, figures, tables."""
+    made, judged = study["provenance"], verdicts(study)
+    lines = [f"## {study['data']}, {study['model']}", "",
+             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; "
+             f"last command `{made['command']}`, {made['time']}. {origins_line(study)} {seeds_line(study)}", "",
+             "### What to take away", "",
+             "What the paper teaches, and whether it was seen at this scale, with the number that decides "
+             f"(in brackets: {COVERED:.0%} interval over seeds).", "", *lessons(judged), "", "### Verdicts", "",
+             *table(["claim", "holds", "numbers"], [[v["claim"], ANSWER[v["holds"]], numbers_of(v)] for v in judged]),
+             "", f"Scale: {scale(study)}. In brackets: {COVERED:.0%} interval of the mean over seeds (`interval`).", "",
+             *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]]]
+    tables = {"figure5": [*peak_table(study, ("forget01", "forget05", "forget10")), "", *ceiling_lines(study), "",
+                          *second_start_lines(study)],
+              "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study),
+                          *samples_table(study)],
+              "figure9": tuned_table(study), "retain-weight": weight_table(study),
+              "beyond10": peak_table(study, ("forget20", "forget30", "forget50", "forget90"))}
+    for key, title in FIGURE_TITLES.items():
+        if (folder / f"{name}_{key}.png").exists():
+            lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
+    return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
+
+
+def lessons(judged: list) -> list[str]:
+    """Ten lines: what the paper teaches, and whether it was seen here."""
+    by_key, lines = {v["key"]: v for v in judged}, []
+    for place, (keys, sentence) in enumerate(LESSONS, 1):
+        holds = combined([by_key[k]["holds"] for k in keys])
+        tests = [t for k in keys for t in deciding(by_key[k])]
+        shown = [t for t in tests if t["holds"] == holds] or tests
+        seen = {True: "Seen here", False: "NOT seen here", "undecided": "Undecided here"}[holds]
+        lines.append(f"{place}. {sentence} **{seen}**: {told(shown[0]) if shown else 'not run'}.")
+    return lines
+
+
+def seeds_line(study: dict) -> str:
+    """Which splits have how many seeds, over methods."""
+    found = []
+    for split in sorted({r["split"] for r in study["runs"]}):
+        counts = sorted({len(chosen_runs(study, split, m)) for m in study["chosen"]} - {0})
+        if counts:
+            found.append(f"{split} {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}")
+    return f"Seeds a method: {', '.join(found)}." if found else ""
+
+
+def origins_line(study: dict) -> str:
+    """Commits that the runs were made with, and the starts that they began from."""
+    commits = Counter((r["commit"] or "unknown")[:12] + " with changes" * ("+" in (r["commit"] or ""))
+                      for r in study["runs"])
+    starts = {}  # (seed of the start, its weights) -> split -> seeds of its runs
+    for r in study["runs"]:
+        starts.setdefault((r["start_seed"], r["start_weights"]), {}).setdefault(r["split"], set()).add(r["seed"])
+    told_starts = []
+    for (seed, weights), by_split in sorted(starts.items()):
+        seeds = [f"{split} seeds {', '.join(map(str, sorted(found)))}" for split, found in sorted(by_split.items())]
+        told_starts.append(f"{weights} (start seed {seed}: {'; '.join(seeds)})")
+    return f"Runs by commit: {', '.join(f'{c} {n}' for c, n in commits.most_common())}. Weights of the start: " \
+           f"{' and '.join(told_starts)}."
+
+
+# ---------------------------------------------------------------- tables
+
+def table(head: list, rows: list) -> list[str]:
+    """Markdown; nothing where there is no row."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]] if rows else []
+
+
+def runs_table(head: list, named: list) -> list[str]:
+    """(names, runs) at their peak and at the end: means over seeds with their standard deviation."""
+    rows = []
+    for names, runs in named:
+        if runs:
+            at = [peak_at(r) for r in runs]
+            rows.append([*names, len(runs), mean_sd([peak(r) for r in runs]),
+                         mean_sd([kept_utility(r, i) for r, i in zip(runs, at, strict=True)]),
+                         mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"]
+                                  for r, i in zip(runs, at, strict=True)], ".1f"),
+                         mean_sd([last(r) for r in runs]), mean_sd([kept_utility(r) for r in runs])])
+    return table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
+                  "last log10 forget quality", "utility / start"], rows)
+
+
+def mean_sd(values: list, spec: str = ".2f") -> str:
+    sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{spec}}{sd}"
+
+
+def peak_table(study: dict, splits: tuple) -> list[str]:
+    """Every method on these splits, with weights of 1."""
+    return runs_table(["split", "method"], [([split, m], chosen_runs(study, split, m)) for split in splits
+                                            for m in study["chosen"]])
+
+
+def tuned_table(study: dict) -> list[str]:
+    """Figure 9: every method with the retain weight that was chosen for the split; npo and ga have none to choose."""
+    return runs_table(["split", "method", "retain weight"],
+                      [([split, m, f"{weight:g}"], tuned_runs(study, split, m)) for split in ("forget50", "forget90")
+                       for m, choice in study["chosen"].items()
+                       if (weight := choice.get("weights", {}).get(split)) is not None])
+
+
+def weight_table(study: dict) -> list[str]:
+    """npo+rt on forget10 by retain weight."""
+    return runs_table(["retain weight"], [([f"{w:g}"], chosen_runs(study, "forget10", "npo+rt", w))
+                                          for w in study["budget"]["retain_weights"]])
+
+
+def single_runs_table(runs: list) -> list[str]:
+    """One line for each record, whatever its settings."""
+    keys = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
+    return runs_table([key.replace("_", " ") for key in keys], [([r[key] for key in keys], [r]) for r in runs])
+
+
+def answers_table(study: dict) -> list[str]:
+    """Counts of the last answers on forget10, all seeds together, in per cent."""
+    start = [r["answers_start"] for r in study["runs"] if "answers_start" in r][:1]
+    retrained = [m["answers"] for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
+    named = [(m, [r["answers"] for r in chosen_runs(study, "forget10", m)]) for m in study["chosen"]]
+    asked = [(kind, ("forget",)) for kind in KINDS], [("true", ELSEWHERE), ("refusal", ELSEWHERE)]
+    rows = []
+    for name, answers in [("(start)", start), ("(retrained)", retrained), *named] if any(a for _, a in named) else ():
+        if answers:
+            forget, elsewhere = ([f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in some]
+                                 for some in asked)
+            distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
+            rows.append([name, len(answers), *forget, f"{statistics.mean(distinct):.2f}" if distinct else "none",
+                         f"{statistics.mean(a['forget']['repetition_rate'] for a in answers):.2f}", *elsewhere])
+    return table(["method", "runs", *(f"{kind} %" for kind in KINDS), "distinct-2", "repetition rate",
+                  "elsewhere: true %", "elsewhere: refusal %"], rows)
+
+
+def samples_table(study: dict) -> list[str]:
+    """Figure 7 as Markdown: the true answer, and each answer's kind."""
+    named, lines = samples_of(study), []
+    for place, sample in enumerate(named[0][1] if named else ()):
+        lines += [f"\n**{sample['set']}**: {plain(sample['question'])} True answer: {plain(sample['answer'])}\n"]
+        asked = [(who, samples[place]) for who, samples in named]
+        lines += table(["model", "answer", "kind", ""], [[who, plain(s["generation"]), s["kind"],
+                                                          judgement(s["set"], s["kind"])] for who, s in asked])
+    return lines
+
+
+def plain(text: str) -> str:
+    """A text that breaks no table."""
+    return (text or "(empty)").replace("|", "/").replace("\n", " ")
+
+
+def second_start_lines(study: dict) -> list[str]:
+    lines = []
+    for method in ("npo+rt", "ga+rt"):
+        for other in second_start(study, "forget10", method):
+            same = [r for r in chosen_runs(study, "forget10", method) if r["seed"] == other["seed"]]
+            if same:
+                lines.append(f"A second fine-tuned start, forget10, {method}, seed {other['seed']}: peak log10 forget "
+                             f"quality {peak(other):.2f} against {peak(same[0]):.2f}, utility at the end "
+                             f"{kept_utility(other):.2f} against {kept_utility(same[0]):.2f} of the start's.")
+    return lines
+
+
+def ceiling_lines(study: dict) -> list[str]:
+    """Retrained against retrained, and the p-values that few rows allow."""
+    lines = []
+    for split, pairs in sorted(study.get("ceilings", {}).items()):
+        n = study["forget_rows"][split]
+        if pairs:
+            values = sorted(p["log10"] for p in pairs)
+            lines.append(f"- {split} ({n} rows): one retrained model against another of a different seed has log10 "
+                         f"forget quality {statistics.median(values):.2f} in the median of {len(values)} pairs, "
+                         f"{values[0]:.2f} to {values[-1]:.2f}; {sum(v > LINE for v in values)} of {len(values)} above "
+                         "0.05.")
+        if str(n) in study["lattice"]:
+            steps = study["lattice"][str(n)]
+            near = [f"{10**p:.3g} (D = {k}/{n})" for k, p in steps if 1e-3 < 10**p < 0.5]
+            lines.append(f"- {split}: with {n} rows the p-value can take only {len({p for _, p in steps})} values: "
+                         f"from 1 down through {', '.join(near)}, to the floor of 10^{steps[-1][1]:.1f} (D = 1).")
+    return lines
+
+
+# ---------------------------------------------------------------- hyper-parameters
+
+def hyper_parameters(study: dict) -> list[str]:
+    """What was tried, what was chosen, and how much each method depends on it."""
+    if study.get("choices_from"):
+        rows = [[m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
+                for m, c in study["chosen"].items()]
+        return [f"Not tuned here: those of `{study['choices_from']}`.", "",
+                *table(["method", "lr", "beta", "retain weight of Figure 9"], rows)]
+    budget = study["budget"]
+    rates = ", ".join(f"{lr:g}" for lr in budget["learning_rates"])
+    further = ", then further betas at the best" * any(len(betas) > 1 for betas in budget["betas"].values())
+    return [f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning "
+            f"rates {rates}{further}. Score: the largest, over evaluations, of the smaller of 1 - D/D_start and "
+            "U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
+            "How much each method depends on them, over all that was tried on this split:", "",
+            *sensitivity_table(study), "", *tuning_table(study)]
+
+
+def tuning_table(study: dict) -> list[str]:
+    """Every setting that was tried, its score, and what was chosen."""
+    rows = []
+    for t in study["tried"]:
+        choice = study["chosen"].get(t["method"], {})
+        is_default = t["split"] == study["budget"]["split"]
+        weight = t["retain_weight"] if is_default else choice.get("weights", {}).get(t["split"])
+        taken = (t["lr"], t["beta"], t["retain_weight"]) == (choice.get("lr"), choice.get("beta"), weight)
+        rows.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}",
+                     f"{t['score']:.3f}", f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
+    return table(["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality", ""], rows)
+
+
+def sensitivity_table(study: dict) -> list[str]:
+    """Worst and best of each method's tuning runs."""
+    rows = []
+    for method in study["chosen"]:
+        tried = [t for t in study["tried"] if t["method"] == method and t["split"] == study["budget"]["split"]]
+        if tried:
+            scores, reached = (sorted(t[key] for t in tried) for key in ("score", "peak_log10"))
+            rows.append([method, len(tried), f"{scores[0]:.3f} to {scores[-1]:.3f}",
+                         f"{reached[0]:.2f} to {reached[-1]:.2f}"])
+    return table(["method", "settings", "score", "peak log10 forget quality"], rows)
