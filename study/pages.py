@@ -4,28 +4,9 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+from study import grid, verdicts
 from study.answers import KINDS, judgement
-from study.verdicts import (
-    ANSWER,
-    COVERED,
-    ELSEWHERE,
-    LINE,
-    chosen_runs,
-    combined,
-    deciding,
-    kept_utility,
-    last,
-    numbers_of,
-    peak,
-    peak_at,
-    rate,
-    samples_of,
-    scale,
-    second_start,
-    told,
-    tuned_runs,
-    verdicts,
-)
+from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
 
 FIGURE_TITLES = {
     "figure2": "Figure 2: forget05, ga and npo over steps, with the answers of the rt variants",
@@ -54,8 +35,8 @@ LESSONS = (
 def page(studies: dict, folder: Path) -> str:
     """results/tofu.md from the JSON of every study in `folder`; name -> study."""
     lines = ["# The TOFU study: Figures 2 and 5 to 9", "",
-             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number is "
-             "computed from there. How claims are judged, with their thresholds, is in the opening of "
+             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every number "
+             "is computed from there. How claims are judged, with their thresholds, is in the opening of "
              "`tofu_verdicts.py`.", ""]
     for name, study in studies.items():
         lines += section(name, study, folder)
@@ -64,22 +45,28 @@ def page(studies: dict, folder: Path) -> str:
 
 def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: what to take away, verdicts, figures, tables."""
-    made, judged = study["provenance"], verdicts(study)
+    made, scale, covered = study["provenance"], verdicts.scale(study), f"{verdicts.COVERED:.0%} interval"
+    judged = verdicts.verdicts(study)
+    told = [[v["claim"], verdicts.ANSWER[v["holds"]], verdicts.numbers_of(v)] for v in judged]
     lines = [f"## {study['data']}, {study['model']}", "",
-             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale(study)}; "
+             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; {scale}; "
              f"last command `{made['command']}`, {made['time']}. {origins_line(study)} {seeds_line(study)}", "",
              "### What to take away", "",
              "What the paper teaches, and whether it was seen at this scale, with the number that decides "
-             f"(in brackets: {COVERED:.0%} interval over seeds).", "", *lessons(judged), "", "### Verdicts", "",
-             *table(["claim", "holds", "numbers"], [[v["claim"], ANSWER[v["holds"]], numbers_of(v)] for v in judged]),
-             "", f"Scale: {scale(study)}. In brackets: {COVERED:.0%} interval of the mean over seeds (`interval`).", "",
+             f"(in brackets: {covered} over seeds).", "", *lessons(judged), "", "### Verdicts", "",
+             *table(["claim", "holds", "numbers"], told), "",
+             f"Scale: {scale}. In brackets: {covered} of the mean over seeds (`interval`).", "",
              *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]]]
-    tables = {"figure5": [*peak_table(study, ("forget01", "forget05", "forget10")), "", *ceiling_lines(study), "",
-                          *second_start_lines(study)],
+    weights, tuned = study["budget"]["retain_weights"], [
+        ([split, m, f"{choice['weights'][split]:g}"], tuned_runs(study, split, m)) for split in ("forget50", "forget90")
+        for m, choice in study["chosen"].items() if split in choice["weights"]]
+    tables = {"figure5": [*peak_table(study, grid.SMALL), "", *ceiling_lines(study), "", *second_start_lines(study)],
               "figure7": ["Counts of all answers on forget10, at the end of the run:", "", *answers_table(study),
                           *samples_table(study)],
-              "figure9": tuned_table(study), "retain-weight": weight_table(study),
-              "beyond10": peak_table(study, ("forget20", "forget30", "forget50", "forget90"))}
+              "figure9": runs_table(["split", "method", "retain weight"], tuned),
+              "retain-weight": runs_table(["retain weight"], [
+                  ([f"{w:g}"], chosen_runs(study, "forget10", "npo+rt", w)) for w in weights]),
+              "beyond10": peak_table(study, grid.LARGE)}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
@@ -90,11 +77,11 @@ def lessons(judged: list) -> list[str]:
     """Ten lines: what the paper teaches, and whether it was seen here."""
     by_key, lines = {v["key"]: v for v in judged}, []
     for place, (keys, sentence) in enumerate(LESSONS, 1):
-        holds = combined([by_key[k]["holds"] for k in keys])
-        tests = [t for k in keys for t in deciding(by_key[k])]
+        holds = verdicts.combined([by_key[k]["holds"] for k in keys])
+        tests = [t for k in keys for t in verdicts.deciding(by_key[k])]
         shown = [t for t in tests if t["holds"] == holds] or tests
         seen = {True: "Seen here", False: "NOT seen here", "undecided": "Undecided here"}[holds]
-        lines.append(f"{place}. {sentence} **{seen}**: {told(shown[0]) if shown else 'not run'}.")
+        lines.append(f"{place}. {sentence} **{seen}**: {verdicts.told(shown[0]) if shown else 'not run'}.")
     return lines
 
 
@@ -102,9 +89,9 @@ def seeds_line(study: dict) -> str:
     """Which splits have how many seeds, over methods."""
     found = []
     for split in sorted({r["split"] for r in study["runs"]}):
-        counts = sorted({len(chosen_runs(study, split, m)) for m in study["chosen"]} - {0})
+        counts = {len(chosen_runs(study, split, m)) for m in study["chosen"]} - {0}
         if counts:
-            found.append(f"{split} {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}")
+            found.append(f"{split} {' to '.join(map(str, sorted({min(counts), max(counts)})))}")
     return f"Seeds a method: {', '.join(found)}." if found else ""
 
 
@@ -115,12 +102,12 @@ def origins_line(study: dict) -> str:
     starts = {}  # (seed of the start, its weights) -> split -> seeds of its runs
     for r in study["runs"]:
         starts.setdefault((r["start_seed"], r["start_weights"]), {}).setdefault(r["split"], set()).add(r["seed"])
-    told_starts = []
+    told = []
     for (seed, weights), by_split in sorted(starts.items()):
         seeds = [f"{split} seeds {', '.join(map(str, sorted(found)))}" for split, found in sorted(by_split.items())]
-        told_starts.append(f"{weights} (start seed {seed}: {'; '.join(seeds)})")
+        told.append(f"{weights} (start seed {seed}: {'; '.join(seeds)})")
     return f"Runs by commit: {', '.join(f'{c} {n}' for c, n in commits.most_common())}. Weights of the start: " \
-           f"{' and '.join(told_starts)}."
+           f"{' and '.join(told)}."
 
 
 # ---------------------------------------------------------------- tables
@@ -135,13 +122,11 @@ def runs_table(head: list, named: list) -> list[str]:
     """(names, runs) at their peak and at the end: means over seeds with their standard deviation."""
     rows = []
     for names, runs in named:
+        at = [(r, peak_at(r)) for r in runs]
         if runs:
-            at = [peak_at(r) for r in runs]
-            rows.append([*names, len(runs), mean_sd([peak(r) for r in runs]),
-                         mean_sd([kept_utility(r, i) for r, i in zip(runs, at, strict=True)]),
-                         mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"]
-                                  for r, i in zip(runs, at, strict=True)], ".1f"),
-                         mean_sd([last(r) for r in runs]), mean_sd([kept_utility(r) for r in runs])])
+            rows.append([*names, len(runs), mean_sd([peak(r) for r in runs]), mean_sd([kept_utility(*a) for a in at]),
+                         mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in at], ".1f"),
+                         mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
     return table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
                   "last log10 forget quality", "utility / start"], rows)
 
@@ -157,20 +142,6 @@ def peak_table(study: dict, splits: tuple) -> list[str]:
                                             for m in study["chosen"]])
 
 
-def tuned_table(study: dict) -> list[str]:
-    """Figure 9: every method with the retain weight that was chosen for the split; npo and ga have none to choose."""
-    return runs_table(["split", "method", "retain weight"],
-                      [([split, m, f"{weight:g}"], tuned_runs(study, split, m)) for split in ("forget50", "forget90")
-                       for m, choice in study["chosen"].items()
-                       if (weight := choice.get("weights", {}).get(split)) is not None])
-
-
-def weight_table(study: dict) -> list[str]:
-    """npo+rt on forget10 by retain weight."""
-    return runs_table(["retain weight"], [([f"{w:g}"], chosen_runs(study, "forget10", "npo+rt", w))
-                                          for w in study["budget"]["retain_weights"]])
-
-
 def single_runs_table(runs: list) -> list[str]:
     """One line for each record, whatever its settings."""
     keys = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
@@ -181,45 +152,45 @@ def answers_table(study: dict) -> list[str]:
     """Counts of the last answers on forget10, all seeds together, in per cent."""
     start = [r["answers_start"] for r in study["runs"] if "answers_start" in r][:1]
     retrained = [m["answers"] for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
-    named = [(m, [r["answers"] for r in chosen_runs(study, "forget10", m)]) for m in study["chosen"]]
-    asked = [(kind, ("forget",)) for kind in KINDS], [("true", ELSEWHERE), ("refusal", ELSEWHERE)]
-    rows = []
-    for name, answers in [("(start)", start), ("(retrained)", retrained), *named] if any(a for _, a in named) else ():
-        if answers:
-            forget, elsewhere = ([f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in some]
-                                 for some in asked)
-            distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
-            rows.append([name, len(answers), *forget, f"{statistics.mean(distinct):.2f}" if distinct else "none",
-                         f"{statistics.mean(a['forget']['repetition_rate'] for a in answers):.2f}", *elsewhere])
+    named = {m: [r["answers"] for r in chosen_runs(study, "forget10", m)] for m in study["chosen"]}
+    elsewhere, rows = verdicts.ELSEWHERE, []
+    named = {"(start)": start, "(retrained)": retrained, **named} if any(named.values()) else {}
+    for name, runs in named.items():
+        if runs:
+            shares = [f"{100 * statistics.mean(rate(answers, kind, sets) for answers in runs):.0f}" for kind, sets in
+                      [*((kind, ("forget",)) for kind in KINDS), ("true", elsewhere), ("refusal", elsewhere)]]
+            distinct = [d for answers in runs if (d := answers["forget"]["distinct_2"]) is not None]
+            rows.append([name, len(runs), *shares[:-2],
+                         f"{statistics.mean(distinct):.2f}" if distinct else "none",
+                         f"{statistics.mean(answers['forget']['repetition_rate'] for answers in runs):.2f}",
+                         *shares[-2:]])
     return table(["method", "runs", *(f"{kind} %" for kind in KINDS), "distinct-2", "repetition rate",
                   "elsewhere: true %", "elsewhere: refusal %"], rows)
 
 
 def samples_table(study: dict) -> list[str]:
     """Figure 7 as Markdown: the true answer, and each answer's kind."""
-    named, lines = samples_of(study), []
-    for place, sample in enumerate(named[0][1] if named else ()):
-        lines += [f"\n**{sample['set']}**: {plain(sample['question'])} True answer: {plain(sample['answer'])}\n"]
-        asked = [(who, samples[place]) for who, samples in named]
-        lines += table(["model", "answer", "kind", ""], [[who, plain(s["generation"]), s["kind"],
-                                                          judgement(s["set"], s["kind"])] for who, s in asked])
+    def plain(text: str) -> str:
+        return (text or "(empty)").replace("|", "/").replace("\n", " ")
+
+    named, lines = verdicts.samples_of(study), []
+    for place, asked in enumerate(named[0][1] if named else ()):
+        lines += [f"\n**{asked['set']}**: {plain(asked['question'])} True answer: {plain(asked['answer'])}\n"]
+        given = [(who, samples[place]) for who, samples in named]
+        lines += table(["model", "answer", "kind", ""], [
+            [who, plain(s["generation"]), s["kind"], judgement(s["set"], s["kind"])] for who, s in given])
     return lines
-
-
-def plain(text: str) -> str:
-    """A text that breaks no table."""
-    return (text or "(empty)").replace("|", "/").replace("\n", " ")
 
 
 def second_start_lines(study: dict) -> list[str]:
     lines = []
-    for method in ("npo+rt", "ga+rt"):
-        for other in second_start(study, "forget10", method):
-            same = [r for r in chosen_runs(study, "forget10", method) if r["seed"] == other["seed"]]
-            if same:
+    for method in grid.SECOND_START:
+        same = {r["seed"]: r for r in chosen_runs(study, "forget10", method)}
+        for other in verdicts.second_start(study, "forget10", method):
+            if first := same.get(other["seed"]):
                 lines.append(f"A second fine-tuned start, forget10, {method}, seed {other['seed']}: peak log10 forget "
-                             f"quality {peak(other):.2f} against {peak(same[0]):.2f}, utility at the end "
-                             f"{kept_utility(other):.2f} against {kept_utility(same[0]):.2f} of the start's.")
+                             f"quality {peak(other):.2f} against {peak(first):.2f}, utility at the end "
+                             f"{kept_utility(other):.2f} against {kept_utility(first):.2f} of the start's.")
     return lines
 
 
@@ -232,8 +203,8 @@ def ceiling_lines(study: dict) -> list[str]:
             values = sorted(p["log10"] for p in pairs)
             lines.append(f"- {split} ({n} rows): one retrained model against another of a different seed has log10 "
                          f"forget quality {statistics.median(values):.2f} in the median of {len(values)} pairs, "
-                         f"{values[0]:.2f} to {values[-1]:.2f}; {sum(v > LINE for v in values)} of {len(values)} above "
-                         "0.05.")
+                         f"{values[0]:.2f} to {values[-1]:.2f}; {sum(v > verdicts.LINE for v in values)} of "
+                         f"{len(values)} above 0.05.")
         if str(n) in study["lattice"]:
             steps = study["lattice"][str(n)]
             near = [f"{10**p:.3g} (D = {k}/{n})" for k, p in steps if 1e-3 < 10**p < 0.5]
@@ -242,45 +213,31 @@ def ceiling_lines(study: dict) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------- hyper-parameters
-
 def hyper_parameters(study: dict) -> list[str]:
-    """What was tried, what was chosen, and how much each method depends on it."""
+    """Every setting that was tried with its score, what was chosen, and how much each method depends on it."""
+    chosen, budget, tried, spans = study["chosen"], study["budget"], [], {}
     if study.get("choices_from"):
         rows = [[m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
-                for m, c in study["chosen"].items()]
+                for m, c in chosen.items()]
         return [f"Not tuned here: those of `{study['choices_from']}`.", "",
                 *table(["method", "lr", "beta", "retain weight of Figure 9"], rows)]
-    budget = study["budget"]
+    for t in study["tried"]:
+        choice, weight = chosen.get(t["method"], {}), t["retain_weight"]
+        if t["split"] == budget["split"]:
+            spans.setdefault(t["method"], []).append(t)
+        else:
+            weight = choice.get("weights", {}).get(t["split"])
+        taken = (t["lr"], t["beta"], t["retain_weight"]) == (choice.get("lr"), choice.get("beta"), weight)
+        tried.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}",
+                      f"{t['score']:.3f}", f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
+    spans = [[m, len(found), *(f"{min(t[key] for t in found):{spec}} to {max(t[key] for t in found):{spec}}"
+                               for key, spec in (("score", ".3f"), ("peak_log10", ".2f")))]
+             for m, found in spans.items() if m in chosen]
     rates = ", ".join(f"{lr:g}" for lr in budget["learning_rates"])
     further = ", then further betas at the best" * any(len(betas) > 1 for betas in budget["betas"].values())
     return [f"One budget for every method, on {budget['split']}, seed {budget['seed']} (not reported): learning "
             f"rates {rates}{further}. Score: the largest, over evaluations, of the smaller of 1 - D/D_start and "
             "U/U_start (D: Kolmogorov-Smirnov statistic, U: utility).", "",
             "How much each method depends on them, over all that was tried on this split:", "",
-            *sensitivity_table(study), "", *tuning_table(study)]
-
-
-def tuning_table(study: dict) -> list[str]:
-    """Every setting that was tried, its score, and what was chosen."""
-    rows = []
-    for t in study["tried"]:
-        choice = study["chosen"].get(t["method"], {})
-        is_default = t["split"] == study["budget"]["split"]
-        weight = t["retain_weight"] if is_default else choice.get("weights", {}).get(t["split"])
-        taken = (t["lr"], t["beta"], t["retain_weight"]) == (choice.get("lr"), choice.get("beta"), weight)
-        rows.append([t["method"], t["split"], f"{t['lr']:g}", f"{t['beta']:g}", f"{t['retain_weight']:g}",
-                     f"{t['score']:.3f}", f"{t['peak_log10']:.2f}", "chosen" if taken else ""])
-    return table(["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality", ""], rows)
-
-
-def sensitivity_table(study: dict) -> list[str]:
-    """Worst and best of each method's tuning runs."""
-    rows = []
-    for method in study["chosen"]:
-        tried = [t for t in study["tried"] if t["method"] == method and t["split"] == study["budget"]["split"]]
-        if tried:
-            scores, reached = (sorted(t[key] for t in tried) for key in ("score", "peak_log10"))
-            rows.append([method, len(tried), f"{scores[0]:.3f} to {scores[-1]:.3f}",
-                         f"{reached[0]:.2f} to {reached[-1]:.2f}"])
-    return table(["method", "settings", "score", "peak log10 forget quality"], rows)
+            *table(["method", "settings", "score", "peak log10 forget quality"], spans), "",
+            *table(["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality", ""], tried)]

@@ -8,6 +8,7 @@ largest seed. The same JSON gives the same bytes on the same machine.
 import math
 import statistics
 import textwrap
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 
 from data.tofu import complement  # noqa: E402
 from study.answers import judgement  # noqa: E402
+from study.grid import LARGE, SMALL, STEP_SPLIT  # noqa: E402
 from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, samples_of, tuned_runs  # noqa: E402
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}
 LINES = {"": ":", "rt": "-", "kl": "--"}
 MARKERS = {"": "o", "rt": "s", "kl": "^"}
-SMALL_SPLITS = ("forget01", "forget05", "forget10")
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 
@@ -45,8 +46,14 @@ def height(log10_p: float, floor: float) -> float:
     return -(LINE - log10_p) / (LINE - floor)
 
 
-def dual_axis(axes, floor: float):
-    """Ticks, grid and the 0.05 line of an axis whose values went through `height`."""
+def floor_of(values: list) -> float:
+    """The lowest tick that holds all of them: at least three decades below the line."""
+    return min([-5.0, *(math.floor(v) for v in values)])
+
+
+def dual_axis(axes, study: dict, split: str, floor: float):
+    """Ticks, grid and the 0.05 line of an axis whose values went through `height`; one retrained model against another
+    as a line for the median and a band for the range."""
     decades = math.ceil((LINE - floor) / 5)
     logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
     ticks = [(0.0 + math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)] + [(log, f"$10^{{{log}}}$") for log in logs]
@@ -57,52 +64,6 @@ def dual_axis(axes, floor: float):
     axes.axhspan(0, ABOVE, color="black", alpha=0.04, linewidth=0)
     axes.set_ylim(-1.05, ABOVE * 1.08)
     axes.grid(alpha=0.25)
-
-
-def floor_of(values: list) -> float:
-    """The lowest tick that holds all of them: at least three decades below the line."""
-    return min([-5.0, *(math.floor(v) for v in values)])
-
-
-# ---------------------------------------------------------------- pieces
-
-def band(axes, x: list, columns: list, drawn, alpha: float, **line):
-    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the largest; `drawn`
-    makes a height of what was averaged."""
-    axes.plot(x, [drawn(statistics.mean(column)) for column in columns], **line)
-    if max(map(len, columns)) > 1:
-        axes.fill_between(x, [drawn(min(column)) for column in columns], [drawn(max(column)) for column in columns],
-                          color=line["color"], alpha=alpha, linewidth=0)
-
-
-def curve(axes, runs: list, label: str, key: str, against: str, drawn=float):
-    """A metric over steps or epochs, one line for the seeds' runs."""
-    color, line, marker = style(runs[0]["method"])
-    steps = runs[0]["steps"]  # seeds have the same
-    x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
-    band(axes, x, [[r[key][i] for r in runs] for i in range(len(steps))], drawn, 0.1, color=color, linestyle=line,
-         label=label, linewidth=1.4, marker=marker, markersize=3)
-
-
-def quality_panel(axes, study: dict, named: list, against: str, title: str):
-    """Forget quality on the dual scale, one line for each (label, runs)."""
-    floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
-    for label, runs in named:
-        curve(axes, runs, label, "forget_quality_log10", against, partial(height, floor=floor))
-    dual_axis(axes, floor)
-    ceiling(axes, study, named[0][1][0]["split"], floor)
-    axes.set(title=title, xlabel=against, ylabel="forget quality")
-
-
-def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: str):
-    for label, runs in named:
-        curve(axes, runs, label, key, against)
-    axes.set(title=title, xlabel=against, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-
-
-def ceiling(axes, study: dict, split: str, floor: float):
-    """Retrained against retrained: median as a line, range as a band."""
     values = [p["log10"] for p in study.get("ceilings", {}).get(split, [])]
     if values:
         axes.axhline(height(statistics.median(values), floor), color="tab:cyan", linewidth=1.2, linestyle="-.")
@@ -116,14 +77,56 @@ def lattice(axes, study: dict, split: str, floor: float):
         for log in sorted({p for _, p in steps if p >= floor}):
             axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7,
                       transform=axes.get_yaxis_transform())
-        n, last = study["forget_rows"][split], steps[-1][1]
-        axes.set_title(f"right: the p-values that {n} rows allow, floor $10^{{{last:.0f}}}$", loc="right", fontsize=7,
-                       color="gray", y=0.005)
+        axes.set_title(f"right: the p-values that {study['forget_rows'][split]} rows allow, floor "
+                       f"$10^{{{steps[-1][1]:.0f}}}$", loc="right", fontsize=7, color="gray", y=0.005)
 
+
+# ---------------------------------------------------------------- pieces
 
 def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     """(method, its runs) for those that have any."""
     return [(m, runs) for m in methods if (runs := select(study, split, m))]
+
+
+def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
+    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the largest; `drawn`
+    makes a height of what was averaged."""
+    axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
+    if max(map(len, columns)) > 1:
+        axes.fill_between(x, [drawn(min(column)) for column in columns], [drawn(max(column)) for column in columns],
+                          color=line["color"], alpha=alpha, linewidth=0)
+
+
+def curves(axes, named: list, key: str, against: str, drawn=float):
+    """A metric over steps or epochs, one line for each (label, runs of some seeds); a method's second is paler."""
+    seen = Counter()
+    for label, runs in named:
+        color, line, marker = style(runs[0]["method"])
+        steps = runs[0]["steps"]  # seeds have the same
+        x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
+        band(axes, x, [[r[key][i] for r in runs] for i in range(len(steps))], drawn, 0.1, color=color, linestyle=line,
+             label=label, linewidth=1.4, marker=marker, markersize=3, opacity=0.6 ** seen[runs[0]["method"]])
+        seen[runs[0]["method"]] += 1
+
+
+def quality_panel(axes, study: dict, named: list, against: str, title: str):
+    """Forget quality on the dual scale."""
+    floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
+    curves(axes, named, "forget_quality_log10", against, partial(height, floor=floor))
+    dual_axis(axes, study, named[0][1][0]["split"], floor)
+    axes.set(title=title, xlabel=against, ylabel="forget quality")
+
+
+def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: str):
+    curves(axes, named, key, against)
+    axes.set(title=title, xlabel=against, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+
+
+def legend_below(figure, handles, labels, most: int, **more):
+    """At most so many columns, and as many as the figure is wide enough for, 1.3 inches each."""
+    figure.legend(handles, labels, loc="outside lower center", ncol=min(most, int(figure.get_figwidth() // 1.3)),
+                  fontsize=8, **more)
 
 
 def save(figure, path: Path) -> Path:
@@ -131,16 +134,6 @@ def save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
     return path
-
-
-def legend_below(figure, axes, columns: int):
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncol=legend_columns(figure, columns), fontsize=8)
-
-
-def legend_columns(figure, most: int) -> int:
-    """As many as the figure is wide enough for, 1.3 inches each."""
-    return min(most, int(figure.get_figwidth() // 1.3))
 
 
 # ---------------------------------------------------------------- the figures
@@ -157,24 +150,20 @@ def figure2(study: dict, path: Path):
     metric_panel(panels[2], named, "world_facts_kl", "steps", "KL to the start, world facts", "nats a token")
     panels[2].set_yscale("symlog", linthresh=0.01)
     panels[3].axis("off")
-    lines = []
+    told = {}
     for method, runs in named:
         sample = next((s for r in runs for s in r.get("samples", []) if s["set"] == "forget"), None)
         if sample and method.endswith("+rt"):
-            if not lines:
-                lines = [wrapped("question", sample["question"]), wrapped("true", sample["answer"])]
-            lines.append(wrapped(method, f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"))
+            told = told or {"question": sample["question"], "true": sample["answer"]}
+            told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
+    lines = ["\n".join(textwrap.wrap(f"{name}: {text}", 46, subsequent_indent="  ")) for name, text in told.items()]
     panels[3].text(0, 1, "\n\n".join(lines), va="top", fontsize=8.5, family="monospace", parse_math=False)
     panels[3].set_title("answers at the end, seed 1")
-    legend_below(figure, panels[0], 4)
+    legend_below(figure, *panels[0].get_legend_handles_labels(), 4)
     return save(figure, path)
 
 
-def wrapped(name: str, text: str) -> str:
-    return "\n".join(textwrap.wrap(f"{name}: {text}", 46, subsequent_indent="  "))
-
-
-def trade_off(study: dict, splits: tuple, path: Path):
+def trade_off(study: dict, path: Path, splits: tuple):
     """Forget quality against utility at each method's peak, one panel a split."""
     found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"]))]
     if not found:
@@ -183,9 +172,8 @@ def trade_off(study: dict, splits: tuple, path: Path):
     entries = {}
     for axes, (split, named) in zip(panels[0], found, strict=True):
         entries |= trade_off_panel(axes, study, split, named)
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center",
-                  ncol=legend_columns(figure, 8), fontsize=8,
-                  title="dashed red: 0.05; cyan: one retrained model against another", title_fontsize=8)
+    legend_below(figure, entries.values(), entries.keys(), 8, title_fontsize=8,
+                 title="dashed red: 0.05; cyan: one retrained model against another")
     return save(figure, path)
 
 
@@ -197,9 +185,11 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
         color, _, marker = style(method)
         x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
         middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
-        entries[method] = axes.errorbar(*middle, xerr=reach(x, middle[0]), yerr=reach(y, middle[1]), fmt=marker,
-                                        color=color, markerfacecolor=color if "+" in method else "white",
-                                        markersize=7, elinewidth=0.8, label=method)
+        x_error, y_error = ([[max(0, mean - min(values))], [max(0, max(values) - mean)]]
+                            for values, mean in zip((x, y), middle, strict=True))
+        entries[method] = axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color, label=method,
+                                        markerfacecolor=color if "+" in method else "white", markersize=7,
+                                        elinewidth=0.8)
     start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", "forget_quality_log10"))
     entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
                                             label="fine-tuned start", linestyle="")[0]
@@ -208,8 +198,7 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
     if utilities:
         entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
                                                  markersize=14, label="retrained", linestyle="")[0]
-    dual_axis(axes, floor)
-    ceiling(axes, study, split, floor)
+    dual_axis(axes, study, split, floor)
     lattice(axes, study, split, floor)
     seeds = sorted({len(own) for _, own in named})
     axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
@@ -218,45 +207,24 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
     return entries
 
 
-def reach(values: list, mean: float) -> list:
-    """An error bar's lengths below and above."""
-    return [[max(0, mean - min(values))], [max(0, max(values) - mean)]]
-
-
-def evolution(study: dict, columns: list, path: Path):
-    """Forget quality above, utility below; columns of (title, [(label, runs)], "steps" or "epochs")."""
-    columns = [column for column in columns if column[1]]
-    if not columns:
+def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
+    """Forget quality above, utility below, one column a split: over epochs, or over steps where these are few."""
+    found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"], select))]
+    if not found:
         return None
-    figure, panels = plt.subplots(2, len(columns), figsize=(5.2 * len(columns), 7.4), layout="constrained",
-                                  squeeze=False)
-    for (title, named, against), (above, below) in zip(columns, panels.T, strict=True):
-        quality_panel(above, study, named, against, title)
+    figure, panels = plt.subplots(2, len(found), figsize=(5.2 * len(found), 7.4), layout="constrained", squeeze=False)
+    for (split, named), (above, below) in zip(found, panels.T, strict=True):
+        against = "steps" if split == STEP_SPLIT else "epochs"
+        quality_panel(above, study, named, against, split + note)
         metric_panel(below, named, "model_utility", against, "", "model utility")
-    legend_below(figure, max(panels[0], key=legend_entries), 7)
+    legend_below(figure, *max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda e: len(e[0])), 7)
     return save(figure, path)
 
 
-def legend_entries(axes) -> int:
-    return len(axes.get_legend_handles_labels()[0])
-
-
-def figure6(study: dict, path: Path):
-    """The small splits over epochs; forget01, whose steps are few, over steps."""
-    return evolution(study, [(split, with_runs(study, split, study["chosen"]),
-                              "steps" if split == "forget01" else "epochs") for split in SMALL_SPLITS], path)
-
-
-def figure9(study: dict, path: Path):
-    """forget50 and forget90, every method with the retain weight that was chosen for the split."""
-    return evolution(study, [(f"{split}, tuned weights", with_runs(study, split, study["chosen"], tuned_runs), "epochs")
-                             for split in ("forget50", "forget90")], path)
-
-
 def single_runs(runs: list, path: Path):
-    """Records of any settings over steps, a line each."""
-    return evolution({}, [("", [("{method} lr {lr:g} beta {beta:g} seed {seed}".format(**r), [r]) for r in runs],
-                           "steps")], path)
+    """Records of any settings, a line each."""
+    named = {f"{r['method']} lr {r['lr']:g} beta {r['beta']:g} seed {r['seed']}": r for r in runs}
+    return evolution({"chosen": named}, path, ("forget quality",), select=lambda _study, _split, name: [named[name]])
 
 
 def figure7(study: dict, path: Path):
@@ -264,15 +232,17 @@ def figure7(study: dict, path: Path):
     named = samples_of(study)
     if len(named) < 3:
         return None
+    def fit(text: str) -> str:
+        return "\n".join(textwrap.wrap(text or "(empty)", 58, max_lines=2, placeholder=" ..."))
+
     sets = named[0][1]
     figure, axes = plt.subplots(figsize=(17, 0.62 * (len(named) + 2)), layout="constrained")
     axes.axis("off")
-    cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
-    colors = [["white"] * (len(sets) + 1)]
+    head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
+    cells, colors = [["true answer", *(fit(s["answer"]) for s in sets)]], [["white"] * (len(sets) + 1)]
     for who, samples in named:
         cells.append([who, *(fit(f"[{s['kind']}] {s['generation']}") for s in samples)])
         colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
-    head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
     grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
                       bbox=(0, 0, 1, 1), colWidths=(0.1, 0.3, 0.3, 0.3))
     grid.auto_set_font_size(False)
@@ -284,10 +254,6 @@ def figure7(study: dict, path: Path):
     return save(figure, path)
 
 
-def fit(text: str) -> str:
-    return "\n".join(textwrap.wrap(text or "(empty)", 58, max_lines=2, placeholder=" ..."))
-
-
 def figure8(study: dict, path: Path):
     """Divergence from the start on the forget set, forget10."""
     named = with_runs(study, "forget10", study["chosen"])
@@ -296,7 +262,7 @@ def figure8(study: dict, path: Path):
     figure, axes = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
     metric_panel(axes, named, "forget_kl", "epochs", "forget10: forget KL to the start", "nats a token")
     axes.set_yscale("symlog", linthresh=0.1)
-    legend_below(figure, axes, 7)
+    legend_below(figure, *axes.get_legend_handles_labels(), 7)
     return save(figure, path)
 
 
@@ -308,14 +274,13 @@ def retain_weight(study: dict, path: Path):
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     floor = floor_of([last(r) for runs in found.values() for r in runs])
-    for label, color, quality, place in (("peak", "black", peak, peak_at), ("end of the run", "tab:gray", last, None)):
+    for label, color, quality, at_peak in (("peak", "black", peak, True), ("end of the run", "tab:gray", last, False)):
         line = {"color": color, "label": label, "marker": "o", "linestyle": "-"}
-        utilities = [[kept_utility(r, place(r) if place else -1) for r in runs] for runs in found.values()]
-        band(left, list(found), [list(map(quality, runs)) for runs in found.values()], partial(height, floor=floor), 0.12,
-             **line)
+        utilities = [[kept_utility(r, peak_at(r) if at_peak else -1) for r in runs] for runs in found.values()]
+        qualities = [list(map(quality, runs)) for runs in found.values()]
+        band(left, list(found), qualities, partial(height, floor=floor), 0.12, **line)
         band(right, list(found), utilities, float, 0.12, **line)
-    dual_axis(left, floor)
-    ceiling(left, study, "forget10", floor)
+    dual_axis(left, study, "forget10", floor)
     left.set(xlabel="retain weight", ylabel="forget quality", title="npo+rt, forget10")
     right.set(xlabel="retain weight", ylabel="utility, share of the start's", title="utility kept")
     right.grid(alpha=0.25)
@@ -323,16 +288,12 @@ def retain_weight(study: dict, path: Path):
     return save(figure, path)
 
 
-def figure5(study: dict, path: Path):
-    return trade_off(study, SMALL_SPLITS, path)
-
-
-def beyond10(study: dict, path: Path):
-    return trade_off(study, ("forget20", "forget30", "forget50", "forget90"), path)
-
-
-MAKERS = {"2": figure2, "5": figure5, "6": figure6, "7": figure7, "8": figure8, "9": figure9,
-          "retain-weight": retain_weight, "beyond10": beyond10}
+MAKERS = {
+    "2": figure2, "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
+    "8": figure8,
+    "9": partial(evolution, splits=("forget50", "forget90"), note=", tuned weights", select=tuned_runs),
+    "retain-weight": retain_weight, "beyond10": partial(trade_off, splits=LARGE),
+}
 
 
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:

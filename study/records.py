@@ -90,8 +90,9 @@ def open_study(setup: Setup) -> Study:
     if other:
         raise InputError(f"{path} was made with {other[0]} {known.get(other[0])}, not {identity[other[0]]}: give "
                          "another --out")
-    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": grid.learning_rates(setup),
-              "betas": {m: grid.betas(setup, m) for m in grid.METHODS if m.split("+")[0] in grid.WITH_BETA},
+    budgets = {m: grid.budget(setup, m) for m in grid.METHODS}
+    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": budgets["ga"][0],
+              "betas": {m: betas for m, (_, betas) in budgets.items() if m.split("+")[0] in grid.WITH_BETA},
               "weights": list(grid.TUNED_WEIGHTS), "retain_weights": list(grid.RETAIN_WEIGHTS)}
     known.update(data="builtin" if args.data == "builtin" else Path(args.data).name, model=setup.preset_name,
                  failed=[], parameters=setup.parameters, budget=budget, provenance=provenance(args),
