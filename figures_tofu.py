@@ -1,4 +1,5 @@
-"""Section 5 whole: plan the runs of a figure, run what is missing, distil them into one small JSON, draw, judge.
+"""Section 5 whole: plan the runs of a figure, run what is missing, distil them into one small JSON, draw,
+judge.
 
     python figures_tofu.py                       # built-in data, the tiny model, everything: see --plan first
     python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt --splits forget10
@@ -14,10 +15,11 @@
     --figure retain-weight   npo+rt on forget10, retain weights 0 to 5
     --figure beyond10        forget20, 30, 50, 90
 
-It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A run is known
-by its settings, data, start and retrained model: one that is in the JSON, or finished in --runs, is not made again; one
-that was interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned start is shared. The story: `study/`'s
-grid (what is needed), workers (running it), records (what is kept), verdicts, pages and pictures (from the JSON alone).
+It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON. A
+run is known by its settings, data, start and retrained model: one that is in the JSON, or finished in --runs,
+is not made again; one that was interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned
+start is shared. The story: `study/`'s grid (what is needed), workers (running it), records (what is kept),
+verdicts, pages and pictures (from the JSON alone).
 """
 
 import signal
@@ -83,7 +85,8 @@ def train(given: dict, start_rows: dict | None):
 
 
 def open_study(args: Namespace) -> grid.Study:
-    """Everything that planning depends on. Raises InputError, for a JSON of other data, start or flags too."""
+    """Everything that planning depends on. Raises InputError, for a JSON of other data, start or flags
+    too."""
     from models.loading import PRESETS
     from running.memory_plan import read_shape
     from train_npo import build_parser as train_parser

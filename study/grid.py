@@ -1,8 +1,8 @@
 """What the figures need: training runs as jobs, and hyper-parameters as the finished ones choose them.
 
-One budget for every method, on TUNING_SPLIT and on TUNING_SEED, which is not among the reported seeds 1 to N: every
-learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. What is chosen holds for every
-split; Figure 9 tunes its retain weight in the same way.
+One budget for every method, on TUNING_SPLIT and on TUNING_SEED, which is not among the reported seeds 1 to N:
+every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. What is chosen
+holds for every split; Figure 9 tunes its retain weight in the same way.
 """
 
 import math
@@ -276,8 +276,8 @@ def weight_jobs(study: Study, method: str, split: str, hyper: dict | None) -> li
 
 def score(run: dict) -> float:
     """The largest, over evaluations after the start, of the smaller of 1 - D/D_start and U/U_start: 1 where a
-    model is as the retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against the
-    retrained model (linear where the p-value runs over a hundred decades), U the model utility."""
+    model is as the retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against
+    the retrained model (linear where the p-value runs over a hundred decades), U the model utility."""
     distance, utility = run["ks_statistic"], run["model_utility"]
     return max(min(1 - d / distance[0], u / utility[0])
                for d, u in zip(distance[1:], utility[1:], strict=True))

@@ -214,7 +214,8 @@ def ceiling_lines(study: dict) -> list[str]:
 
 
 def hyper_parameters(study: dict) -> list[str]:
-    """Every setting that was tried with its score, what was chosen, and how much each method depends on it."""
+    """Every setting that was tried with its score, what was chosen, and how much each method depends on
+    it."""
     chosen, budget, tried, spans = study["chosen"], study["budget"], [], {}
     if study.get("choices_from"):
         rows = [[m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]

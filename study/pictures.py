@@ -1,8 +1,9 @@
-"""Figures 2 and 5 to 9, the retain weight and the splits beyond 10%, drawn from the JSON of `figures_tofu.py` alone.
+"""Figures 2 and 5 to 9, the retain weight and the splits beyond 10%, drawn from the JSON of `figures_tofu.py`
+alone.
 
-Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the first.
-Lines and points are means over seeds (of forget quality: in decades), bands and bars go from the smallest to the
-largest seed. The same JSON gives the same bytes on the same machine.
+Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the
+first. Lines and points are means over seeds (of forget quality: in decades), bands and bars go from the
+smallest to the largest seed. The same JSON gives the same bytes on the same machine.
 """
 
 import math
@@ -52,8 +53,8 @@ def floor_of(values: list) -> float:
 
 
 def dual_axis(axes, study: dict, split: str, floor: float):
-    """Ticks, grid and the 0.05 line of an axis whose values went through `height`; one retrained model against another
-    as a line for the median and a band for the range."""
+    """Ticks, grid and the 0.05 line of an axis whose values went through `height`; one retrained model
+    against another as a line for the median and a band for the range."""
     decades = math.ceil((LINE - floor) / 5)
     logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
     ticks = [(0.0 + math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)] + [(log, f"$10^{{{log}}}$") for log in logs]
@@ -89,8 +90,8 @@ def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
 
 
 def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
-    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the largest; `drawn`
-    makes a height of what was averaged."""
+    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the
+    largest; `drawn` makes a height of what was averaged."""
     axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
     if max(map(len, columns)) > 1:
         axes.fill_between(x, [drawn(min(column)) for column in columns], [drawn(max(column)) for column in columns],
@@ -98,7 +99,8 @@ def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0
 
 
 def curves(axes, named: list, key: str, against: str, drawn=float):
-    """A metric over steps or epochs, one line for each (label, runs of some seeds); a method's second is paler."""
+    """A metric over steps or epochs, one line for each (label, runs of some seeds); a method's second is
+    paler."""
     seen = Counter()
     for label, runs in named:
         color, line, marker = style(runs[0]["method"])
@@ -139,8 +141,8 @@ def save(figure, path: Path) -> Path:
 # ---------------------------------------------------------------- the figures
 
 def figure2(study: dict, path: Path):
-    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers beside
-    them."""
+    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers
+    beside them."""
     named = with_runs(study, "forget05", ("ga", "ga+rt", "npo", "npo+rt"))
     if not named:
         return None
@@ -208,7 +210,8 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
 
 
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
-    """Forget quality above, utility below, one column a split: over epochs, or over steps where these are few."""
+    """Forget quality above, utility below, one column a split: over epochs, or over steps where these are
+    few."""
     found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"], select))]
     if not found:
         return None

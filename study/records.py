@@ -1,9 +1,9 @@
-"""What is there, and what is kept of it: run folders by their settings, a finished run in two kilobytes, the JSON of
-all of them.
+"""What is there, and what is kept of it: run folders by their settings, a finished run in two kilobytes, the
+JSON of all of them.
 
-All runs of a split and a seed began from the same weights, so methods are always compared on one start; where it was
-trained again, on another machine say, its sums differ in rounding and its weights with them, and it serves for the
-splits and seeds that have no runs yet.
+All runs of a split and a seed began from the same weights, so methods are always compared on one start; where
+it was trained again, on another machine say, its sums differ in rounding and its weights with them, and it
+serves for the splits and seeds that have no runs yet.
 """
 
 import json
@@ -57,8 +57,8 @@ def read_study(path: Path) -> dict:
 
 
 def read_choices(args: Namespace) -> dict:
-    """What --choices takes the place of tuning with: method -> {"lr", "beta", "weights"}. Raises InputError where
-    something that the wanted figures need was not chosen there."""
+    """What --choices takes the place of tuning with: method -> {"lr", "beta", "weights"}. Raises InputError
+    where something that the wanted figures need was not chosen there."""
     if not args.choices:
         return {}
     other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
@@ -78,8 +78,8 @@ def read_choices(args: Namespace) -> dict:
 
 
 def open_study(setup: Setup) -> Study:
-    """The study with its JSON, or a new one, and with the runs on the disk. Raises InputError for a JSON of other
-    data, start or flags."""
+    """The study with its JSON, or a new one, and with the runs on the disk. Raises InputError for a JSON of
+    other data, start or flags."""
     args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
     flags = {"base": args.base and Path(args.base).name, "retrained": args.retrained, **setup.extra}
     identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
@@ -117,8 +117,8 @@ def only(study: dict, splits: list | None, methods: list | None) -> dict:
 # ---------------------------------------------------------------- what is there
 
 def find_runs(study: Study) -> Study:
-    """The study with the finished and the interrupted runs under --runs, by their settings, whatever their names.
-    Raises InputError."""
+    """The study with the finished and the interrupted runs under --runs, by their settings, whatever their
+    names. Raises InputError."""
     finished, interrupted = {}, {}
     for config in sorted(Path(study.setup.args.runs).glob("*/config.json")):
         try:
@@ -144,8 +144,8 @@ def is_model_there(job: Job) -> bool:
 
 
 def missing(study: Study, jobs: list) -> list[Job]:
-    """What must still be run, models first: runs without record and without finished folder, and the models they
-    need."""
+    """What must still be run, models first: runs without record and without finished folder, and the models
+    they need."""
     failed = {f["key"] for f in study.known["failed"]}
     open_jobs = [job for job in jobs if job.key not in recorded_keys(study) | failed and job.key not in study.finished]
     models = {need.key: need for job in open_jobs for need in job.needs
@@ -160,8 +160,8 @@ def recorded_keys(study: Study) -> set:
 # ---------------------------------------------------------------- what is kept of a run
 
 def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
-    """A finished run in two kilobytes: `facts`, which say which run it is, the curves of its metrics, and counts of its
-    last answers."""
+    """A finished run in two kilobytes: `facts`, which say which run it is, the curves of its metrics, and
+    counts of its last answers."""
     evaluations = read_evaluations(folder)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
@@ -224,8 +224,9 @@ def samples_of(data: str, split: str, rows: dict) -> list:
 
 
 def collected(folder: Path, log_truth_ratio: Callable) -> dict:
-    """The record of a single run, known by its folder alone, with all metrics of every evaluation, and mean and standard
-    deviation of log R on the forget rows: what the Kolmogorov-Smirnov test sees, in two numbers. Raises InputError."""
+    """The record of a single run, known by its folder alone, with all metrics of every evaluation, and mean
+    and standard deviation of log R on the forget rows: what the Kolmogorov-Smirnov test sees, in two numbers.
+    Raises InputError."""
     if not (folder / "model").is_dir():
         raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
     config = json.loads((folder / "config.json").read_text())
@@ -251,9 +252,9 @@ def keep(study: Study, job: Job, folder: Path, seconds: float | None) -> Study:
 
 
 def keep_record(study: Study, kept: dict) -> Study:
-    """The study with one more record, written to its JSON. Raises InputError for a run from another start than the
-    others of its split and seed: names and settings of two starts can be the same where their weights, made on two
-    machines, are not."""
+    """The study with one more record, written to its JSON. Raises InputError for a run from another start
+    than the others of its split and seed: names and settings of two starts can be the same where their
+    weights, made on two machines, are not."""
     place, path = "retrained" if kept["kind"] == "model" else "runs", json_path(study.setup.args)
     began = {r["start_weights"] for r in study.known["runs"]
              if all(r.get(key) == kept.get(key) for key in ("split", "seed", "start_seed"))}
@@ -288,7 +289,8 @@ def complete(study: Study) -> dict:
 
 
 def ceilings(log_ratios: dict, log10_p: Callable) -> list:
-    """log10 forget quality of each pair of retrained models of different seeds: what perfect unlearning would score."""
+    """log10 forget quality of each pair of retrained models of different seeds: what perfect unlearning would
+    score."""
     return [{"seeds": [a, b],
              "log10": round(log10_p(len(log_ratios[a]), ks_2samp(log_ratios[a], log_ratios[b]).statistic), 4)}
             for a, b in combinations(sorted(log_ratios), 2)]

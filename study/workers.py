@@ -30,7 +30,8 @@ LIBRARIES = 0.6e9
 # ---------------------------------------------------------------- one run
 
 def run_job(job: Job, resumed: str | None, train: Callable, processes: int) -> tuple[str, float]:
-    """Train one, with `train` of `Core` or, where `processes` > 1, through torchrun; (its folder, seconds)."""
+    """Train one, with `train` of `Core` or, where `processes` > 1, through torchrun; (its folder,
+    seconds)."""
     begin, unlearns, folder = time.perf_counter(), job.facts["kind"] == "unlearn", resumed
     if not folder and Path(job.folder).is_dir():
         if unlearns:  # `find_runs` knows every run by its settings, and this one has others
@@ -66,8 +67,8 @@ def words_of(given: dict) -> list[str]:
 
 
 def launch(words: list, processes: int):
-    """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved.
-    Raises Stopped after that, CalledProcessError where it fails."""
+    """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved. Raises
+    Stopped after that, CalledProcessError where it fails."""
     from running.run_folder import Stopped
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(TRAIN), *words]
     child, asked = subprocess.Popen(command), []
@@ -111,8 +112,8 @@ def run_missing(study: Study) -> Study:
 
 
 def record_finished(study: Study, jobs: list) -> Study:
-    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of other
-    commands."""
+    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of
+    other commands."""
     folders = {need.key: (need, need.folder) for job in jobs for need in job.needs if records.is_model_there(need)}
     folders |= {job.key: (job, study.finished[job.key]) for job in jobs if job.key in study.finished}
     known = records.recorded_keys(study)
@@ -138,8 +139,8 @@ def into_log(runs: str):
 
 
 def execute(study: Study, jobs: list, todo: list) -> Study:
-    """Run `jobs`, each after what it needs; record each as it ends. Returns the study with what is known then. `todo`:
-    these and what comes after them."""
+    """Run `jobs`, each after what it needs; record each as it ends. Returns the study with what is known
+    then. `todo`: these and what comes after them."""
     args, pool, begin = study.setup.args, new_pool(study), time.perf_counter()
     waiting, running = list(jobs), {}  # the latter: future -> job
     try:
@@ -174,8 +175,8 @@ def execute(study: Study, jobs: list, todo: list) -> Study:
 
 
 def ended(study: Study, job: Job, future: Future) -> tuple[Study, str]:
-    """The study with the record of a job that has ended, and what to say of it. Raises KeyboardInterrupt where it was
-    stopped."""
+    """The study with the record of a job that has ended, and what to say of it. Raises KeyboardInterrupt
+    where it was stopped."""
     from running.run_folder import Stopped
     try:
         folder, seconds = future.result()
