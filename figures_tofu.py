@@ -2,11 +2,11 @@
 judge.
 
     python figures_tofu.py                       # built-in data, the tiny model, everything: see --plan first
-    python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt --splits forget10
+    python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt
     python figures_tofu.py --draw-only           # from the JSON alone: no model, no run folder
-    python figures_tofu.py --collect runs/NAME --out FILE.json  # single runs: their records, a table, a picture
+    python figures_tofu.py --collect runs/NAME --out FILE.json    # single runs: records, table, picture
 
-    --figure 2               forget05: ga and npo, with and without rt, over steps, and answers of the rt variants
+    --figure 2               forget05: ga and npo, with and without rt, over steps, and answers
     --figure 5               forget01, 05, 10: forget quality against model utility at each method's peak
     --figure 6               the same runs over steps
     --figure 7               answers to one question of three sets, every method
@@ -33,24 +33,27 @@ from support.errors import InputError
 from support.files import locked, write_json
 from support.provenance import environment
 
-DECIDED_HERE = {"loss", "split", "model", "data", "seed", "epochs", "out", "resume", "lr", "beta", "eval_every",
-                "retain_log", "template"}
+DECIDED_HERE = {"loss", "split", "model", "data", "seed", "epochs", "out", "resume", "lr", "beta",
+                "eval_every", "retain_log", "template"}
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="figures_tofu.py", description=__doc__)
     add = parser.add_argument
-    add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to plan, run and draw (default: all)")
+    add("--figure", default="all", choices=[*grid.FIGURES, "all"],
+        help="what to plan, run and draw (default: all)")
     add("--seeds", type=positive(int), default=5,
-        help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(grid.FEWER_SEEDS)} have at most "
-        f"{grid.ALL_SEEDS} (default: 5)")
+        help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(grid.FEWER_SEEDS)} have at "
+        f"most {grid.ALL_SEEDS} (default: 5)")
     add("--retrained", type=positive(int),
         help="retrained models a split; seeds share them in turn (default: one a seed)")
-    add("--methods", nargs="+", choices=grid.METHODS, metavar="METHOD", help="only these (default: all of a figure)")
+    add("--methods", nargs="+", choices=grid.METHODS, metavar="METHOD",
+        help="only these (default: all of a figure)")
     add("--splits", nargs="+", metavar="SPLIT", help="only these (default: all of a figure)")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER (default: tiny)")
     add("--base", help="folder with the base model that retraining starts from (default: the preset's)")
-    add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id (default: builtin)")
+    add("--data", default="builtin",
+        help="builtin, a folder with TOFU's files, or a Hub id (default: builtin)")
     add("--choices", metavar="FILE",
         help="take hyper-parameters and weights from another study's JSON in place of tuning")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
@@ -90,18 +93,19 @@ def open_study(args: Namespace) -> grid.Study:
     from models.loading import PRESETS
     from running.memory_plan import read_shape
     from train_npo import build_parser as train_parser
-    name = args.model.partition("=")[0]
+    name, _, path = args.model.partition("=")
     if name not in PRESETS:
-        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "
-                         "retraining needs to know the base model and its settings")
+        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
+                         "PRESET=FOLDER: retraining needs to know the base model and its settings")
     extra = given_flags(train_parser(), args.train_flags.split())
     if DECIDED_HERE & set(extra):
         flag = min(DECIDED_HERE & set(extra)).replace("_", "-")
         raise InputError(f"--train-flags {args.train_flags}: --{flag} is decided here; leave it out")
     task = load_task(args.data, grid.TUNING_SPLIT)
-    shape = read_shape(Namespace(preset=name, start=args.model.partition("=")[2], model=args.model), task.full)
-    return records.open_study(grid.Setup(args, core(), task, name, PRESETS[name], extra, records.read_choices(args),
-                                         shape.parameters, *grid.token_counts(task)))
+    shape = read_shape(Namespace(preset=name, start=path, model=args.model), task.full)
+    setup = grid.Setup(args, core(), task, name, PRESETS[name], extra, records.read_choices(args),
+                       shape.parameters, *grid.token_counts(task))
+    return records.open_study(setup)
 
 
 def draw(args: Namespace):
@@ -149,9 +153,9 @@ def run(args: Namespace):
 
 def main():
     args = build_parser().parse_args()
-    for split in args.splits or ():
-        if not any(split in splits for splits, _ in grid.FIGURES.values()):
-            raise InputError(f"--splits {split}: no figure has it; need some of forget01, 05, 10, 20, 30, 50, 90")
+    known = (*grid.SMALL, *grid.LARGE)
+    for split in set(args.splits or ()) - set(known):
+        raise InputError(f"--splits {split}: no figure has it; need some of {', '.join(known)}")
     args.jobs = args.jobs or (workers.cores() if args.model.partition("=")[0] == "tiny" else 1)
     if args.collect:
         return collect(args.collect, Path(args.out))

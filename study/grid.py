@@ -16,8 +16,8 @@ from typing import NamedTuple
 from data.tofu import Task, complement, slice_rows
 from support.files import fingerprint
 
-METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
-           "simnpo", "simnpo+rt")
+METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
+           "npo+kl", "simnpo", "simnpo+rt")
 WITH_BETA = ("dpo", "kto", "npo", "simnpo")
 SMALL, LARGE = ("forget01", "forget05", "forget10"), ("forget20", "forget30", "forget50", "forget90")
 FIGURES = {  # name -> (splits, methods)
@@ -34,18 +34,18 @@ FEWER_SEEDS, ALL_SEEDS = ("9", "retain-weight", "beyond10"), 3  # with --figure 
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
 LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr, npo+rt's best in builtin_forget10_grid.md
 BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the learning rate is chosen
-SIMNPO_BETA = 2.5  # in its place, on another scale: its log-probability is a mean over tokens (Fan et al., 2024)
+SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
 SECOND_START = ("npo+rt", "ga+rt")  # on forget10, seed 1, from a start fine-tuned with seed SECOND_START_SEED
 SECOND_START_SEED = 1
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
-# What identifies a run, besides data, start and retrained model. Micro-batch, device and places change no number.
-SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta", "gamma",
-               "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm", "seed", "dtype",
-               "eval_every", "retain_pairing")
-GENERATION = 1.5  # cost of generating, times scoring the same texts: 0.1 for a good model, 4 for one without end
+# What identifies a run, besides data, start and retrained model. Micro-batch and device change no number.
+SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta",
+               "gamma", "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm",
+               "seed", "dtype", "eval_every", "retain_pairing")
+GENERATION = 1.5  # its cost, times scoring the same texts: 0.1 for a good model, 4 for one without end
 
 
 class Core(NamedTuple):
@@ -169,21 +169,23 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict | 
     every = max(1, math.ceil(EVALUATE_EPOCHS * passes / base["epochs"] / base["batch_size"]))
     every = STEP_SPLIT_EVERY if split == STEP_SPLIT else every
     given = {"loss": loss, "retain_weight": float("rt" in terms), "kl_weight": float("kl" in terms),
-             "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"], "eval_every": str(every),
-             **setup.extra, **(hyper or {})}
+             "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"],
+             "eval_every": str(every), **setup.extra, **(hyper or {})}
     if retain_weight is not None:
         given["retain_weight"] = retain_weight
     s = {**base, **given}
-    name = f"{split} {method} lr {s['lr']:g} beta {s['beta']:g} weights {s['forget_weight']:g}/" \
-           f"{s['retain_weight']:g}/{s['kl_weight']:g} seed {seed}" + f" start {start_seed}" * (start_seed > 0)
+    weights = "/".join(f"{s[k]:g}" for k in ("forget_weight", "retain_weight", "kl_weight"))
+    name = f"{split} {method} lr {s['lr']:g} beta {s['beta']:g} weights {weights} seed {seed}" \
+           + f" start {start_seed}" * (start_seed > 0)
     key = run_key(s, setup.task.fingerprint, Path(start.folder).name if start else base["start"],
                   Path(retrained.folder).name)
     if hyper is None:  # what the name and the key say of lr and beta isn't known yet
         name = key = f"to be chosen: {name}"
     sequences = 1 + (s["retain_weight"] + s["kl_weight"] > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
     evaluations = math.ceil(math.ceil(passes / base["batch_size"]) / every)
-    facts = {"kind": "unlearn", "method": method_of(s), "split": split, "seed": seed, "start_seed": start_seed,
-             **{k: s[k] for k in ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")}}
+    told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
+    facts = {"kind": "unlearn", "method": method_of(s), "split": split, "seed": seed,
+             "start_seed": start_seed, **{k: s[k] for k in told}}
     flags = {**given, "model": start_model(setup, start_seed), "retain_log": retrained.folder}
     return Job(name, flags if hyper else None, key, f"{args.runs}/{split}_{method}_seed{seed}_{key[:8]}",
                tuple(filter(None, (start, retrained))), reckon(setup, passes * sequences, evaluations), facts)
@@ -241,7 +243,8 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
     if study.setup.taken:
         return []
     rates, (first, *others) = budget(study.setup, method)
-    jobs = [unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first}) for lr in rates]
+    jobs = [unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first})
+            for lr in rates]
     best = best_job(study, jobs)
     for beta in others:
         hyper = {"lr": best.facts["lr"], "beta": beta} if best else None
@@ -290,7 +293,8 @@ def best_job(study: Study, jobs: list) -> Job | None:
     ended = records.keys() | {f["key"] for f in study.known["failed"]}
     if any(job.key not in ended for job in jobs):
         return None
-    return max((job for job in jobs if job.key in records), key=lambda job: score(records[job.key]), default=None)
+    made = [job for job in jobs if job.key in records]
+    return max(made, key=lambda job: score(records[job.key]), default=None)
 
 
 def choose(study: Study, method: str) -> dict | None:

@@ -22,7 +22,16 @@ from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 from data.tofu import complement  # noqa: E402
 from study.answers import judgement  # noqa: E402
 from study.grid import LARGE, SMALL, STEP_SPLIT  # noqa: E402
-from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, samples_of, tuned_runs  # noqa: E402
+from study.verdicts import (  # noqa: E402
+    LINE,
+    chosen_runs,
+    kept_utility,
+    last,
+    peak,
+    peak_at,
+    samples_of,
+    tuned_runs,
+)
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}
@@ -57,7 +66,8 @@ def dual_axis(axes, study: dict, split: str, floor: float):
     against another as a line for the median and a band for the range."""
     decades = math.ceil((LINE - floor) / 5)
     logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
-    ticks = [(0.0 + math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)] + [(log, f"$10^{{{log}}}$") for log in logs]
+    ticks = [(math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)]
+    ticks += [(log, f"$10^{{{log}}}$") for log in logs]
     axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log, _ in ticks]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_yticklabels([text for _, text in ticks])
@@ -67,8 +77,9 @@ def dual_axis(axes, study: dict, split: str, floor: float):
     axes.grid(alpha=0.25)
     values = [p["log10"] for p in study.get("ceilings", {}).get(split, [])]
     if values:
-        axes.axhline(height(statistics.median(values), floor), color="tab:cyan", linewidth=1.2, linestyle="-.")
-        axes.axhspan(height(min(values), floor), height(max(values), floor), color="tab:cyan", alpha=0.12, linewidth=0)
+        low, middle, high = (height(pick(values), floor) for pick in (min, statistics.median, max))
+        axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.")
+        axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
 
 
 def lattice(axes, study: dict, split: str, floor: float):
@@ -94,8 +105,8 @@ def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0
     largest; `drawn` makes a height of what was averaged."""
     axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
     if max(map(len, columns)) > 1:
-        axes.fill_between(x, [drawn(min(column)) for column in columns], [drawn(max(column)) for column in columns],
-                          color=line["color"], alpha=alpha, linewidth=0)
+        low, high = ([drawn(pick(column)) for column in columns] for pick in (min, max))
+        axes.fill_between(x, low, high, color=line["color"], alpha=alpha, linewidth=0)
 
 
 def curves(axes, named: list, key: str, against: str, drawn=float):
@@ -106,8 +117,9 @@ def curves(axes, named: list, key: str, against: str, drawn=float):
         color, line, marker = style(runs[0]["method"])
         steps = runs[0]["steps"]  # seeds have the same
         x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
-        band(axes, x, [[r[key][i] for r in runs] for i in range(len(steps))], drawn, 0.1, color=color, linestyle=line,
-             label=label, linewidth=1.4, marker=marker, markersize=3, opacity=0.6 ** seen[runs[0]["method"]])
+        columns = [[r[key][i] for r in runs] for i in range(len(steps))]
+        band(axes, x, columns, drawn, 0.1, color=color, linestyle=line, label=label, linewidth=1.4,
+             marker=marker, markersize=3, opacity=0.6 ** seen[runs[0]["method"]])
         seen[runs[0]["method"]] += 1
 
 
@@ -127,8 +139,8 @@ def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: 
 
 def legend_below(figure, handles, labels, most: int, **more):
     """At most so many columns, and as many as the figure is wide enough for, 1.3 inches each."""
-    figure.legend(handles, labels, loc="outside lower center", ncol=min(most, int(figure.get_figwidth() // 1.3)),
-                  fontsize=8, **more)
+    columns = min(most, int(figure.get_figwidth() // 1.3))
+    figure.legend(handles, labels, loc="outside lower center", ncol=columns, fontsize=8, **more)
 
 
 def save(figure, path: Path) -> Path:
@@ -158,7 +170,8 @@ def figure2(study: dict, path: Path):
         if sample and method.endswith("+rt"):
             told = told or {"question": sample["question"], "true": sample["answer"]}
             told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
-    lines = ["\n".join(textwrap.wrap(f"{name}: {text}", 46, subsequent_indent="  ")) for name, text in told.items()]
+    lines = ["\n".join(textwrap.wrap(f"{name}: {text}", 46, subsequent_indent="  "))
+             for name, text in told.items()]
     panels[3].text(0, 1, "\n\n".join(lines), va="top", fontsize=8.5, family="monospace", parse_math=False)
     panels[3].set_title("answers at the end, seed 1")
     legend_below(figure, *panels[0].get_legend_handles_labels(), 4)
@@ -170,8 +183,8 @@ def trade_off(study: dict, path: Path, splits: tuple):
     found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"]))]
     if not found:
         return None
-    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 5.2), layout="constrained", squeeze=False)
-    entries = {}
+    size, entries = (5.2 * len(found), 5.2), {}
+    figure, panels = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)
     for axes, (split, named) in zip(panels[0], found, strict=True):
         entries |= trade_off_panel(axes, study, split, named)
     legend_below(figure, entries.values(), entries.keys(), 8, title_fontsize=8,
@@ -189,12 +202,13 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
         middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
         x_error, y_error = ([[max(0, mean - min(values))], [max(0, max(values) - mean)]]
                             for values, mean in zip((x, y), middle, strict=True))
-        entries[method] = axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color, label=method,
+        entries[method] = axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color,
                                         markerfacecolor=color if "+" in method else "white", markersize=7,
-                                        elinewidth=0.8)
-    start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", "forget_quality_log10"))
-    entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
-                                            label="fine-tuned start", linestyle="")[0]
+                                        elinewidth=0.8, label=method)
+    start, quality = (statistics.mean(r[key][0] for r in runs)
+                      for key in ("model_utility", "forget_quality_log10"))
+    entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown",
+                                            markersize=10, label="fine-tuned start", linestyle="")[0]
     utilities = [m["model_utility"] for m in study["retrained"]
                  if m["split"] == complement(split) and m.get("model_utility")]
     if utilities:
@@ -212,22 +226,26 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
     """Forget quality above, utility below, one column a split: over epochs, or over steps where these are
     few."""
-    found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"], select))]
+    named = {split: with_runs(study, split, study["chosen"], select) for split in splits}
+    found = [(split, some) for split, some in named.items() if some]
     if not found:
         return None
-    figure, panels = plt.subplots(2, len(found), figsize=(5.2 * len(found), 7.4), layout="constrained", squeeze=False)
-    for (split, named), (above, below) in zip(found, panels.T, strict=True):
+    size = (5.2 * len(found), 7.4)
+    figure, panels = plt.subplots(2, len(found), figsize=size, layout="constrained", squeeze=False)
+    for (split, some), (above, below) in zip(found, panels.T, strict=True):
         against = "steps" if split == STEP_SPLIT else "epochs"
-        quality_panel(above, study, named, against, split + note)
-        metric_panel(below, named, "model_utility", against, "", "model utility")
-    legend_below(figure, *max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda e: len(e[0])), 7)
+        quality_panel(above, study, some, against, split + note)
+        metric_panel(below, some, "model_utility", against, "", "model utility")
+    legends = [axes.get_legend_handles_labels() for axes in panels[0]]
+    legend_below(figure, *max(legends, key=lambda legend: len(legend[0])), 7)
     return save(figure, path)
 
 
 def single_runs(runs: list, path: Path):
     """Records of any settings, a line each."""
     named = {f"{r['method']} lr {r['lr']:g} beta {r['beta']:g} seed {r['seed']}": r for r in runs}
-    return evolution({"chosen": named}, path, ("forget quality",), select=lambda _study, _split, name: [named[name]])
+    return evolution({"chosen": named}, path, ("forget quality",),
+                     select=lambda _study, _split, name: [named[name]])
 
 
 def figure7(study: dict, path: Path):
@@ -252,8 +270,8 @@ def figure7(study: dict, path: Path):
     grid.set_fontsize(8)
     for cell in grid.get_celld().values():
         cell.get_text().set_parse_math(False)
-    axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the truth; "
-                   "elsewhere: the truth)", fontsize=10)
+    axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the "
+                   "truth; elsewhere: the truth)", fontsize=10)
     return save(figure, path)
 
 
@@ -277,9 +295,10 @@ def retain_weight(study: dict, path: Path):
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     floor = floor_of([last(r) for runs in found.values() for r in runs])
-    for label, color, quality, at_peak in (("peak", "black", peak, True), ("end of the run", "tab:gray", last, False)):
+    for label, color, quality, place in (("peak", "black", peak, peak_at),
+                                         ("end of the run", "tab:gray", last, lambda r: -1)):
         line = {"color": color, "label": label, "marker": "o", "linestyle": "-"}
-        utilities = [[kept_utility(r, peak_at(r) if at_peak else -1) for r in runs] for runs in found.values()]
+        utilities = [[kept_utility(r, place(r)) for r in runs] for runs in found.values()]
         qualities = [list(map(quality, runs)) for runs in found.values()]
         band(left, list(found), qualities, partial(height, floor=floor), 0.12, **line)
         band(right, list(found), utilities, float, 0.12, **line)

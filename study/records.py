@@ -24,12 +24,13 @@ from support.errors import InputError
 from support.files import write_json
 from support.provenance import environment
 
-CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl", "world_facts_kl")
+CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
+          "world_facts_kl")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_SPLITS = ("forget05", "forget10")  # of seed 1, for Figures 2 and 7
 SAMPLED_ROW = 7  # of each of these sets
 TEXT = 160  # characters of a sampled text that are kept
-COLLECTED = ("data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # settings of a single run
+COLLECTED = ("data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
 
 
 # ---------------------------------------------------------------- the JSON
@@ -52,7 +53,8 @@ def read_study(path: Path) -> dict:
     needed = {"runs", "retrained", "failed", "chosen", "tried", "budget", "provenance", "epochs", "model"}
     lacking = needed - set(study if isinstance(study, dict) else ())
     if lacking:
-        raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; move it away")
+        raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; "
+                         "move it away")
     return study
 
 
@@ -63,7 +65,8 @@ def read_choices(args: Namespace) -> dict:
         return {}
     other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
     if other["model"] != args.model.partition("=")[0]:
-        raise InputError(f"{begin} made with --model {other['model']}, whose learning rates are no other model's")
+        raise InputError(f"{begin} made with --model {other['model']}, whose learning rates are no other "
+                         "model's")
     for figure in grid.wanted_figures(args):
         splits, methods = grid.wanted_of(args, figure)
         for method in methods:
@@ -72,8 +75,8 @@ def read_choices(args: Namespace) -> dict:
                                  f"({', '.join(other['chosen'])})")
             lacking = [s for s in splits if s not in other["chosen"][method]["weights"]]
             if figure == "9" and lacking and "+rt" in method:
-                raise InputError(f"{begin} no retain weight was chosen for {method} on {lacking[0]}; run --figure 9 "
-                                 "there first")
+                raise InputError(f"{begin} no retain weight was chosen for {method} on {lacking[0]}; run "
+                                 "--figure 9 there first")
     return other["chosen"]
 
 
@@ -88,8 +91,8 @@ def open_study(setup: Setup) -> Study:
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
     other = [key for key in identity if known.get(key) != identity[key]]
     if other:
-        raise InputError(f"{path} was made with {other[0]} {known.get(other[0])}, not {identity[other[0]]}: give "
-                         "another --out")
+        raise InputError(f"{path} was made with {other[0]} {known.get(other[0])}, not {identity[other[0]]}: "
+                         "give another --out")
     budgets = {m: grid.budget(setup, m) for m in grid.METHODS}
     budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": budgets["ga"][0],
               "betas": {m: betas for m, (_, betas) in budgets.items() if m.split("+")[0] in grid.WITH_BETA},
@@ -102,10 +105,9 @@ def open_study(setup: Setup) -> Study:
 
 def provenance(args: Namespace) -> dict:
     """`environment`, without this machine's folders."""
-    found = environment()
-    command = [Path(word).name if "/" in word else word for word in found["command"].split()]
-    return {**found, "command": " ".join("TOFU_DIR" if args.data != "builtin" and word == Path(args.data).name else word
-                                         for word in command)}
+    found, folder = environment(), Path(args.data).name if args.data != "builtin" else None
+    words = [Path(word).name if "/" in word else word for word in found["command"].split()]
+    return {**found, "command": " ".join("TOFU_DIR" if word == folder else word for word in words)}
 
 
 def only(study: dict, splits: list | None, methods: list | None) -> dict:
@@ -126,7 +128,7 @@ def find_runs(study: Study) -> Study:
             settings, data = stored["settings"], stored["data_fingerprint"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{config} is not what a run writes: move its folder away") from None
-        if set(grid.SIGNIFICANT) <= set(settings):  # else of another program's, or of an older version's making
+        if set(grid.SIGNIFICANT) <= set(settings):  # else of another program's, or of an older version's
             place = finished if (config.parent / "model").is_dir() else interrupted
             place.setdefault(unlearned_key(settings, data), str(config.parent))
     return study._replace(finished=finished, interrupted=interrupted)
@@ -134,9 +136,10 @@ def find_runs(study: Study) -> Study:
 
 def unlearned_key(settings: dict, data_fingerprint: str) -> str:
     """`run_key` of a stored run, from where its start and its retain log lie."""
-    start = Path(settings["start"])
-    return grid.run_key(settings, data_fingerprint, start.parent.name if start.name == "model" else settings["start"],
-                   Path(settings["retain_log"]).parent.parent.name if settings["retain_log"] else "")
+    start, retain_log = Path(settings["start"]), settings["retain_log"]
+    return grid.run_key(settings, data_fingerprint,
+                        start.parent.name if start.name == "model" else settings["start"],
+                        Path(retain_log).parent.parent.name if retain_log else "")
 
 
 def is_model_there(job: Job) -> bool:
@@ -147,7 +150,8 @@ def missing(study: Study, jobs: list) -> list[Job]:
     """What must still be run, models first: runs without record and without finished folder, and the models
     they need."""
     failed = {f["key"] for f in study.known["failed"]}
-    open_jobs = [job for job in jobs if job.key not in recorded_keys(study) | failed and job.key not in study.finished]
+    ended = recorded_keys(study) | failed | study.finished.keys()
+    open_jobs = [job for job in jobs if job.key not in ended]
     models = {need.key: need for job in open_jobs for need in job.needs
               if not is_model_there(need) and need.key not in failed}
     return list(models.values()) + open_jobs
@@ -190,7 +194,8 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
 
 
 def read_evaluations(folder: Path) -> list:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "eval").glob("step_*.json"))]
+    files = sorted((folder / "eval").glob("step_*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
 
 def short(number: float | None) -> float | None:
@@ -202,7 +207,8 @@ def short(number: float | None) -> float | None:
 def texts_of(data: str, split: str) -> tuple:
     """(evaluated rows, word pairs of answers, of refusals) of a forget split."""
     task = load_task(data, split)
-    return task.evaluated, pairs_of([row["answer"] for row in task.full + task.facts()]), pairs_of(task.refusals)
+    answers = [row["answer"] for row in task.full + task.facts()]
+    return task.evaluated, pairs_of(answers), pairs_of(task.refusals)
 
 
 def answers_of(data: str, split: str, name: str, rows: list) -> dict:
@@ -232,15 +238,15 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     config = json.loads((folder / "config.json").read_text())
     settings, evaluations = config["settings"], read_evaluations(folder)
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn", "method": grid.method_of(settings),
-             **{k: settings[k] for k in ("split", "seed", "lr", "beta", "forget_weight", "retain_weight", "kl_weight",
-                                         "epochs")}}
+             **{k: settings[k] for k in ("split", "seed", "lr", "beta", "forget_weight", "retain_weight",
+                                         "kl_weight", "epochs")}}
     ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
     return {**record(folder, facts, settings["data"], log_truth_ratio),
             "settings": {k: settings[k] for k in COLLECTED}, "metrics": [e["metrics"] for e in evaluations],
             "log_truth_ratio": [{"mean": round(statistics.mean(r), 4), "sd": round(statistics.pstdev(r), 4)}
                                 for r in ratios],
-            "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device", "world_size",
-                                                  "start_weights", "data_fingerprint")}}
+            "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device",
+                                                  "world_size", "start_weights", "data_fingerprint")}}
 
 
 # ---------------------------------------------------------------- keeping it
@@ -260,8 +266,9 @@ def keep_record(study: Study, kept: dict) -> Study:
              if all(r.get(key) == kept.get(key) for key in ("split", "seed", "start_seed"))}
     if began - {kept["start_weights"]}:
         raise InputError(f"{path} has runs of {kept['split']}, seed {kept['seed']}, that began from weights "
-                         f"{min(began)}, and these begin from {kept['start_weights']}: they can't be compared; bring "
-                         "that start's folder, give another --out, or take those runs out of the JSON")
+                         f"{min(began)}, and these begin from {kept['start_weights']}: they can't be "
+                         "compared; bring that start's folder, give another --out, or take those runs out "
+                         "of the JSON")
     others = [r for r in study.known[place] if r["key"] != kept["key"]]
     study = study._replace(known={**study.known, place: sorted(others + [kept], key=order)})
     write_json(path, complete(study))
@@ -269,8 +276,8 @@ def keep_record(study: Study, kept: dict) -> Study:
 
 
 def order(kept: dict) -> tuple:
-    return tuple(str(kept.get(k, "")) for k in ("split", "method", "lr", "beta", "forget_weight", "retain_weight",
-                                                "start_seed", "seed", "key"))
+    return tuple(str(kept.get(k, "")) for k in ("split", "method", "lr", "beta", "forget_weight",
+                                                "retain_weight", "start_seed", "seed", "key"))
 
 
 def complete(study: Study) -> dict:
@@ -280,10 +287,11 @@ def complete(study: Study) -> dict:
     samples = {}  # forget split -> seed -> log R of its retrained model
     for model in study.known["retrained"]:
         if "log_truth_ratios" in model:
-            samples.setdefault(evaluation_split(model["split"]), {})[model["seed"]] = model["log_truth_ratios"]
+            by_seed = samples.setdefault(evaluation_split(model["split"]), {})
+            by_seed[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
-    lattice = {str(n): [[k, round(log10_p(n, k / n), 12)] for k in range(n + 1)] for n in sorted(set(rows.values()))
-               if n <= 60}
+    lattice = {str(n): [[k, round(log10_p(n, k / n), 12)] for k in range(n + 1)]
+               for n in sorted(set(rows.values())) if n <= 60}
     return {**study.known, "chosen": choices, "tried": tried, "forget_rows": rows, "lattice": lattice,
             "ceilings": {split: ceilings(by_seed, log10_p) for split, by_seed in samples.items()}}
 

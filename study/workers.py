@@ -22,7 +22,7 @@ from support.errors import InputError
 from support.files import fingerprint, write_json
 
 TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
-# Reckoning before anything was measured: FLOP/s of one process, and memory that Python and PyTorch take, bytes.
+# Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
 FLOP_RATE = {"tiny": 4.5e10, None: 1e14}
 LIBRARIES = 0.6e9
 
@@ -70,7 +70,8 @@ def launch(words: list, processes: int):
     """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved. Raises
     Stopped after that, CalledProcessError where it fails."""
     from running.run_folder import Stopped
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(TRAIN), *words]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(TRAIN),
+               *words]
     child, asked = subprocess.Popen(command), []
 
     def hand_on(number, frame):
@@ -90,9 +91,11 @@ def launch(words: list, processes: int):
 
 def start_rows_file(job: Job) -> Path:
     """Where the start's evaluation is kept for the other runs from this start on this split."""
-    weights = [Path(need.folder, "model").stat().st_mtime_ns for need in job.needs if need.facts["split"] == "full"]
-    mark = fingerprint(job.given["model"], job.facts["split"], job.given["data"], job.given.get("dtype"), weights)
-    return Path(job.folder).parent / f"start_{job.facts['split']}_{mark[:8]}.json"
+    given, split = job.given, job.facts["split"]
+    starts = [need for need in job.needs if need.facts["split"] == "full"]
+    times = [Path(start.folder, "model").stat().st_mtime_ns for start in starts]
+    mark = fingerprint(given["model"], split, given["data"], given.get("dtype"), times)
+    return Path(job.folder).parent / f"start_{split}_{mark[:8]}.json"
 
 
 # ---------------------------------------------------------------- all runs
@@ -107,19 +110,19 @@ def run_missing(study: Study) -> Study:
         if not ready:
             return study
         print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about "
-              f"{clock(seconds_of(study, todo) / args.jobs)}; what they print is in {args.runs}/worker*.log", flush=True)
+              f"{clock(seconds_of(study, todo) / args.jobs)}; what they print is in {args.runs}/worker*.log",
+              flush=True)
         study = records.find_runs(execute(study, ready, todo))
 
 
 def record_finished(study: Study, jobs: list) -> Study:
     """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of
     other commands."""
-    folders = {need.key: (need, need.folder) for job in jobs for need in job.needs if records.is_model_there(need)}
-    folders |= {job.key: (job, study.finished[job.key]) for job in jobs if job.key in study.finished}
-    known = records.recorded_keys(study)
-    for job, folder in folders.values():
-        if job.key not in known:
-            study = records.keep(study, job, Path(folder), None)
+    known, needs = records.recorded_keys(study), [need for job in jobs for need in job.needs]
+    folders = {need.key: need.folder for need in needs if records.is_model_there(need)} | study.finished
+    for job in {job.key: job for job in needs + jobs}.values():
+        if job.key in folders.keys() - known:
+            study = records.keep(study, job, Path(folders[job.key]), None)
     return study
 
 
@@ -233,7 +236,8 @@ def print_plan(study: Study):
     jobs = grid.plan(study, grid.wanted_figures(args))
     todo = records.missing(study, jobs)
     print(f"{args.data if args.data == 'builtin' else Path(args.data).name}, {args.model}: figures "
-          f"{', '.join(grid.wanted_figures(args))}; seeds 1 to {args.seeds}, tuning on seed {grid.TUNING_SEED}")
+          f"{', '.join(grid.wanted_figures(args))}; seeds 1 to {args.seeds}, tuning on seed "
+          f"{grid.TUNING_SEED}")
     print(f"{'figure':14}{'runs':>6}{'done':>6}{'missing':>9}{'of them interrupted':>21}")
     for figure in grid.wanted_figures(args):
         own = grid.plan(study, [figure])
@@ -242,12 +246,14 @@ def print_plan(study: Study):
               f"{sum(j.key in study.interrupted for j in lacking):21}")
     models = [j for j in todo if j.facts["kind"] == "model"]
     print(f"together {len(jobs)} unlearning runs, {len(todo) - len(models)} missing "
-          f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and {len(models)} models to "
-          "fine-tune or retrain first")
+          f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and {len(models)} "
+          "models to fine-tune or retrain first")
     seconds = seconds_of(study, todo)
-    print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} ({clock(seconds)} of one; "
-          f"models {clock(seconds_of(study, models))}), "
-          + ("as the runs that are done took" if measured else f"reckoned at {speed:.1e} FLOP/s a job, not measured"))
+    source = "as the runs that are done took"
+    if not measured:
+        source = f"reckoned at {speed:.1e} FLOP/s a job, not measured"
+    print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} "
+          f"({clock(seconds)} of one; models {clock(seconds_of(study, models))}), {source}")
     used = [r["memory"] for r in study.known["runs"]]
     each = max(used) if used else 16 * study.setup.parameters + LIBRARIES
     print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together, "
