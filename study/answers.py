@@ -3,8 +3,8 @@
 
     distinct-n        different word n-grams over all of a set's answers (Li et al., 2016)
     repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of
-                      Welleck et al., 2019, on characters: an answer without blanks counts too); mean over answers
-    refusal           at least 80% of the answer's word pairs, begin and end included, occur among the refusals
+                      Welleck et al., 2019, on characters, for answers without blanks); mean over answers
+    refusal           at least 80% of the answer's word pairs, begin and end included, are in the refusals
     of the wording    the same with the data set's answers, and no refusal
     true fact         more than half of the words in which the true (paraphrased) answer differs from every
                       perturbed one
