@@ -1,14 +1,17 @@
 """Section 5's claims as computed verdicts. Pure functions of the study's JSON: no model, no PyTorch.
 
-A claim is a list of tests. Each test has one number a seed and a threshold; an interval of the mean over seeds
-(`interval`: 95%, bootstrap from five seeds on, Student's t below) decides: the test holds where the whole
-interval is on the right side, fails where it is on the other, and is undecided otherwise, with fewer than two
-seeds too. A claim holds where all of its tests hold and fails where one fails.
+A claim is a list of tests. Each test has one number a seed and a threshold; an interval of the mean over
+seeds (`interval`: 95%, bootstrap from five seeds on, Student's t below; `share_interval` for yes and no)
+decides: the test holds where the whole interval is on the right side, fails where it is on the other, and is
+undecided otherwise. One seed decides nothing, and neither do fewer than five that are all equal: their
+interval has no width, which shows that the number takes few values and not that the next seed will have the
+same. A claim holds where all of its tests hold and fails where one fails.
 
-The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially small"
-a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run within one decade
-of the peak, "greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its
-start's. Forget quality is averaged in decades, and "exceeds" is said of this mean: single seeds may do otherwise.
+The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially
+small" a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run
+within one decade of the peak, "greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50
+and forget90 is 88% of its start's. Forget quality is averaged in decades, and "exceeds" is said of this mean:
+single seeds may do otherwise.
 """
 
 import math
@@ -32,8 +35,8 @@ RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
 # ---------------------------------------------------------------- selecting runs
 
 def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None) -> list:
-    """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1, or with
-    another retain weight (0: npo at npo+rt's lr and beta)."""
+    """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1,
+    or with another retain weight (0: npo at npo+rt's lr and beta)."""
     if method not in study["chosen"]:
         return []
     choice, plain = study["chosen"][method], method.removesuffix("+rt")
@@ -116,9 +119,10 @@ def rate(answers: dict, kind: str, sets: tuple) -> float:
 # ---------------------------------------------------------------- judging
 
 def interval(values: list) -> tuple[float, float]:
-    """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles moved
-    out for small samples (Hesterberg, 2015); with so few seeds that resampling reaches no further than the smallest
-    and the largest value, which cover half of the true means (two seeds) or three quarters (three), Student's t."""
+    """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles
+    moved out for small samples (Hesterberg, 2015); with so few seeds that resampling reaches no further than
+    the smallest and the largest value, which cover half of the true means (two seeds) or three quarters
+    (three), Student's t."""
     values, n = np.array(values, dtype=float), len(values)
     t = stats.t.ppf((1 + COVERED) / 2, n - 1)
     if n < BOOTSTRAP_FROM:
@@ -129,14 +133,24 @@ def interval(values: list) -> tuple[float, float]:
     return tuple(map(float, np.quantile(means, [tail, 1 - tail])))
 
 
+def share_interval(values: list) -> tuple[float, float]:
+    """95% interval of the share of seeds in which something is so: the exact binomial one (Clopper, Pearson,
+    1934). With all seeds alike it takes six of them to be on one side of a half."""
+    found = stats.binomtest(sum(values), len(values)).proportion_ci(COVERED, method="exact")
+    return float(found.low), float(found.high)
+
+
 def test(what: str, values: list, sign: str, threshold: float) -> dict:
-    """{"what", "mean", "interval", "sign", "threshold", "seeds", "holds"}: is the mean above (sign ">") or below
-    ("<") the threshold?"""
+    """{"what", "mean", "interval", "sign", "threshold", "seeds", "equal", "holds"}: is the mean above (sign
+    ">") or below ("<") the threshold? Values of True and False are a share. "equal": too few seeds, all with
+    one value."""
+    is_share = bool(values) and all(isinstance(value, bool) for value in values)
+    equal = not is_share and 1 < len(values) < BOOTSTRAP_FROM and bool(np.allclose(values, values[0]))
     found = {"what": what, "mean": statistics.mean(map(float, values)) if values else None, "interval": None,
-             "sign": sign, "threshold": threshold, "seeds": len(values), "holds": "undecided"}
-    if len(values) < 2:
+             "sign": sign, "threshold": threshold, "seeds": len(values), "equal": equal, "holds": "undecided"}
+    if len(values) < 2 or equal:
         return found
-    low, high = interval(values)
+    low, high = share_interval(values) if is_share else interval(values)
     if low > threshold or high < threshold:
         found["holds"] = (low > threshold) == (sign == ">")
     return {**found, "interval": [low, high]}
@@ -154,7 +168,8 @@ def peaks(study: dict, split: str, methods: tuple, sign: str) -> list:
 
 
 def one_of(tests: list) -> dict:
-    """The test that speaks for "some of them do": one that holds, else an undecided one, else the nearest to it."""
+    """The test that speaks for "some of them do": one that holds, else an undecided one, else the nearest to
+    it."""
     rank = {True: 2, "undecided": 1, False: 0}
     return max(tests, key=lambda t: (rank[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
 
@@ -192,8 +207,8 @@ def npo_beats_ga(study: dict) -> list:
             pairs = by_seed(chosen_runs(study, split, npo), chosen_runs(study, split, ga))
             for share in UTILITIES:
                 gains = [best_at_utility(a, share) - best_at_utility(b, share) for a, b in pairs]
-                tests.append(test(f"{split} {npo} over {ga}: decades of forget quality at {share:.0%} of the start's "
-                                  "utility", gains, ">", 0.0))
+                what = f"decades of forget quality at {share:.0%} of the start's utility"
+                tests.append(test(f"{split} {npo} over {ga}: {what}", gains, ">", 0.0))
     return tests
 
 
@@ -204,12 +219,13 @@ def forget05_only_npo(study: dict) -> list:
 
 def forget10_npo_rt(study: dict) -> list:
     """on forget10 npo+rt alone stays above 0.05 with its utility greatly preserved"""
-    ours = [*each(study, "forget10", ("npo+rt",), "lowest log10 forget quality of the last third", lowest_later, ">",
-                  LINE),
-            *each(study, "forget10", ("npo+rt",), "utility at the end, share of the start's", kept_utility, ">",
-                  PRESERVED)]
-    return ours + each(study, "forget10", OTHERS, "share of seeds that do both",
-                       lambda r: lowest_later(r) > LINE and kept_utility(r) > PRESERVED, "<", 0.5)
+    def does_both(run: dict) -> bool:
+        return lowest_later(run) > LINE and kept_utility(run) > PRESERVED
+
+    at, ours = (study, "forget10"), ("npo+rt",)
+    return [*each(*at, ours, "lowest log10 forget quality of the last third", lowest_later, ">", LINE),
+            *each(*at, ours, "utility at the end, share of the start's", kept_utility, ">", PRESERVED),
+            *each(*at, OTHERS, "share of seeds that do both", does_both, "<", 0.5)]
 
 
 def forget10_baselines(study: dict) -> list:
@@ -219,7 +235,8 @@ def forget10_baselines(study: dict) -> list:
 
 def refusals_elsewhere(study: dict) -> list:
     """idk and dpo answer "I don't know" to questions outside the forget set"""
-    return each(study, "forget10", ("idk+rt", "dpo", "dpo+rt"), "refusals among answers outside the forget set",
+    what = "refusals among answers outside the forget set"
+    return each(study, "forget10", ("idk+rt", "dpo", "dpo+rt"), what,
                 lambda r: rate(r["answers"], "refusal", ELSEWHERE), ">", REFUSING)
 
 
@@ -260,10 +277,10 @@ def beyond10(study: dict) -> list:
 
 def tuned_beyond10(study: dict) -> list:
     """on forget50 and forget90 npo+rt with tuned weights exceeds 0.05 and keeps 88% of the start's utility"""
-    return [test(f"{split} npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the start's "
-                 "utility",
-                 [best_at_utility(r, PRESERVED_BEYOND) for r in tuned_runs(study, split, "npo+rt")], ">", LINE)
-            for split in ("forget50", "forget90")]
+    what = f"npo+rt, tuned: best log10 forget quality with {PRESERVED_BEYOND:.0%} of the start's utility"
+    found = {split: tuned_runs(study, split, "npo+rt") for split in ("forget50", "forget90")}
+    return [test(f"{split} {what}", [best_at_utility(r, PRESERVED_BEYOND) for r in runs], ">", LINE)
+            for split, runs in found.items()]
 
 
 CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_rt, forget10_baselines,
@@ -272,9 +289,12 @@ CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_r
 
 def verdicts(study: dict) -> list[dict]:
     """Every claim of Section 5, in the paper's order: {"key", "claim", "holds", "tests", "scale"}."""
-    tests = {claim: claim(study) for claim in CLAIMS}
-    return [{"key": claim.__name__, "claim": claim.__doc__, "holds": combined([t["holds"] for t in tests[claim]]),
-             "tests": tests[claim], "scale": scale(study)} for claim in CLAIMS]
+    found = []
+    for claim in CLAIMS:
+        tests = claim(study)
+        found.append({"key": claim.__name__, "claim": claim.__doc__, "tests": tests, "scale": scale(study),
+                      "holds": combined([t["holds"] for t in tests])})
+    return found
 
 
 # ---------------------------------------------------------------- a verdict in words
@@ -295,7 +315,9 @@ def deciding(v: dict) -> list:
 
 def told(t: dict) -> str:
     """One test in words."""
-    spread = "{:.3g} to {:.3g}".format(*t["interval"]) if t["interval"] else "one seed"
+    spread = f"{t['seeds']} equal seeds" if t["equal"] else "one seed"
+    if t["interval"]:
+        spread = "{:.3g} to {:.3g}".format(*t["interval"])
     return f"{t['what']} {t['mean']:.3g} ({spread}), needs {t['sign']} {t['threshold']:.3g}"
 
 

@@ -110,7 +110,7 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     return run
 
 
-def hand_made_study(seeds=3, change=None) -> dict:
+def hand_made_study(seeds=6, change=None) -> dict:
     """Everything as in the paper; `change(run)` may bend single runs."""
     runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in grid.METHODS
             for seed in range(1, seeds + 1)]
@@ -164,7 +164,7 @@ def setting(where, **values):
 
 
 def quality(*values, spread=0.0):
-    return lambda run: [v + spread * (run["seed"] - 2) for v in values]
+    return lambda run: [v + spread * (run["seed"] - 3.5) for v in values]
 
 
 def answers(name, **values):
@@ -178,7 +178,7 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
                  setting(of("forget10", "ga"), forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
     "npo_plateau": (setting(of("forget05", "npo"), forget_quality_log10=quality(-20, -1, -1, -2, -6, -9)),
                     setting(of("forget05", "npo"),
-                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 2)])),
+                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 3.5)])),
     "npo_beats_ga": (setting(of("forget10", "npo+rt"), forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
                      setting(of("forget10", "npo+kl"),
                              forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
@@ -192,16 +192,16 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
                            setting(of("forget10", "kto+rt"),
                                    forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
     "refusals_elsewhere": (setting(of("forget10", "dpo"), answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
-                           setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=10 * (r["seed"] - 1))
+                           setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=4 * (r["seed"] - 1))
                                                                              for n in r["answers"]})),
     "answers_on_forget_set": (setting(of("forget10", "ga"), answers=answers("forget", repetition_rate=0.0)),
                               setting(of("forget10", "npo+rt"),
-                                      answers=lambda r: answers("forget", **{"other fact": 25 * r["seed"]})(r))),
+                                      answers=lambda r: answers("forget", **{"other fact": 14 * r["seed"]})(r))),
     "retain_weight": (setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(0, 0, 0, 0, 0, 0)),
                       setting(of("forget10", "npo+rt", 5),
                               forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
     "forget_kl": (setting(of("forget10", "npo+rt"), forget_kl=[0, 60, 60, 60, 60, 60]),
-                  setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 4.0 ** r["seed"]])),
+                  setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 13 * 4.0 ** (r["seed"] - 3.5)])),
     "beyond10": (setting(of("forget20", "npo+rt"), forget_quality_log10=LOW),
                  setting(of("forget20", "npo+rt"),
                          forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
@@ -232,7 +232,7 @@ def test_one_seed_or_none_decides_nothing():
 
 def test_a_verdicts_line_has_its_numbers_and_scale():
     line = verdicts.line(verdicts.verdicts(hand_made_study())[0])
-    for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "3 seeds"):
+    for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "6 seeds"):
         assert expected in line
     false = verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
     assert "forget20 npo+rt: peak log10 forget quality -9" in verdicts.line(false)
@@ -247,6 +247,26 @@ def test_a_95_percent_interval_covers_the_true_mean_that_often(seeds):
     assert verdicts.interval(samples[0]) == verdicts.interval(samples[0])
 
 
+def test_fewer_than_five_equal_seeds_decide_nothing():
+    """An interval without width says that the number takes few values, not that the next seed has the same."""
+    for seeds in (2, 3, 4):
+        found = verdicts.test("x", [0.3] * seeds, ">", 0.1)
+        assert found["holds"] == "undecided" and found["interval"] is None
+        assert f"x 0.3 ({seeds} equal seeds)" in verdicts.told(found)
+    assert verdicts.test("x", [0.3] * 5, ">", 0.1)["holds"] is True
+    assert verdicts.test("x", [0.3, 0.31], ">", 0.1)["holds"] is True
+    assert holds(hand_made_study(seeds=2))["ga_falls"] == "undecided"  # all peak at the same evaluation
+
+
+def test_a_share_of_seeds_has_a_binomial_interval():
+    """Clopper and Pearson's: with 0 of n the upper bound is 1 - 0.025^(1/n), so that a half takes six seeds."""
+    share = lambda *seeds: verdicts.test("both", list(seeds), "<", 0.5)
+    assert share(*[False] * 4)["interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
+    assert share(*[False] * 5)["holds"] == "undecided" and share(*[False] * 6)["holds"] is True
+    assert share(*[True] * 6)["holds"] is False and share(True, *[False] * 7)["holds"] == "undecided"
+    assert share()["mean"] is None and share(True)["holds"] == "undecided"
+
+
 def test_some_of_them_do_where_one_does():
     test = lambda holds, mean: {"holds": holds, "mean": mean}
     assert verdicts.one_of([test(False, -9), test(True, -1.2), test("undecided", -0.1)])["holds"] is True
@@ -255,7 +275,7 @@ def test_some_of_them_do_where_one_does():
 
 
 def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
-    study = hand_made_study()
+    study = hand_made_study(seeds=3)
     tuning, other = hand_made_run("npo+rt", "forget10", 0), {**hand_made_run("npo+rt", "forget10", 2), "lr": 5e-4}
     study["runs"] += [tuning, other]
     assert [r["seed"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
@@ -288,7 +308,7 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
 
 def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
     """Seeds in which the mean of p-values would be far from the mean of their logarithms."""
-    spread = setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=1.2),
+    spread = setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=0.48),
                      model_utility=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     study = hand_made_study(change=spread)
     monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
@@ -311,7 +331,7 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
     assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES)
     for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |",
-                     "undesired", "| forget90 | npo+rt | 1 | 3 |", "\n| 5 | 3 |"):
+                     "undesired", "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
         assert expected in page, expected
 
 
