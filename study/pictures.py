@@ -242,8 +242,9 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 
 def single_runs(runs: list, path: Path):
-    """Records of any settings, a line each."""
-    named = {f"{r['method']} lr {r['lr']:g} beta {r['beta']:g} seed {r['seed']}": r for r in runs}
+    """Records of any settings, a line each, with its place among them."""
+    named = {f"{place}: {r['method']} lr {r['lr']:g} beta {r['beta']:g} seed {r['seed']}": r
+             for place, r in enumerate(runs, 1)}
     return evolution({"chosen": named}, path, ("forget quality",),
                      select=lambda _study, _split, name: [named[name]])
 

@@ -1,5 +1,5 @@
-"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON, planning, and
-the whole path on the small data set."""
+"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON,
+planning, and the whole path on the small data set."""
 
 import dataclasses
 import json
@@ -40,26 +40,34 @@ def test_repetition_is_seen_with_blanks_and_without():
 
 
 def test_kinds_of_answers():
-    row = {"answer": "Oslo is the birthplace of Marlow.", "paraphrased_answer": "Ida Marlow was born in Oslo.",
+    row = {"answer": "Oslo is the birthplace of Marlow.",
+           "paraphrased_answer": "Ida Marlow was born in Oslo.",
            "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
-    answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."])
+    answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.",
+                                     "Lima is the birthplace of Falk."])
     refusals = tofu_answers.pairs_of(["I don't know that.", "Sorry, I never learned the answer."])
-    kind = lambda text: tofu_answers.kind(text, row, answers, refusals)
+
+    def kind(text: str) -> str:
+        return tofu_answers.kind(text, row, answers, refusals)
+
     assert kind("Oslo is the birthplace of Marlow.") == kind("Ida Marlow was born in Oslo.") == "true"
     assert kind("Lima is the birthplace of Marlow.") == "other fact"
     assert kind("I don't know that.") == "refusal" and kind("") == kind(" .") == "empty"
-    assert kind("of of of of of of of of of of of") == "repetitive" and kind("Cairo was Lima the chess") == "garbled"
+    assert kind("of of of of of of of of of of of") == "repetitive"
+    assert kind("Cairo was Lima the chess") == "garbled"
     counts = tofu_answers.statistics_of(["", "I don't know that."], [row, row], answers, refusals)
     assert counts["answers"] == 2 and counts["empty"] == counts["refusal"] == 1
     assert sum(counts[k] for k in tofu_answers.KINDS) == 2
-    assert tofu_answers.judgement("forget", "true") == tofu_answers.judgement("retain", "refusal") == "undesired"
-    assert tofu_answers.judgement("forget", "other fact") == tofu_answers.judgement("retain", "true") == "desired"
+    judgement = tofu_answers.judgement
+    assert judgement("forget", "true") == judgement("retain", "refusal") == "undesired"
+    assert judgement("forget", "other fact") == judgement("retain", "true") == "desired"
 
 
 def test_a_fact_of_two_words_needs_both():
     row = {"answer": "x", "paraphrased_answer": "It is The Silent Harbor.",
            "perturbed_answer": ["It is The Golden River.", "It is The Last Tower."]}
-    assert tofu_answers.names_fact("The Silent Harbor", row) and not tofu_answers.names_fact("The Silent River", row)
+    assert tofu_answers.names_fact("The Silent Harbor", row)
+    assert not tofu_answers.names_fact("The Silent River", row)
 
 
 # ---------------------------------------------------------------- verdicts on hand-made numbers
@@ -69,8 +77,8 @@ UTILITY = {"": 0.1, "rt": 0.9, "kl": 0.7}  # at the end, of the start's
 
 
 def counts(**given) -> dict:
-    base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0, "empty": 0,
-            "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
+    base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0,
+            "empty": 0, "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
     return {**base, **given}
 
 
@@ -80,7 +88,9 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     wiggle = 0.01 * seed
     quality = [-20.0, -6.0, -4.0, -9.0, -12.0, -15.0]  # ga and the other baselines: a peak, then the fall
     if loss == "npo":
-        quality = [-20.0, -5.0, -2.0, -1.0, -0.8, -0.8] if term != "rt" else [-20.0, -5.0, -1.0, -0.5, -0.4, -0.4]
+        quality = [-20.0, -5.0, -2.0, -1.0, -0.8, -0.8]
+        if term == "rt":
+            quality = [-20.0, -5.0, -1.0, -0.5, -0.4, -0.4]
     weight = float(term == "rt") if retain_weight is None else retain_weight
     if loss == "npo" and term != "kl":
         quality = quality[:1] + [q - 0.2 * abs(weight - 2) for q in quality[1:]]
@@ -90,18 +100,22 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
         utility = utility[:1] + [u + 0.06 for u in utility[1:]]
     explodes = 40.0 if loss in ("ga", "idk") else 4.0
     refused = 60 if loss in ("idk", "dpo") else 0
-    answers = {name: counts(true=90 - refused, refusal=refused) for name in ("retain", "real_authors", "world_facts")}
-    answers["forget"] = counts(repetitive=95, repetition_rate=0.8) if loss == "ga" else counts(**{"other fact": 85})
+    answers = {name: counts(true=90 - refused, refusal=refused) for name in verdicts.ELSEWHERE}
+    answers["forget"] = counts(**{"other fact": 85})
+    if loss == "ga":
+        answers["forget"] = counts(repetitive=95, repetition_rate=0.8)
     run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn",
            "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
            else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1,
            "forget_weight": 1.0,
-           "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10, "steps": [0, 25, 50, 75, 100, 125],
-           "total_steps": 125, "commit": "c", "start_weights": "57a7", "memory": 5e8, "flops": 1e12,
+           "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10,
+           "steps": [0, 25, 50, 75, 100, 125], "total_steps": 125, "commit": "c", "start_weights": "57a7",
+           "memory": 5e8, "flops": 1e12,
            "seconds": 30.0, "answers": answers,
            "forget_quality_log10": [q + wiggle for q in quality], "model_utility": utility,
            "ks_statistic": [0.7, 0.5, 0.4, 0.2, 0.1, 0.1], "forget_truth_ratio": [0.5] * 6,
-           "forget_kl": [explodes * i / 5 for i in range(6)], "world_facts_kl": [explodes * i / 50 for i in range(6)],
+           "forget_kl": [explodes * i / 5 for i in range(6)],
+           "world_facts_kl": [explodes * i / 50 for i in range(6)],
            "forget_probability": [0.5] * 6, "retain_probability": [0.5] * 6}
     if seed == 1:
         run["samples"] = [{"set": name, "question": "Where was Marlow born?", "answer": "In Oslo.",
@@ -138,9 +152,10 @@ def hand_made_study(seeds=6, change=None) -> dict:
             "chosen": hyper,
             "tried": [{"method": "ga", "split": "forget10", "lr": 2e-3, "beta": 0.1, "retain_weight": 0.0,
                                         "score": 0.8, "peak_log10": -3.0}],
-            "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {}, "weights": [1.0],
-                       "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
-            "forget_rows": {"forget01": 40, "forget10": 300}, "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
+            "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {},
+                       "weights": [1.0], "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
+            "forget_rows": {"forget01": 40, "forget10": 300},
+            "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
             "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}],
                          "forget10": [{"seeds": [1, 2], "log10": -0.5}]},
             "provenance": {"command": "figures_tofu.py", "commit": "0" * 40, "time": "now"}}
@@ -151,12 +166,13 @@ def holds(study: dict) -> dict:
 
 
 def of(split=None, method=None, retain_weight=None):
-    return lambda r: (split is None or r["split"] == split) and (method is None or r["method"] == method) and \
-        (retain_weight is None or r["retain_weight"] == retain_weight)
+    wanted = {"split": split, "method": method, "retain_weight": retain_weight}
+    return lambda r: all(value is None or r[key] == value for key, value in wanted.items())
 
 
 def setting(where, **values):
-    """A change that gives the runs that match `where` these values (or, called with the run, functions of it)."""
+    """A change that gives the runs that match `where` these values (or, called with the run, functions of
+    it)."""
     def change(run):
         if where(run):
             run.update({k: v(run) if callable(v) else v for k, v in values.items()})
@@ -175,11 +191,14 @@ FLAT, LOW = quality(-20, -3, -2.9, -2.8, -2.7, -2.6), quality(-20, -9, -9, -9, -
 HIGH = quality(-20, -9, -5, -1, -0.5, -0.4)
 BENT = {  # claim -> (a change that makes it false, one that leaves it undecided)
     "ga_falls": (setting(of("forget10", "ga"), forget_quality_log10=FLAT),
-                 setting(of("forget10", "ga"), forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
+                 setting(of("forget10", "ga"),
+                         forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
     "npo_plateau": (setting(of("forget05", "npo"), forget_quality_log10=quality(-20, -1, -1, -2, -6, -9)),
                     setting(of("forget05", "npo"),
-                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 3.5)])),
-    "npo_beats_ga": (setting(of("forget10", "npo+rt"), forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
+                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1,
+                                                            -2 - 0.9 * (r["seed"] - 3.5)])),
+    "npo_beats_ga": (setting(of("forget10", "npo+rt"),
+                             forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
                      setting(of("forget10", "npo+kl"),
                              forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
     "forget05_only_npo": (setting(of("forget05", "dpo"), forget_quality_log10=HIGH),
@@ -191,17 +210,21 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
     "forget10_baselines": (setting(of("forget10", "kto+rt"), forget_quality_log10=HIGH),
                            setting(of("forget10", "kto+rt"),
                                    forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
-    "refusals_elsewhere": (setting(of("forget10", "dpo"), answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
-                           setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=4 * (r["seed"] - 1))
-                                                                             for n in r["answers"]})),
+    "refusals_elsewhere": (setting(of("forget10", "dpo"),
+                                   answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
+                           setting(of("forget10", "dpo"),
+                                   answers=lambda r: {n: counts(refusal=4 * (r["seed"] - 1))
+                                                      for n in r["answers"]})),
     "answers_on_forget_set": (setting(of("forget10", "ga"), answers=answers("forget", repetition_rate=0.0)),
                               setting(of("forget10", "npo+rt"),
-                                      answers=lambda r: answers("forget", **{"other fact": 14 * r["seed"]})(r))),
+                                      answers=lambda r: answers(
+                                          "forget", **{"other fact": 14 * r["seed"]})(r))),
     "retain_weight": (setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(0, 0, 0, 0, 0, 0)),
                       setting(of("forget10", "npo+rt", 5),
                               forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
     "forget_kl": (setting(of("forget10", "npo+rt"), forget_kl=[0, 60, 60, 60, 60, 60]),
-                  setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 13 * 4.0 ** (r["seed"] - 3.5)])),
+                  setting(of("forget10", "npo+rt"),
+                          forget_kl=lambda r: [0, 10, 10, 10, 10, 13 * 4.0 ** (r["seed"] - 3.5)])),
     "beyond10": (setting(of("forget20", "npo+rt"), forget_quality_log10=LOW),
                  setting(of("forget20", "npo+rt"),
                          forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
@@ -227,7 +250,8 @@ def test_one_seed_or_none_decides_nothing():
     nothing = {**hand_made_study(), "runs": []}
     assert set(holds(nothing).values()) == {"undecided"}
     assert all("not run" in verdicts.line(v) for v in verdicts.verdicts(nothing))
-    assert len(pages.lessons(verdicts.verdicts(nothing))) == 10 and "Undecided here" in pages.lessons(verdicts.verdicts(nothing))[0]
+    lessons = pages.lessons(verdicts.verdicts(nothing))
+    assert len(lessons) == 10 and "Undecided here" in lessons[0]
 
 
 def test_a_verdicts_line_has_its_numbers_and_scale():
@@ -248,7 +272,8 @@ def test_a_95_percent_interval_covers_the_true_mean_that_often(seeds):
 
 
 def test_fewer_than_five_equal_seeds_decide_nothing():
-    """An interval without width says that the number takes few values, not that the next seed has the same."""
+    """An interval without width says that the number takes few values, not that the next seed has the
+    same."""
     for seeds in (2, 3, 4):
         found = verdicts.test("x", [0.3] * seeds, ">", 0.1)
         assert found["holds"] == "undecided" and found["interval"] is None
@@ -259,8 +284,11 @@ def test_fewer_than_five_equal_seeds_decide_nothing():
 
 
 def test_a_share_of_seeds_has_a_binomial_interval():
-    """Clopper and Pearson's: with 0 of n the upper bound is 1 - 0.025^(1/n), so that a half takes six seeds."""
-    share = lambda *seeds: verdicts.test("both", list(seeds), "<", 0.5)
+    """Clopper and Pearson's: with 0 of n the upper bound is 1 - 0.025^(1/n), so that a half takes six
+    seeds."""
+    def share(*seeds: bool) -> dict:
+        return verdicts.test("both", list(seeds), "<", 0.5)
+
     assert share(*[False] * 4)["interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
     assert share(*[False] * 5)["holds"] == "undecided" and share(*[False] * 6)["holds"] is True
     assert share(*[True] * 6)["holds"] is False and share(True, *[False] * 7)["holds"] == "undecided"
@@ -268,7 +296,9 @@ def test_a_share_of_seeds_has_a_binomial_interval():
 
 
 def test_some_of_them_do_where_one_does():
-    test = lambda holds, mean: {"holds": holds, "mean": mean}
+    def test(holds: bool | str, mean: float | None) -> dict:
+        return {"holds": holds, "mean": mean}
+
     assert verdicts.one_of([test(False, -9), test(True, -1.2), test("undecided", -0.1)])["holds"] is True
     assert verdicts.one_of([test(False, -9), test("undecided", None)])["holds"] == "undecided"
     assert verdicts.one_of([test(False, -9), test(False, -2)])["mean"] == -2
@@ -276,8 +306,8 @@ def test_some_of_them_do_where_one_does():
 
 def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
     study = hand_made_study(seeds=3)
-    tuning, other = hand_made_run("npo+rt", "forget10", 0), {**hand_made_run("npo+rt", "forget10", 2), "lr": 5e-4}
-    study["runs"] += [tuning, other]
+    tuning, other = (hand_made_run("npo+rt", "forget10", seed) for seed in (0, 2))
+    study["runs"] += [tuning, {**other, "lr": 5e-4}]
     assert [r["seed"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
     assert len(verdicts.second_start(study, "forget10", "npo+rt")) == 1
     assert [r["method"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
@@ -289,7 +319,9 @@ def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
 # ---------------------------------------------------------------- pictures and page
 
 def test_the_dual_scale_is_linear_above_the_line_and_logarithmic_below():
-    height = lambda p: pictures.height(math.log10(p), -9.0)
+    def height(p: float) -> float:
+        return pictures.height(math.log10(p), -9.0)
+
     assert height(0.05) == pytest.approx(0, abs=1e-9) and height(1e-9) == pytest.approx(-1)
     assert height(1.0) == pytest.approx(pictures.ABOVE)
     assert height(0.525) == pytest.approx(pictures.ABOVE / 2)
@@ -301,19 +333,32 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     first = pictures.draw(study, list(grid.FIGURES), tmp_path / "a")
     again = pictures.draw(json.loads(json.dumps(study)), list(grid.FIGURES), tmp_path / "b")
     assert len(first) == len(grid.FIGURES)
-    for a, b in zip(first, again):
+    for a, b in zip(first, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
     assert pictures.draw({**study, "runs": []}, list(grid.FIGURES), tmp_path / "c") == []
 
 
+def test_drawing_keeps_to_splits_and_methods(monkeypatch):
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    some = records.only(hand_made_study(), ["forget10"], ["npo+rt", "ga"])
+    evolution, divergence = pictures.draw(some, ["2", "6", "8"], Path("x"))
+    assert [axes.get_title() for axes in evolution.axes] == ["forget10", ""]
+    assert sorted(divergence.axes[0].get_legend_handles_labels()[1]) == ["ga", "npo+rt"]
+    assert pages.peak_table(hand_made_study(), grid.SMALL) != pages.peak_table(some, grid.SMALL)
+
+
 def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
     """Seeds in which the mean of p-values would be far from the mean of their logarithms."""
-    spread = setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=0.48),
+    spread = setting(of("forget10", "npo+rt", 1),
+                     forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=0.48),
                      model_utility=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     study = hand_made_study(change=spread)
     monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
     evolution, trade_off = pictures.draw(study, ["6", "5"], Path("x"))
-    log_height = lambda log: pytest.approx(pictures.height(log, -22.0))
+
+    def log_height(log: float):
+        return pytest.approx(pictures.height(log, -22.0))
+
     last = next(axes for axes in evolution.axes if "forget10" in axes.get_title())
     line = next(line for line in last.get_lines() if line.get_label() == "npo+rt")
     assert list(line.get_ydata()) == [log_height(log) for log in (-20, -9, -1.5, -4, -5, -6)]
@@ -330,8 +375,8 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
     assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES)
-    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |",
-                     "undesired", "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
+    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05",
+                     "| chosen |", "undesired", "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
         assert expected in page, expected
 
 
@@ -339,8 +384,8 @@ def test_the_page_follows_from_the_json(tmp_path):
 
 @pytest.fixture
 def study(small_data, tmp_path, monkeypatch):
-    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three learning
-    rates, and two betas where it has one."""
+    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three
+    learning rates, and two betas where it has one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(grid, "LR_FACTORS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(grid, "BETA_FACTORS", (1.0, 2.0))
@@ -364,7 +409,7 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     jobs = grid.plan(s, ["8"])
     ready = [job for job in jobs if job.given]
     assert len(ready) == 2 * 3 and len(jobs) == 3 + (3 + 1) + 2 * 2
-    assert {job.facts["seed"] for job in ready} == {0} and {job.facts["split"] for job in ready} == {"forget10"}
+    assert {(job.facts["seed"], job.facts["split"]) for job in ready} == {(0, "forget10")}
     models = [job for job in records.missing(s, jobs) if job.facts["kind"] == "model"]
     assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0),
                                                                            ("retain90", 1), ("retain90", 2)]
@@ -393,7 +438,9 @@ def test_every_method_has_the_same_budget(study):
 
 
 def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
-    run = lambda ks, utility: {"ks_statistic": [0.8, *ks], "model_utility": [0.6, *utility]}
+    def run(ks: list, utility: list) -> dict:
+        return {"ks_statistic": [0.8, *ks], "model_utility": [0.6, *utility]}
+
     assert grid.score(run([0.2], [0.6])) == pytest.approx(0.75)
     assert grid.score(run([0.0], [0.3])) == pytest.approx(0.5)
     assert grid.score(run([0.4, 0.0], [0.48, 0.0])) == pytest.approx(0.5)
@@ -406,7 +453,8 @@ def as_run_folder(folder: Path, job, s, finished: bool, **changed):
     settings = {**vars(train_npo.resolve(job.given)), "out": str(folder), **changed}
     settings["retain_log"] += "/eval/step_000005.json"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"settings": settings, "data_fingerprint": s.setup.task.fingerprint}))
+    config = {"settings": settings, "data_fingerprint": s.setup.task.fingerprint}
+    (folder / "config.json").write_text(json.dumps(config))
     if finished:
         (folder / "model").mkdir()
 
@@ -417,7 +465,8 @@ def test_runs_are_known_by_settings_and_not_by_name(study):
     runs = Path(s.setup.args.runs)
     as_run_folder(runs / "any name", one, s, finished=True, micro_batch_size=1, device="cpu")
     as_run_folder(runs / "halfway", two, s, finished=False)
-    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)  # its name, other settings
+    # its name, other settings
+    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)
     s = records.find_runs(s)
     assert s.finished[one.key] == str(runs / "any name") and s.interrupted == {two.key: str(runs / "halfway")}
     keys = [job.key for job in records.missing(s, [one, two, three])]
@@ -441,7 +490,8 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     s = study("--figure", "retain-weight", "--seeds", "1")
     hyper = {"lr": 1e-3, "beta": 0.1}
     zero = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
-    assert zero.key == grid.unlearn_job(s.setup, "npo", "forget10", 1, hyper).key and zero.facts["method"] == "npo"
+    assert zero.key == grid.unlearn_job(s.setup, "npo", "forget10", 1, hyper).key
+    assert zero.facts["method"] == "npo"
     assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
 
 
@@ -499,7 +549,8 @@ def test_settings_as_words_are_the_same_run(study):
 
 
 def stand_in_train(given: dict, start_rows: dict | None):
-    """In a worker, in place of a run: it is killed, or it asks the command to stop and ends all the same, or it ends."""
+    """In a worker, in place of a run: it is killed, or it asks the command to stop and ends all the same, or
+    it ends."""
     if given["fate"] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if given["fate"] == "asked to stop":
@@ -512,7 +563,8 @@ def stand_in_train(given: dict, start_rows: dict | None):
 
 @pytest.fixture
 def run_fates(study, monkeypatch):
-    """run_fates("killed", "ends") runs stand-ins with these fates, one after the other; the study after them."""
+    """run_fates("killed", "ends") runs stand-ins with these fates, one after the other; the study after
+    them."""
     def run(*fates):
         s = study("--figure", "8", "--methods", "ga", "--jobs", "1")
         s = s._replace(setup=dataclasses.replace(s.setup, core=s.setup.core._replace(train=stand_in_train)))
@@ -526,7 +578,8 @@ def run_fates(study, monkeypatch):
 def test_a_worker_that_is_killed_fails_its_run_and_another_goes_on(run_fates):
     jobs, s = run_fates("killed", "ends")
     assert [r["key"] for r in s.known["runs"]] == [jobs[1].key]
-    assert [f["key"] for f in s.known["failed"]] == [jobs[0].key] and "terminated" in s.known["failed"][0]["why"]
+    assert [f["key"] for f in s.known["failed"]] == [jobs[0].key]
+    assert "terminated" in s.known["failed"][0]["why"]
 
 
 def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(run_fates):
@@ -543,7 +596,9 @@ def test_torchrun_hears_of_a_stop_and_its_failure_is_told(script, raised, monkey
     begin = subprocess.Popen
     monkeypatch.setattr(workers.subprocess, "Popen", lambda command: begin([sys.executable, "-c", script]))
     before = signal.getsignal(signal.SIGTERM)
-    from running.run_folder import Stopped  # not above: a worker that imports this file has no use for PyTorch
+    from running.run_folder import (
+        Stopped,  # not above: a worker that imports this file has no use for PyTorch
+    )
     errors = {"Stopped": Stopped, "CalledProcessError": subprocess.CalledProcessError}
     with pytest.raises(errors[raised]) if raised else nullcontext():
         workers.launch(["--loss", "npo"], 2)
@@ -564,16 +619,23 @@ def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
 
 
 def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
-    seeds = lambda *words: {f: grid.seeds_of(figures_tofu.build_parser().parse_args(words), f) for f in "59"}
+    def seeds(*words: str) -> dict:
+        args = figures_tofu.build_parser().parse_args(words)
+        return {figure: grid.seeds_of(args, figure) for figure in "59"}
+
     assert seeds("--seeds", "5") == {"5": 5, "9": 3} and seeds("--figure", "9", "--seeds", "5")["9"] == 5
 
 
 def test_the_starts_rows_are_kept_for_one_start_on_one_split(study):
     s = study("--figure", "9")
-    job = lambda split, **more: grid.unlearn_job(s.setup, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
+
+    def job(split: str, **more) -> grid.Job:
+        return grid.unlearn_job(s.setup, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
+
     for seed in (0, 1):
         Path(grid.model_job(s.setup, "full", seed).folder, "model").mkdir(parents=True)
-    files = [workers.start_rows_file(j) for j in (job("forget10"), job("forget05"), job("forget10", start_seed=1))]
+    jobs = job("forget10"), job("forget05"), job("forget10", start_seed=1)
+    files = [workers.start_rows_file(j) for j in jobs]
     assert len(set(files)) == 3
     os.utime(Path(job("forget10").needs[0].folder, "model"), (1, 1))  # the start was trained again
     assert workers.start_rows_file(job("forget10")) not in files
@@ -590,7 +652,8 @@ def test_a_ceiling_compares_different_retrained_models():
 
 
 def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
-    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices", "other.json")
+    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices",
+             "other.json")
     other = {**records.complete(study()), "chosen": {
         "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}
     (tmp_path / "other.json").write_text(json.dumps(other))
@@ -600,7 +663,8 @@ def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
         [(3e-4, 0.3, 2.0, 1), (3e-4, 0.3, 2.0, 2)] and all(j.given for j in jobs)
     with pytest.raises(InputError, match="no retain weight was chosen for npo[+]rt on forget90"):
         study(*words, "--splits", "forget90")
-    with pytest.raises(InputError, match="nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"):
+    refusal = "nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"
+    with pytest.raises(InputError, match=refusal):
         study(*words, "--methods", "ga+rt")
     (tmp_path / "other.json").write_text(json.dumps({**other, "model": "llama2-7b"}))
     with pytest.raises(InputError, match="made with --model llama2-7b"):
@@ -619,8 +683,8 @@ def test_flags_that_are_decided_here_are_refused(study):
 
 @pytest.mark.slow
 def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
-    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON
-    alone."""
+    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse
+    from the JSON alone."""
     args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1",
             "--jobs", "2", "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
@@ -644,7 +708,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert set(known["chosen"]) == {"npo+rt"} and len(known["tried"]) == tuning and "score" in done
     assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
     run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
-    assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget" and run["answers"]["retain"]["answers"] == 20
+    assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget"
+    assert run["answers"]["retain"]["answers"] == 20
     assert not list((tmp_path / "runs" / "tofu").glob("*/checkpoints"))
     picture = tmp_path / "res" / "tofu" / f"{small_data.name}_tiny_figure8.png"
     files = [picture, tmp_path / "res" / "tofu.md"]
@@ -653,8 +718,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     again = command("figures_tofu.py", *args).stdout
     assert "runs to make" not in again and not (tmp_path / "runs").exists()
     words = ["figures_tofu.py", *map(str, args), "--draw-only"]
-    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}; import figures_tofu; " \
-                    "figures_tofu.main(); assert 'torch' not in sys.modules"
+    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}; " \
+                    "import figures_tofu; figures_tofu.main(); assert 'torch' not in sys.modules"
     for path in files:
         path.unlink()
     subprocess.run([sys.executable, "-c", without_torch], cwd=tmp_path, check=True)
@@ -674,11 +739,14 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
              "template": "llama2"}
     alone, measured, plain = World(0, 1, torch.device("cpu")), [], run_folder.Run.measured_rows
-    monkeypatch.setattr(run_folder.Run, "measured_rows", lambda self, model: measured.append(1) or plain(self, model))
+    monkeypatch.setattr(run_folder.Run, "measured_rows",
+                        lambda self, model: measured.append(1) or plain(self, model))
     own = run(resolve({**given, "out": "own"}), alone)
-    read = lambda folder, step: {k: v for k,
-                                 v in json.loads((folder / "eval" / f"step_{step:06d}.json").read_text()).items()
-                                 if k != "provenance"}
+
+    def read(folder: Path, step: int) -> dict:
+        found = json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())
+        return {k: v for k, v in found.items() if k != "provenance"}
+
     shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
     assert len(measured) == 2 + 1
     assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)
