@@ -13,25 +13,15 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
+from data.tofu import complement
+from study.answers import judgement
+from study.grid import LARGE, SMALL, STEP_SPLIT
+from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, samples_of, tuned_runs
 
-from data.tofu import complement  # noqa: E402
-from study.answers import judgement  # noqa: E402
-from study.grid import LARGE, SMALL, STEP_SPLIT  # noqa: E402
-from study.verdicts import (  # noqa: E402
-    LINE,
-    chosen_runs,
-    kept_utility,
-    last,
-    peak,
-    peak_at,
-    samples_of,
-    tuned_runs,
-)
+plt.switch_backend("Agg")
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}

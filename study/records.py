@@ -26,6 +26,7 @@ from support.provenance import environment
 
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
           "world_facts_kl")
+ORDER = ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed", "seed", "key")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_SPLITS = ("forget05", "forget10")  # of seed 1, for Figures 2 and 7
 SAMPLED_ROW = 7  # of each of these sets
@@ -270,14 +271,10 @@ def keep_record(study: Study, kept: dict) -> Study:
                          "compared; bring that start's folder, give another --out, or take those runs out "
                          "of the JSON")
     others = [r for r in study.known[place] if r["key"] != kept["key"]]
-    study = study._replace(known={**study.known, place: sorted(others + [kept], key=order)})
+    found = sorted(others + [kept], key=lambda r: [str(r.get(k, "")) for k in ORDER])
+    study = study._replace(known={**study.known, place: found})
     write_json(path, complete(study))
     return study
-
-
-def order(kept: dict) -> tuple:
-    return tuple(str(kept.get(k, "")) for k in ("split", "method", "lr", "beta", "forget_weight",
-                                                "retain_weight", "start_seed", "seed", "key"))
 
 
 def complete(study: Study) -> dict:

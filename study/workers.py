@@ -126,11 +126,10 @@ def record_finished(study: Study, jobs: list) -> Study:
     return study
 
 
-def new_pool(study: Study) -> ProcessPoolExecutor:
-    """--jobs processes that import PyTorch once and then run one job after the other."""
-    jobs, runs = study.setup.args.jobs, study.setup.args.runs
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))  # read when the children import PyTorch
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), into_log, (runs,))
+def new_pool(count: int, runs: str) -> ProcessPoolExecutor:
+    """So many processes that import PyTorch once and then run one job after the other."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // count))  # read when the children import PyTorch
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), into_log, (runs,))
 
 
 def into_log(runs: str):
@@ -144,13 +143,15 @@ def into_log(runs: str):
 def execute(study: Study, jobs: list, todo: list) -> Study:
     """Run `jobs`, each after what it needs; record each as it ends. Returns the study with what is known
     then. `todo`: these and what comes after them."""
-    args, pool, begin = study.setup.args, new_pool(study), time.perf_counter()
+    args, begin = study.setup.args, time.perf_counter()
+    count = min(args.jobs, len(jobs))
+    pool = new_pool(count, args.runs)
     waiting, running = list(jobs), {}  # the latter: future -> job
     try:
         while waiting or running:
             pending = {job.key for job in [*waiting, *running.values()]}
             ready = [job for job in waiting if not any(need.key in pending for need in job.needs)]
-            for job in ready[:args.jobs - len(running)]:
+            for job in ready[:count - len(running)]:
                 waiting.remove(job)
                 if not all(map(records.is_model_there, job.needs)):
                     study = fail(study, job, "a model that it needs could not be trained")
@@ -159,7 +160,7 @@ def execute(study: Study, jobs: list, todo: list) -> Study:
                 try:
                     running[pool.submit(run_job, *given)] = job
                 except BrokenProcessPool:  # a process of it was killed, out of memory perhaps
-                    pool = new_pool(study)
+                    pool = new_pool(count, args.runs)
                     running[pool.submit(run_job, *given)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
@@ -167,8 +168,9 @@ def execute(study: Study, jobs: list, todo: list) -> Study:
                 left = [j for j in todo if not j.given or j in waiting or j in running.values()]
                 print(f"[{len(todo) - len(left)} of {len(todo)}; {clock(time.perf_counter() - begin)}, about "
                       f"{clock(seconds_of(study, left) / args.jobs)} left] {job.name}: {text}", flush=True)
-    except KeyboardInterrupt:
-        print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
         for child in multiprocessing.active_children():
             child.terminate()
         raise
