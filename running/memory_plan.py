@@ -53,7 +53,8 @@ def read_shape(s: Namespace, rows: list) -> Shape:
         if folder and (folder / "config.json").is_file():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         elif s.preset:
-            config = LlamaConfig(**tiny_dims(rows) if s.preset == "tiny" else PRESETS[s.preset].dims)
+            config = LlamaConfig(**{**tiny_dims(rows), "tie_word_embeddings": True} if s.preset == "tiny"
+                                 else PRESETS[s.preset].dims)
         else:
             raise InputError(f"--dry-run: {s.start} is neither a preset ({', '.join(PRESETS)}) nor a folder "
                              "with a config.json; give one of them")
@@ -186,6 +187,11 @@ def training_flops(x: Shape, tokens: float, width: float, answer_tokens: float, 
     the answers' tokens alone."""
     layers = 2 * x.layers * (x.layer + width * x.hidden) * tokens
     return passes * layers + 6 * x.vocabulary * x.hidden * answer_tokens
+
+
+def rough_flops(parameters: int, trained: float, scored: float) -> float:
+    """The same before anything is tokenised: 6 a parameter and trained token, 2 a parameter and scored one."""
+    return parameters * (6 * trained + 2 * scored)
 
 
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:

@@ -407,11 +407,11 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
     command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log,
             "--max-new-tokens", 8)
-    command("study/collect.py", folder, f"{folder}-2", "--out", "collected.json")
+    command("figures_tofu.py", "--collect", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.
-    utility, of_one_process = (run["metrics"]["model_utility"] for run in collected)
+    utility, of_one_process = (run["model_utility"] for run in collected)
     assert utility == pytest.approx(of_one_process, rel=1e-4)
     wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data,
                     "--retain-log", evaluations[0], status=2)
