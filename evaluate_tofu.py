@@ -261,8 +261,7 @@ def measure(args) -> tuple[dict, dict, list | None]:
     retrained_rows = None
     if args.retain_log:
         retrained_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"],
-                                         task.fingerprint,
-                                         template)
+                                         task.fingerprint, template)
     model = AnswerModel(lm.to(world.device))
     texts = [t.encoded for some in prepared.texts.values() for t in some]
     check_model(model, texts, tokenizer.eos_token_id, args.model, "fp32", world)
@@ -321,8 +320,7 @@ def check_arguments(args, given: dict) -> Path | None:
         raise InputError(f"--plot {picture}: need a name that ends in .png, .pdf or .svg")
     refuse_unwritable([file for file in (args.out, picture) if file])
     measuring = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens",
-                 "batch_size",
-                 "dtype", "device"}
+                 "batch_size", "dtype", "device"}
     without = sorted(measuring & set(given)) if args.log else []
     if without:
         raise InputError(f"--log holds what was measured: --{without[0].replace('_', '-')} has no effect "

@@ -65,8 +65,7 @@ def forget_loss(plan: Plan, known: dict) -> Tensor:
 
 
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
-              counts: Counts,
-              kl_baseline: Tensor, device) -> dict:
+              counts: Counts, kl_baseline: Tensor, device) -> dict:
     """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss",
     "kl_loss", "mean_W"}, each already divided by the whole batch's count, so that they add up over
     micro-batches and processes."""
@@ -222,7 +221,9 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         # fp16 may overflow: the scaler then skips the update and lowers its scale.
         skipped = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(grad_norm)
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
-            refuse_step(run, step, logged["loss"], grad_norm, (model, optimizer, scaler), world)
+            if finite(model, world):  # kept beside the earlier checkpoints, which may be the healthier
+                run.checkpoint(step, model, optimizer, scaler, kept=1000)
+            give_up(step + 1, f"the loss is {logged['loss']}, the gradient's norm {grad_norm}", run, s)
         if step == 0:
             check_start(s, plan, logged)
         scaler.step(optimizer)
@@ -239,7 +240,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         evaluates = step in run.evaluation_steps and not skipped
         saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
         if (evaluates or saves or step == plan.steps) and not finite(model, world):
-            run.refuse_weights(step)
+            give_up(step, "the update made weights that are not finite", run, s)
         if evaluates:
             run.evaluate(step, model)
         if saves:
@@ -254,13 +255,9 @@ def finite(model: AnswerModel, world: World) -> bool:
     return not world.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
 
 
-def refuse_step(run, step: int, loss: float, grad_norm: float, state: tuple, world: World):
-    """Raises InputError; the weights before this step are kept, where they are finite."""
-    if finite(state[0], world):
-        run.checkpoint(step, *state, kept=1000)  # beside the earlier ones, which may be the healthier
-    raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; the weights "
-                     f"before this step are kept in {run.folder / 'checkpoints'}; try a smaller --lr, or "
-                     "--max-grad-norm 1")
+def give_up(step: int, what: str, run, s: Namespace):
+    raise InputError(f"step {step}: {what}; the last good weights, if any, are in "
+                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
 
 
 def check_start(s: Namespace, plan: Plan, logged: dict):
