@@ -88,7 +88,7 @@ class TokenBatch(NamedTuple):
     positions: Tensor
     targets: Tensor
     rows: Tensor
-    lengths: Tensor  # (R,) answer tokens
+    answer_tokens: Tensor  # (R,)
     prompts: Tensor | None = None
     branches: Tensor | None = None
     order: Tensor | None = None
@@ -101,7 +101,8 @@ class TokenBatch(NamedTuple):
     def per_text(self, values: Tensor) -> Tensor:
         """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M of them: 0
         elsewhere."""
-        return values.new_zeros(len(self.lengths)).index_add(0, self.rows[len(self.rows) - len(values):],
+        return values.new_zeros(len(self.answer_tokens)).index_add(0,
+                                                                   self.rows[len(self.rows) - len(values):],
                                                              values)
 
     def attention(self, dtype) -> dict:
@@ -128,11 +129,11 @@ def padded(lists: list, value: int, width: int) -> Tensor:
 def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
     """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
     ids = padded([e.ids for e in encoded], pad_id, max(pad_to, max(len(e.ids) for e in encoded)))
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(lengths)
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
+    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
     positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1)
                            for e in encoded])  # the one before predicts
-    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, lengths).to(device)
+    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, answer_tokens).to(device)
 
 
 # ---------------------------------------------------------------- several texts in a sequence
@@ -216,23 +217,23 @@ def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
     packed = [list(range(len(groups)))] if in_one else pack(lengths)
     sequences = [Sequence() for _ in packed]
     predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
-    for s, (sequence, places) in enumerate(zip(sequences, packed, strict=True)):
+    for number, (sequence, places) in enumerate(zip(sequences, packed, strict=True)):
         for g in places:
             start = encoded[groups[g][0]].start
             sequence.add(encoded[groups[g][0]].ids[:start], g, 0, 0)
             last = len(sequence.ids) - 1  # the prompt's last token predicts the first of every answer
             for branch, i in enumerate(groups[g], 1):
                 at = len(sequence.ids)
-                predicting[i] = s, [last, *range(at, at + encoded[i].answer_tokens - 1)]
+                predicting[i] = number, [last, *range(at, at + encoded[i].answer_tokens - 1)]
                 sequence.add(encoded[i].ids[start:], g, branch, start)
     width = max(pad_to, *(len(sequence.ids) for sequence in sequences))
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     return TokenBatch(
         ids=padded([x.ids for x in sequences], pad_id, width),
-        sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(lengths),
+        sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
         positions=torch.tensor([at for _, positions in predicting for at in positions]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        rows=torch.arange(len(encoded)).repeat_interleave(lengths), lengths=lengths,
+        rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
         prompts=padded([x.prompts for x in sequences], -1, width),
         branches=padded([x.branches for x in sequences], 0, width),
         order=padded([x.order for x in sequences], 0, width)).to(device)

@@ -5,13 +5,13 @@ a tokenizer may merge across the boundary. A token that straddles it belongs to 
 code). The end-of-sequence token is supervised.
 """
 
-from datetime import date
 from typing import NamedTuple
 
 from support.errors import InputError
 
 TEMPLATES = ("llama2", "qa", "chat")
-TODAY = date(2025, 4, 10)  # for chat templates that write the date: a run must see the same prompts tomorrow
+TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
@@ -44,9 +44,8 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
     if system_prompt_of(tokenizer):
         messages.insert(0, {"role": "system", "content": system_prompt_of(tokenizer)})
     try:  # the template is a program from the model's folder; transformers runs it in a sandbox
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
-                                             date_string=TODAY.strftime("%d %b %Y"),
-                                             strftime_now=TODAY.strftime)
+        return tokenizer.apply_chat_template(messages, chat_template=SAME_DAY + tokenizer.get_chat_template(),
+                                             add_generation_prompt=True, tokenize=False, date_string=TODAY)
     except Exception as error:  # whatever the sandbox or the template objects to: the sentence carries it
         raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
                          f"{str(error)[:200]}); use --template llama2 or qa") from None

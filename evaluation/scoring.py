@@ -97,7 +97,7 @@ def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int
     for chunk in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
         if chunk or world.sharded:  # a sharded model needs all processes: who has no row computes a ghost
             batch = collate([texts[key] for key in chunk or keys[:1]], pad, world.device)
-            hidden = model.hidden(batch).cpu().split(batch.lengths.tolist())
+            hidden = model.hidden(batch).cpu().split(batch.answer_tokens.tolist())
             states.update((key, h.clone()) for key, h in zip(chunk, hidden, strict=False))
     return states
 

@@ -30,12 +30,12 @@ from support.world import World
 @dataclass
 class Job:
     """Fine-tuning, retraining or unlearning: one run with its folder. Of the tiny model's start `lm` holds
-    random weights and `start` nothing until it has been trained (`take_start`)."""
+    random weights and `start_record` nothing until it has been trained (`take_start`)."""
     settings: Namespace
     task: Task
     lm: torch.nn.Module
     tokenizer: object
-    start: dict  # npo.json of the model that it begins with
+    start_record: dict  # npo.json of the model that it begins with
     plan: Plan
     prepared: Prepared
     retrained_rows: list | None  # the retrained model's forget rows
@@ -56,9 +56,12 @@ class Job:
         return ["full"] if self.retrained_rows else ["full", complement(s.split)]
 
     def take_start(self, folder: Path, world: World):
-        """Begin with the model of this run."""
-        self.settings.start = str(folder / "model")
-        self.lm, self.tokenizer, self.start = load_model(self.settings.start, without_weights=world.sharded)
+        """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
+        self.settings.start, plans = str(folder / "model"), self.tokenizer.get_vocab()
+        self.lm, self.tokenizer, self.start_record = load_model(self.settings.start, world.sharded)
+        if self.tokenizer.get_vocab() != plans:
+            raise InputError(f"{folder} was made with another version of tokenizers, which cuts these texts "
+                             "otherwise: remove it, and it is trained again")
 
     def take_retrained(self, log: str):
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
@@ -82,7 +85,8 @@ class Job:
     def meta(self) -> dict:
         """npo.json of what it makes."""
         s = self.settings
-        facts = s.loss == "sft" and s.from_scratch or self.start.get("trained_on", {}).get("facts_included",
+        facts = s.loss == "sft" and s.from_scratch or self.start_record.get("trained_on",
+                                                                            {}).get("facts_included",
                                                                                            False)
         return {"preset": s.preset, "template": s.template,
                 "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
@@ -113,6 +117,10 @@ def prepare_job(s: Namespace, world: World) -> Job:
     context = getattr(lm.config, "max_position_embeddings", None)
     job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
               prepare(task.evaluated, tokenizer, s.template, context), None)
+    if job.plan.steps == 1:
+        raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
+                         "whose "
+                         "lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
     if s.retain_log:
         job.take_retrained(s.retain_log)
     if s.start and not world.sharded:
@@ -142,7 +150,7 @@ def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
 
 def doubts_of_start(job: Job) -> list[str]:
     """What a start's record says that is seldom meant, in sentences."""
-    s, trained_on, doubts = job.settings, job.start.get("trained_on") or {}, []
+    s, trained_on, doubts = job.settings, job.start_record.get("trained_on") or {}, []
     if s.loss == "sft" or job.task.own:
         return []
     if trained_on.get("split", "full") != "full":
@@ -177,8 +185,7 @@ def open_job(job: Job, world: World):
 
 
 def policy_of(job: Job, world: World) -> AnswerModel:
-    """The model that the run begins with, on the device, cut where it is sharded, and tried out on the run's
-    texts.
+    """The model that the run begins with, on the device; where it is sharded, cut, filled and tried out.
 
     Raises InputError where the code can't compute it rightly, or where a resumed run began with other
     weights.
@@ -190,7 +197,7 @@ def policy_of(job: Job, world: World) -> AnswerModel:
             fill(model, weights_folder(s.start), world.device)
             check(job, model, s.dtype, world)
     model.to(world.device)
-    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start.get("trained_on")}
+    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
     job.config.update(now)
     stored = world.agree(read_config(job.folder) if world.rank == 0 else None)
     if stored.get("start_weights", now["start_weights"]) != now["start_weights"]:
@@ -209,19 +216,21 @@ def describe(job: Job, world: World):
     parameters = sum(p.numel() for p in job.lm.parameters())
     what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
     refusals = f"; refusals: {task.refusals_from}" if plan.refusals else ""
-    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}\nmodel "
-              f"{s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
-              f"{world.device.type}, {s.dtype}\nlr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / "
-              f"{s.retain_weight:g} / {s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} in "
-              f"micro-batches of {s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps "
-              f"({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
+    settings = ", ".join(f"{name} {getattr(s, name):g}" for name in ("lr", *plan.objective.settings))
+    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
+    world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
+              f"{world.device.type}, {s.dtype}")
+    weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
+    world.say(f"{settings}, weights {weights} (forget / "
+              f"retain / KL), batch {s.batch_size} in micro-batches of {s.micro_batch_size}, {s.epochs} epochs, "
+              f"{plan.steps} steps ({plan.warmup_steps} warm-up), template {s.template}, seed {s.seed}")
     for doubt in doubts_of_start(job):
         world.say(doubt)
     rate = floating_point_rate(s.dtype, world)
     evaluated = sum(len(t.encoded.ids) for some in job.prepared.texts.values() for t in some)
     for number, (what, tokens, evaluations) in enumerate(parts_of(job), 1):
-        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs at
-        # about twice the rate of training, and generating costs about as much again.
+        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs
+        # at about twice the rate of training, and generating costs about as much again.
         minutes = parameters * (6 * tokens + 2 * evaluations * evaluated) / rate / 60
         world.say(f"  {number}. {what}, evaluations: {evaluations}; roughly {max(0.1, minutes):.1f} min")
 

@@ -4,6 +4,7 @@ it."""
 from argparse import Namespace
 from pathlib import Path
 
+from losses import OBJECTIVES
 from models.presets import PRESETS
 from support.command_line import number
 
@@ -68,7 +69,8 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     about, limits = LEARNED if s.loss == "sft" else UNLEARNED
     settings = {"loss weights (forget / retain / K)":
                 f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}",
-                "beta": f"{s.beta:g}", "peak lr": f"{s.lr:g}", "epochs": s.epochs,
+                **{name: f"{getattr(s, name):g}" for name in OBJECTIVES[s.loss].settings},
+                "peak lr": f"{s.lr:g}", "epochs": s.epochs,
                 "global batch": s.batch_size,
                 "warm-up epochs": f"{s.warmup_epochs:g}", "weight decay": f"{s.weight_decay:g}",
                 "gradient clipping": f"{s.max_grad_norm:g}" if s.max_grad_norm else "off",

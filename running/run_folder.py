@@ -101,7 +101,8 @@ class RunFolder:
         self.saved_at, self.stop_asked, self.saving = time.monotonic(), False, False
         self.log_file = self.folder / "log.jsonl"
         self.bar = tqdm(total=self.plan.steps, desc=f"{self.s.method} {self.s.split}", unit="step",
-                        disable=world.rank > 0 or not sys.stderr.isatty())
+                        disable=int(os.environ.get("RANK", 0)) > 0
+                        or not sys.stderr.isatty())  # one a terminal
 
     # ---- signals
 
@@ -182,8 +183,9 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
         if self.s.loss != "sft" or step % SHOWN_EVERY == 0 or step == self.plan.steps:
             shown = "".join(f"  {name} {parts[name]:10.4f}" for name in parts)
-            self.world.say(f"step {step:5d}/{self.plan.steps}  epoch {epoch:6.2f}  lr {lr:.2e}{shown}  grad "
-                           f"{grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
+            what = f"{self.s.split} " if self.s.loss == "sft" else ""  # two may be trained side by side
+            self.world.say(f"{what}step {step:5d}/{self.plan.steps}  epoch {epoch:6.2f}  lr {lr:.2e}{shown}  "
+                           f"grad {grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
 
     def evaluate(self, step: int, model: AnswerModel):
         """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so

@@ -169,62 +169,63 @@ def resolve(given: dict) -> Namespace:
     return s
 
 
-def refuse(cases: list[tuple[bool, str]]):
-    """Raises InputError with the first sentence whose case holds."""
-    for holds, sentence in cases:
+def refuse(cases: dict):
+    """Raises InputError with the first sentence whose case holds. cases: sentence -> whether it does."""
+    for sentence, holds in cases.items():
         if holds:
             raise InputError(sentence)
 
 
 def refuse_contradictions(s: Namespace):
-    sft = s.loss == "sft"
-    refuse([
-        (sft and (s.kl_weight or s.retain_weight), "--loss sft learns its split and has no retain or K term: "
-                                                   "leave out --retain-weight and --kl-weight"),
-        (s.forget_weight == s.retain_weight == s.kl_weight == 0, "--forget-weight, --retain-weight and "
-                                                                 "--kl-weight are all 0: nothing would be "
-         "trained; give one of them"),
-        (s.micro_batch_size > s.batch_size, f"--micro-batch-size {s.micro_batch_size} is above --batch-size "
-         f"{s.batch_size}: need at most the global batch"),
-        (s.warmup_epochs > s.epochs, f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of "
-                                     "the run: need at most "
-         "these"), (s.seed >= 2**63, f"--seed {s.seed} is too large: need less than 2^63"),
-        (s.best_by == "forget-quality" and s.start and not s.retain_log, "--best-by forget-quality needs a "
-                                                                         "retrained model's log: give "
-         "--retain-log FILE, or take retain-minus-forget"),
-        (s.best_by == "model-utility" and s.forget, "--best-by model-utility needs TOFU's four sets, and own "
-                                                    "data has two: take retain-minus-forget"),
-        (s.preset != "tiny" and not s.start and not s.dry_run, f"--model {s.preset} has no published "
-                                                               "fine-tuned checkpoint: fine-tune with --loss "
-         f"sft --split full first, then give --model {s.preset}=runs/NAME/model")])
+    sft, objective = s.loss == "sft", OBJECTIVES[s.loss]
+    unknown = [name for name in objective.settings if not hasattr(s, name)]
+    refuse({
+        f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
+        f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
+            objective.mean not in ("sequences", "tokens"),
+        "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":
+            sft and (s.kl_weight or s.retain_weight),
+        "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one":
+            s.forget_weight == s.retain_weight == s.kl_weight == 0,
+        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the global "
+        "batch": s.micro_batch_size > s.batch_size,
+        f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these":
+            s.warmup_epochs > s.epochs,
+        f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
+        "--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or take "
+        "retain-minus-forget": s.best_by == "forget-quality" and s.start and not s.retain_log,
+        "--best-by model-utility needs TOFU's four sets, and own data has two: take retain-minus-forget":
+            s.best_by == "model-utility" and s.forget,
+        f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
+        f"first, then give --model {s.preset}=runs/NAME/model":
+            s.preset != "tiny" and not s.start and not s.dry_run})
 
 
 def refuse_wrong_rows(s: Namespace, given: dict):
     own = s.forget or s.retain
-    refuse([
-        (own and (s.loss == "sft" or "split" in given or "data" in given), "--forget and --retain are the "
-                                                                           "data and the split: leave out "
-         "--data and --split, and --loss sft"),
-        (own and not s.start, "--forget and --retain need the model that holds these rows: give --model "
-                              "FOLDER"),
-        (own and not (s.forget and s.retain), f"own data needs both files: got --forget {s.forget} and "
-                                              f"--retain {s.retain}"),
-        (not own and s.loss != "sft" and parse_split(s.split)[0] != "forget", f"--split {s.split}: "
-                                                                              "unlearning needs a forget "
-         "split, forget01 to forget99 (or --loss sft to train on it)")])
+    refuse({
+        "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
+            own and (s.loss == "sft" or "split" in given or "data" in given),
+        "--forget and --retain need the model that holds these rows: give --model FOLDER":
+            own and not s.start,
+        f"own data needs both files: got --forget {s.forget} and --retain {s.retain}":
+            own and not (s.forget and s.retain),
+        f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft learns it)":
+            not own and s.loss != "sft" and parse_split(s.split)[0] != "forget"})
 
 
 def refuse_without_effect(s: Namespace, given: dict):
     """A flag that changes nothing is a misunderstanding. Raises InputError."""
     objective = OBJECTIVES[s.loss]
-    pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.with_refusal or objective.with_baseline
-    idle = {"beta": "beta" not in objective.takes, "gamma": "gamma" not in objective.takes,
-            "kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
+    pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
+    idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
             "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
             "system_prompt": s.template not in (None, "chat")}
-    refuse([(changes_nothing and given.get(flag) is not None, f"--{flag.replace('_', '-')} has no effect "
-                                                              f"here ({s.method}, --eval-every "
-             f"{s.eval_every}, --keep {s.keep}): leave it out") for flag, changes_nothing in idle.items()])
+    for other in OBJECTIVES.values():
+        idle.update({name: name not in objective.settings for name in other.settings})
+    here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
+    refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
+            changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})
 
 
 def parse(argv: list, description: str = "") -> Namespace:

@@ -45,6 +45,7 @@ TRAIN = [
     ("--model MODEL --data DATA --parallel fsdp", "--parallel fsdp has no effect in one process"),
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --resume MODEL", "has not begun"),
+    ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
     ("--model MODEL --data MODEL", "not found"),
     ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
 ] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])

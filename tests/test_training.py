@@ -404,7 +404,7 @@ def test_own_data_end_to_end(command, small_model, tmp_path):
 def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
     """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both
     models."""
-    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 1]
+    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 2, "--eval-every", 2]
     done = command("train_npo.py", *args, processes=2)
     folder = tmp_path / "runs" / "npo+rt_forget10"
     evaluations = sorted((folder / "eval").glob("*.json"))
