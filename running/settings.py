@@ -187,8 +187,8 @@ def refuse_contradictions(s: Namespace):
             sft and (s.kl_weight or s.retain_weight),
         "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one":
             s.forget_weight == s.retain_weight == s.kl_weight == 0,
-        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the global "
-        "batch": s.micro_batch_size > s.batch_size,
+        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the "
+        "global batch": s.micro_batch_size > s.batch_size,
         f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these":
             s.warmup_epochs > s.epochs,
         f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
