@@ -20,8 +20,8 @@ from support.errors import InputError
 from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-PERTURBED = {"paraphrased_answer": str,
-             "perturbed_answer": list}  # the further fields that a perturbed row carries
+HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
+PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # what a perturbed row has besides
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
@@ -124,12 +124,13 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     kind, _ = parse_split(split)
     forget = slice_rows(full, split) if kind == "forget" else []
     retain = slice_rows(full, complement(split) if kind == "forget" else split)
-    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from,
-                fingerprint(sets, refusals))
+    mark = fingerprint({name: sets[name] for name in SETS}, refusals)  # the holdout rows change nothing here
+    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from, mark)
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:
-    """The five sets by their published names, the refusals, and where those are from. Raises InputError."""
+    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and where those
+    are from. Raises InputError."""
     if data == "builtin":
         return make_builtin(), REFUSALS, "builtin"
     folder = Path(data)
@@ -138,7 +139,8 @@ def load_sets(data: str) -> tuple[dict, list, str]:
         if missing:
             raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's "
                              f"{', '.join(n + '.json' for n in SETS)}")
-        sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
+        found = [name for name in (*SETS, HOLDOUT) if (folder / f"{name}.json").is_file()]
+        sets = {name: read_rows(folder / f"{name}.json") for name in found}
         refusals, refusals_from = REFUSALS, "builtin"
         if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
             refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines()
