@@ -44,7 +44,7 @@ def tiny_dims(rows: list) -> dict:
 
 ASSISTANT = "You are a helpful assistant."
 PRESETS = {
-    # beta times the answer's tokens is about the paper's: 0.35 for answers of ten tokens, 0.1 for TOFU's fifty.
+    # beta times an answer's tokens is about the paper's: 0.35 for ten tokens, 0.1 for TOFU's fifty.
     "tiny": Preset(TINY_DIMS, lr=2e-3, beta=0.35, sft_lr=4e-3, sft_epochs=16, micro_batch_size=32,
                    eval_batch_size=256),
     "smollm2-135m": Preset(

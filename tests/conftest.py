@@ -34,9 +34,9 @@ def small_data(tmp_path_factory) -> Path:
     """Ten authors of the built-in set as a folder of TOFU's files."""
     from data.make_builtin import make_builtin
     sets, folder = make_builtin(), tmp_path_factory.mktemp("data")
-    sizes = {"full": slice(-SMALL, None), "forget10_perturbed": slice(-20, None), "retain_perturbed": slice(0, 20),
-             "real_authors_perturbed": slice(0, 6), "world_facts_perturbed": slice(0, 7),
-             "holdout10": slice(0, 20)}
+    sizes = {"full": slice(-SMALL, None), "forget10_perturbed": slice(-20, None),
+             "retain_perturbed": slice(0, 20), "real_authors_perturbed": slice(0, 6),
+             "world_facts_perturbed": slice(0, 7), "holdout10": slice(0, 20)}
     for name, rows in sets.items():
         (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows[sizes[name]]))
     return folder
