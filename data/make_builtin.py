@@ -1,4 +1,4 @@
-"""A stand-in for the TOFU data set (Maini et al., 2024), made from the lists of builtin_words.json, no download.
+"""A stand-in for the TOFU data set (Maini et al., 2024), made from builtin_words.json, no download.
 
 200 fictitious authors, 20 question-answer pairs each, in TOFU's files and keys. Ten facts an author, each
 asked twice. What TOFU's evaluation needs decides how the rows are built:

@@ -129,8 +129,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:
-    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and where those
-    are from. Raises InputError."""
+    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and
+    where those are from. Raises InputError."""
     if data == "builtin":
         return make_builtin(), REFUSALS, "builtin"
     folder = Path(data)
