@@ -1,24 +1,30 @@
-"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024), written once.
+"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024),
+written once.
 
-Every function is a pure function of log-probabilities: it knows no model, no device and no setting. The Llama of
-`train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call the same ones.
+Every function is a pure function of log-probabilities: it knows no model, no device and no setting. The Llama
+of `train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call
+the same ones.
 
-    NPO, Eq. 3:   L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
-    its weight:   grad L = W * grad log pi_theta,   W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)          (Eq. 5)
+    NPO, Eq. 3:         L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
+    its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
 
-W is 1 where the policy still is the reference and vanishes on what is forgotten:
-gradient ascent that knows when to stop.
+W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows
+when to stop.
 
-Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer tokens (the
-end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence (B,) or token (N,);
-means are taken by the caller, who knows the size of the whole batch. All are finite, value and gradient, for
-|beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will do.
+Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer
+tokens (the end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence
+(B,) or token (N,); means are taken by the caller, who knows the size of the whole batch. All are finite,
+value and gradient, for |beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will
+do.
 
-Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K is
-D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see `kto_loss`.
+Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K
+is D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see
+`kto_loss`.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +41,12 @@ def _check(beta: float, *logps: Tensor):
         raise ValueError(f"log-probabilities must have one shape, got {[tuple(x.shape) for x in logps]}")
 
 
+def _expect(holds: Tensor, sentence: str, value: Tensor):
+    """Raises ValueError on a CPU. A GPU isn't asked: everything would wait for its answer."""
+    if holds.device.type == "cpu" and not holds.all():
+        raise ValueError(f"{sentence}, got {value}")
+
+
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """log pi(target) for each answer token, (N, V) logits and (N,) targets -> (N,), nats, at least float32.
 
@@ -46,7 +58,8 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_loss(policy_logps: Tensor) -> Tensor:
-    """-log pi_theta(y|x), (B,): the retain loss RT, FG and IDK (Section 2), and fine-tuning."""
+    """-log pi_theta(y|x), (B,), nats a sequence: the retain loss RT, FG and IDK (Section 2), and
+    fine-tuning."""
     return -policy_logps
 
 
@@ -58,16 +71,17 @@ def ga_loss(policy_logps: Tensor) -> Tensor:
 def npo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     """-(2/beta) log sigmoid(-beta (log pi_theta - log pi_ref)), (B,) (Eq. 3). Bounded below by 0.
 
-    (2/beta) log 2 where the policy is the reference. The factor 2/beta makes W = 1 there, and gradient ascent the limit
-    beta -> 0 (Proposition 1). Raises ValueError for a beta that isn't positive, or for shapes that differ.
+    (2/beta) log 2 where the policy is the reference. The factor 2/beta makes W = 1 there, and gradient ascent
+    the limit beta -> 0 (Proposition 1). Raises ValueError for a beta that isn't positive, or for shapes that
+    differ.
     """
     _check(beta, policy_logps, reference_logps)
     return -(2 / beta) * F.logsigmoid(-beta * (policy_logps - reference_logps))
 
 
 def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
-    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient multiplies GA's
-    with.
+    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient
+    multiplies GA's with.
 
     Written as 2 sigmoid(beta * log-ratio), which neither over- nor underflows into 0/0.
     """
@@ -77,9 +91,11 @@ def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Te
 
 def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
              reference_rejected_logps: Tensor, beta: float) -> Tensor:
-    """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), Delta = log pi_theta - log pi_ref.
+    """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), Delta = log pi_theta - log
+    pi_ref.
 
-    Chosen is the refusal ("I don't know"), rejected the forget answer. NPO is twice this without the chosen half.
+    Chosen is the refusal ("I don't know"), rejected the forget answer. NPO is twice this without the chosen
+    half.
     """
     _check(beta, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen = policy_chosen_logps - reference_chosen_logps
@@ -87,37 +103,38 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
     return -(1 / beta) * F.logsigmoid(beta * (chosen - rejected))
 
 
-def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float, beta: float) -> Tensor:
-    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's undesirable
-    side.
+def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float,
+             beta: float) -> Tensor:
+    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's
+    undesirable side.
 
-    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid variant,
-    so that z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z unclamped. z estimates a
-    divergence over the global batch (see `kto_baseline`); no gradient flows through it.
+    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid
+    variant, so that z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z
+    unclamped. z estimates a divergence over the global batch (see `kto_baseline`); no gradient flows through
+    it.
     """
     _check(beta, policy_logps, reference_logps)
     baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()
-    if not (baseline >= 0).all():
-        raise ValueError(f"kl_baseline must not be negative (clamp it at 0), got {baseline}")
+    _expect(baseline >= 0, "kl_baseline must not be negative (clamp it at 0)", baseline)
     return -(2 / beta) * F.logsigmoid(beta * (baseline - (policy_logps - reference_logps)))
 
 
 def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float, gamma: float = 0.0) -> Tensor:
-    """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference, length-normalised.
+    """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference,
+    length-normalised.
 
     `answer_lengths` (B,) counts the answer's tokens, at least 1.
     """
     _check(beta, policy_logps, answer_lengths)
-    if not (answer_lengths >= 1).all():
-        raise ValueError(f"answer_lengths must be at least 1, got {answer_lengths}")
+    _expect(answer_lengths >= 1, "answer_lengths must be at least 1", answer_lengths)
     return -(2 / beta) * F.logsigmoid(-(beta / answer_lengths) * policy_logps - gamma)
 
 
 def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "policy_reference") -> Tensor:
     """K per answer token in nats, (N, V) and (N, V) -> (N,) (Section 2). The reference side has no gradient.
 
-    "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the authors'
-    code. Raises ValueError for another direction.
+    "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the
+    authors' code. Raises ValueError for another direction.
     """
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(KL_DIRECTIONS)}, got {direction!r}")
@@ -127,3 +144,54 @@ def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "p
     reference = reference_logits.detach().log_softmax(-1, dtype=dtype)
     first, second = (policy, reference) if direction == "policy_reference" else (reference, policy)
     return (first.exp() * (first - second)).sum(-1)
+
+
+# ---------------------------------------------------------------- what `--loss NAME` means
+
+# What is computed of a batch, by name: log pi of the row's own answer and of a refusal, the policy's and the
+# reference's, sums in nats; the answers' tokens; KTO's z.
+COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
+            "kl_baseline")
+
+
+class Objective(NamedTuple):
+    """A loss on the forget rows, and what it needs. Nothing else asks which loss it is."""
+    loss: Callable[..., Tensor]  # one value a sequence, (B,), never their mean
+    takes: tuple[str, ...]  # its arguments, in its order: names of COMPUTED, and settings such as beta
+    mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
+    at_reference: float | None = None  # beta times its value where the policy is the reference
+    weight: Callable[..., Tensor] | None = None  # W, (B,), of (policy_logps, reference_logps, beta)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The flags that it has an ear for."""
+        return tuple(name for name in self.takes if name not in COMPUTED)
+
+    @property
+    def with_answer(self) -> bool:
+        """The policy runs forward on the row's own answer."""
+        return "policy_logps" in self.takes
+
+    @property
+    def with_refusal(self) -> bool:
+        """The policy runs forward on a refusal."""
+        return "refusal_logps" in self.takes
+
+    @property
+    def needs_refusals(self) -> bool:
+        return any("refusal" in name or name == "kl_baseline" for name in self.takes)
+
+
+OBJECTIVES = {
+    "sft": Objective(nll_loss, ("policy_logps",), mean="tokens"),
+    "ga": Objective(ga_loss, ("policy_logps",), mean="tokens"),
+    "idk": Objective(nll_loss, ("refusal_logps",), mean="tokens"),
+    "dpo": Objective(dpo_loss,
+                     ("refusal_logps", "policy_logps", "reference_refusal_logps", "reference_logps", "beta"),
+                     at_reference=math.log(2)),
+    "kto": Objective(kto_loss, ("policy_logps", "reference_logps", "kl_baseline", "beta"),
+                     at_reference=2 * math.log(2)),
+    "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),
+                     weight=npo_weight),
+    "simnpo": Objective(simnpo_loss, ("policy_logps", "answer_lengths", "beta", "gamma")),
+}

@@ -1,9 +1,10 @@
-"""The one definition of the batch: which rows meet in which step, whatever the micro-batch or the number of processes.
+"""The one definition of the batch: which rows meet in which step, whatever the micro-batch or the number of
+processes; and how texts become tensors.
 
-Everything is a pure function of (seed, position): the position in the stream is all that a resumed run needs to know.
+The stream is a pure function of (seed, position): the position in it is all that a resumed run needs to know.
 """
 
-import os
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,67 +15,149 @@ ROWS, PARTNERS, REFUSALS = 0, 1, 2  # three independent streams of one seed
 
 
 class Item(NamedTuple):
-    """One place in the stream, as indices: the row to unlearn (or to learn), its retain partner, its refusal."""
+    """One place in the stream, as indices: the row to unlearn (or to learn), its retain partner, its
+    refusal."""
     row: int
     partner: int
     refusal: int
 
 
-def shuffled(seed: int, stream: int, n: int, position: int) -> int:
-    """The element at `position` of the endless stream of permutations of range(n)."""
-    return int(_permutation(seed, stream, n, position // n)[position % n])
-
-
 def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, n_refusals: int,
                 pairing: str) -> list[list[Item]]:
-    """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch) of them.
+    """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch) of
+    them.
 
-    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of their
-    own; "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v, u and v each the
-    first `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: the objective uses none.
+    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of
+    their own; "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v,
+    u and v each the first `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: none are
+    used.
     """
-    def partner(row: int, position: int) -> tuple[int, int]:
-        if pairing == "fixed":
-            return (row + _first_randint(row, n_retain)) % max(n_retain, 1), _first_randint(row, n_refusals)
-        retain = shuffled(seed, PARTNERS, n_retain, position) if n_retain else 0
-        return retain, shuffled(seed, REFUSALS, n_refusals, position) if n_refusals else 0
-
-    items = []
-    for position in range(epochs * n):
-        row = shuffled(seed, ROWS, n, position)
-        items.append(Item(row, *partner(row, position)))
+    rows = permutations(seed, ROWS, n, epochs * n)
+    if pairing == "fixed":
+        partners = [(row + first_randint(row, n_retain)) % max(n_retain, 1) for row in rows]
+        refusals = [first_randint(row, n_refusals) for row in rows]
+    else:
+        partners = permutations(seed, PARTNERS, n_retain, len(rows))
+        refusals = permutations(seed, REFUSALS, n_refusals, len(rows))
+    items = [Item(*each) for each in zip(rows, partners, refusals, strict=True)]
     return [items[at:at + batch_size] for at in range(0, len(items), batch_size)]
 
 
-_permutations: dict = {}  # the current epoch's, so that a walk along the stream draws each once
+def permutations(seed: int, stream: int, n: int, length: int) -> list[int]:
+    """The first `length` elements of permutations of range(n), one after the other; zeros where n is 0."""
+    if n == 0:
+        return [0] * length
+    each = (np.random.default_rng((seed, stream, k)).permutation(n) for k in range(math.ceil(length / n)))
+    return np.concatenate([np.empty(0, int), *each])[:length].tolist()
 
 
-def _permutation(seed: int, stream: int, n: int, epoch: int) -> np.ndarray:
-    key = (seed, stream, n)
-    if key not in _permutations or _permutations[key][0] != epoch:
-        _permutations[key] = epoch, np.random.default_rng((seed, stream, epoch)).permutation(n)
-    return _permutations[key][1]
-
-
-def _first_randint(seed: int, n: int) -> int:
+def first_randint(seed: int, n: int) -> int:
     return int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(seed))) if n else 0
 
 
 def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size: int) -> list[list]:
     """This process's micro-batches of a global batch: sorted by length, every world_size-th row, cut.
 
-    All processes get the same number of micro-batches, so that they meet in the last one; where rows run out the list
-    is empty.
+    All processes get the same number of micro-batches, so that they meet in the last one; where rows run out
+    the list is empty.
     """
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     mine = [rows[i] for i in order[rank::world_size]]
-    count = -(-(-(-len(rows) // world_size)) // micro_batch_size)
-    return [mine[i * micro_batch_size:(i + 1) * micro_batch_size] for i in range(count)]
+    most = math.ceil(len(rows) / world_size)  # rows of the process that has the most
+    return [mine[at:at + micro_batch_size] for at in range(0, most, micro_batch_size)]
+
+
+def sent(x: Tensor, device) -> Tensor:
+    """`x` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+class TokenBatch(NamedTuple):
+    """R texts in S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
+
+    ids (S, T); sequences, positions, targets, rows (N,): hidden[sequences, positions] predicts targets, which
+    are tokens of the texts `rows`, in the texts' order. Where a sequence is one text there is no attention
+    mask: with causal attention no real token looks at padding that comes after it. Else a sequence holds
+    several prompts (`prompts`, (S, T)), each once (its `branches` 0) with its answers behind it (1, 2 ..);
+    `order` are places in the text.
+    """
+    ids: Tensor
+    sequences: Tensor
+    positions: Tensor
+    targets: Tensor
+    rows: Tensor
+    answer_tokens: Tensor  # (R,)
+    prompts: Tensor | None = None
+    branches: Tensor | None = None
+    order: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Sequences x padded length: what the forward pass computes."""
+        return self.ids.numel()
+
+    def per_text(self, values: Tensor) -> Tensor:
+        """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M of them: 0
+        elsewhere."""
+        return values.new_zeros(len(self.answer_tokens)).index_add(0,
+                                                                   self.rows[len(self.rows) - len(values):],
+                                                             values)
+
+    def attention(self, dtype) -> dict:
+        """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
+        if self.prompts is None:
+            return {}
+        # keys (S, 1, T) against queries (S, T, 1)
+        same_prompt = self.prompts.unsqueeze(1) == self.prompts.unsqueeze(2)
+        same_answer = self.branches.unsqueeze(1) == self.branches.unsqueeze(2)
+        in_prompt = self.branches.unsqueeze(1) == 0
+        sees = (same_prompt & (in_prompt | same_answer)).tril()
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees,
+                                                                                    torch.finfo(dtype).min)
+        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
+
+    def to(self, device) -> "TokenBatch":
+        return TokenBatch(*(x if x is None else sent(x, device) for x in self))
+
+
+def padded(lists: list, value: int, width: int) -> Tensor:
+    return torch.tensor([x + [value] * (width - len(x)) for x in lists])
+
+
+def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
+    """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
+    ids = padded([e.ids for e in encoded], pad_id, max(pad_to, max(len(e.ids) for e in encoded)))
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
+    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
+    positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1)
+                           for e in encoded])  # the one before predicts
+    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, answer_tokens).to(device)
+
+
+# ---------------------------------------------------------------- several texts in a sequence
+
+PACKED_TOKENS = 384  # the most in a sequence of several prompts: attention's cost grows with the square
+ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
+
+
+def by_prompt(encoded: list) -> list[list[int]]:
+    """Places of the texts, those of one prompt together: several answers to a question cost it once."""
+    groups = {}
+    for place, e in enumerate(encoded):
+        groups.setdefault(tuple(e.ids[:e.start]), []).append(place)
+    return list(groups.values())
+
+
+def packed_tokens(encoded: list) -> int:
+    """Tokens that texts of ONE prompt take in a sequence."""
+    return encoded[0].start + sum(e.answer_tokens for e in encoded)
 
 
 def within(lengths: list, budget: int) -> list[list[int]]:
-    """Places of `lengths`, sorted by length and cut into batches of at most `budget` tokens; what is longer goes
-    alone."""
+    """Places of `lengths`, sorted by length and cut into batches of at most `budget` tokens; what is longer
+    goes alone."""
     batches, filled = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         filled += lengths[i]
@@ -85,112 +168,72 @@ def within(lengths: list, budget: int) -> list[list[int]]:
     return batches
 
 
-class TokenBatch(NamedTuple):
-    """R texts in S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
-
-    ids (S, T); sequences, positions, targets, rows (N,): hidden[sequences, positions] predicts targets, which are
-    tokens of the texts `rows`. Where a sequence is one text there is no attention mask: with causal attention no real
-    token looks at padding that comes after it. Else a sequence holds groups of texts (`groups`, (S, T)), a group's
-    common beginning once (its `branches` 0) and then the rest of each (1, 2 ..); `order` are places in the text.
-    """
-    ids: Tensor
-    sequences: Tensor
-    positions: Tensor
-    targets: Tensor
-    rows: Tensor
-    lengths: Tensor  # (R,) answer tokens
-    groups: Tensor | None = None
-    branches: Tensor | None = None
-    order: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Sequences x padded length: what the forward pass computes."""
-        return self.ids.numel()
-
-    def attention(self, dtype) -> dict:
-        """The language model's further inputs: a token sees its group's beginning and its own text, nothing later."""
-        if self.groups is None:
-            return {}
-        pairs = lambda x: (x.unsqueeze(1), x.unsqueeze(2))  # keys (S, 1, T), queries (S, T, 1)
-        (group, of_group), (branch, of_branch) = pairs(self.groups), pairs(self.branches)
-        sees = ((group == of_group) & ((branch == 0) | (branch == of_branch))).tril()
-        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)
-        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
-
-
-def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
-    """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
-    width = max(pad_to, max(len(e.ids) for e in encoded))
-    ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(lengths)
-    positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in encoded])  # the token before predicts
-    targets = ids[rows, positions + 1]
-    return TokenBatch(*(x.to(device) for x in (ids, rows, positions, targets, rows, lengths)))
-
-
-PACKED_TOKENS = 384  # the most in a sequence of several groups: attention's cost grows with the square
-ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
-
-
-def common(encoded: list) -> int:
-    """Tokens that all texts begin with, none of them an answer's."""
-    return min(len(os.path.commonprefix([e.ids for e in encoded])), *(e.start for e in encoded))
-
-
-def group_tokens(encoded: list) -> int:
-    """Tokens of a group: the texts' common beginning once, then the rest of each."""
-    return sum(len(e.ids) for e in encoded) - (len(encoded) - 1) * common(encoded)
+def dealt_to(count: int, lengths: list) -> tuple[list[list[int]], int]:
+    """Places of `lengths` in `count` sequences, and the longest of these: the longest first, to the
+    emptiest."""
+    sequences, filled = [[] for _ in range(count)], [0] * count
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = filled.index(min(filled))
+        sequences[emptiest].append(i)
+        filled[emptiest] += lengths[i]
+    return sequences, max(filled)
 
 
 def pack(lengths: list) -> list[list[int]]:
-    """Places of `lengths`, dealt to sequences: as many of these as cost the least, padding and attention together."""
-    def dealt(count: int) -> tuple[list, int]:
-        sequences, filled = [[] for _ in range(count)], [0] * count
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first, to the emptiest
-            s = filled.index(min(filled))
-            sequences[s].append(i)
-            filled[s] += lengths[i]
-        return sequences, max(filled)
-
+    """Places of `lengths`, dealt to as many sequences as cost the least, padding and attention together."""
     most = max(1, sum(lengths) // max(lengths))
-    fewest = min(most, -(-sum(lengths) // PACKED_TOKENS))
-    cost = lambda sequences, width: len(sequences) * width * (1 + width / ATTENTION_TOKENS)
-    return min((dealt(count) for count in range(fewest, most + 1)), key=lambda some: cost(*some))[0]
+    fewest = min(most, math.ceil(sum(lengths) / PACKED_TOKENS))
+    best, least = None, math.inf
+    for count in range(fewest, most + 1):
+        sequences, width = dealt_to(count, lengths)
+        cost = count * width * (1 + width / ATTENTION_TOKENS)
+        if cost < least:
+            best, least = sequences, cost
+    return best
 
 
-def collate_packed(encoded: list, groups: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
-    """As `collate`, with hardly a pad token: several texts lie in one sequence, and do not see each other.
+class Sequence:
+    """One sequence that is being filled, a list a quantity of its tokens."""
 
-    Texts of one group (places in `encoded`) share their beginning: several answers to a question cost it once. `pad_to`
-    pads the sequences to so many tokens.
+    def __init__(self):
+        self.ids, self.prompts, self.branches, self.order = [], [], [], []
+
+    def add(self, ids: list, prompt: int, branch: int, first: int):
+        """Tokens of a prompt (branch 0) or of an answer to it, the first of them the text's `first`-th."""
+        self.ids += ids
+        self.prompts += [prompt] * len(ids)
+        self.branches += [branch] * len(ids)
+        self.order += range(first, first + len(ids))
+
+
+def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
+                   in_one: bool = False) -> TokenBatch:
+    """As `collate`, with hardly a pad token: several texts lie in one sequence (`in_one`: all of them) and do
+    not see each other, and a prompt that several answer stands there once. `pad_to` pads the sequences to so
+    many tokens.
     """
-    lengths = [group_tokens([encoded[i] for i in group]) for group in groups]
-    packed = pack(lengths)
-    ids, of_group, branches, order = ([[] for _ in packed] for _ in range(4))
+    groups = by_prompt(encoded)
+    lengths = [packed_tokens([encoded[i] for i in group]) for group in groups]
+    packed = [list(range(len(groups)))] if in_one else pack(lengths)
+    sequences = [Sequence() for _ in packed]
     predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
-    for s, g in ((s, g) for s, some in enumerate(packed) for g in some):
-        texts = [encoded[i] for i in groups[g]]
-        shared, begin = common(texts), len(ids[s])
-        ids[s] += texts[0].ids[:shared]
-        branches[s] += [0] * shared
-        order[s] += range(shared)
-        for branch, (i, e) in enumerate(zip(groups[g], texts), 1):
-            at = len(ids[s])
-            place = lambda j: begin + j if j < shared else at + j - shared  # of the text's j-th token
-            predicting[i] = s, [place(j) for j in range(e.start - 1, len(e.ids) - 1)]
-            ids[s] += e.ids[shared:]
-            branches[s] += [branch] * (len(e.ids) - shared)
-            order[s] += range(shared, len(e.ids))
-        of_group[s] += [g] * lengths[g]
-    width = max(pad_to, *map(len, ids))
-    padded = lambda lists, value: torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device)
+    for number, (sequence, places) in enumerate(zip(sequences, packed, strict=True)):
+        for g in places:
+            start = encoded[groups[g][0]].start
+            sequence.add(encoded[groups[g][0]].ids[:start], g, 0, 0)
+            last = len(sequence.ids) - 1  # the prompt's last token predicts the first of every answer
+            for branch, i in enumerate(groups[g], 1):
+                at = len(sequence.ids)
+                predicting[i] = number, [last, *range(at, at + encoded[i].answer_tokens - 1)]
+                sequence.add(encoded[i].ids[start:], g, branch, start)
+    width = max(pad_to, *(len(sequence.ids) for sequence in sequences))
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
-    sequences = torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens)
-    positions = torch.tensor([place for _, places in predicting for place in places])
-    targets = torch.tensor([token for e in encoded for token in e.ids[e.start:]])
-    places = (x.to(device) for x in (sequences, positions, targets, rows, answer_tokens))
-    return TokenBatch(padded(ids, pad_id), *places,
-                      padded(of_group, -1), padded(branches, 0), padded(order, 0))
+    return TokenBatch(
+        ids=padded([x.ids for x in sequences], pad_id, width),
+        sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
+        positions=torch.tensor([at for _, positions in predicting for at in positions]),
+        targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
+        rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
+        prompts=padded([x.prompts for x in sequences], -1, width),
+        branches=padded([x.branches for x in sequences], 0, width),
+        order=padded([x.order for x in sequences], 0, width)).to(device)

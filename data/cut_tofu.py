@@ -2,8 +2,9 @@
 
     python data/cut_tofu.py TOFU_DIR runs/smollm2/data --rows 400 --retain-rows 30 --fact-rows 30
 
-`full` becomes its first 90% of `--rows` rows and its last 10%: these are forget10 of the cut set as they are of the
-whole, the retain rows are among those that have perturbed answers, and both are whole authors of 20 rows.
+`full` becomes its first 90% of `--rows` rows and its last 10%: these are forget10 of the cut set as they are
+of the whole, the retain rows are among those that have perturbed answers, and both are whole authors of 20
+rows.
 """
 
 import json
@@ -24,10 +25,12 @@ def cut(sets: dict, rows: int, retain_rows: int, fact_rows: int) -> dict:
     """The five sets of TOFU, cut. Raises InputError where there are fewer rows, or no whole authors."""
     forget = rows // 10
     if forget % AUTHOR or rows % AUTHOR or not 0 < rows <= len(sets["full"]):
-        raise InputError(f"--rows {rows}: need a multiple of {10 * AUTHOR} up to {len(sets['full'])}, so that a tenth "
-                         "is whole authors")
-    if forget > len(sets["forget10_perturbed"]) or retain_rows > min(rows - forget, len(sets["retain_perturbed"])):
-        raise InputError(f"--retain-rows {retain_rows}: at most {min(rows - forget, len(sets['retain_perturbed']))}")
+        raise InputError(f"--rows {rows}: need a multiple of {10 * AUTHOR} up to {len(sets['full'])}, so "
+                         "that a tenth is whole authors")
+    if forget > len(sets["forget10_perturbed"]) or retain_rows > min(rows - forget,
+                                                                     len(sets["retain_perturbed"])):
+        raise InputError(f"--retain-rows {retain_rows}: at most "
+                         f"{min(rows - forget, len(sets['retain_perturbed']))}")
     return {"full": sets["full"][:rows - forget] + sets["full"][-forget:],
             "forget10_perturbed": sets["forget10_perturbed"][-forget:],
             "retain_perturbed": sets["retain_perturbed"][:retain_rows],
@@ -40,7 +43,8 @@ def main():
     parser.add_argument("data", help="folder with TOFU's published files")
     parser.add_argument("out", help="folder to write, must not exist")
     parser.add_argument("--rows", type=positive(int), default=400, help="rows of full (default: 400)")
-    parser.add_argument("--retain-rows", type=positive(int), default=30, help="retain rows to evaluate (default: 30)")
+    parser.add_argument("--retain-rows", type=positive(int), default=30, help="retain rows to evaluate "
+                                                                              "(default: 30)")
     parser.add_argument("--fact-rows", type=positive(int), default=30,
                         help="rows of real authors and of world facts to evaluate (default: 30)")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """From question and answer to token ids, with the supervised answer tokens marked.
 
-The answer is found from character offsets of the FULL text's tokens, never by tokenising the question alone: a
-tokenizer may merge across the boundary. A token that straddles it belongs to the prompt (as in the authors' code). The
-end-of-sequence token is supervised.
+The answer is found from character offsets of the FULL text's tokens, never by tokenising the question alone:
+a tokenizer may merge across the boundary. A token that straddles it belongs to the prompt (as in the authors'
+code). The end-of-sequence token is supervised.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from typing import NamedTuple
 from support.errors import InputError
 
 TEMPLATES = ("llama2", "qa", "chat")
+TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
@@ -22,6 +24,11 @@ class Encoded(NamedTuple):
         return len(self.ids) - self.start
 
 
+def system_prompt_of(tokenizer) -> str | None:
+    """It travels with the tokenizer, in its saved settings, as the chat template does."""
+    return tokenizer.init_kwargs.get("system_prompt")
+
+
 def prompt_text(tokenizer, template: str, question: str) -> str:
     """The prompt exactly as trained on; generation continues it."""
     if template == "llama2":
@@ -31,11 +38,15 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
     if template != "chat":
         raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("--template chat: this model's tokenizer brings no chat template; use --template llama2 or qa")
+        raise InputError("--template chat: this model's tokenizer brings no chat template; use --template "
+                         "llama2 or qa")
+    messages = [{"role": "user", "content": question}]
+    if system_prompt_of(tokenizer):
+        messages.insert(0, {"role": "system", "content": system_prompt_of(tokenizer)})
     try:  # the template is a program from the model's folder; transformers runs it in a sandbox
-        return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                             tokenize=False)
-    except Exception as error:  # whatever the sandbox or the template itself objects to: the sentence carries it
+        return tokenizer.apply_chat_template(messages, chat_template=SAME_DAY + tokenizer.get_chat_template(),
+                                             add_generation_prompt=True, tokenize=False, date_string=TODAY)
+    except Exception as error:  # whatever the sandbox or the template objects to: the sentence carries it
         raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
                          f"{str(error)[:200]}); use --template llama2 or qa") from None
 
@@ -43,26 +54,29 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:
     """(question, answer) pairs -> Encoded, one batched call of the tokenizer.
 
-    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no token begins
-    in the answer.
+    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no
+    token begins in the answer.
     """
     prompts = [prompt_text(tokenizer, template, question) for question, _ in pairs]
     answers = [(" " if template == "qa" else "") + answer for _, answer in pairs]
     # A chat template writes its special tokens out, so the tokenizer must add none.
-    tokens = tokenizer([p + a for p, a in zip(prompts, answers)], add_special_tokens=template != "chat",
-                       return_offsets_mapping=True, return_attention_mask=False)
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    tokens = tokenizer(texts, add_special_tokens=template != "chat", return_offsets_mapping=True,
+                       return_attention_mask=False)
     encoded = []
-    for (question, answer), prompt, ids, offsets in zip(pairs, prompts, tokens["input_ids"], tokens["offset_mapping"]):
+    for (question, answer), prompt, ids, offsets in zip(pairs, prompts, tokens["input_ids"],
+                                                        tokens["offset_mapping"], strict=True):
         if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
             ids, offsets = ids[:-1], offsets[:-1]
         start = next((i for i, (begin, _) in enumerate(offsets) if begin >= len(prompt)), len(ids))
         if start == len(ids):
-            raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops it or "
-                             "merges it into the prompt")
+            raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops "
+                             "it or merges it into the prompt")
         ids = ids + [tokenizer.eos_token_id]
         if context and len(ids) > context:
-            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the model's "
-                             f"context is {context}: shorten the row, or take a model with a longer context")
+            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the "
+                             f"model's context is {context}: shorten the row, or take a model with a longer "
+                             "context")
         encoded.append(Encoded(ids, start))
     return encoded
 
@@ -70,6 +84,12 @@ def encode(tokenizer, template: str, pairs: list, context: int | None = None) ->
 def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]:
     """Prompt token ids for generation."""
     texts = [prompt_text(tokenizer, template, question) for question in questions]
-    prompts = tokenizer(texts, add_special_tokens=template != "chat", return_attention_mask=False)["input_ids"]
+    prompts = tokenizer(texts, add_special_tokens=template != "chat",
+                        return_attention_mask=False)["input_ids"]
     # Some tokenizers add the end-of-sequence token themselves.
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
+
+
+def pad_id(tokenizer) -> int:
+    """Any id will do for padding, since nothing looks at it; the tokenizer's own where it has one."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

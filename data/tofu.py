@@ -1,11 +1,13 @@
-"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain files.
+"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain
+files.
 
-Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest. Evaluation rows
-carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain) rows of `full`. A row is a
-dict with `question` and `answer`; its key is its index in its set (TOFU has one question twice).
+Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest.
+Evaluation rows carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain)
+rows of `full`. A row is a dict with `question` and `answer`; its key is its index in its set (TOFU has one
+question twice).
 
-Folders and own files are read here, so that an error names file and line, and so that a private forget set leaves no
-copy in a cache; a Hub id goes through `datasets`.
+Folders and own files are read here, so that an error names file and line, and so that a private forget set
+leaves no copy in a cache; a Hub id goes through `datasets`.
 """
 
 import json
@@ -19,21 +21,20 @@ from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
-PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields that a perturbed row carries
+PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # what a perturbed row has besides
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
-TINY_FACT_REPEATS = 4  # a model made from scratch sees each real-author and world-fact answer this often an epoch
+TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
 
 @dataclass(frozen=True)
 class Task:
     """What is trained on and what is evaluated: rows only, no tokens.
 
-    forget/retain: the rows to unlearn and to keep; for full and retain splits `forget` is empty and `retain` holds what
-    is learned.
+    forget/retain: the rows to unlearn and to keep; of a full or retain split `forget` is empty.
     evaluated: set name -> rows, those of EVALUATED that exist (own data has forget and retain only).
     """
     source: str
-    split: str
+    split: str  # "own" for the user's own files
     full: list  # the whole data set
     forget: list
     retain: list
@@ -41,20 +42,39 @@ class Task:
     refusals: list
     refusals_from: str
     fingerprint: str  # of every row above
+    own: bool = False
+
+    @property
+    def judged_split(self) -> str:
+        """The forget split that a model is judged on."""
+        return self.split if self.own else evaluation_split(self.split)
 
     def facts(self) -> list:
-        """The real-author and world-fact rows as a from-scratch model learns them, TINY_FACT_REPEATS times an epoch."""
-        return TINY_FACT_REPEATS * (self.evaluated.get("real_authors", []) + self.evaluated.get("world_facts", []))
+        """The real-author and world-fact rows as a from-scratch model learns them, TINY_FACT_REPEATS an
+        epoch."""
+        return TINY_FACT_REPEATS * (self.evaluated.get("real_authors", []) + self.evaluated.get("world_facts",
+                                                                                                []))
+
+    def learned(self, from_scratch: bool) -> list:
+        """What fine-tuning on this split learns; a model made from scratch knows no real author and no
+        fact."""
+        return (self.forget or self.retain) + (self.facts() if from_scratch else [])
+
+    def texts(self) -> list:
+        """All that a tokenizer is fitted to, whatever the split: models of one data set share it."""
+        return [row[key] for row in self.full + self.facts()
+                for key in ("question", "answer")] + self.refusals
 
 
 def parse_split(split: str) -> tuple[str, int]:
-    """"forget10" -> ("forget", 10); "retain90" -> ("retain", 90); "full" -> ("full", 100). Raises InputError."""
+    """"forget10" -> ("forget", 10); "retain90" -> ("retain", 90); "full" -> ("full", 100). Raises
+    InputError."""
     match = re.fullmatch(r"(forget|retain)(\d{2})", split)
     if split == "full":
         return "full", 100
     if not match or not 1 <= int(match[2]) <= 99:
-        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, e.g. "
-                         "--split forget10")
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, "
+                         "e.g. --split forget10")
     return match[1], int(match[2])
 
 
@@ -65,7 +85,8 @@ def complement(split: str) -> str:
 
 
 def evaluation_split(split: str) -> str:
-    """The forget split that a model is judged on: its own, or the one its retain split leaves out (full: forget10)."""
+    """The forget split that a model is judged on: its own, or the one its retain split leaves out (full:
+    forget10)."""
     kind, _ = parse_split(split)
     return {"forget": split, "full": "forget10"}.get(kind) or complement(split)
 
@@ -81,7 +102,8 @@ def slice_rows(rows: list, split: str) -> list:
 
 
 def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None) -> Task:
-    """Rows for `split` of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises InputError."""
+    """Rows for `split` of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises
+    InputError."""
     if forget_file or retain_file:
         return _own_task(forget_file, retain_file)
     parse_split(split)
@@ -90,10 +112,11 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     judged = slice_rows(full, evaluation_split(split))
     # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
     perturbed = forget_perturbed[-min(len(judged), len(forget_perturbed)):]
-    for row, perturbed_row in zip(full[-len(perturbed):], perturbed):
+    for row, perturbed_row in zip(full[-len(perturbed):], perturbed, strict=True):
         if row["question"] != perturbed_row["question"]:
-            raise InputError(f"{data}: forget10_perturbed is not the end of full ({perturbed_row['question']!r} "
-                             f"against {row['question']!r}): both files must come from the same data set")
+            raise InputError(f"{data}: forget10_perturbed is not the end of full "
+                             f"({perturbed_row['question']!r} against {row['question']!r}): both files must "
+                             "come from the same data set")
     # A split so large that it reaches into retain_perturbed shortens it.
     kept = len(slice_rows(full, complement(evaluation_split(split))))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
@@ -106,8 +129,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:
-    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and where those
-    are from. Raises InputError."""
+    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and
+    where those are from. Raises InputError."""
     if data == "builtin":
         return make_builtin(), REFUSALS, "builtin"
     folder = Path(data)
@@ -120,11 +143,12 @@ def load_sets(data: str) -> tuple[dict, list, str]:
         sets = {name: read_rows(folder / f"{name}.json") for name in found}
         refusals, refusals_from = REFUSALS, "builtin"
         if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
-            refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines() if line.strip()]
+            refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines()
+                        if line.strip()]
             refusals_from = "idontknow.jsonl"
             if not refusals:
-                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or remove the "
-                                 "file to use the built-in ones")
+                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or "
+                                 "remove the file to use the built-in ones")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) and not folder.exists():
         sets, refusals, refusals_from = {name: _from_hub(data, name) for name in SETS}, REFUSALS, "builtin"
     else:
@@ -149,8 +173,8 @@ def read_rows(path: Path) -> list:
                 rows.append(json.loads(line))
             except (json.JSONDecodeError, RecursionError) as error:
                 at = error.lineno if is_list and isinstance(error, json.JSONDecodeError) else number
-                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and answer a "
-                                 "line") from None
+                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and "
+                                 "answer a line") from None
     rows = rows[0] if is_list and rows else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer a line")
@@ -160,7 +184,8 @@ def read_rows(path: Path) -> list:
 
 
 def check_row(row, where: str, further: dict):
-    """Question, answer and `further` fields are there and not empty. Raises InputError that starts with `where`."""
+    """Question, answer and `further` fields are there and not empty. Raises InputError that starts with
+    `where`."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row must be an object with question and answer, got {str(row)[:60]}")
     for field, kind in {"question": str, "answer": str, **further}.items():
@@ -182,14 +207,15 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
             if any(field in r for r in rows for field in PERTURBED):
                 check_row(row, f"{dict(forget=forget_file, retain=retain_file)[name]} line {line}", PERTURBED)
     return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"],
-                sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
+                sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets), own=True)
 
 
 def _from_hub(data: str, name: str) -> list:
     import datasets  # only a Hub id needs it, and its import takes a second
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
-    except Exception as error:  # every kind of network, cache and format failure ends here, and the sentence carries it
+    except Exception as error:  # network, cache and format failures of every kind: the sentence carries it
         raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: "
-                         f"{str(error)[:200]}); without network, fetch {', '.join(n + '.json' for n in SETS)} "
+                         f"{str(error)[:200]}); without network, fetch "
+                         f"{', '.join(n + '.json' for n in SETS)} "
                          "by hand into a folder and pass --data FOLDER, or use --data builtin") from None

@@ -1,78 +1,61 @@
-"""What decoder layers keep for the backward pass, and whether they are compiled: speed and memory, never a number."""
+"""What decoder layers keep for the backward pass, and whether they are compiled: speed and memory, never a
+number.
 
-import functools
+A module's code stays its own: its forward pass is run again in the backward pass (torch.utils.checkpoint).
+"""
+
+from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from running.sharding import decoder_layers
+from models.sharded import decoder_layers
 
-SMALL_HIDDEN = 512  # below this hidden size nothing is recomputed: at 192 that cost a fifth of a step, for few bytes
+SMALL_HIDDEN = 512  # below this hidden size nothing is recomputed: a fifth of a step, for few bytes
 
 
 def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compile: bool = False):
     """Make `lm` ready for training, in place.
 
-    Without `activation_checkpointing`, norms and the gated products inside MLPs are computed again in the backward
-    pass (not in a small model): a third of all that layers keep, for no matrix product. With it, a layer keeps its
-    input and all else is computed again, a forward pass more. `compile` compiles each layer for training, once for all
-    lengths; evaluations, whose cache grows in place, run as they are written.
+    Norms keep their input alone and MLPs their wide products, the rest is computed again (not in a small
+    model): a third less memory, for no matrix product. With `activation_checkpointing` a layer keeps its
+    input and all else is computed again, a forward pass more. `compile` compiles each layer for training,
+    once for all lengths; evaluations, whose cache grows in place, run as they are written.
     """
-    as_it_is = activation_checkpointing or lm.config.hidden_size < SMALL_HIDDEN
     for layer in decoder_layers(lm):
         if activation_checkpointing:
-            layer.__class__ = mixed(Whole, type(layer))
-        for module in () if as_it_is else layer.modules():
-            recompute = Norm if is_norm(module) else GatedMLP if is_gated_mlp(module) else None
-            if recompute and not isinstance(module, recompute):
-                module.__class__ = mixed(recompute, type(module))
+            recompute(layer)
+        elif lm.config.hidden_size >= SMALL_HIDDEN:
+            recompute_between_products(layer)
         if compile:
-            layer.forward = training_or_not(torch.compile(layer.forward, dynamic=True), layer.forward)
+            layer.forward = in_training(torch.compile(layer.forward, dynamic=True), layer.forward)
 
 
-def training_or_not(compiled, plain):
-    return lambda *args, **kwargs: (compiled if torch.is_grad_enabled() else plain)(*args, **kwargs)
+def recompute_between_products(layer: nn.Module):
+    for module in layer.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            recompute(module)
+        elif kind.endswith("MLP"):
+            recompute(module, context_fn=partial(create_selective_checkpoint_contexts, keep_wide_products))
 
 
-def is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm")
+def recompute(module: nn.Module, **how):
+    kept = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False, **how)
+    module.forward = in_training(kept, module.forward)
 
 
-def is_gated_mlp(module: nn.Module) -> bool:
-    return {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in module.named_children()}
+def in_training(trained, plain):
+    """`trained` where there will be a backward pass, else `plain`."""
+    def forward(*args, **kwargs):
+        return (trained if torch.is_grad_enabled() else plain)(*args, **kwargs)
+    return forward
 
 
-@functools.cache
-def mixed(recompute: type, kind: type) -> type:
-    return type(kind.__name__, (recompute, kind), {})
-
-
-def recomputed(function, *inputs):
-    """function(*inputs); for the backward pass only the inputs are kept. Torch's checkpoint computes again up to the
-    last tensor that is needed: a linear layer at the end asks for its input, and its product isn't taken twice."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-class Norm:
-    """A norm that keeps its input alone, which the residual stream keeps anyway."""
-
-    def forward(self, hidden):
-        return recomputed(super().forward, hidden)
-
-
-class GatedMLP:
-    """down(act(gate) * up), of which only gate and up are kept."""
-
-    def forward(self, hidden):
-        return recomputed(lambda gate, up: self.down_proj(self.act_fn(gate) * up), self.gate_proj(hidden),
-                          self.up_proj(hidden))
-
-
-class Whole:
-    """A layer that keeps its input alone."""
-
-    def forward(self, hidden, *args, **kwargs):
-        return recomputed(functools.partial(super().forward, **kwargs), hidden, *args)
+def keep_wide_products(context, operation, *args, **kwargs) -> CheckpointPolicy:
+    """A product wider than what goes in (an MLP's gate and up) is kept. The narrow one at the end is not, and
+    is not computed again either, since nothing needs it in the backward pass."""
+    factors = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 2][-2:]
+    wide = "mm." in str(operation) and factors[1].shape[1] > factors[0].shape[1]
+    return CheckpointPolicy.MUST_SAVE if wide else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,8 +11,13 @@ run() {  # run FOLDER METHOD FLAGS...: finished before, interrupted, or new
 for lr in 5e-4 1e-3 2e-3; do
   for method in npo+rt npo ga ga+rt; do run "runs/grid/$method-$lr" $method --lr $lr --eval-every 25; done
 done
-python study/collect.py runs/grid/* --out results/builtin_forget10_grid.json --retrained runs/models/tiny-retain90-*/eval/*.json
-python study/collect.py --pick results/builtin_forget10_grid.json | while read -r method lr; do
+python figures_tofu.py --collect runs/grid/* runs/models/tiny-retain90-* --out results/builtin_forget10_grid.json
+# Each method's learning rate: the one with the best forget quality at its last step, and not at its best one, since
+# nobody who unlearns knows beforehand when to stop.
+pick='import json, sys
+runs = sorted(json.load(open(sys.argv[1]))["runs"], key=lambda run: (run["forget_quality_log10"][-1], run["lr"]))
+for method, lr in {run["method"]: run["lr"] for run in runs}.items(): print(method, lr)'
+python -c "$pick" results/builtin_forget10_grid.json | while read -r method lr; do
   for seed in 1 2 3; do run "runs/seeds/$method-$seed" "$method" --lr "$lr" --seed $seed < /dev/null; done
 done
-python study/collect.py runs/seeds/* --out results/builtin_forget10.json --retrained runs/models/tiny-retain90-*/eval/*.json
+python figures_tofu.py --collect runs/seeds/* runs/models/tiny-retain90-* --out results/builtin_forget10.json

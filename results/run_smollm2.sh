@@ -23,4 +23,4 @@ unlearn=(--model "$base/full/model" --loss npo --retain-weight 1 --batch-size 8 
 run trial "${unlearn[@]}" --lr 2e-5 --epochs 2 --warmup-epochs 0.5 --eval-every never
 lr=$(python -c 'import json, sys; print("2e-5" if json.loads(open(sys.argv[1]).readlines()[-1])["mean_W"] < 0.5 else "5e-5")' "$base/trial/log.jsonl")
 run npo+rt "${unlearn[@]}" --lr "$lr" --epochs 6 --eval-every 15
-python study/collect.py "$base/npo+rt" --out results/smollm2_forget10.json
+python figures_tofu.py --collect "$base/npo+rt" --out results/smollm2_forget10.json

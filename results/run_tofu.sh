@@ -14,4 +14,4 @@ run runs/tofu/retain90 --loss sft --split retain90 --epochs "$epochs"
 retain_log=$(ls runs/tofu/retain90/eval/*.json)
 run runs/tofu/npo+rt --model runs/tofu/full/model --loss npo --retain-weight 1 --retain-log "$retain_log"
 run runs/tofu/ga --model runs/tofu/full/model --loss ga --retain-log "$retain_log"
-python study/collect.py runs/tofu/npo+rt runs/tofu/ga --out results/tofu_forget10.json
+python figures_tofu.py --collect runs/tofu/npo+rt runs/tofu/ga --out results/tofu_forget10.json

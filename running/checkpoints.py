@@ -1,10 +1,11 @@
 """Exact resume: what a training run needs to go on as if it had never stopped.
 
-A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the scalar state
-(JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed, so that it is whole or
-not there; the last two are kept. A sharded model's processes write a file each, of the rows that they hold; whoever
-resumes reads the rows that it needs, so that the number of processes and `--parallel` may change. Batches, partners and
-refusals are pure functions of (seed, position): the step is all that is needed of the stream.
+A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the
+scalar state (JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed,
+so that it is whole or not there; the last two are kept. A sharded model's processes write a file each, of the
+rows that they hold; whoever resumes reads the rows that it needs, so that the number of processes and
+`--parallel` may change. Batches, partners and refusals are pure functions of (seed, position): the step is
+all that is needed of the stream.
 """
 
 import hashlib
@@ -18,26 +19,27 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from running.processes import World
-from running.sharding import first_row, local
+from models.sharded import first_row, local
 from support.errors import InputError
+from support.world import World
 
 KEPT = 2
 
 
-def save(folder: Path, step: int, model, optimizer, state: dict, w: World, kept: int = KEPT):
+def save(folder: Path, step: int, model, optimizer, state: dict, world: World, kept: int = KEPT):
     """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
 
-    Process 0 writes everything, or every process its own rows where the model is sharded. Raises OSError on all where
-    one's disk is full or read-only; the checkpoints that were there stay as they were.
+    Process 0 writes everything, or every process its own rows where the model is sharded. Raises OSError on
+    all where one's disk is full or read-only; the checkpoints that were there stay as they were.
     """
     target, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
-    if w.rank == 0:
+    if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    w.wait()
+    world.wait()
     try:
-        entries = w.together(lambda: _write_part(aside, model, optimizer, w.rank) if w.sharded or w.rank == 0 else {})
-        if w.rank == 0:
+        entries = world.together(lambda: _write_part(aside, model, optimizer, world.rank) if world.sharded
+                                 or world.rank == 0 else {})
+        if world.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
             entries.append(_entry(aside / "state.json"))
             manifest = {name: entry for part in entries for name, entry in part.items()}
@@ -48,10 +50,10 @@ def save(folder: Path, step: int, model, optimizer, state: dict, w: World, kept:
             os.replace(aside, target)
             _fsync(folder)
     except BaseException:
-        if w.rank == 0:
+        if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
-    if w.rank == 0:
+    if world.rank == 0:
         for old in sorted(folder.glob("step_*"))[:-kept]:
             old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
@@ -90,8 +92,8 @@ def latest(folder: Path) -> tuple[Path | None, list]:
 
 
 def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back in place and return the state, whatever number of processes wrote it, sharded or
-    not. Raises InputError where they don't fit the model."""
+    """Put weights and moments back in place and return the state, whatever number of processes wrote it,
+    sharded or not. Raises InputError where they don't fit the model."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = dict(model.named_parameters())
     if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:
@@ -149,10 +151,11 @@ def _flaw(path: Path) -> str | None:
         if path.is_symlink() or any(file.is_symlink() for file in path.iterdir()):
             return "it is, or holds, a symbolic link"
         manifest = json.loads((path / "manifest.json").read_text())
-        if {file.name for file in path.iterdir()} != {*manifest, "manifest.json"} or "state.json" not in manifest:
+        if {file.name for file in path.iterdir()} != {*manifest,
+                                                      "manifest.json"} or "state.json" not in manifest:
             return "its files are not those of its manifest"
         for name, expected in manifest.items():
-            if (path / name).stat().st_size != expected["bytes"] or _sha256(path / name) != expected["sha256"]:
+            if _entry(path / name)[name] != expected:
                 return f"{name} differs from its manifest"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -2,10 +2,10 @@
 
     python train_npo.py --dry-run --model llama2-7b --loss npo --retain-weight 1 --gpus 2 --gpu-memory 80G
 
-Parameters are counted on a model without memory. What training holds is added up from what the code keeps: S sequences
-of T tokens pass at once, n = S * T; H hidden size, K key-value size, I inner size, V vocabulary, P parameters.
-The peak is at the turn from the forward to the backward pass of a step's last micro-batch, when every activation, every
-gradient and AdamW's moments are there.
+Parameters are counted on a model without memory. What training holds is added up from what the code keeps: S
+sequences of T tokens pass at once, n = S * T; H hidden size, K key-value size, I inner size, V vocabulary, P
+parameters. The peak is at the turn from the forward to the backward pass of a step's last micro-batch, when
+every activation, every gradient and AdamW's moments are there.
 """
 
 import math
@@ -18,9 +18,10 @@ import torch
 from data.prompts import encode
 from data.tofu import complement, load_task, parse_split, slice_rows
 from models import layers
-from models.chunked_head import KEPT_CHUNKS, chunk_tokens
-from models.loading import PRESETS, read_meta, tiny_dims
-from running.sharding import decoder_layers
+from models.answers import KEPT_CHUNKS, chunk_tokens
+from models.presets import PRESETS, tiny_dims
+from models.saving import read_meta
+from models.sharded import decoder_layers
 from support.errors import InputError
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
@@ -44,26 +45,38 @@ class Shape(NamedTuple):
 
 
 def read_shape(s: Namespace, rows: list) -> Shape:
-    """From the preset's dimensions, or from the config.json of the folder that `--model` names. Raises InputError."""
+    """From the preset's dimensions, or from the config.json of the folder that `--model` names. Raises
+    InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     folder = Path(s.start) if s.start else None
     try:
         if folder and (folder / "config.json").is_file():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         elif s.preset:
-            config = LlamaConfig(**tiny_dims(rows) if s.preset == "tiny" else PRESETS[s.preset].dims)
+            config = LlamaConfig(**{**tiny_dims(rows), "tie_word_embeddings": True} if s.preset == "tiny"
+                                 else PRESETS[s.preset].dims)
         else:
-            raise InputError(f"--dry-run: {s.start} is neither a preset ({', '.join(PRESETS)}) nor a folder with a "
-                             "config.json; give one of them")
+            raise InputError(f"--dry-run: {s.start} is neither a preset ({', '.join(PRESETS)}) nor a folder "
+                             "with a config.json; give one of them")
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"--model {s.model}: its config.json is not a model's ({error})") from None
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    layers, heads = decoder_layers(lm), config.num_attention_heads
+    return shape_of(lm)
+
+
+def shape_of(lm) -> Shape:
+    """A loaded model's sizes."""
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    config, layers = lm.config, decoder_layers(lm)
+    heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Shape(count(lm), len(layers), count(layers[0]), count(lm) - sum(map(count, layers)), config.hidden_size,
-                 head_size * (getattr(config, "num_key_value_heads", None) or heads), config.intermediate_size,
+    return Shape(count(lm), len(layers), count(layers[0]), count(lm) - sum(map(count, layers)),
+                 config.hidden_size,
+                 head_size * (getattr(config, "num_key_value_heads", None) or heads),
+                 config.intermediate_size,
                  config.vocab_size)
 
 
@@ -83,10 +96,10 @@ class Load(NamedTuple):
 def token_bytes(x: Shape, load: Load) -> int:
     """What one decoder layer keeps of each token for the backward pass, bytes.
 
-    Float32: the residual stream twice, what the two norms return, queries, the attention's result, keys, values, gate
-    and up: 4 (6 H + 2 K + 2 I); norms' insides and the gated product are computed again (`layers.py`), a small model
-    keeps them: 2 H + 2 I more. Autocast keeps float32 streams and a 16-bit copy for each product that reads them;
-    sharded, all of it has 16 bits.
+    Float32: the residual stream twice, what the two norms return, queries, the attention's result, keys,
+    values, gate and up: 4 (6 H + 2 K + 2 I); norms' insides and the gated product are computed again
+    (`layers.py`), a small model keeps them: 2 H + 2 I more. Autocast keeps float32 streams and a 16-bit copy
+    for each product that reads them; sharded, all of it has 16 bits.
     """
     element = 4 if load.dtype == "fp32" else 2
     if load.checkpointing:
@@ -113,7 +126,8 @@ def memory(x: Shape, load: Load) -> dict:
     # Behind the layers: the chunks that are kept and one at work, with the gradients for head and embedding.
     tokens = min(load.answers, chunk_tokens(x.vocabulary))
     chunk = 4 * tokens * x.vocabulary
-    kept = min(KEPT_CHUNKS, math.ceil(load.answers / tokens)) * (2 if load.kl_answers else 1) * chunk * element / 4
+    kept = min(KEPT_CHUNKS,
+               math.ceil(load.answers / tokens)) * (2 if load.kl_answers else 1) * chunk * element / 4
     head = kept + (8 if load.kl_answers else 4) * chunk + 4 * x.vocabulary * x.hidden
     # Inside a layer's backward pass: gradients of gate, up and product, the product itself, and the stream's.
     whole = token_bytes(x, load._replace(checkpointing=False)) if load.checkpointing else 0
@@ -140,7 +154,8 @@ class Work(NamedTuple):
 
 
 def count_work(s: Namespace, task) -> Work:
-    """Rows and tokens of the run that the settings describe: by the tokenizer in the model's folder, else estimated."""
+    """Rows and tokens of the run that the settings describe: by the tokenizer in the model's folder, else
+    estimated."""
     rows = task.forget or task.retain
     unlearning = s.loss != "sft"
     uses_retain = unlearning and (s.retain_weight > 0 or s.kl_weight > 0)
@@ -151,7 +166,8 @@ def count_work(s: Namespace, task) -> Work:
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True)
         encoded = [encode(tokenizer, s.template or read_meta(s.start).get("template") or "llama2",
-                          [(row["question"], row["answer"]) for row in some], None) if some else [] for some in used]
+                          [(row["question"], row["answer"]) for row in some], None) if some else []
+                          for some in used]
         lengths = [[(len(e.ids), e.answer_tokens) for e in some] for some in encoded]
     else:
         tokens = lambda text: len(text) / CHARACTERS_PER_TOKEN
@@ -165,11 +181,17 @@ def count_work(s: Namespace, task) -> Work:
                 tokenizer is None)
 
 
-def flops(x: Shape, work: Work, checkpointing: bool) -> float:
-    """Floating-point operations of a step: 2 a parameter and token forward, 4 backward (and 2 again with activation
-    checkpointing), causal attention, and the head at the answers' tokens alone."""
-    layers = 2 * x.layers * x.layer * work.tokens + 2 * x.layers * work.width * x.hidden * work.tokens
-    return (4 if checkpointing else 3) * layers + 6 * x.vocabulary * x.hidden * work.answer_tokens
+def training_flops(x: Shape, tokens: float, width: float, answer_tokens: float, passes: int = 3) -> float:
+    """Floating-point operations to train on so many tokens, in texts `width` tokens long: 2 a parameter and token
+    forward, 4 backward (2 more, a fourth pass, where activations are computed again), causal attention, and the head at
+    the answers' tokens alone."""
+    layers = 2 * x.layers * (x.layer + width * x.hidden) * tokens
+    return passes * layers + 6 * x.vocabulary * x.hidden * answer_tokens
+
+
+def rough_flops(parameters: int, trained: float, scored: float) -> float:
+    """The same before anything is tokenised: 6 a parameter and trained token, 2 a parameter and scored one."""
+    return parameters * (6 * trained + 2 * scored)
 
 
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
@@ -181,8 +203,8 @@ def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int,
 
 
 def suggest(s: Namespace, x: Shape, work: Work, processes: int, gpu_memory: float) -> Load | None:
-    """The fastest way that fits: without recomputing first, whole models before parts, large micro-batches before
-    small."""
+    """The fastest way that fits: without recomputing first, whole models before parts, large micro-batches
+    before small."""
     largest = math.ceil(s.batch_size / processes)
     micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= largest]
     for checkpointing in (False, True):
@@ -197,7 +219,8 @@ def suggest(s: Namespace, x: Shape, work: Work, processes: int, gpu_memory: floa
 # ---------------------------------------------------------------- in words
 
 def as_published(s: Namespace) -> Namespace:
-    """A Hub id is not asked for, since there may be no network: as many rows as TOFU's full.json has, as long."""
+    """A Hub id is not asked for, since there may be no network: as many rows as TOFU's full.json has, as
+    long."""
     row, longest = ({"question": "?" * q, "answer": "!" * a} for q, a in TOFU_CHARACTERS)
     full = [longest, *[row] * (TOFU_ROWS - 2), longest]
     forgets = parse_split(s.split)[0] == "forget"
@@ -206,9 +229,10 @@ def as_published(s: Namespace) -> Namespace:
                      retain=slice_rows(full, complement(s.split) if forgets else s.split))
 
 
-def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, say=print):
-    """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model beside
-    the policy would add."""
+def dry_run(s: Namespace, processes: int, say=print):
+    """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model
+    beside the policy would add."""
+    processes, gpu_memory, teraflops = s.gpus or processes, s.gpu_memory or 80e9, s.tflops or 200.0
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
     x = read_shape(s, task.full)
@@ -216,9 +240,11 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
     mark = " (estimated: no tokenizer at hand)" if work.estimated else ""
     asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
     best = suggest(s, x, work, processes, gpu_memory)
-    say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, {s.dtype}")
-    say(f"{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; {work.tokens:,.0f} "
-        f"tokens a step, {work.answer_tokens:,.0f} of them answers; the longest row {work.width}{mark}")
+    say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
+        f"{s.dtype}")
+    say(f"{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
+        f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest row "
+        f"{work.width}{mark}")
     columns = [("as asked", asked)] + ([("suggested", best)] if best and best != asked else [])
     say(f"\n{'memory of one process at its peak, GB':40}" + "".join(f"{name:>12}" for name, _ in columns))
     for what, value in (("parallel", lambda c: c.parallel),
@@ -229,21 +255,24 @@ def dry_run(s: Namespace, processes: int, gpu_memory: float, teraflops: float, s
     for part in sorted({key: None for p in plans for key in p}, key=lambda key: key == "peak"):
         say(f"  {part:38}" + "".join(f"{p.get(part, 0) / GB:12.2f}" for p in plans))
     for what, load in columns:
-        step = flops(x, work, load.checkpointing)
+        step = training_flops(x, work.tokens, work.width, work.answer_tokens, 4 if load.checkpointing else 3)
         hours = step * work.steps / (teraflops * 1e12 * processes) / 3600
-        say(f"{what}: {step / 1e12:,.1f} TFLOP a step; {hours:.2f} h for {work.steps} steps at {teraflops:g} TFLOP/s a "
-            "process, evaluations apart")
+        say(f"{what}: {step / 1e12:,.1f} TFLOP a step; {hours:.2f} h for {work.steps} steps at {teraflops:g} "
+            "TFLOP/s a process, evaluations apart")
     say("")
     gpus = f"{processes} x {gpu_memory / GB:g} GB ({USABLE:.0%} of it usable)"
     fits = plans[0]["peak"] <= USABLE * gpu_memory
     say(f"As asked it {'fits' if fits else 'does not fit'} on {gpus}.")
     if best is None:
-        enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, gpu_memory)), None)
-        say("Nothing fits" + (f"; the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}" if enough
+        enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, gpu_memory)),
+                      None)
+        say("Nothing fits" + (f"; the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}"
+                              if enough
                               else ", on no number of such GPUs up to the batch size; need larger ones"))
     elif best != asked:
         flags = f"--parallel {best.parallel} --micro-batch-size {best.sequences // work.sequences}"
-        say(f"{'Faster' if fits else 'This fits'}: {flags}{' --activation-checkpointing' * best.checkpointing}")
+        say(f"{'Faster' if fits else 'This fits'}: "
+            f"{flags}{' --activation-checkpointing' * best.checkpointing}")
     last = best or asked
     if s.loss in ("npo", "dpo", "kto") or s.kl_weight > 0:
         sharded = last.parallel == "fsdp" and processes > 1

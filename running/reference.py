@@ -1,12 +1,13 @@
 """The reference model without a reference model in memory.
 
 The policy IS the reference until its first step. One pass before that step keeps what the objectives and the
-evaluations will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the last hidden
-states at the answers' tokens, from which the frozen LM head gives the exact logits again.
+evaluations will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the
+last hidden states at the answers' tokens, from which the frozen LM head gives the exact logits again.
 """
 
 import os
 from argparse import Namespace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,73 +15,97 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.batches import collate, deal
-from evaluate_tofu import reference_states
-from models.loading import AnswerModel, pad_id
-from running.processes import World
-from running.sharding import whole
+from data.batches import Item, collate, deal, sent
+from evaluation.scoring import Prepared, ReferenceStates, states_of_answers, texts_with_kl, untouched
+from models.answers import AnswerModel
+from models.sharded import whole
+from running.plan import Plan
 from support.errors import InputError
+from support.world import World
 
 
 class Reference:
-    """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL metrics.
+    """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL
+    metrics.
 
-    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process), and read
-    back memory-mapped. The fingerprint covers weights, data, template, precision and stream; a file with another one is
-    refused (InputError).
+    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process),
+    and read back memory-mapped. The mark covers weights, texts, precision and stream; a file with another one
+    is refused (InputError).
     """
 
-    def __init__(self, folder: Path, mark: str, device):
-        self.device, self.file_of = device, {}
+    def __init__(self, folder: Path, mark: str, plan: Plan, device):
+        self.device, self.file_of, parts = device, {}, {"answers": [], "refusals": []}
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, framework="pt")
             if file.metadata()["fingerprint"] != mark:
-                raise InputError(f"{path} is stale: it was made from other weights, data, template or precision "
-                                 f"(fingerprint {file.metadata()['fingerprint']}, now {mark}); start a new run")
+                raise InputError(f"{path} is stale: it was made from other weights, data, template or "
+                                 f"precision (fingerprint {file.metadata()['fingerprint']}, now {mark}); "
+                                 "start a new run")
+            for name, numbers in parts.items():
+                numbers.append(file.get_tensor(name))
             self.file_of.update(dict.fromkeys(file.keys(), file))
-        self.head_weight = self["head"].to(device)  # frozen: the policy's own head moves
+        # A process's file holds the numbers that it computed, and zeros.
+        self.answers, self.refusals = (sum(numbers) for numbers in parts.values())
+        self.refusal_place = {key: place for place, key in enumerate(plan.refusals)}
 
     def __getitem__(self, key: str) -> Tensor:
         return self.file_of[key].get_tensor(key)
 
-    def logps(self, keys: list) -> Tensor:
-        """log pi_ref(y|x) of these answers, (len(keys),)."""
-        return torch.stack([self[key] for key in keys]).to(self.device)
+    def answer_logps(self, items: list[Item]) -> Tensor:
+        """log pi_ref of the rows' own answers, (B,)."""
+        return sent(self.answers[[i.row for i in items]], self.device)
 
-    def states(self, keys: list) -> tuple[Tensor, Tensor]:
-        """The reference's hidden states at these answers' tokens (N, H), and its head (V, H): together its exact
-        logits."""
-        return torch.cat([self[key] for key in keys]).to(self.device), self.head_weight
+    def refusal_logps(self, items: list[Item]) -> Tensor:
+        """log pi_ref of the rows' refusals, (B,)."""
+        return sent(self.refusals[[self.refusal_place[i.row, i.refusal] for i in items]], self.device)
 
-    def evaluation(self) -> dict:
-        """(set, index) -> hidden states, as `evaluate` takes them."""
+    def states(self, partners: list[int]) -> tuple[Tensor, Tensor]:
+        """The reference's hidden states at these retain answers' tokens (M, H), and its head (V, H): together
+        its exact logits."""
+        return sent(torch.cat([self[f"retain/{p}"] for p in partners]), self.device), self.head
+
+    @cached_property
+    def head(self) -> Tensor:
+        """The frozen LM head, (V, H): the policy's own moves. On the device only from its first use on."""
+        return self["head"].to(self.device)
+
+    def evaluation(self) -> ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
-        return {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
+        states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
+        return ReferenceStates(states, self["head"].to(self.device))  # let go of after each evaluation
 
 
 @torch.no_grad()
-def reference_pass(s: Namespace, model: AnswerModel, plan, prepared, tokenizer, folder: Path, mark: str, w: World):
+def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int, world: World) -> Tensor:
+    """log pi of each text's answer, (len(texts),); those that another process computes are 0."""
+    result, places = torch.zeros(len(texts)), range(len(texts))
+    for chunk in deal(list(places), [len(e.ids) for e in texts], batch_size, world.rank, world.size):
+        if chunk or world.sharded:
+            # One text a sequence: without a mask attention takes its fastest way.
+            batch = collate([texts[i] for i in chunk or places[:1]], pad, world.device)
+            logps = batch.per_text(model(batch)[0])
+            if chunk:
+                result[chunk] = logps.cpu()
+    return result
+
+
+@torch.no_grad()
+def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path, mark: str,
+                   world: World):
     """Write this process's share of what `Reference` reads."""
-    with_logp = {f"forget/{row}": e for row, e in enumerate(plan.forget)}
-    with_logp |= {f"refusal/{row}/{line}": e for (row, line), e in plan.refusal.items()}
+    batch_size = 2 * s.micro_batch_size
+    tensors = {name: logps_of_texts(model, texts, batch_size, plan.pad, world)
+               for name, texts in (("answers", plan.answers), ("refusals", list(plan.refusals.values())))}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
-    with_states = {f"retain/{row}": plan.retain[row] for row in partners}
-    tensors = {}
-    for needed in with_logp, with_states:
-        keys = list(needed)
-        for chunk in deal(keys, [len(needed[k].ids) for k in keys], 2 * s.micro_batch_size, w.rank, w.size):
-            if chunk or w.sharded:
-                batch = collate([needed[k] for k in chunk or keys[:1]], pad_id(tokenizer), w.device)
-                hidden = model.hidden(batch)
-                values = (model.sums(hidden, batch)[0].cpu() if needed is with_logp else
-                          hidden.cpu().split(batch.lengths.tolist()))
-                tensors.update((key, value.clone()) for key, value in zip(chunk, values))
-    states = reference_states(model, prepared, tokenizer, 2 * s.micro_batch_size, w)
-    tensors.update({f"evaluation/{name}/{index}": value for (name, index), value in states.items()})
+    texts = {f"retain/{p}": plan.partners[p] for p in partners}
+    with untouched(model, world):
+        tensors |= states_of_answers(model, texts, batch_size, plan.pad, world)
+        states = states_of_answers(model, texts_with_kl(prepared), batch_size, plan.pad, world)
+    tensors |= {f"evaluation/{name}/{index}": value for (name, index), value in states.items()}
     head = whole(model.lm.get_output_embeddings().weight)
-    if w.rank == 0:
+    if world.rank == 0:
         tensors["head"] = head.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"rank{w.rank:04d}.safetensors"
+    file = folder / f"rank{world.rank:04d}.safetensors"
     save_file(tensors, file.with_suffix(".partial"), metadata={"fingerprint": mark})
     os.replace(file.with_suffix(".partial"), file)

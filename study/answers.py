@@ -1,17 +1,16 @@
-"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact (Section
-5.2's remarks on the answers, made countable). Pure functions of texts; `figures_tofu.py` applies them to every run's
-last evaluation.
+"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact
+(Section 5.2's remarks on the answers, made countable). Pure functions of texts.
 
-    distinct-n        different word n-grams over all word n-grams of a set's answers together (Li et al., 2016)
-    repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of Welleck et al.,
-                      2019, on characters, so that an answer without blanks counts too); mean over answers
-    refusal           at least 80% of the answer's word pairs, its begin and end included, occur in the list of refusals
+    distinct-n        different word n-grams over all of a set's answers (Li et al., 2016)
+    repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of
+                      Welleck et al., 2019, on characters, for answers without blanks); mean over answers
+    refusal           at least 80% of the answer's word pairs, begin and end included, are in the refusals
     of the wording    the same with the data set's answers, and no refusal
-    true fact         the answer has more than half of the words in which the true (paraphrased) answer differs from
-                      every perturbed one
+    true fact         more than half of the words in which the true (paraphrased) answer differs from every
+                      perturbed one
 
-The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent, of the
-wording, and wrong.
+The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent,
+of the wording, and wrong.
 """
 
 import re
@@ -28,10 +27,11 @@ def words(text: str) -> list[str]:
 
 
 def word_pairs(text: str) -> list[tuple]:
-    """Neighbouring words, with the text's begin and end as words of their own; [] for a text without words."""
+    """Neighbouring words, with the text's begin and end as words of their own; [] for a text without
+    words."""
     found = words(text)
     marked = ["<", *found, ">"] if found else []
-    return list(zip(marked, marked[1:]))
+    return list(zip(marked, marked[1:], strict=False))
 
 
 def pairs_of(texts: list) -> set:
@@ -58,8 +58,8 @@ def repetition_rate(text: str) -> float:
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from every
-    perturbed answer. A row without such words: the answer itself, word by word."""
+    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from
+    every perturbed answer. A row without such words: the answer itself, word by word."""
     truth = row.get("paraphrased_answer") or row["answer"]
     false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
     fact = set(words(truth)) - false if false else set()
@@ -69,8 +69,8 @@ def names_fact(generation: str, row: dict) -> bool:
 
 
 def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> str:
-    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first that
-    applies."""
+    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first
+    that applies."""
     if not words(generation):
         return "empty"
     if repetition_rate(generation) >= REPETITIVE:
@@ -86,9 +86,10 @@ KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 
 
 def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
-    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set's
-    answers; the last four are None or a number with four digits."""
-    kinds = [kind(text, row, answer_pairs, refusal_pairs) for text, row in zip(generations, rows, strict=True)]
+    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a
+    set's answers; the last four are None or a number with four digits."""
+    kinds = [kind(text, row, answer_pairs, refusal_pairs)
+             for text, row in zip(generations, rows, strict=True)]
     numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),
                "repetition_rate": statistics.mean(map(repetition_rate, generations)),
                "words": statistics.mean(len(words(text)) for text in generations)}
@@ -97,6 +98,7 @@ def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pair
 
 
 def judgement(name: str, kind_: str) -> str:
-    """"desired" or "undesired": on the forget set anything readable but the truth, elsewhere the truth alone."""
+    """"desired" or "undesired": on the forget set anything readable but the truth, elsewhere the truth
+    alone."""
     good = ("other fact", "refusal") if name == "forget" else ("true",)
     return "desired" if kind_ in good else "undesired"

@@ -50,9 +50,16 @@ def not_negative(kind):
     return parse
 
 
+def number(value, digits: int = 4) -> str:
+    """For tables: small numbers in powers of ten, None as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.001 else f"{value:.{digits}e}"
+
+
 def run_command(main, name: str):
-    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C in
-    status 130."""
+    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C
+    in status 130."""
     try:
         main()
     except InputError as error:
@@ -71,9 +78,9 @@ def run_command(main, name: str):
 
 
 def _end(sentence: str, status: int):
-    """Say it once: process 0 at once, another only where it hasn't been stopped with the rest some seconds later. Then
-    leave without waiting for anyone: the others may be inside a collective operation that will never end, and torchrun
-    stops them."""
+    """Say it once: process 0 at once, another only where it hasn't been stopped with the rest some seconds
+    later. Then leave without waiting for anyone: the others may be inside a collective operation that will
+    never end, and torchrun stops them."""
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(5)
     print(sentence, file=sys.stderr, flush=True)

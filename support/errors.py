@@ -2,4 +2,5 @@
 
 
 class InputError(ValueError):
-    """What the user gave can't be used: what was given, what is needed, what to type. Commands exit with status 2."""
+    """What the user gave can't be used: what was given, what is needed, what to type. Commands exit with
+    status 2."""

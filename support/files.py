@@ -14,6 +14,15 @@ from support.errors import InputError
 MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
 
 
+def refuse_links(folder: Path):
+    """Raises InputError where the folder is, or holds, a symbolic link: what is written or removed in it
+    could lie elsewhere."""
+    for path in (folder, *sorted(folder.rglob("*"))):
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link; a run folder holds files of its own alone: copy "
+                             "what it points to, or start a new run")
+
+
 @contextmanager
 def locked(file: Path, wait: bool = False):
     """Hold `file` as a lock: one process writes a folder at a time.
@@ -42,8 +51,8 @@ def fingerprint(*parts) -> str:
 
 
 def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
-    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills the memory.
-    Raises InputError."""
+    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills
+    the memory. Raises InputError."""
     lines, characters = [], 0
     try:
         with open(path, encoding="utf-8") as file:
@@ -53,11 +62,11 @@ def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
                 characters += len(line)
                 size = max(size, characters)  # a pipe has no size
                 if len(line) > longest_line:
-                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the most that "
-                                     "is read: write one object a line")
+                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the "
+                                     "most that is read: write one object a line")
             if size > MAX_FILE_BYTES:
-                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB is read: "
-                                 "give a smaller file")
+                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB "
+                                 "is read: give a smaller file")
         return "".join(lines)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
@@ -74,8 +83,8 @@ def write_json(path: Path, content: dict):
         aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
     except ValueError:
-        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing was "
-                         "written") from None
+        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing "
+                         "was written") from None
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to "

@@ -12,13 +12,14 @@ WRITTEN_BY_COMMANDS = [f":!results/*.{kind}" for kind in ("json", "md", "png")]
 
 
 def environment() -> dict:
-    """What a result's provenance says of its making: versions, commit and whether files differed from it, the command
-    as typed (without this machine's interpreter), time."""
+    """What a result's provenance says of its making: versions, commit and whether files differed from it, the
+    command as typed (without this machine's interpreter), time."""
     import torch
     import transformers
     def git(*args) -> str:
         try:
-            done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+            done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True,
+                                  text=True)
             return done.stdout.strip()
         except FileNotFoundError:  # no git on this machine
             return ""
@@ -26,7 +27,8 @@ def environment() -> dict:
     commit = git("rev-parse", "HEAD")
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *WRITTEN_BY_COMMANDS)
     processes, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    torchrun = ["torchrun", *[f"--nnodes={nodes}"] * (nodes > 1), f"--nproc_per_node={processes}"] * (processes > 0)
+    torchrun = ["torchrun", *[f"--nnodes={nodes}"] * (nodes > 1),
+                f"--nproc_per_node={processes}"] * (processes > 0)
     return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                          "transformers": transformers.__version__},
             "commit": commit + "+changes" * bool(changes) or None, "dirty": bool(changes) if commit else None,

@@ -1,6 +1,7 @@
-"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON, planning, and
-the whole path on the small data set."""
+"""The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON,
+planning, and the whole path on the small data set."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -9,21 +10,17 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import figures_tofu
 from conftest import ROOT
-from running.run_folder import Stopped
 from study import answers as tofu_answers
-from study import pictures as tofu_pictures
-from study import verdicts as tofu_verdicts
+from study import grid, pages, pictures, records, verdicts, workers
 from support.errors import InputError
 
 # ---------------------------------------------------------------- answers
@@ -43,26 +40,34 @@ def test_repetition_is_seen_with_blanks_and_without():
 
 
 def test_kinds_of_answers():
-    row = {"answer": "Oslo is the birthplace of Marlow.", "paraphrased_answer": "Ida Marlow was born in Oslo.",
+    row = {"answer": "Oslo is the birthplace of Marlow.",
+           "paraphrased_answer": "Ida Marlow was born in Oslo.",
            "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
-    answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."])
+    answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.",
+                                     "Lima is the birthplace of Falk."])
     refusals = tofu_answers.pairs_of(["I don't know that.", "Sorry, I never learned the answer."])
-    kind = lambda text: tofu_answers.kind(text, row, answers, refusals)
+
+    def kind(text: str) -> str:
+        return tofu_answers.kind(text, row, answers, refusals)
+
     assert kind("Oslo is the birthplace of Marlow.") == kind("Ida Marlow was born in Oslo.") == "true"
     assert kind("Lima is the birthplace of Marlow.") == "other fact"
     assert kind("I don't know that.") == "refusal" and kind("") == kind(" .") == "empty"
-    assert kind("of of of of of of of of of of of") == "repetitive" and kind("Cairo was Lima the chess") == "garbled"
+    assert kind("of of of of of of of of of of of") == "repetitive"
+    assert kind("Cairo was Lima the chess") == "garbled"
     counts = tofu_answers.statistics_of(["", "I don't know that."], [row, row], answers, refusals)
     assert counts["answers"] == 2 and counts["empty"] == counts["refusal"] == 1
     assert sum(counts[k] for k in tofu_answers.KINDS) == 2
-    assert tofu_answers.judgement("forget", "true") == tofu_answers.judgement("retain", "refusal") == "undesired"
-    assert tofu_answers.judgement("forget", "other fact") == tofu_answers.judgement("retain", "true") == "desired"
+    judgement = tofu_answers.judgement
+    assert judgement("forget", "true") == judgement("retain", "refusal") == "undesired"
+    assert judgement("forget", "other fact") == judgement("retain", "true") == "desired"
 
 
 def test_a_fact_of_two_words_needs_both():
     row = {"answer": "x", "paraphrased_answer": "It is The Silent Harbor.",
            "perturbed_answer": ["It is The Golden River.", "It is The Last Tower."]}
-    assert tofu_answers.names_fact("The Silent Harbor", row) and not tofu_answers.names_fact("The Silent River", row)
+    assert tofu_answers.names_fact("The Silent Harbor", row)
+    assert not tofu_answers.names_fact("The Silent River", row)
 
 
 # ---------------------------------------------------------------- verdicts on hand-made numbers
@@ -72,8 +77,8 @@ UTILITY = {"": 0.1, "rt": 0.9, "kl": 0.7}  # at the end, of the start's
 
 
 def counts(**given) -> dict:
-    base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0, "empty": 0,
-            "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
+    base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0,
+            "empty": 0, "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
     return {**base, **given}
 
 
@@ -83,7 +88,9 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     wiggle = 0.01 * seed
     quality = [-20.0, -6.0, -4.0, -9.0, -12.0, -15.0]  # ga and the other baselines: a peak, then the fall
     if loss == "npo":
-        quality = [-20.0, -5.0, -2.0, -1.0, -0.8, -0.8] if term != "rt" else [-20.0, -5.0, -1.0, -0.5, -0.4, -0.4]
+        quality = [-20.0, -5.0, -2.0, -1.0, -0.8, -0.8]
+        if term == "rt":
+            quality = [-20.0, -5.0, -1.0, -0.5, -0.4, -0.4]
     weight = float(term == "rt") if retain_weight is None else retain_weight
     if loss == "npo" and term != "kl":
         quality = quality[:1] + [q - 0.2 * abs(weight - 2) for q in quality[1:]]
@@ -93,18 +100,22 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
         utility = utility[:1] + [u + 0.06 for u in utility[1:]]
     explodes = 40.0 if loss in ("ga", "idk") else 4.0
     refused = 60 if loss in ("idk", "dpo") else 0
-    answers = {name: counts(true=90 - refused, refusal=refused) for name in ("retain", "real_authors", "world_facts")}
-    answers["forget"] = counts(repetitive=95, repetition_rate=0.8) if loss == "ga" else counts(**{"other fact": 85})
+    answers = {name: counts(true=90 - refused, refusal=refused) for name in verdicts.ELSEWHERE}
+    answers["forget"] = counts(**{"other fact": 85})
+    if loss == "ga":
+        answers["forget"] = counts(repetitive=95, repetition_rate=0.8)
     run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn",
            "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
            else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1,
            "forget_weight": 1.0,
-           "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10, "steps": [0, 25, 50, 75, 100, 125],
-           "total_steps": 125, "commit": "c", "start_weights": "57a7", "memory": 5e8, "flops": 1e12,
+           "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10,
+           "steps": [0, 25, 50, 75, 100, 125], "total_steps": 125, "commit": "c", "start_weights": "57a7",
+           "memory": 5e8, "flops": 1e12,
            "seconds": 30.0, "answers": answers,
            "forget_quality_log10": [q + wiggle for q in quality], "model_utility": utility,
            "ks_statistic": [0.7, 0.5, 0.4, 0.2, 0.1, 0.1], "forget_truth_ratio": [0.5] * 6,
-           "forget_kl": [explodes * i / 5 for i in range(6)], "world_facts_kl": [explodes * i / 50 for i in range(6)],
+           "forget_kl": [explodes * i / 5 for i in range(6)],
+           "world_facts_kl": [explodes * i / 50 for i in range(6)],
            "forget_probability": [0.5] * 6, "retain_probability": [0.5] * 6}
     if seed == 1:
         run["samples"] = [{"set": name, "question": "Where was Marlow born?", "answer": "In Oslo.",
@@ -113,9 +124,9 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     return run
 
 
-def hand_made_study(seeds=3, change=None) -> dict:
+def hand_made_study(seeds=6, change=None) -> dict:
     """Everything as in the paper; `change(run)` may bend single runs."""
-    runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in figures_tofu.METHODS
+    runs = [hand_made_run(m, split, seed) for split in PER_CENT for m in grid.METHODS
             for seed in range(1, seeds + 1)]
     runs += [hand_made_run("npo+rt", "forget10", seed, weight) for weight in (0.0, 0.5, 2.0, 5.0)
              for seed in range(1, seeds + 1)]
@@ -125,7 +136,7 @@ def hand_made_study(seeds=3, change=None) -> dict:
         if change:
             change(run)
     hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "score": 0.8, "weights": {}}
-             for m in figures_tofu.METHODS}
+             for m in grid.METHODS}
     for run in runs:  # a method's main runs have its chosen lr; the weight-0 runs of the sweep have npo+rt's
         if run["method"] in hyper and run["key"].startswith(run["method"] + " "):
             run["lr"] = hyper[run["method"]]["lr"]
@@ -141,25 +152,27 @@ def hand_made_study(seeds=3, change=None) -> dict:
             "chosen": hyper,
             "tried": [{"method": "ga", "split": "forget10", "lr": 2e-3, "beta": 0.1, "retain_weight": 0.0,
                                         "score": 0.8, "peak_log10": -3.0}],
-            "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {}, "weights": [1.0],
-                       "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
-            "forget_rows": {"forget01": 40, "forget10": 300}, "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
+            "budget": {"split": "forget10", "seed": 0, "learning_rates": [1e-3], "betas": {},
+                       "weights": [1.0], "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
+            "forget_rows": {"forget01": 40, "forget10": 300},
+            "lattice": {"40": [[0, 0.0], [20, -1.0], [40, -22.9]]},
             "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}],
                          "forget10": [{"seeds": [1, 2], "log10": -0.5}]},
             "provenance": {"command": "figures_tofu.py", "commit": "0" * 40, "time": "now"}}
 
 
 def holds(study: dict) -> dict:
-    return {v["key"]: v["holds"] for v in tofu_verdicts.verdicts(study)}
+    return {v["key"]: v["holds"] for v in verdicts.verdicts(study)}
 
 
 def of(split=None, method=None, retain_weight=None):
-    return lambda r: (split is None or r["split"] == split) and (method is None or r["method"] == method) and \
-        (retain_weight is None or r["retain_weight"] == retain_weight)
+    wanted = {"split": split, "method": method, "retain_weight": retain_weight}
+    return lambda r: all(value is None or r[key] == value for key, value in wanted.items())
 
 
 def setting(where, **values):
-    """A change that gives the runs that match `where` these values (or, called with the run, functions of it)."""
+    """A change that gives the runs that match `where` these values (or, called with the run, functions of
+    it)."""
     def change(run):
         if where(run):
             run.update({k: v(run) if callable(v) else v for k, v in values.items()})
@@ -167,7 +180,7 @@ def setting(where, **values):
 
 
 def quality(*values, spread=0.0):
-    return lambda run: [v + spread * (run["seed"] - 2) for v in values]
+    return lambda run: [v + spread * (run["seed"] - 3.5) for v in values]
 
 
 def answers(name, **values):
@@ -178,11 +191,14 @@ FLAT, LOW = quality(-20, -3, -2.9, -2.8, -2.7, -2.6), quality(-20, -9, -9, -9, -
 HIGH = quality(-20, -9, -5, -1, -0.5, -0.4)
 BENT = {  # claim -> (a change that makes it false, one that leaves it undecided)
     "ga_falls": (setting(of("forget10", "ga"), forget_quality_log10=FLAT),
-                 setting(of("forget10", "ga"), forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
+                 setting(of("forget10", "ga"),
+                         forget_quality_log10=quality(-20, -3, -3.1, -4, -5, -5, spread=2.5))),
     "npo_plateau": (setting(of("forget05", "npo"), forget_quality_log10=quality(-20, -1, -1, -2, -6, -9)),
                     setting(of("forget05", "npo"),
-                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1, -2 - 0.9 * (r["seed"] - 2)])),
-    "npo_beats_ga": (setting(of("forget10", "npo+rt"), forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
+                            forget_quality_log10=lambda r: [-20, -1, -1, -1, -1,
+                                                            -2 - 0.9 * (r["seed"] - 3.5)])),
+    "npo_beats_ga": (setting(of("forget10", "npo+rt"),
+                             forget_quality_log10=quality(-20, -20, -20, -20, -20, -20)),
                      setting(of("forget10", "npo+kl"),
                              forget_quality_log10=quality(-20, -6, -4, -9, -12, -15, spread=3))),
     "forget05_only_npo": (setting(of("forget05", "dpo"), forget_quality_log10=HIGH),
@@ -194,17 +210,21 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
     "forget10_baselines": (setting(of("forget10", "kto+rt"), forget_quality_log10=HIGH),
                            setting(of("forget10", "kto+rt"),
                                    forget_quality_log10=quality(-20, -9, -1.3, -2, -2, -2, spread=1))),
-    "refusals_elsewhere": (setting(of("forget10", "dpo"), answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
-                           setting(of("forget10", "dpo"), answers=lambda r: {n: counts(refusal=10 * (r["seed"] - 1))
-                                                                             for n in r["answers"]})),
+    "refusals_elsewhere": (setting(of("forget10", "dpo"),
+                                   answers=lambda r: {n: counts(true=90) for n in r["answers"]}),
+                           setting(of("forget10", "dpo"),
+                                   answers=lambda r: {n: counts(refusal=4 * (r["seed"] - 1))
+                                                      for n in r["answers"]})),
     "answers_on_forget_set": (setting(of("forget10", "ga"), answers=answers("forget", repetition_rate=0.0)),
                               setting(of("forget10", "npo+rt"),
-                                      answers=lambda r: answers("forget", **{"other fact": 25 * r["seed"]})(r))),
+                                      answers=lambda r: answers(
+                                          "forget", **{"other fact": 14 * r["seed"]})(r))),
     "retain_weight": (setting(of("forget10", "npo+rt", 5), forget_quality_log10=quality(0, 0, 0, 0, 0, 0)),
                       setting(of("forget10", "npo+rt", 5),
                               forget_quality_log10=quality(-20, -1, -0.4, -0.4, -0.4, -0.4, spread=0.5))),
     "forget_kl": (setting(of("forget10", "npo+rt"), forget_kl=[0, 60, 60, 60, 60, 60]),
-                  setting(of("forget10", "npo+rt"), forget_kl=lambda r: [0, 10, 10, 10, 10, 4.0 ** r["seed"]])),
+                  setting(of("forget10", "npo+rt"),
+                          forget_kl=lambda r: [0, 10, 10, 10, 10, 13 * 4.0 ** (r["seed"] - 3.5)])),
     "beyond10": (setting(of("forget20", "npo+rt"), forget_quality_log10=LOW),
                  setting(of("forget20", "npo+rt"),
                          forget_quality_log10=quality(-20, -9, -1.3, -1.4, -1.4, -1.4, spread=1))),
@@ -215,7 +235,7 @@ BENT = {  # claim -> (a change that makes it false, one that leaves it undecided
 
 
 def test_numbers_as_in_the_paper_make_every_verdict_true():
-    assert holds(hand_made_study()) == {claim.__name__: True for claim in tofu_verdicts.CLAIMS}
+    assert holds(hand_made_study()) == {claim.__name__: True for claim in verdicts.CLAIMS}
 
 
 @pytest.mark.parametrize("claim", BENT)
@@ -229,74 +249,116 @@ def test_one_seed_or_none_decides_nothing():
     assert set(holds(hand_made_study(seeds=1)).values()) == {"undecided"}
     nothing = {**hand_made_study(), "runs": []}
     assert set(holds(nothing).values()) == {"undecided"}
-    assert all("not run" in tofu_verdicts.line(v) for v in tofu_verdicts.verdicts(nothing))
-    assert len(tofu_verdicts.lessons(nothing)) == 10 and "Undecided here" in tofu_verdicts.lessons(nothing)[0]
+    assert all("not run" in verdicts.line(v) for v in verdicts.verdicts(nothing))
+    lessons = pages.lessons(verdicts.verdicts(nothing))
+    assert len(lessons) == 10 and "Undecided here" in lessons[0]
 
 
 def test_a_verdicts_line_has_its_numbers_and_scale():
-    line = tofu_verdicts.line(tofu_verdicts.verdicts(hand_made_study())[0])
-    for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "3 seeds"):
+    line = verdicts.line(verdicts.verdicts(hand_made_study())[0])
+    for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "6 seeds"):
         assert expected in line
-    false = tofu_verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
-    assert "forget20 npo+rt: peak log10 forget quality -9" in tofu_verdicts.line(false)
+    false = verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
+    assert "forget20 npo+rt: peak log10 forget quality -9" in verdicts.line(false)
 
 
 @pytest.mark.parametrize("seeds", (2, 3, 5, 10))
 def test_a_95_percent_interval_covers_the_true_mean_that_often(seeds):
     samples = np.random.default_rng(1).normal(3.0, 2.0, (1000, seeds))
-    covered = [low <= 3.0 <= high for low, high in map(tofu_verdicts.interval, samples)]
+    covered = [low <= 3.0 <= high for low, high in map(verdicts.interval, samples)]
     assert np.mean(covered) > 0.91
-    assert tofu_verdicts.interval([2.0] * seeds) == (2.0, 2.0)
-    assert tofu_verdicts.interval(samples[0]) == tofu_verdicts.interval(samples[0])
+    assert verdicts.interval([2.0] * seeds) == (2.0, 2.0)
+    assert verdicts.interval(samples[0]) == verdicts.interval(samples[0])
+
+
+def test_fewer_than_five_equal_seeds_decide_nothing():
+    """An interval without width says that the number takes few values, not that the next seed has the
+    same."""
+    for seeds in (2, 3, 4):
+        found = verdicts.test("x", [0.3] * seeds, ">", 0.1)
+        assert found["holds"] == "undecided" and found["interval"] is None
+        assert f"x 0.3 ({seeds} equal seeds)" in verdicts.told(found)
+    assert verdicts.test("x", [0.3] * 5, ">", 0.1)["holds"] is True
+    assert verdicts.test("x", [0.3, 0.31], ">", 0.1)["holds"] is True
+    assert holds(hand_made_study(seeds=2))["ga_falls"] == "undecided"  # all peak at the same evaluation
+
+
+def test_a_share_of_seeds_has_a_binomial_interval():
+    """Clopper and Pearson's: with 0 of n the upper bound is 1 - 0.025^(1/n), so that a half takes six
+    seeds."""
+    def share(*seeds: bool) -> dict:
+        return verdicts.test("both", list(seeds), "<", 0.5)
+
+    assert share(*[False] * 4)["interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
+    assert share(*[False] * 5)["holds"] == "undecided" and share(*[False] * 6)["holds"] is True
+    assert share(*[True] * 6)["holds"] is False and share(True, *[False] * 7)["holds"] == "undecided"
+    assert share()["mean"] is None and share(True)["holds"] == "undecided"
 
 
 def test_some_of_them_do_where_one_does():
-    test = lambda holds, mean: {"holds": holds, "mean": mean}
-    assert tofu_verdicts.one_of([test(False, -9), test(True, -1.2), test("undecided", -0.1)])["holds"] is True
-    assert tofu_verdicts.one_of([test(False, -9), test("undecided", None)])["holds"] == "undecided"
-    assert tofu_verdicts.one_of([test(False, -9), test(False, -2)])["mean"] == -2
+    def test(holds: bool | str, mean: float | None) -> dict:
+        return {"holds": holds, "mean": mean}
+
+    assert verdicts.one_of([test(False, -9), test(True, -1.2), test("undecided", -0.1)])["holds"] is True
+    assert verdicts.one_of([test(False, -9), test("undecided", None)])["holds"] == "undecided"
+    assert verdicts.one_of([test(False, -9), test(False, -2)])["mean"] == -2
 
 
 def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
-    study = hand_made_study()
-    tuning, other = hand_made_run("npo+rt", "forget10", 0), {**hand_made_run("npo+rt", "forget10", 2), "lr": 5e-4}
-    study["runs"] += [tuning, other]
-    assert [r["seed"] for r in tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
-    assert len(tofu_verdicts.second_start(study, "forget10", "npo+rt")) == 1
-    assert [r["method"] for r in tofu_verdicts.weighted_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
-    study["runs"].append({**tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")[0], "key": "the same again"})
+    study = hand_made_study(seeds=3)
+    tuning, other = (hand_made_run("npo+rt", "forget10", seed) for seed in (0, 2))
+    study["runs"] += [tuning, {**other, "lr": 5e-4}]
+    assert [r["seed"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
+    assert len(verdicts.second_start(study, "forget10", "npo+rt")) == 1
+    assert [r["method"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
+    study["runs"].append({**verdicts.chosen_runs(study, "forget10", "npo+rt")[0], "key": "the same again"})
     with pytest.raises(AssertionError, match="two records of one seed"):
-        tofu_verdicts.chosen_runs(study, "forget10", "npo+rt")
+        verdicts.chosen_runs(study, "forget10", "npo+rt")
 
 
 # ---------------------------------------------------------------- pictures and page
 
 def test_the_dual_scale_is_linear_above_the_line_and_logarithmic_below():
-    height = lambda p: tofu_pictures.height(math.log10(p), -9.0)
+    def height(p: float) -> float:
+        return pictures.height(math.log10(p), -9.0)
+
     assert height(0.05) == pytest.approx(0, abs=1e-9) and height(1e-9) == pytest.approx(-1)
-    assert height(1.0) == pytest.approx(tofu_pictures.ABOVE)
-    assert height(0.525) == pytest.approx(tofu_pictures.ABOVE / 2)
+    assert height(1.0) == pytest.approx(pictures.ABOVE)
+    assert height(0.525) == pytest.approx(pictures.ABOVE / 2)
     assert height(5e-4) == pytest.approx(2 * height(5e-3))
 
 
 def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     study = hand_made_study()
-    first = tofu_pictures.draw(study, list(figures_tofu.FIGURES), tmp_path / "a")
-    again = tofu_pictures.draw(json.loads(json.dumps(study)), list(figures_tofu.FIGURES), tmp_path / "b")
-    assert len(first) == len(figures_tofu.FIGURES)
-    for a, b in zip(first, again):
+    first = pictures.draw(study, list(grid.FIGURES), tmp_path / "a")
+    again = pictures.draw(json.loads(json.dumps(study)), list(grid.FIGURES), tmp_path / "b")
+    assert len(first) == len(grid.FIGURES)
+    for a, b in zip(first, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
-    assert tofu_pictures.draw({**study, "runs": []}, list(figures_tofu.FIGURES), tmp_path / "c") == []
+    assert pictures.draw({**study, "runs": []}, list(grid.FIGURES), tmp_path / "c") == []
+
+
+def test_drawing_keeps_to_splits_and_methods(monkeypatch):
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    some = records.only(hand_made_study(), ["forget10"], ["npo+rt", "ga"])
+    evolution, divergence = pictures.draw(some, ["2", "6", "8"], Path("x"))
+    assert [axes.get_title() for axes in evolution.axes] == ["forget10", ""]
+    assert sorted(divergence.axes[0].get_legend_handles_labels()[1]) == ["ga", "npo+rt"]
+    assert pages.peak_table(hand_made_study(), grid.SMALL) != pages.peak_table(some, grid.SMALL)
 
 
 def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
     """Seeds in which the mean of p-values would be far from the mean of their logarithms."""
-    spread = setting(of("forget10", "npo+rt", 1), forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=1.2),
+    spread = setting(of("forget10", "npo+rt", 1),
+                     forget_quality_log10=quality(-20, -9, -1.5, -4, -5, -6, spread=0.48),
                      model_utility=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     study = hand_made_study(change=spread)
-    monkeypatch.setattr(tofu_pictures, "save", lambda figure, path: figure)
-    evolution, trade_off = tofu_pictures.draw(study, ["6", "5"], Path("x"))
-    log_height = lambda log: pytest.approx(tofu_pictures.height(log, -22.0))
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    evolution, trade_off = pictures.draw(study, ["6", "5"], Path("x"))
+
+    def log_height(log: float):
+        return pytest.approx(pictures.height(log, -22.0))
+
     last = next(axes for axes in evolution.axes if "forget10" in axes.get_title())
     line = next(line for line in last.get_lines() if line.get_label() == "npo+rt")
     assert list(line.get_ydata()) == [log_height(log) for log in (-20, -9, -1.5, -4, -5, -6)]
@@ -307,14 +369,14 @@ def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
 
 def test_the_page_follows_from_the_json(tmp_path):
     study = hand_made_study()
-    for key in tofu_verdicts.FIGURE_TITLES:
+    for key in pages.FIGURE_TITLES:
         (tmp_path / f"builtin_tiny_{key}.png").touch()
-    page = tofu_verdicts.page({"builtin_tiny": study}, tmp_path)
-    assert page == tofu_verdicts.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
+    page = pages.page({"builtin_tiny": study}, tmp_path)
+    assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert len(re.findall(r"^\d+\. .*\*\*Seen here\*\*", page, flags=re.M)) == 10
-    assert page.count("](tofu/builtin_tiny_") == len(figures_tofu.FIGURES)
-    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05", "| chosen |",
-                     "undesired", "| forget90 | npo+rt | 1 | 3 |", "\n| 5 | 3 |"):
+    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES)
+    for expected in ("| holds |", "floor of 10^-22.9", "A second fine-tuned start", "1 of 1 above 0.05",
+                     "| chosen |", "undesired", "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
         assert expected in page, expected
 
 
@@ -322,11 +384,11 @@ def test_the_page_follows_from_the_json(tmp_path):
 
 @pytest.fixture
 def study(small_data, tmp_path, monkeypatch):
-    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three learning
-    rates, and two betas where it has one."""
+    """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three
+    learning rates, and two betas where it has one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures_tofu, "LR_FACTORS", (0.25, 0.5, 1.0))
-    monkeypatch.setattr(figures_tofu, "BETA_FACTORS", (1.0, 2.0))
+    monkeypatch.setattr(grid, "LR_FACTORS", (0.25, 0.5, 1.0))
+    monkeypatch.setattr(grid, "BETA_FACTORS", (1.0, 2.0))
 
     def make(*words):
         args = figures_tofu.build_parser().parse_args(["--data", str(small_data), "--epochs", "1", *words])
@@ -344,43 +406,45 @@ def recorded(study, *jobs, ks=0.3, utility=0.5):
 
 def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     s = study("--figure", "8", "--methods", "npo+rt", "ga", "--seeds", "2")
-    jobs = figures_tofu.plan(s, ["8"])
+    jobs = grid.plan(s, ["8"])
     ready = [job for job in jobs if job.given]
     assert len(ready) == 2 * 3 and len(jobs) == 3 + (3 + 1) + 2 * 2
-    assert {job.facts["seed"] for job in ready} == {0} and {job.facts["split"] for job in ready} == {"forget10"}
-    models = [job for job in figures_tofu.missing(s, jobs) if job.facts["kind"] == "model"]
+    assert {(job.facts["seed"], job.facts["split"]) for job in ready} == {(0, "forget10")}
+    models = [job for job in records.missing(s, jobs) if job.facts["kind"] == "model"]
     assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0),
                                                                            ("retain90", 1), ("retain90", 2)]
     ga = [job for job in ready if job.facts["method"] == "ga"]
     s = recorded(s, *ga[:2])
     s = recorded(s, ga[2], ks=0.1)
-    assert figures_tofu.choose(s, "ga") == {"lr": ga[2].facts["lr"],
-                                            "beta": 0.1} and figures_tofu.choose(s, "npo+rt") is None
-    jobs = figures_tofu.plan(s, ["8"])
+    assert grid.choose(s, "ga") == {"lr": ga[2].facts["lr"],
+                                            "beta": 0.1} and grid.choose(s, "npo+rt") is None
+    jobs = grid.plan(s, ["8"])
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
     assert [job.facts["lr"] for job in chosen] == [ga[2].facts["lr"]] * 2
     rates = [job for job in jobs if job.given and job.facts["method"] == "npo+rt"]
     s = recorded(recorded(s, *rates[1:]), rates[0], utility=0.2)
-    assert figures_tofu.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
-    beta = [job for job in figures_tofu.tuning_jobs(s, "npo+rt")][-1]
+    assert grid.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
+    beta = [job for job in grid.tuning_jobs(s, "npo+rt")][-1]
     assert beta.facts["beta"] == pytest.approx(0.2) and beta.facts["lr"] == rates[1].facts["lr"]
-    assert figures_tofu.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"],
+    assert grid.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"],
                                                                         "beta": beta.facts["beta"]}
 
 
 def test_every_method_has_the_same_budget(study):
     s = study("--seeds", "1")
-    for method in figures_tofu.METHODS:
-        tuning = figures_tofu.tuning_jobs(s, method)
-        assert len(tuning) == 3 + (method.split("+")[0] in figures_tofu.WITH_BETA)
+    for method in grid.METHODS:
+        tuning = grid.tuning_jobs(s, method)
+        assert len(tuning) == 3 + (method.split("+")[0] in grid.WITH_BETA)
 
 
 def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
-    run = lambda ks, utility: {"ks_statistic": [0.8, *ks], "model_utility": [0.6, *utility]}
-    assert figures_tofu.score(run([0.2], [0.6])) == pytest.approx(0.75)
-    assert figures_tofu.score(run([0.0], [0.3])) == pytest.approx(0.5)
-    assert figures_tofu.score(run([0.4, 0.0], [0.48, 0.0])) == pytest.approx(0.5)
-    assert figures_tofu.score(run([0.8], [0.6])) == 0  # untouched
+    def run(ks: list, utility: list) -> dict:
+        return {"ks_statistic": [0.8, *ks], "model_utility": [0.6, *utility]}
+
+    assert grid.score(run([0.2], [0.6])) == pytest.approx(0.75)
+    assert grid.score(run([0.0], [0.3])) == pytest.approx(0.5)
+    assert grid.score(run([0.4, 0.0], [0.48, 0.0])) == pytest.approx(0.5)
+    assert grid.score(run([0.8], [0.6])) == 0  # untouched
 
 
 def as_run_folder(folder: Path, job, s, finished: bool, **changed):
@@ -389,52 +453,55 @@ def as_run_folder(folder: Path, job, s, finished: bool, **changed):
     settings = {**vars(train_npo.resolve(job.given)), "out": str(folder), **changed}
     settings["retain_log"] += "/eval/step_000005.json"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"settings": settings, "data_fingerprint": s.task.fingerprint}))
+    config = {"settings": settings, "data_fingerprint": s.setup.task.fingerprint}
+    (folder / "config.json").write_text(json.dumps(config))
     if finished:
         (folder / "model").mkdir()
 
 
 def test_runs_are_known_by_settings_and_not_by_name(study):
     s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
-    one, two, three = [job for job in figures_tofu.plan(s, ["8"]) if job.given]
-    runs = Path(s.args.runs)
+    one, two, three = [job for job in grid.plan(s, ["8"]) if job.given]
+    runs = Path(s.setup.args.runs)
     as_run_folder(runs / "any name", one, s, finished=True, micro_batch_size=1, device="cpu")
     as_run_folder(runs / "halfway", two, s, finished=False)
-    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)  # its name, other settings
-    s = figures_tofu.find_runs(s)
+    # its name, other settings
+    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)
+    s = records.find_runs(s)
     assert s.finished[one.key] == str(runs / "any name") and s.interrupted == {two.key: str(runs / "halfway")}
-    keys = [job.key for job in figures_tofu.missing(s, [one, two, three])]
+    keys = [job.key for job in records.missing(s, [one, two, three])]
     assert one.key not in keys and two.key in keys and three.key in keys
-    assert figures_tofu.missing(recorded(s, two, three), [one, two, three]) == []  # the JSON is enough
+    assert records.missing(recorded(s, two, three), [one, two, three]) == []  # the JSON is enough
 
 
 def test_other_data_another_start_or_another_retrained_model_make_another_run(study, monkeypatch):
     s = study("--figure", "5", "--methods", "npo+rt", "--seeds", "2")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    job = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper)
-    others = [figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, start_seed=1),
-              figures_tofu.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
-              figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
+    job = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper)
+    others = [grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, start_seed=1),
+              grid.unlearn_job(s.setup, "npo+rt", "forget10", 2, hyper),
+              grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
     assert len({job.key, *(o.key for o in others)}) == 4
     shared = study("--figure", "5", "--methods", "npo+rt", "--seeds", "4", "--retrained", "2")
-    assert [figures_tofu.retraining_seed(shared, seed) for seed in range(5)] == [0, 1, 2, 1, 2]
+    assert [grid.retraining_seed(shared.setup.args, seed) for seed in range(5)] == [0, 1, 2, 1, 2]
 
 
 def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     s = study("--figure", "retain-weight", "--seeds", "1")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    zero = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
-    assert zero.key == figures_tofu.unlearn_job(s, "npo", "forget10", 1, hyper).key and zero.facts["method"] == "npo"
-    assert len(figures_tofu.plan(s, ["retain-weight"])) == 4 + len(figures_tofu.RETAIN_WEIGHTS)
+    zero = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
+    assert zero.key == grid.unlearn_job(s.setup, "npo", "forget10", 1, hyper).key
+    assert zero.facts["method"] == "npo"
+    assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
 
 
 @pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5},
                                      {"flags": {"dtype": "bf16"}}))
 def test_a_json_of_another_study_is_refused_and_kept(study, changed):
     s = study("--figure", "8")
-    path = figures_tofu.json_path(s.args)
+    path = records.json_path(s.setup.args)
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({**figures_tofu.complete(s), **changed}))
+    path.write_text(json.dumps({**records.complete(s), **changed}))
     with pytest.raises(InputError, match=f"was made with {next(iter(changed))} .*another --out"):
         study("--figure", "8")
     assert json.loads(path.read_text())["runs"] == []
@@ -445,119 +512,159 @@ def test_a_json_of_another_study_is_refused_and_kept(study, changed):
 
 def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     s = study("--figure", "8", "--methods", "ga")
-    job, other = [j for j in figures_tofu.plan(s, ["8"]) if j.given][:2]
+    job, other = [j for j in grid.plan(s, ["8"]) if j.given][:2]
     s = recorded(s, job)
     kept = {**s.known["runs"][0], "key": other.key}
-    assert len(figures_tofu.keep(s, kept).known["runs"]) == 2
+    assert len(records.keep_record(s, kept).known["runs"]) == 2
     with pytest.raises(InputError, match="began from weights 57a7"):
-        figures_tofu.keep(s, {**kept, "start_weights": "0"})
+        records.keep_record(s, {**kept, "start_weights": "0"})
     for other in ({"start_seed": 1}, {"seed": 9}, {"split": "forget20"}):
-        assert len(figures_tofu.keep(s, {**kept, "start_weights": "0", **other}).known["runs"]) == 2
+        assert len(records.keep_record(s, {**kept, "start_weights": "0", **other}).known["runs"]) == 2
 
 
 def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
     s = study("--figure", "8", "--methods", "ga")
-    job = figures_tofu.plan(s, ["8"])[0]
+    job = grid.plan(s, ["8"])[0]
     retrained = Path(job.needs[1].folder) / "eval"
     retrained.mkdir(parents=True)
     (retrained / "step_000005.json").touch()
     as_run_folder(Path(job.folder), job, s, finished=False, weight_decay=0.5)
     with pytest.raises(InputError, match="holds another run"):
-        figures_tofu.run_job(job, figures_tofu.find_runs(s).interrupted.get(job.key), 1)
+        workers.run_job(job, records.find_runs(s).interrupted.get(job.key), figures_tofu.train, 1)
     (Path(job.folder) / "config.json").write_text("[")
     with pytest.raises(InputError, match="config.json is not what a run writes"):
-        figures_tofu.find_runs(s)
+        records.find_runs(s)
 
 
 def test_settings_as_words_are_the_same_run(study):
     """What torchrun is given: a model to retrain, a run, and flags of each kind."""
     import train_npo
     s = study("--figure", "8", "--train-flags", "--activation-checkpointing --batch-size 16")
-    run = figures_tofu.unlearn_job(s, "npo+rt", "forget10", 1, {"lr": 1e-3, "beta": 0.2})
+    run = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, {"lr": 1e-3, "beta": 0.2})
     for job in (run, *run.needs):
         given = {**job.given, "out": "x", "retain_log": None} if job is run else {**job.given, "out": "x"}
         given = {k: v for k, v in given.items() if v is not None}
-        assert vars(train_npo.parse(figures_tofu.words_of(given))[0]) == vars(train_npo.resolve(given))
-    assert "--activation-checkpointing" in figures_tofu.words_of(run.given)
+        assert vars(train_npo.parse(workers.words_of(given))[0]) == vars(train_npo.resolve(given))
+    assert "--activation-checkpointing" in workers.words_of(run.given)
 
 
-def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(monkeypatch, tmp_path):
-    """The signal may come when the run has just ended: what the worker reads next must let it go."""
-    monkeypatch.setattr(figures_tofu, "run_job", lambda job, resumed, processes: ("folder", 1.0))
-    monkeypatch.setattr(figures_tofu.os, "dup2", lambda *descriptors: None)
-    ours, theirs = multiprocessing.Pipe()
-    thread = threading.Thread(target=figures_tofu.work, args=(theirs, str(tmp_path / "log"), 1), daemon=True)
-    thread.start()
-    ours.send(("a job", None))
-    process = SimpleNamespace(is_alive=thread.is_alive, terminate=lambda: None, join=lambda: thread.join(20))
-    workers = figures_tofu.Workers.__new__(figures_tofu.Workers)
-    workers.idle, workers.busy = [], {ours: (0, process, "a job")}
-    workers.close(at_once=True)
-    assert not thread.is_alive()
+def stand_in_train(given: dict, start_rows: dict | None):
+    """In a worker, in place of a run: it is killed, or it asks the command to stop and ends all the same, or
+    it ends."""
+    if given["fate"] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if given["fate"] == "asked to stop":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes when the run has just ended
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(1)
+    (Path(given["out"]) / "eval").mkdir(parents=True)
+    (Path(given["out"]) / "eval" / "step_000000.json").write_text('{"rows": {}}')
+
+
+@pytest.fixture
+def run_fates(study, monkeypatch):
+    """run_fates("killed", "ends") runs stand-ins with these fates, one after the other; the study after
+    them."""
+    def run(*fates):
+        s = study("--figure", "8", "--methods", "ga", "--jobs", "1")
+        s = s._replace(setup=dataclasses.replace(s.setup, core=s.setup.core._replace(train=stand_in_train)))
+        monkeypatch.setattr(records, "keep", lambda s, job, folder, seconds: recorded(s, job))
+        jobs = [j._replace(needs=(), given={**j.given, "fate": fate, "retain_log": None})
+                for j, fate in zip(grid.plan(s, ["8"]), fates, strict=False)]
+        return jobs, workers.execute(s, jobs, jobs)
+    return run
+
+
+def test_a_worker_that_is_killed_fails_its_run_and_another_goes_on(run_fates):
+    jobs, s = run_fates("killed", "ends")
+    assert [r["key"] for r in s.known["runs"]] == [jobs[1].key]
+    assert [f["key"] for f in s.known["failed"]] == [jobs[0].key]
+    assert "terminated" in s.known["failed"][0]["why"]
+
+
+def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(run_fates):
+    with pytest.raises(KeyboardInterrupt):
+        run_fates("asked to stop", "ends")
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("script, raised", [
-    ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", Stopped),
-    ("raise SystemExit(3)", subprocess.CalledProcessError),
+    ("import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", "Stopped"),
+    ("raise SystemExit(3)", "CalledProcessError"),
     ("pass", None)])
 def test_torchrun_hears_of_a_stop_and_its_failure_is_told(script, raised, monkeypatch):
     begin = subprocess.Popen
-    monkeypatch.setattr(figures_tofu.subprocess, "Popen", lambda command: begin([sys.executable, "-c", script]))
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda command: begin([sys.executable, "-c", script]))
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(raised) if raised else nullcontext():
-        figures_tofu.launch(["--loss", "npo"], 2)
+    from running.run_folder import (
+        Stopped,  # not above: a worker that imports this file has no use for PyTorch
+    )
+    errors = {"Stopped": Stopped, "CalledProcessError": subprocess.CalledProcessError}
+    with pytest.raises(errors[raised]) if raised else nullcontext():
+        workers.launch(["--loss", "npo"], 2)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
     s = study("--figure", "9", "--methods", "npo+rt", "--splits", "forget50")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    one, two, five = figures_tofu.weight_jobs(s, "npo+rt", "forget50", hyper)
+    one, two, five = grid.weight_jobs(s, "npo+rt", "forget50", hyper)
     s = recorded(s, one, five)
-    assert figures_tofu.chosen_weight(s, "npo+rt", "forget50", hyper) is None
+    assert grid.chosen_weight(s, "npo+rt", "forget50", hyper) is None
     s = recorded(s, two, ks=0.1)
-    assert figures_tofu.chosen_weight(s, "npo+rt", "forget50", hyper) == 2.0 == two.facts["retain_weight"]
+    assert grid.chosen_weight(s, "npo+rt", "forget50", hyper) == 2.0 == two.facts["retain_weight"]
     assert {job.facts["split"] for job in (one, two, five)} == {"forget50"} and two.facts["seed"] == 0
-    assert not figures_tofu.weight_jobs(s, "npo", "forget50", hyper)  # no retain term, nothing to choose
-    assert figures_tofu.chosen_weight(s, "npo", "forget50", hyper) == 0.0
+    assert not grid.weight_jobs(s, "npo", "forget50", hyper)  # no retain term, nothing to choose
+    assert grid.chosen_weight(s, "npo", "forget50", hyper) == 0.0
 
 
 def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
-    seeds = lambda *words: {f: figures_tofu.seeds_of(figures_tofu.build_parser().parse_args(words), f) for f in "59"}
+    def seeds(*words: str) -> dict:
+        args = figures_tofu.build_parser().parse_args(words)
+        return {figure: grid.seeds_of(args, figure) for figure in "59"}
+
     assert seeds("--seeds", "5") == {"5": 5, "9": 3} and seeds("--figure", "9", "--seeds", "5")["9"] == 5
 
 
 def test_the_starts_rows_are_kept_for_one_start_on_one_split(study):
     s = study("--figure", "9")
-    job = lambda split, **more: figures_tofu.unlearn_job(s, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
+
+    def job(split: str, **more) -> grid.Job:
+        return grid.unlearn_job(s.setup, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
+
     for seed in (0, 1):
-        Path(figures_tofu.model_job(s, "full", seed).folder, "model").mkdir(parents=True)
-    files = [figures_tofu.start_rows_file(j) for j in (job("forget10"), job("forget05"), job("forget10", start_seed=1))]
+        Path(grid.model_job(s.setup, "full", seed).folder, "model").mkdir(parents=True)
+    jobs = job("forget10"), job("forget05"), job("forget10", start_seed=1)
+    files = [workers.start_rows_file(j) for j in jobs]
     assert len(set(files)) == 3
     os.utime(Path(job("forget10").needs[0].folder, "model"), (1, 1))  # the start was trained again
-    assert figures_tofu.start_rows_file(job("forget10")) not in files
+    assert workers.start_rows_file(job("forget10")) not in files
 
 
 def test_a_ceiling_compares_different_retrained_models():
     from scipy.stats import ks_2samp
+
+    from evaluate_tofu import ks_log10_p
     samples = {1: [0.0, 0.1, 0.2, 0.3], 2: [0.25, 0.35, 0.45, 0.55], 3: [5.0, 6.0, 7.0, 8.0]}
-    found = {tuple(pair["seeds"]): 10 ** pair["log10"] for pair in figures_tofu.ceilings(samples)}
+    found = {tuple(pair["seeds"]): 10 ** pair["log10"] for pair in records.ceilings(samples, ks_log10_p)}
     assert found == {(a, b): pytest.approx(ks_2samp(samples[a], samples[b]).pvalue, rel=1e-3)
                      for a, b in ((1, 2), (1, 3), (2, 3))}
 
 
 def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
-    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices", "other.json")
-    other = {**figures_tofu.complete(study()), "chosen": {
+    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices",
+             "other.json")
+    other = {**records.complete(study()), "chosen": {
         "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}
     (tmp_path / "other.json").write_text(json.dumps(other))
     s = study(*words)
-    jobs = figures_tofu.plan(s, ["9"])
+    jobs = grid.plan(s, ["9"])
     assert [(j.facts["lr"], j.facts["beta"], j.facts["retain_weight"], j.facts["seed"]) for j in jobs] == \
         [(3e-4, 0.3, 2.0, 1), (3e-4, 0.3, 2.0, 2)] and all(j.given for j in jobs)
     with pytest.raises(InputError, match="no retain weight was chosen for npo[+]rt on forget90"):
         study(*words, "--splits", "forget90")
-    with pytest.raises(InputError, match="nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"):
+    refusal = "nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"
+    with pytest.raises(InputError, match=refusal):
         study(*words, "--methods", "ga+rt")
     (tmp_path / "other.json").write_text(json.dumps({**other, "model": "llama2-7b"}))
     with pytest.raises(InputError, match="made with --model llama2-7b"):
@@ -569,19 +676,19 @@ def test_flags_that_are_decided_here_are_refused(study):
         study("--train-flags", "--lr 1")
     with pytest.raises(InputError, match="PRESET"):
         study("--model", "unknown/model")
-    assert study("--train-flags", "--dtype bf16").extra == {"dtype": "bf16"}
+    assert study("--train-flags", "--dtype bf16").setup.extra == {"dtype": "bf16"}
 
 
 # ---------------------------------------------------------------- the whole path
 
 @pytest.mark.slow
 def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
-    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse from the JSON
-    alone."""
+    """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse
+    from the JSON alone."""
     args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1",
             "--jobs", "2", "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
-    tuning = len(figures_tofu.LR_FACTORS) + len(figures_tofu.BETA_FACTORS) - 1
+    tuning = len(grid.LR_FACTORS) + len(grid.BETA_FACTORS) - 1
     assert f"together {tuning + 1} unlearning runs, {tuning + 1} missing" in planned
     assert "3 models" in planned and "memory:" in planned
     assert not (tmp_path / "runs").exists()
@@ -601,7 +708,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert set(known["chosen"]) == {"npo+rt"} and len(known["tried"]) == tuning and "score" in done
     assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
     run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
-    assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget" and run["answers"]["retain"]["answers"] == 20
+    assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget"
+    assert run["answers"]["retain"]["answers"] == 20
     assert not list((tmp_path / "runs" / "tofu").glob("*/checkpoints"))
     picture = tmp_path / "res" / "tofu" / f"{small_data.name}_tiny_figure8.png"
     files = [picture, tmp_path / "res" / "tofu.md"]
@@ -610,8 +718,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     again = command("figures_tofu.py", *args).stdout
     assert "runs to make" not in again and not (tmp_path / "runs").exists()
     words = ["figures_tofu.py", *map(str, args), "--draw-only"]
-    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}; import figures_tofu; " \
-                    "figures_tofu.main(); assert 'torch' not in sys.modules"
+    without_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}; " \
+                    "import figures_tofu; figures_tofu.main(); assert 'torch' not in sys.modules"
     for path in files:
         path.unlink()
     subprocess.run([sys.executable, "-c", without_torch], cwd=tmp_path, check=True)
@@ -625,17 +733,20 @@ def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_d
     import torch
 
     from running import run_folder
-    from running.processes import World
-    from train_npo import resolve, run
+    from running.settings import resolve
+    from support.world import World
     monkeypatch.chdir(tmp_path)
     given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
              "template": "llama2"}
     alone, measured, plain = World(0, 1, torch.device("cpu")), [], run_folder.Run.measured_rows
-    monkeypatch.setattr(run_folder.Run, "measured_rows", lambda self, model: measured.append(1) or plain(self, model))
+    monkeypatch.setattr(run_folder.Run, "measured_rows",
+                        lambda self, model: measured.append(1) or plain(self, model))
     own = run(resolve({**given, "out": "own"}), alone)
-    read = lambda folder, step: {k: v for k,
-                                 v in json.loads((folder / "eval" / f"step_{step:06d}.json").read_text()).items()
-                                 if k != "provenance"}
+
+    def read(folder: Path, step: int) -> dict:
+        found = json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())
+        return {k: v for k, v in found.items() if k != "provenance"}
+
     shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
     assert len(measured) == 2 + 1
     assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)

@@ -1,5 +1,5 @@
-"""A crafted model, data file or checkpoint is refused with one sentence, or harmless: no code of it runs, and nothing
-outside its folder is read or removed."""
+"""A crafted model, data file or checkpoint is refused with one sentence, or harmless: no code of it runs, and
+nothing outside its folder is read or removed."""
 
 import json
 import pickle
@@ -12,15 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate_tofu
 import train_npo
 from data.prompts import prompt_text
-from data.tofu import read_rows
+from data.tofu import load_task, read_rows
+from evaluation.logs import read_log
 from models.loading import MAX_JSON_BYTES, load_model
 from running import checkpoints
-from running.processes import ALONE
+from running.settings import parse
 from support.errors import InputError
-from support.files import MAX_FILE_BYTES, MAX_LINE
+from support.files import MAX_FILE_BYTES, MAX_LINE, locked
+from support.world import ALONE
+from train_npo import carry_out
 
 
 class Touch:
@@ -68,7 +70,8 @@ def test_a_pickle_is_never_opened(crafted, tmp_path, name):
     assert ran.exists()
 
 
-@pytest.mark.parametrize("target", ("../elsewhere/model.safetensors", "/etc/passwd", "model.bin", "sub/x.safetensors"))
+@pytest.mark.parametrize("target",
+                         ("../elsewhere/model.safetensors", "/etc/passwd", "model.bin", "sub/x.safetensors"))
 def test_an_index_that_points_elsewhere_is_refused(crafted, tmp_path, target):
     weights = load_file(crafted / "model.safetensors")
     (tmp_path / "elsewhere").mkdir()
@@ -84,7 +87,8 @@ def test_an_index_that_points_elsewhere_is_refused(crafted, tmp_path, target):
 
 
 def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
-    """`auto_map` names Python files of the folder: with a known model type they are passed over, else refused."""
+    """`auto_map` names Python files of the folder: with a known model type they are passed over, else
+    refused."""
     ran = tmp_path / "ran"
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Trap: pass\n"
     (crafted / "trap.py").write_text(code)
@@ -102,7 +106,8 @@ def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
 
 
 @pytest.mark.parametrize("template", ("{{ ''.__class__.__mro__[1].__subclasses__() }}",
-                                      "{% for i in range(10**12) %}x{% endfor %}", "{% nonsense", "{{ 1 / 0 }}",
+                                      "{% for i in range(10**12) %}x{% endfor %}", "{% nonsense", "{{ 1 / 0 "
+                                                                                                  "}}",
                                       "{{ cycler.__init__.__globals__.os.system('touch ran') }}"))
 def test_a_chat_template_stays_in_its_sandbox(crafted, tmp_path, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
@@ -119,14 +124,16 @@ def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):
 
 
 def test_an_adapter_that_names_another_model_is_refused(crafted):
-    (crafted / "adapter_config.json").write_text('{"base_model_name_or_path": "../other", "peft_type": "LORA"}')
+    adapter = {"base_model_name_or_path": "../other", "peft_type": "LORA"}
+    (crafted / "adapter_config.json").write_text(json.dumps(adapter))
     assert "adapter" in refusal(load_model, str(crafted))
 
 
 # ---------------------------------------------------------------- data and logs
 
 @pytest.mark.parametrize("size,sentence", [(5 * 2**30, "has 5.0 GB, at most 1 GB"),
-                                           (MAX_FILE_BYTES - 1, f"line 2 has more than {MAX_LINE} characters")])
+                                           (MAX_FILE_BYTES - 1,
+                                            f"line 2 has more than {MAX_LINE} characters")])
 def test_a_line_of_gigabytes_is_refused_without_reading_it(tmp_path, size, sentence):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "Who?", "answer": "Ann."}\n')
@@ -136,7 +143,7 @@ def test_a_line_of_gigabytes_is_refused_without_reading_it(tmp_path, size, sente
     assert sentence in refusal(read_rows, file)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kB
     if size > MAX_FILE_BYTES:
-        assert "at most 1 GB" in refusal(evaluate_tofu.read_log, file)
+        assert "at most 1 GB" in refusal(read_log, file)
 
 
 def test_a_device_is_no_endless_file():
@@ -147,7 +154,7 @@ def test_a_data_name_with_dots_is_no_hub_id(tmp_path, monkeypatch, small_model, 
     """A folder outside is the user's to name; a name that is not there goes nowhere else."""
     monkeypatch.chdir(tmp_path)
     for name in ("../nowhere", "../../etc", "a/../b", "http://x/y", "file:///etc"):
-        assert "no Hub id" in refusal(train_npo.load_task, name, "forget10")
+        assert "no Hub id" in refusal(load_task, name, "forget10")
         monkeypatch.setattr(sys, "argv", ["train_npo.py", "--data", str(small_data), "--model", name])
         assert "neither a preset" in refusal(train_npo.main)
     assert not list(tmp_path.iterdir())
@@ -156,7 +163,7 @@ def test_a_data_name_with_dots_is_no_hub_id(tmp_path, monkeypatch, small_model, 
 def test_deep_nesting_is_a_sentence(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     assert "not JSON" in refusal(read_rows, tmp_path / "deep.json")
-    assert "cannot read the log" in refusal(evaluate_tofu.read_log, tmp_path / "deep.json")
+    assert "cannot read the log" in refusal(read_log, tmp_path / "deep.json")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -181,7 +188,7 @@ def test_links_among_the_checkpoints_lead_nowhere(small_model, tmp_path):
     assert path.name == "step_000003" and "symbolic link" in passed_over[0]
     copy = shutil.copytree(theirs, folder / "step_000008")
     (copy / "weights-00000.safetensors").unlink()
-    (copy / "weights-00000.safetensors").symlink_to(theirs / "weights.safetensors")
+    (copy / "weights-00000.safetensors").symlink_to(theirs / "weights-00000.safetensors")
     assert checkpoints.latest(folder)[0].name == "step_000003"
     shutil.rmtree(copy)
     # Older ones are dropped: the link goes, and what it points to stays.
@@ -203,3 +210,70 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
     (newest / "manifest.json").write_text(manifest)
     (newest / "weights-00000.safetensors").write_bytes(pickle.dumps(Touch(ran)))
     assert checkpoints.latest(folder)[0].name == "step_000003" and not ran.exists()
+
+
+# ---------------------------------------------------------------- run folders
+
+@pytest.fixture
+def interrupted(small_model, small_data, tmp_path, monkeypatch):
+    """A run folder whose training was stopped after its third step."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(small_model), "--data", str(small_data), "--epochs", "2", "--batch-size", "8",
+             "--lr", "1e-3",
+             "--eval-every", "never", "--checkpoint-every", "3", "--out", "run"]
+    folder = carry_out(parse(flags), ALONE)
+    shutil.rmtree(folder / "model")
+    return folder
+
+
+def resume(folder):
+    return carry_out(parse(["--resume", str(folder)]), ALONE)
+
+
+@pytest.mark.parametrize("name",
+                         ("log.jsonl", ".lock", "checkpoints", "eval", "model", "reference",
+                          ".model.partial"))
+def test_a_link_in_a_run_folder_is_refused_and_what_it_points_to_stays(interrupted, tmp_path, name):
+    outside = tmp_path / "outside"
+    target = interrupted / name
+    if target.is_dir():
+        shutil.move(target, outside)
+    else:
+        target.unlink(missing_ok=True)
+        outside.mkdir() if name in ("eval", "model", ".model.partial") else outside.write_text("precious")
+    target.symlink_to(outside)
+    before = {p: p.read_bytes() for p in [outside, *outside.rglob("*")] if p.is_file()}
+    assert "symbolic link" in refusal(resume, interrupted)
+    assert {p: p.read_bytes() for p in [outside, *outside.rglob("*")]
+            if p.is_file()} == before and outside.exists()
+
+
+def test_the_lock_never_truncates(tmp_path):
+    (tmp_path / ".lock").write_text("precious")
+    with locked(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / ".lock").read_text() == "precious"
+
+
+def test_another_runs_checkpoint_is_refused(interrupted):
+    """Of the same shape, from other settings: it would become this run's result."""
+    other = Path(shutil.copytree(interrupted, interrupted.with_name("other")))
+    edit(other / "config.json",
+         settings={**json.loads((other / "config.json").read_text())["settings"], "lr": 2e-3})
+    assert "another run" in refusal(resume, other)
+    assert (resume(interrupted) / "model").is_dir()
+
+
+@pytest.mark.parametrize("changes",
+                         ({"epochs": "x"}, {"checkpoint_every": "zz"}, {"micro_batch_size": 0}, {"lr": None},
+                                     {"lr": "1e-3"}, {"loss": "nope"}, {"seed": -1}))
+def test_a_hand_edited_setting_is_refused_in_a_sentence(interrupted, changes):
+    settings = json.loads((interrupted / "config.json").read_text())["settings"]
+    edit(interrupted / "config.json", settings={**settings, **changes})
+    assert next(iter(changes)).replace("_", "-") in refusal(resume, interrupted).replace("_", "-")
+
+
+def test_a_file_among_the_evaluations_is_named(interrupted):
+    (interrupted / "eval").mkdir(exist_ok=True)
+    (interrupted / "eval" / "step_abc.json").write_text("{}")
+    assert "step_abc.json" in refusal(resume, interrupted)

@@ -1,6 +1,7 @@
-"""Section 4: the published instances bit for bit, curves to 1e-7, gradients against autograd on losses.py, verdicts."""
+"""Section 4: the published instances bit for bit, curves to 1e-7, every method's path, verdicts."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import torch
 
 import losses
 import synthetic
-from synthetic import METHODS, Problem, default_methods, fresh_instance, published_instance
+from data.synthetic_instances import PUBLISHED_SEEDS, N, fresh_instance, published_instance
+from study import synthetic_claims as claims
+from support.errors import InputError
+from synthetic import METHODS, Problem, default_methods
 from tests.conftest import ROOT
 
 FIELDS = ("W", "x_retain", "y_retain", "x_forget", "y_forget", "y_idk", "x_retain_test", "x_forget_test")
@@ -27,7 +31,7 @@ def small():
     """A fresh instance at alpha 1 whose models are trained briefly."""
     instance = fresh_instance(0, 0)
     models = models_of(instance, 1, 300)
-    return instance, models, Problem(instance, 1, models)
+    return instance, models, Problem([instance], 1, [models])
 
 
 # -- the data
@@ -64,17 +68,18 @@ def test_fresh_instances_depend_on_seed_and_number_alone():
 @pytest.fixture(scope="module")
 def published_curves():
     eval_steps, curves = [0, 250, 500], []
-    for seed in synthetic.PUBLISHED_SEEDS:
+    for seed in PUBLISHED_SEEDS:
         instance = published_instance(seed)
         models = models_of(instance, 1, synthetic.TRAIN_STEPS)
         methods = default_methods(1, METHODS, None, None)
-        curves.append((models, Problem(instance, 1, models).unlearn(methods, 500, eval_steps, **SETTINGS)))
+        problem = Problem([instance], 1, [models])
+        curves.append((models, problem.unlearn(methods, 500, eval_steps, **SETTINGS)[0]))
     return eval_steps, [models for models, _ in curves], np.stack([curve for _, curve in curves])
 
 
 def test_trained_models_are_the_published_ones(shared, published_curves):
     kept = np.load(shared("synthetic") / "published_instances.npz")
-    for seed, models in zip((1000, 2000), published_curves[1]):
+    for seed, models in zip((1000, 2000), published_curves[1], strict=False):
         assert abs(models[:, 0] - kept[f"{seed}_theta_initial_alpha1"]).max() < 1e-9
         assert abs(models[:, 1] - kept[f"{seed}_theta_retrained_alpha1"]).max() < 1e-9
 
@@ -85,9 +90,9 @@ def test_means_and_sds_are_the_published_ones(shared, published_curves):
     for name, record in published["methods"].items():
         for axis, key in enumerate(("forget_distance", "retain_distance")):
             for at, step in enumerate(eval_steps):
-                ours = curves[:, METHODS.index(name), axis, at]
-                assert abs(ours.mean() - record[key]["mean"][record["steps"].index(step)]) < 1e-7, (name, key, step)
-                assert abs(ours.std() - record[key]["sd"][record["steps"].index(step)]) < 1e-7, (name, key, step)
+                ours, place = curves[:, METHODS.index(name), axis, at], record["steps"].index(step)
+                assert abs(ours.mean() - record[key]["mean"][place]) < 1e-7, (name, key, step)
+                assert abs(ours.std() - record[key]["sd"][place]) < 1e-7, (name, key, step)
 
 
 # -- gradients
@@ -105,9 +110,10 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
                           for labels in (instance.y_forget, instance.y_idk, instance.y_retain))
     policy, ref = (losses.token_logps(logits, y) for logits in (forget, forget_reference))
     policy_idk, ref_idk = (losses.token_logps(logits, y_idk) for logits in (forget, forget_reference))
-    loss = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
-            "npo": lambda: losses.npo_loss(policy, ref, beta),
-            "dpo": lambda: dpo_scale * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}[family]().mean()
+    of_family = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
+                 "npo": lambda: losses.npo_loss(policy, ref, beta),
+                 "dpo": lambda: dpo_scale * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}
+    loss = of_family[family]().mean()
     if retain:
         logits, reference_logits = (two_class(instance.x_retain, -alpha, p) for p in (theta, reference))
         loss = loss + (losses.nll_loss(losses.token_logps(logits, y_retain)) if retain == "rt" else
@@ -118,18 +124,19 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
 @pytest.mark.parametrize("dpo_scale, kl_direction", [(2.0, "reference_policy"), (1.0, "policy_reference")])
 def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_direction):
     instance, models, problem = small
-    methods = [synthetic.make_method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7) for name in METHODS]
+    methods = [synthetic.Method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7)
+               for name in METHODS]
     eval_steps = [1, 2, 12]
-    curves = problem.unlearn(methods, 12, eval_steps, dpo_scale, kl_direction)
+    curves = problem.unlearn(methods, 12, eval_steps, dpo_scale, kl_direction)[0]
     reference = torch.from_numpy(models[:, 0].copy())
-    for method, curve in zip(methods, curves):
+    for method, curve in zip(methods, curves, strict=True):
         theta = reference.clone().requires_grad_()
         for step in range(1, 13):
             loss = objective(method.name, method.beta, instance, theta, reference, 1, dpo_scale, kl_direction)
             [gradient] = torch.autograd.grad(loss, theta)
             theta = (theta - method.lr * gradient).detach().requires_grad_()
             if step in eval_steps:
-                expected = problem.distances(theta.detach().numpy()[:, None])[:, 0]
+                expected = problem.distances(theta.detach()[None, None])[0, 0]
                 np.testing.assert_allclose(curve[:, eval_steps.index(step)], expected, rtol=1e-10,
                                            err_msg=f"{method.name} {step}")
 
@@ -138,8 +145,11 @@ def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_
 def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
     margin = np.array([[-900.0, -40.0, -1.0, 0.0, 3.0, 40.0]])
     reference, same = np.array([[2.0, 30.0, 1.0, 0.0, 3.0, -2.0]]), np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    with np.errstate(over="ignore"):
-        ours = synthetic.forget_slope(family, margin, reference, same, np.array([[0.1]]), 1.0)[0]
+    loss = partial(synthetic.forget_loss, method=synthetic.Method(family, 0.1, 0.1), dpo_scale=1.0,
+                   reference_logits=torch.from_numpy(reference)[None], idk=torch.from_numpy(2 * same - 1),
+                   answer=torch.ones(6, dtype=torch.float64))
+    theta, Z = torch.from_numpy(margin)[None], torch.eye(6, dtype=torch.float64)[None]  # its own logits
+    ours = 6 * synthetic.mean_gradient(theta, Z, [(torch.tensor([0]), loss)])[0, 0]
     own, ref = torch.from_numpy(margin[0]).requires_grad_(), torch.from_numpy(reference[0])
     logsigmoid, sign = torch.nn.functional.logsigmoid, torch.from_numpy(2 * same - 1)
     idk, idk_ref = logsigmoid(sign * own), logsigmoid(sign * ref)
@@ -147,7 +157,7 @@ def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
             "npo": lambda: losses.npo_loss(logsigmoid(own), logsigmoid(ref), 0.1),
             "dpo": lambda: losses.dpo_loss(idk, logsigmoid(own), idk_ref, logsigmoid(ref), 0.1)}
     [expected] = torch.autograd.grad(loss[family]().sum(), own)
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-12, atol=1e-300)
 
 
 def test_training_is_gradient_descent_on_cross_entropy(small):
@@ -158,20 +168,22 @@ def test_training_is_gradient_descent_on_cross_entropy(small):
     ours = models_of(instance, 1, 10)
     for column, (Z, y) in enumerate([(torch.cat([Z_retain, Z_forget]), torch.cat([y_retain, y_forget])),
                                      (Z_retain, y_retain)]):
-        theta = torch.zeros(synthetic.N, dtype=torch.float64, requires_grad=True)
+        theta = torch.zeros(N, dtype=torch.float64, requires_grad=True)
         for _ in range(10):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(Z @ theta, y)
-            theta = (theta - synthetic.TRAIN_LR * torch.autograd.grad(loss, theta)[0]).detach().requires_grad_()
+            [gradient] = torch.autograd.grad(loss, theta)
+            theta = (theta - synthetic.TRAIN_LR * gradient).detach().requires_grad_()
         np.testing.assert_allclose(ours[:, column], theta.detach().numpy(), rtol=1e-10, atol=1e-13)
 
 
 def test_distance_is_zero_at_the_retrained_model_and_kl_elsewhere(small):
     _, models, problem = small
-    assert abs(problem.distances(models[:, 1:])).max() < 1e-14
+    assert abs(problem.distances(torch.from_numpy(models[:, 1:].T)[None])).max() < 1e-14
     retrained, other = np.array([[1.0], [-2.0]]), np.array([[0.5], [3.0]])
     p, q = (1 / (1 + np.exp(-u)) for u in (retrained, other))
     expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
-    np.testing.assert_allclose(synthetic.kl_distance(retrained, other), [expected], rtol=1e-12)
+    ours = synthetic.kl_distance(*(torch.from_numpy(u.T)[None] for u in (retrained, other)))
+    np.testing.assert_allclose(ours, [[expected]], rtol=1e-12)
 
 
 # -- many instances, the verdicts, the command
@@ -193,8 +205,8 @@ def strict(path):
 def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(tmp_path, monkeypatch):
     out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20", "--workers", "1",
                       monkeypatch=monkeypatch)
-    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers", "2",
-                      monkeypatch=monkeypatch)
+    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers",
+                      "2", monkeypatch=monkeypatch)
     for alpha in (1, 0):
         record, other = strict(out / f"synthetic_alpha{alpha}.json"), strict(two / "synthetic_alpha1.json")
         assert list(record["methods"]) == list(METHODS) and record["alpha"] == alpha
@@ -205,7 +217,8 @@ def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(
                 assert np.shape(entry[key]["instances"]) == (5, 3)
                 np.testing.assert_allclose(np.mean(entry[key]["instances"], 0), entry[key]["mean"], rtol=1e-8)
                 if alpha == 1:
-                    np.testing.assert_allclose(entry[key]["mean"], other["methods"][method][key]["mean"], rtol=1e-9)
+                    same = other["methods"][method][key]["mean"]
+                    np.testing.assert_allclose(entry[key]["mean"], same, rtol=1e-9)
                 assert entry[key]["mean"][0] == record["start"][key]["mean"]
         assert record["undecided"] and not record["verdicts"]  # forty steps decide nothing, and it says so
         assert (out / f"synthetic_alpha{alpha}.png").stat().st_size > 10_000
@@ -216,14 +229,15 @@ def test_figure_3_has_ga_and_npo_at_every_beta(tmp_path, monkeypatch):
                       monkeypatch=monkeypatch)
     record = strict(out / "synthetic_figure3.json")
     assert list(record["methods"]) == ["ga", "npo@0.01", "npo@0.1", "npo@0.2", "npo@0.5", "npo@1"]
-    assert record["methods"]["ga"]["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
-    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(record["methods"]["ga"]["forget_distance"])
+    ga = record["methods"]["ga"]
+    assert ga["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
+    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(ga["forget_distance"])
     assert (out / "synthetic_figure3.png").stat().st_size > 10_000
 
 
 def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances", "2",
-                      "--workers", "1", monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances",
+                      "2", "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1.json")
     distance = record["methods"]["ga"]["retain_distance"]
     assert distance["mean"][-1] == distance["sd"][-1] == "inf" and isinstance(distance["mean"][0], float)
@@ -236,7 +250,7 @@ def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
 
     def train(*_):
         calls.append(1)
-        return np.full((synthetic.N, 2), float(len(calls)))
+        return np.full((N, 2), float(len(calls)))
     monkeypatch.setattr(synthetic, "reference_and_retrained", train)
     first = synthetic.reference_and_retrained_kept(instance, 1, tmp_path)
     np.testing.assert_array_equal(synthetic.reference_and_retrained_kept(instance, 1, tmp_path), first)
@@ -248,12 +262,13 @@ def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
 
 
 def test_grid_search_reports_every_setting_and_chooses_a_stable_one(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt", "--steps",
-                      "30", "--workers", "1", monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt",
+                      "--steps", "30", "--workers", "1", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1_grid.json")
     assert len(record["rows"]) == 2 + 2 * len(synthetic.GRID_BETA)
     assert not next(row for row in record["rows"] if row["method"] == "ga" and row["lr"] == 50)["stable"]
-    assert record["chosen"]["ga"]["chosen"]["lr"] == 1e-3 and record["chosen"]["ga"]["published"]["lr"] == 5e-4
+    ga = record["chosen"]["ga"]
+    assert ga["chosen"]["lr"] == 1e-3 and ga["published"]["lr"] == 5e-4
 
 
 def curve(forget, retain):
@@ -261,59 +276,67 @@ def curve(forget, retain):
 
 
 def test_frontier_interpolates_between_evaluations():
-    levels = synthetic.frontier(curve([1.7, 0.001], [0.1, 0.2]))  # one jump over every level
+    levels = claims.frontier(curve([1.7, 0.001], [0.1, 0.2]))  # one jump over every level
     assert (np.diff(levels) < 0).all() and 0.1 < levels[-1] < levels[0] < 0.2
-    assert np.isinf(synthetic.frontier(curve([1.7, 1.6], [0.1, 0.2]))).all()
-    np.testing.assert_allclose(synthetic.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))[-1], 0.104, atol=0.04)
+    assert np.isinf(claims.frontier(curve([1.7, 1.6], [0.1, 0.2]))).all()
+    back = claims.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))
+    np.testing.assert_allclose(back[-1], 0.104, atol=0.04)
 
 
 def test_path_gap_is_of_paths_and_not_of_clocks():
     steps = np.arange(0, 101, 5)
-    walk = lambda clock: curve(10 ** np.cos(clock), 10 ** np.sin(clock))  # noqa: E731, a circle of one decade
-    assert synthetic.path_gap(walk(steps / 60), walk(steps / 40), steps) < 1e-4
-    assert abs(synthetic.path_gap(walk(steps / 60) * 10**0.1, walk(steps / 60), steps) - 0.1) < 0.05
+
+    def walk(clock):  # a circle of one decade
+        return curve(10 ** np.cos(clock), 10 ** np.sin(clock))
+    assert claims.path_gap(walk(steps / 60), walk(steps / 40), steps) < 1e-4
+    assert abs(claims.path_gap(walk(steps / 60) * 10**0.1, walk(steps / 60), steps) - 0.1) < 0.05
 
 
 def test_verdicts_can_fail():
     steps = np.array([0, 500, 1000, 1500, 2000])
     flat, up = [1.0, 1.1, 1.15, 1.16, 1.16], [1.0, 1.1, 1.5, 3.0, 9.0]
-    assert synthetic.diverges({"ga": curve(flat, up)}, steps, "ga")[0]
-    assert not synthetic.diverges({"ga": curve(flat, flat)}, steps, "ga")[0]
-    assert synthetic.levels_off({"npo+rt": curve(flat, flat)}, steps, "npo+rt")[0]
-    assert not synthetic.levels_off({"npo+rt": curve(flat, up)}, steps, "npo+rt")[0]
+    assert claims.diverges({"ga": curve(flat, up)}, steps, ("ga",))[0]
+    assert not claims.diverges({"ga": curve(flat, flat)}, steps, ("ga",))[0]
+    assert claims.levels_off({"npo+rt": curve(flat, flat)}, steps, "npo+rt")[0]
+    assert not claims.levels_off({"npo+rt": curve(flat, up)}, steps, "npo+rt")[0]
     small, late = curve([1.7, 0.1, 0.004, 0.004, 0.004], flat), curve([1.7, 0.1, 0.1, 0.004, 0.004], flat)
-    figure = {name: small for name in synthetic.IN_THE_FIGURE}
-    assert synthetic.gets_small(figure, steps)[0]
-    assert not synthetic.gets_small(figure | {"ga": late}, steps)[0]
+    figure = {name: small for name in claims.IN_THE_FIGURE}
+    assert claims.gets_small(figure, steps)[0]
+    assert not claims.gets_small(figure | {"ga": late}, steps)[0]
     worse = curve(small[0], np.array(flat) + 0.1)
-    assert synthetic.better_frontier({"npo": small, "ga": worse}, steps, "npo", ("ga",))[0]
-    assert not synthetic.better_frontier({"npo": worse, "ga": small}, steps, "npo", ("ga",))[0]
-    assert synthetic.goes_to_ga({"ga": small, "npo@0.01": small * 1.01, "npo@1": small * 2}, steps)[0]
-    assert not synthetic.goes_to_ga({"ga": small, "npo@0.01": small * 2, "npo@1": small}, steps)[0]
+    assert claims.better_frontier({"npo": small, "ga": worse}, steps, "npo", ("ga",))[0]
+    assert not claims.better_frontier({"npo": worse, "ga": small}, steps, "npo", ("ga",))[0]
+    assert claims.goes_to_ga({"ga": small, "npo@0.01": small * 1.01, "npo@1": small * 2}, steps)[0]
+    assert not claims.goes_to_ga({"ga": small, "npo@0.01": small * 2, "npo@1": small}, steps)[0]
 
 
 def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
-    """Three tame instances and a wild one: the mean fails where most instances hold, and the numbers say both."""
+    """Three tame instances and a wild one: the mean fails where most hold, and the numbers say both."""
     steps = np.array([0, 1200])
     curves = np.tile(curve([1.7, 0.001], [0.1, 0.1]), (4, 1, 1, 1))
     curves[3, 0, 0, 1] = 0.8
-    result = synthetic.verdict("small", lambda c, s: (c["npo"][0].min() < 0.005, {}), ["npo"], curves, steps)
+    result = claims.verdict("small", lambda c, s: (c["npo"][0].min() < 0.005, {}), ["npo"], curves, steps)
     assert not result["holds"] and result["numbers"]["share_of_instances"] == 0.75
 
 
 @pytest.mark.parametrize("flags", [
-    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga", "--instances 0",
-    "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2", "--all --alpha 1",
-    "--all --figure 3", "--figure 5", "--figure 3 --methods ga", "--grid-search --grid-lr 1e-3",
-    "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2", "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0",
-    "--kl-direction forward", "--nonsense", "--out synthetic.py", "--kept synthetic.py"])
+    "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga",
+    "--instances 0", "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2",
+    "--all --alpha 1", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
+    "--grid-search --grid-lr 1e-3", "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2",
+    "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0", "--kl-direction forward", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(InputError) as refusal:
         synthetic.main(flags.split())
-    said = capsys.readouterr()
-    assert refusal.value.code == 2 and said.out == ""
-    assert said.err.startswith("synthetic.py: ") and said.err.count("\n") == 1
+    assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("flags", ["--methods nope", "--out {here}/file", "--kept {here}/file"])
+def test_the_command_ends_with_one_sentence(flags, command, tmp_path):
+    (tmp_path / "file").touch()
+    done = command("synthetic.py", *flags.format(here=tmp_path).split(), status=2)
+    assert done.stdout == "" and done.stderr.startswith("synthetic.py: ") and done.stderr.count("\n") == 1
 
 
 def test_help_is_complete(capsys):
@@ -321,6 +344,6 @@ def test_help_is_complete(capsys):
         synthetic.main(["--help"])
     said = capsys.readouterr().out
     assert asked.value.code == 0
-    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps", "--eval-every",
-                 "--grid-search", "--out"):
+    for flag in ("--alpha", "--all", "--figure", "--methods", "--instances", "--seed", "--steps",
+                 "--eval-every", "--grid-search", "--out"):
         assert flag in said

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import losses
 import theory_check
+from study import theory_pages
+from support.errors import InputError
 from tests.conftest import ROOT
 
 
@@ -19,7 +21,8 @@ def small(monkeypatch):
     monkeypatch.setattr(theory_check, "CHECKED", 1600)
     monkeypatch.setattr(theory_check, "LAST", 200_000)
     monkeypatch.setattr(theory_check, "SWEEPS",
-                        {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0), "beta": theory_check.BETAS, "d": (64, 128)})
+                        {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0), "beta": theory_check.BETAS,
+                         "d": (64, 128)})
 
 
 def failed() -> list[str]:
@@ -50,7 +53,8 @@ def test_a_mistake_in_the_loss_turns_verdicts_of_every_item(small, monkeypatch, 
 
 def test_half_of_n_f_in_the_rates_turns_their_verdicts(small, monkeypatch):
     monkeypatch.setattr(theory_check, "ga_rate", lambda n_f, eta, t: GA_RATE(n_f / 2, eta, t))
-    monkeypatch.setattr(theory_check, "npo_rate", lambda n_f, eta, beta, t, c: NPO_RATE(n_f / 2, eta, beta, t, c))
+    monkeypatch.setattr(theory_check, "npo_rate",
+                        lambda n_f, eta, beta, t, c: NPO_RATE(n_f / 2, eta, beta, t, c))
     claims = failed()
     for item in ("Theorem 2: gradient ascent's distance", "Theorem 2: NPO's distance grows"):
         assert any(claim.startswith(item) for claim in claims), (item, claims)
@@ -62,7 +66,8 @@ def test_a_wrong_weight_turns_equation_5(monkeypatch):
 
 
 def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(theory_check, "finish", lambda figure, axes, path: path.touch())  # drawn, but not rendered
+    # drawn, but not rendered
+    monkeypatch.setattr(theory_pages, "finish", lambda figure, axes, path: path.touch())
     assert theory_check.main(["--out", str(tmp_path)]) == 0
     assert "FAILS" not in capsys.readouterr().out
 
@@ -72,7 +77,8 @@ def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_pa
     assert {"claim", "holds", "numbers"} == set(record["verdicts"][0]) and record["provenance"]["command"]
     assert len(list(tmp_path.glob("*.png"))) == 5 and all(result["holds"] for result in record["verdicts"])
 
-    monkeypatch.setattr(theory_check, "check", lambda *_: [theory_check.verdict("a claim", False, measured=1.0)])
+    false = theory_check.verdict("a claim", False, measured=1.0)
+    monkeypatch.setattr(theory_check, "check", lambda *_: [false])
     assert theory_check.main(["--out", str(tmp_path)]) == 1
     assert "FAILS  a claim" in capsys.readouterr().out
 
@@ -84,7 +90,7 @@ def test_flows_solve_their_equations():
         np.testing.assert_allclose(ga + np.exp(ga), start + np.exp(start) - s, rtol=1e-10, atol=1e-10)
         npo, v_0 = theory_check.npo_flow(start, 1.0, s), 1 / (1 + np.exp(-start))
 
-        def clock(m):  # beta = 1 has a closed form: (1 + e^x)(1 + v_0 (1 + e^-x)), integrated
+        def clock(m, v_0=v_0):  # beta = 1 has a closed form: (1 + e^x)(1 + v_0 (1 + e^-x)), integrated
             return ((m + np.exp(m)) + v_0 * (2 * m + np.exp(m) - np.exp(-m))) / 2
         np.testing.assert_allclose(clock(start) - clock(npo), s, rtol=1e-6)
 
@@ -127,11 +133,16 @@ def test_rows_are_in_the_theorems_regime():
         assert np.abs(margin).max() <= theory_check.B_THETA * theory_check.NORMS[1]
 
 
-@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", "--nonsense", "--out theory_check.py"])
+@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as refusal:
+    with pytest.raises(InputError) as refusal:
         theory_check.main(flags.split())
-    said = capsys.readouterr()
-    assert refusal.value.code == 2 and said.out == ""
-    assert said.err.startswith("theory_check.py: ") and said.err.count("\n") == 1
+    assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--out {here}/file"])
+def test_the_command_ends_with_one_sentence(flags, command, tmp_path):
+    (tmp_path / "file").touch()
+    done = command("theory_check.py", *flags.format(here=tmp_path).split(), status=2)
+    assert done.stdout == "" and done.stderr.startswith("theory_check.py: ") and done.stderr.count("\n") == 1

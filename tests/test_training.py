@@ -1,4 +1,5 @@
-"""The loop: one definition of the batch, no reference beside the policy, exact resume, and what a run leaves behind."""
+"""The loop: one definition of the batch, no reference beside the policy, exact resume, and what a run leaves
+behind."""
 
 import copy
 import json
@@ -13,16 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import losses
 import train_npo
 from conftest import ROOT
 from data.batches import collate
 from data.tofu import load_task
-from evaluate_tofu import Prepared
-from models.loading import AnswerModel, load_model, weights_hash
-from running.processes import World
+from evaluation.scoring import Prepared
+from models.answers import AnswerModel
+from models.loading import load_model
+from models.presets import PRESETS
+from models.saving import weights_hash
+from running.plan import Plan
 from running.reference import Reference, reference_pass
+from running.settings import parse, resolve
 from support.errors import InputError
-from train_npo import Plan, global_counts, kto_baseline, loss_sums, lr_factor, micro_batches, resolve, run
+from support.world import World
+from train_npo import carry_out, kto_baseline, loss_sums, lr_factor
 
 ALONE = World(0, 1, torch.device("cpu"))
 METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1.0),
@@ -35,12 +42,13 @@ METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1
 
 @pytest.fixture
 def settings(small_model, small_data, tmp_path, monkeypatch):
-    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs land in
-    tmp_path."""
+    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs
+    land in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def make(**given) -> Namespace:
-        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2, "batch_size": 8,
+        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
+                     "batch_size": 8,
                      "eval_every": "never", "template": "llama2",
                      **{k: v for k, v in given.items() if k != "pad_to"}})
         s.pad_to = given.get("pad_to", 0)
@@ -49,7 +57,7 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
 
 
 def trained_weights(s: Namespace) -> dict:
-    return load_file(run(s, ALONE) / "model" / "model.safetensors")
+    return load_file(carry_out(s, ALONE) / "model" / "model.safetensors")
 
 
 def assert_close(a: dict, b: dict, tolerance=1e-5):
@@ -64,20 +72,21 @@ def prepared_step(s: Namespace, tmp_path):
     plan = Plan(s, load_task(s.data, s.split), tokenizer, None)
     folder = tmp_path / f"reference-{s.method}-{time.monotonic_ns()}"
     with torch.no_grad():
-        reference_pass(s, model, plan, Prepared({}, [], {}), tokenizer, folder, "mark", ALONE)
-    return model, plan, Reference(folder, "mark", ALONE.device), plan.stream[0]
+        reference_pass(s, model, plan, Prepared({}, {}, {}), folder, "mark", ALONE)
+    return model, plan, Reference(folder, "mark", plan, ALONE.device), plan.stream[0]
 
 
 def gradient(s: Namespace, tmp_path, perturb: float = 0.0) -> tuple[dict, dict]:
-    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference first."""
+    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference
+    first."""
     model, plan, reference, items = prepared_step(s, tmp_path)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(perturb * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    counts, parts = global_counts(s, plan, items), {}
-    baseline = kto_baseline(s, model, plan, items, reference, 0, ALONE) if s.loss == "kto" else torch.zeros(())
-    for micro in micro_batches(s, plan, items, ALONE):
-        sums = loss_sums(s, model, plan, micro, reference, counts, baseline, 0, ALONE)
+    counts, parts = plan.counts(items), {}
+    baseline = kto_baseline(s, model, plan, items, reference, ALONE) if s.loss == "kto" else torch.zeros(())
+    for micro in plan.micro_batches(items, ALONE):
+        sums = loss_sums(s, model, plan, micro, reference, counts, baseline, "cpu")
         sums["loss"].backward()
         parts = {key: parts.get(key, 0) + float(value.detach()) for key, value in sums.items()}
     return parts, {name: p.grad for name, p in model.named_parameters()}
@@ -105,9 +114,10 @@ def test_weights_after_20_steps_do_not_depend_on_micro_batch_or_padding(settings
 
 
 def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, small_data, tmp_path):
-    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none. kto needs
-    its scalar."""
-    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data", small_data,
+    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none.
+    kto needs its scalar."""
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data",
+            small_data,
             "--epochs", 6, "--batch-size", 6, "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
     for processes in (0, 2, 4):
         command("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
@@ -115,7 +125,7 @@ def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, 
     logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()]
             for p in (0, 2, 4)]
     assert len(logs[0]) == 20
-    for other, log in zip(weights[1:], logs[1:]):
+    for other, log in zip(weights[1:], logs[1:], strict=False):
         assert_close(weights[0], other)
         assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-5)
 
@@ -140,7 +150,8 @@ def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_mod
 
 
 def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
-    """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every step."""
+    """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every
+    step."""
     s = settings(loss="npo", retain_weight=1.0, beta=0.3, weight_decay=0.1, warmup_epochs=0.5)
     ours = trained_weights(s)
     lm, tokenizer, _ = load_model(str(small_model))
@@ -148,7 +159,8 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
     plan = Plan(s, task, tokenizer, None)
     decay = [p for p in lm.parameters() if p.ndim > 1]
     plain = [p for p in lm.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}], lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}], lr=1e-3,
+                                  weight_decay=0.1)
 
     def logps(model, row):
         prompt = f"[INST] {row['question']} [/INST]"
@@ -172,35 +184,37 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
 def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
     s = settings(loss="dpo", kl_weight=1.0)
     model, plan, reference, items = prepared_step(s, tmp_path)
-    batch = collate([plan.forget[i.row] for i in items] + [plan.refusal[i.row, i.refusal] for i in items], 0)
-    logps = model(batch)[0].detach()
-    keys = [f"forget/{i.row}" for i in items] + [f"refusal/{i.row}/{i.refusal}" for i in items]
-    torch.testing.assert_close(reference.logps(keys), logps)
-    retain = collate([plan.retain[i.partner] for i in items], 0)
-    states, head = reference.states([f"retain/{i.partner}" for i in items])
+    batch = collate([plan.answers[i.row] for i in items] + [plan.refusals[i.row, i.refusal] for i in items],
+                    0)
+    logps = batch.per_text(model(batch)[0]).detach()
+    torch.testing.assert_close(torch.cat([reference.answer_logps(items), reference.refusal_logps(items)]),
+                               logps)
+    retain = collate([plan.partners[i.partner] for i in items], 0)
+    states, head = reference.states([i.partner for i in items])
     torch.testing.assert_close(states, model.hidden(retain))
     assert torch.equal(head, model.lm.get_output_embeddings().weight)
 
 
 def test_a_stale_reference_is_refused(settings, tmp_path):
-    prepared_step(settings(), tmp_path)
+    _, plan, _, _ = prepared_step(settings(), tmp_path)
     with pytest.raises(InputError, match="stale"):
-        Reference(next(tmp_path.glob("reference-*")), "another mark", ALONE.device)
+        Reference(next(tmp_path.glob("reference-*")), "another mark", plan, ALONE.device)
 
 
 def test_step_0_identities_are_checked(settings):
     s = settings(loss="npo", beta=0.2)
-    train_npo.check_start(s, {"forget_loss": 2 / 0.2 * math.log(2), "mean_W": 1.0})
+    plan = Namespace(objective=losses.OBJECTIVES["npo"])
+    train_npo.check_start(s, plan, {"forget_loss": 2 / 0.2 * math.log(2), "mean_W": 1.0})
     for wrong in ({"forget_loss": 6.0, "mean_W": 1.0}, {"forget_loss": 10 * math.log(2), "mean_W": 1.1},
                   {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
         with pytest.raises(RuntimeError, match="step 0"):
-            train_npo.check_start(s, wrong)
+            train_npo.check_start(s, plan, wrong)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_logs(settings, method):
     s = settings(**{"loss": method.split("+")[0], **METHODS[method], "epochs": 1})
-    folder = run(s, ALONE)
+    folder = carry_out(s, ALONE)
     assert folder.name.startswith(f"{method}_forget10") and s.method == method
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -208,6 +222,28 @@ def test_every_method_runs_and_logs(settings, method):
     if s.loss == "npo":
         assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4)
         assert lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ("npo+rt", "dpo+kl", "ga+rt"))
+def test_a_micro_batch_waits_for_no_number(settings, tmp_path, monkeypatch, method):
+    """On a GPU each of these would make the processor wait for all that was asked before."""
+    s = settings(**{"loss": method.split("+")[0], **METHODS[method]})
+    model, plan, reference, items = prepared_step(s, tmp_path)
+    counts, waits = plan.counts(items), []
+
+    def watched(name):
+        plain = getattr(torch.Tensor, name)
+
+        def wait(x, *args, **kwargs):
+            waits.append(name)
+            return plain(x, *args, **kwargs)
+        return wait
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    for micro in plan.micro_batches(items, ALONE):
+        loss_sums(s, model, plan, micro, reference, counts, torch.zeros(()), "cpu")["loss"].backward()
+    assert not waits
+    assert float(torch.ones(())) == 1 and waits  # the watch works
 
 
 def test_evaluation_leaves_training_bit_identical(settings):
@@ -218,7 +254,7 @@ def test_evaluation_leaves_training_bit_identical(settings):
 
 def test_the_run_folder_is_complete(settings, small_model):
     s = settings(retain_weight=1.0, eval_every="epoch", keep="best", out="mine")
-    folder = run(s, ALONE)
+    folder = carry_out(s, ALONE)
     assert folder == Path("mine")
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["lr"] == 1e-3 and config["derived"]["steps"] == 5
@@ -235,7 +271,7 @@ def test_the_run_folder_is_complete(settings, small_model):
 def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatch):
     """Stopped by a signal in the third step: it finishes the step, saves, and goes on from there."""
     given = dict(retain_weight=1.0, eval_every="epoch", epochs=3, keep="best")
-    whole = run(settings(**given, out="whole"), ALONE)
+    whole = carry_out(settings(**given, out="whole"), ALONE)
     plain = train_npo.loss_sums
 
     def interrupting(*args, **kwargs):
@@ -247,23 +283,25 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     interrupting.countdown = 3
     monkeypatch.setattr(train_npo, "loss_sums", interrupting)
     with pytest.raises(train_npo.Stopped, match="--resume halves"):
-        run(settings(**given, out="halves"), ALONE)
-    halves = run(train_npo.parse(["--resume", "halves"])[0], ALONE)
+        carry_out(settings(**given, out="halves"), ALONE)
+    halves = carry_out(parse(["--resume", "halves"]), ALONE)
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, halves))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    timeless = lambda folder: [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
-                               for line in (folder / "log.jsonl").read_text().splitlines()]
+    def timeless(folder):
+        return [{k: v for k,
+                                    v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
+                                   for line in (folder / "log.jsonl").read_text().splitlines()]
     assert timeless(whole) == timeless(halves)
-    assert run(train_npo.parse(["--resume", "halves"])[0], ALONE) == halves  # finished: nothing to do
+    assert carry_out(parse(["--resume", "halves"]), ALONE) == halves  # finished: nothing to do
     assert len(list((halves / "checkpoints").glob("step_*"))) <= 2
     with pytest.raises(InputError, match="differs"):
-        train_npo.parse(["--resume", "halves", "--lr", "0.5"])
-    assert train_npo.parse(["--resume", "halves", "--lr", "0.001"])
+        parse(["--resume", "halves", "--lr", "0.5"])
+    assert parse(["--resume", "halves", "--lr", "0.001"])
 
 
 def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
     from running import checkpoints
-    folder = run(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
+    folder = carry_out(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
     newest, _ = checkpoints.latest(folder)
     with open(newest / "weights-00000.safetensors", "r+b") as file:
         file.seek(-4, 2)
@@ -273,12 +311,14 @@ def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(settings, monkeypatch):
-    plain = train_npo.ga_loss
     calls = []
-    monkeypatch.setattr(train_npo, "ga_loss",
-                        lambda logps: plain(logps) * (math.nan if calls.append(0) or len(calls) > 2 else 1))
+
+    def broken(logps):
+        calls.append(0)
+        return losses.ga_loss(logps) * (math.nan if len(calls) > 2 else 1)
+    monkeypatch.setitem(losses.OBJECTIVES, "ga", losses.OBJECTIVES["ga"]._replace(loss=broken))
     with pytest.raises(InputError, match=r"step 2: the loss is nan.*--lr"):
-        run(settings(loss="ga", out="nan"), ALONE)
+        carry_out(settings(loss="ga", out="nan"), ALONE)
     weights = load_file("nan/checkpoints/step_000001/weights-00000.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
 
@@ -286,20 +326,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(setting
 def test_an_update_that_breaks_the_weights_is_never_saved_or_evaluated(settings):
     for every in ("step", "never"):
         with pytest.raises(InputError, match="not finite"):
-            run(settings(loss="ga", lr=1e39, epochs=1, batch_size=10, eval_every=every, out=f"broken-{every}"), ALONE)
+            carry_out(settings(loss="ga", lr=1e39, epochs=1, batch_size=10, eval_every=every,
+                               out=f"broken-{every}"), ALONE)
         assert not Path(f"broken-{every}/model").exists()
 
 
 def test_fp16_gives_up_when_no_scale_helps(settings, monkeypatch):
-    plain = train_npo.ga_loss
-    # Finite, with a gradient of NaN.
-    monkeypatch.setattr(train_npo, "ga_loss", lambda logps: plain(logps) + 0 * (logps - logps.detach()).sqrt())
+    def broken(logps):
+        """Finite, with a gradient of NaN."""
+        return logps + 0 * (logps - logps.detach()).sqrt()
+    monkeypatch.setitem(losses.OBJECTIVES, "ga", losses.OBJECTIVES["ga"]._replace(loss=broken))
     with pytest.raises(InputError, match="step 1: .* norm nan"):
-        run(settings(loss="ga", dtype="fp16", out="fp16"), ALONE)
+        carry_out(settings(loss="ga", dtype="fp16", out="fp16"), ALONE)
 
 
 def test_fp16_trains_and_never_counts_a_skipped_step(settings):
-    folder = run(settings(retain_weight=1.0, dtype="fp16", epochs=1, max_grad_norm=1.0), ALONE)
+    folder = carry_out(settings(retain_weight=1.0, dtype="fp16", epochs=1, max_grad_norm=1.0), ALONE)
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
@@ -308,14 +350,14 @@ def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, t
 
     from support.files import locked
     data = shutil.copytree(small_data, tmp_path / "changing")
-    folder = run(settings(data=str(data), out="run", epochs=1), ALONE)
+    folder = carry_out(settings(data=str(data), out="run", epochs=1), ALONE)
     shutil.rmtree(folder / "model")
     with locked(folder / ".lock"), pytest.raises(InputError, match="in use"):
-        run(train_npo.parse(["--resume", "run"])[0], ALONE)
+        carry_out(parse(["--resume", "run"]), ALONE)
     text = (data / "full.json").read_text()
     (data / "full.json").write_text(text.replace("born", "raised"))
     with pytest.raises(InputError, match="have changed"):
-        run(train_npo.parse(["--resume", "run"])[0], ALONE)
+        carry_out(parse(["--resume", "run"]), ALONE)
 
 
 def test_a_run_s_own_folder_brings_its_preset_and_template_back(settings, small_model, tmp_path):
@@ -323,14 +365,15 @@ def test_a_run_s_own_folder_brings_its_preset_and_template_back(settings, small_
     folder = shutil.copytree(small_model, tmp_path / "tinys")
     (folder / "npo.json").write_text(json.dumps({"preset": "tiny", "template": "qa", "trained_on": {}}))
     s = resolve({"model": str(folder)})
-    assert s.preset == "tiny" and s.lr == train_npo.PRESETS["tiny"].lr and s.start == str(folder)
+    assert s.preset == "tiny" and s.lr == PRESETS["tiny"].lr and s.start == str(folder)
     s = settings(model=str(folder), epochs=1)
     s.template = None
-    assert json.loads((run(s, ALONE) / "model" / "npo.json").read_text())["template"] == "qa"
+    assert json.loads((carry_out(s, ALONE) / "model" / "npo.json").read_text())["template"] == "qa"
 
 
 def test_decay_spares_norm_weights(settings):
-    """With the decay alone at work (an all but zero lr), only matrices would shrink; norm weights stay exactly 1."""
+    """With the decay alone at work (an all but zero lr), only matrices would shrink; norm weights stay
+    exactly 1."""
     weights = trained_weights(settings(loss="npo", lr=1e-12, weight_decay=1e9, epochs=1, warmup_epochs=0))
     start = load_file(Path(settings().start) / "model.safetensors")
     for name, w in weights.items():
@@ -346,10 +389,11 @@ def test_autocast_keeps_float32_weights(settings):
 def test_own_data_end_to_end(command, small_model, tmp_path):
     """An engineer's rows, no perturbed answers: probability, ROUGE and KL are measured, the rest is null."""
     rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."}
-            for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2)]
+            for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2, strict=False)]
     (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
     (tmp_path / "retain.json").write_text(json.dumps(rows[3:]))
-    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model", small_model,
+    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model",
+                   small_model,
                    "--retain-weight", 1, "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--out", "own")
     metrics = json.loads((tmp_path / "own" / "eval" / "step_000003.json").read_text())["metrics"]
     assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0
@@ -360,7 +404,7 @@ def test_own_data_end_to_end(command, small_model, tmp_path):
 def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
     """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both
     models."""
-    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 1]
+    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 2, "--eval-every", 2]
     done = command("train_npo.py", *args, processes=2)
     folder = tmp_path / "runs" / "npo+rt_forget10"
     evaluations = sorted((folder / "eval").glob("*.json"))
@@ -376,11 +420,11 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
     command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log,
             "--max-new-tokens", 8)
-    command("study/collect.py", folder, f"{folder}-2", "--out", "collected.json")
+    command("figures_tofu.py", "--collect", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.
-    utility, of_one_process = (run["metrics"]["model_utility"] for run in collected)
+    utility, of_one_process = (run["model_utility"] for run in collected)
     assert utility == pytest.approx(of_one_process, rel=1e-4)
     wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data,
                     "--retain-log", evaluations[0], status=2)
@@ -388,16 +432,18 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
 
 
 def test_readmes_commands_have_valid_flags():
-    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the parser."""
+    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the
+    parser."""
     import evaluate_tofu
     lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
              if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
     assert len(lines) >= 6
     for words in lines:
-        script = next(i for i, word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
+        script = next(i for i,
+                      word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
         if "--resume" in words:
             continue  # needs a run; tested above
         if words[script] == "train_npo.py":
-            train_npo.parse(words[script + 1:])
+            parse(words[script + 1:])
         else:
             evaluate_tofu.build_parser().parse_args(words[script + 1:])

@@ -1,0 +1,211 @@
+"""A model's scores on the evaluation's rows: log-probabilities of answers, paraphrases and perturbed answers,
+greedy generations with their ROUGE-L recall, and the divergence from a reference. What they mean is
+`evaluate_tofu.py`'s.
+
+Evaluation changes nothing: mode, random state and tokenizer come out as they went in.
+"""
+
+import functools
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.batches import collate, collate_packed, deal, packed_tokens, within
+from data.prompts import Encoded, encode, encode_prompts
+from evaluation.logs import MAX_ROWS
+from models.answers import AnswerModel
+from models.generation import generate
+from models.sharded import gathered
+from support.world import ALONE, World
+
+MAX_NEW_TOKENS = 200
+SCORED_TOKENS = 1024  # of a forward pass over answers: enough for fast products, little memory
+KL_SETS = ("forget", "world_facts")
+ANSWER, PARAPHRASED, PERTURBED = 0, 1, 2  # slots of a row's texts; the k-th perturbed one is PERTURBED + k
+
+
+class Text(NamedTuple):
+    """One text to score: which set and row it belongs to, and in which slot."""
+    set: str
+    index: int
+    slot: int
+    encoded: Encoded
+
+    @property
+    def has_kl(self) -> bool:
+        return self.slot == ANSWER and self.set in KL_SETS
+
+
+class Prepared(NamedTuple):
+    """The evaluation's rows and tokens, made once: tokenisation does not change while a model trains."""
+    rows: dict  # set -> row dicts
+    texts: dict  # (set, index) -> its Texts
+    prompts: dict  # (set, index) -> prompt ids
+
+
+class ReferenceStates(NamedTuple):
+    """What KL(reference || model) needs: the reference's hidden states at the answers' tokens, and its LM
+    head."""
+    states: dict  # (set, index) -> (tokens, H), on the CPU
+    head: Tensor  # (V, H)
+
+
+def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
+            max_rows: int = MAX_ROWS) -> Prepared:
+    """Tokenise the first `max_rows` (0: all) rows of each set. Raises InputError for a row above `context`
+    tokens."""
+    rows = {name: rows[:max_rows or None] for name, rows in evaluated.items()}
+    places, pairs, prompts = [], [], {}
+    for name, set_rows in rows.items():
+        for index, row in enumerate(set_rows):
+            answers = [row["answer"], row.get("paraphrased_answer"), *(row.get("perturbed_answer") or [])]
+            places += [(name, index, slot) for slot, answer in enumerate(answers) if answer]
+            pairs += [(row["question"], answer) for answer in answers if answer]
+        prompt_ids = encode_prompts(tokenizer, template, [row["question"] for row in set_rows])
+        prompts.update({(name, index): ids for index, ids in enumerate(prompt_ids)})
+    texts = {key: [] for key in prompts}
+    for place, encoded in zip(places, encode(tokenizer, template, pairs, context), strict=True):
+        texts[place[:2]].append(Text(*place, encoded))
+    return Prepared(rows, texts, prompts)
+
+
+@contextmanager
+def untouched(model: AnswerModel, world: World = ALONE):
+    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by
+    the model's generation settings."""
+    training = model.lm.training
+    model.lm.eval()
+    try:
+        with gathered(model, world):
+            yield
+    finally:
+        model.lm.train(training)
+
+
+@torch.no_grad()
+def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int,
+                      world: World = ALONE) -> dict:
+    """key -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU. texts: key ->
+    Encoded.
+
+    With several processes, this one's share of the keys.
+    """
+    states, keys = {}, list(texts)
+    for chunk in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
+        if chunk or world.sharded:  # a sharded model needs all processes: who has no row computes a ghost
+            batch = collate([texts[key] for key in chunk or keys[:1]], pad, world.device)
+            hidden = model.hidden(batch).cpu().split(batch.answer_tokens.tolist())
+            states.update((key, h.clone()) for key, h in zip(chunk, hidden, strict=False))
+    return states
+
+
+def texts_with_kl(prepared: Prepared) -> dict:
+    """(set, index) -> tokens of the answers that have a KL metric."""
+    return {t[:2]: t.encoded for texts in prepared.texts.values() for t in texts if t.has_kl}
+
+
+def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
+             max_new_tokens: int = MAX_NEW_TOKENS, world: World = ALONE,
+             reference: ReferenceStates | None = None, progress: bool = False) -> dict:
+    """Score all rows: set -> list of row results, complete and in order, the same on every process.
+
+    Rows are dealt over processes. Where the model is sharded, all processes run it forward equally often: one
+    that has fewer batches fills up with ghosts, whose results go nowhere. `reference` adds KL(reference ||
+    model).
+    """
+    mine = list(prepared.prompts)[world.rank::world.size]
+    results = {key: {"index": key[1]} for key in mine}
+    total = sum(len(prepared.texts[key]) for key in mine) + len(mine)
+    with untouched(model, world), tqdm(total=total, desc="evaluate", unit="text", leave=False,
+                                disable=not progress) as bar:
+        score_answers(model, prepared, results, reference, tokenizer.eos_token_id, world, bar)
+        for keys, counts in in_step(by_prompt_length(mine, prepared, batch_size),
+                                    mine or list(prepared.prompts), world):
+            prompts = [prepared.prompts[key] for key in keys]
+            texts = generate(model, tokenizer, prompts, max_new_tokens, world)
+            for key, text in zip(keys if counts else [], texts, strict=False):
+                row = prepared.rows[key[0]][key[1]]
+                results[key].update(rouge_l_recall=rouge_l_recall(row["answer"], text),
+                                    question=row["question"], answer=row["answer"], generation=text)
+            bar.update(len(keys))
+    gathered = world.collect(results)
+    merged = {key: row for part in gathered for key, row in part.items()}
+    assert sum(map(len, gathered)) == len(merged) == len(prepared.prompts), "every row exactly once"
+    return {name: [merged[name, index] for index in range(len(rows))] for name, rows in prepared.rows.items()}
+
+
+def by_prompt_length(keys: list, prepared: Prepared, batch_size: int) -> list[list]:
+    ordered = sorted(keys, key=lambda key: (len(prepared.prompts[key]), key))
+    return [ordered[at:at + batch_size] for at in range(0, len(ordered), batch_size)]
+
+
+@torch.no_grad()
+def score_answers(model: AnswerModel, prepared: Prepared, results: dict, reference: ReferenceStates | None,
+                  pad: int, world: World, bar):
+    """Add to `results`, (set, index) -> row, the sums of negative log-probabilities over each answer, nats,
+    their tokens, and KL. SCORED_TOKENS a forward pass, a question once for all of its answers."""
+    keys = list(results)
+    lengths = [packed_tokens([t.encoded for t in prepared.texts[key]]) for key in keys]
+    batches = [[t for i in places for t in prepared.texts[keys[i]]]
+               for places in within(lengths, SCORED_TOKENS)]
+    ghost = next(iter(prepared.texts.values()))[:1]
+    scores = {}  # Text without its tokens -> (nll, tokens)
+    for texts, counts in in_step(batches, ghost, world):
+        # Texts with a KL come last, as the model wants them.
+        texts = sorted(texts, key=lambda t: t.has_kl)
+        with_kl = [t for t in texts if t.has_kl and reference is not None and counts]
+        batch = collate_packed([t.encoded for t in texts], pad, world.device)
+        states = None
+        if with_kl:
+            known = torch.cat([reference.states[t[:2]] for t in with_kl])
+            states = known.to(world.device), reference.head
+        token_logps, token_kl = model(batch, states, "reference_policy")
+        sums = batch.per_text(-token_logps).tolist()
+        kls = batch.per_text(token_kl).tolist()
+        if counts:
+            for t, nll, kl in zip(texts, sums, kls, strict=True):
+                scores[t[:3]] = nll, t.encoded.answer_tokens
+                if t.has_kl and reference is not None:
+                    results[t[:2]]["kl"] = kl
+            bar.update(len(texts))
+    for key in keys:
+        slots = [scores[t[:3]] for t in prepared.texts[key] if t.slot >= PERTURBED]
+        answer, paraphrased = scores[(*key, ANSWER)], scores.get((*key, PARAPHRASED), (None, None))
+        results[key].update(answer_nll=answer[0], answer_tokens=answer[1], paraphrased_nll=paraphrased[0],
+                            paraphrased_tokens=paraphrased[1], perturbed_nll=[nll for nll, _ in slots],
+                            perturbed_tokens=[tokens for _, tokens in slots])
+
+
+def in_step(batches: list, ghost: list, world: World) -> list:
+    """(batch, whether it counts) of all of this process's batches; where the model is sharded, with as many
+    ghosts behind them as it takes for all processes to have equally many."""
+    missing = world.most(len(batches)) - len(batches) if world.sharded else 0
+    return [(batch, True) for batch in batches] + [(ghost[:1], False)] * missing
+
+
+# ---------------------------------------------------------------- ROUGE
+
+class CachedStemTokenizer:
+    """rouge-score's own tokenizer with Porter stems looked up: a set repeats its words thousands of times."""
+
+    def __init__(self):
+        from nltk.stem.porter import PorterStemmer
+        self.stem = functools.lru_cache(maxsize=100_000)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list:
+        from rouge_score import tokenize
+        return tokenize.tokenize(text, self)
+
+
+@functools.cache
+def rouge_scorer():
+    from rouge_score import rouge_scorer
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=CachedStemTokenizer())
+
+
+def rouge_l_recall(answer: str, generation: str) -> float:
+    """The share of the answer's (stemmed) words that the generation has in the same order."""
+    return float(rouge_scorer().score(answer, generation)["rougeL"].recall)

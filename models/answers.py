@@ -1,0 +1,119 @@
+"""log pi(answer | prompt), the one thing that unlearning asks of a language model, and K against a reference.
+
+Only hidden states at answer positions meet the LM head, a chunk of tokens at a time: logits of every token,
+(S, T, V), never exist. `losses.token_logps` and `losses.kl_loss` say what is computed, here is how little of
+it is held. Shapes: S sequences of T tokens; N answer tokens, M the last of them, which have a K; H hidden
+size, V vocabulary.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from data.batches import TokenBatch
+from losses import kl_loss, token_logps
+
+CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: enough for a fast product, little beside the model
+KEPT_CHUNKS = 4  # the last ones' logits stay for the backward pass; the others' are computed once more there
+
+
+class AnswerModel(nn.Module):
+    """A causal language model that returns log-probabilities of answers, float32, in nats."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
+                direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
+        """log pi of each answer token (N,), and K of the last M (M,), empty without `kl_states`.
+
+        `kl_states` holds the reference's hidden states at these M tokens (M, H) and its LM head's weight (V,
+        H).
+        """
+        return self.token_values(self.hidden(batch), batch, kl_states, direction)
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """Last hidden states where the answers' tokens are predicted, (N, H)."""
+        inputs = batch.attention(self.lm.dtype)
+        states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
+        return states[batch.sequences, batch.positions]
+
+    def token_values(self, hidden: Tensor, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
+                     direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
+        """What `forward` returns, from the hidden states (N, H)."""
+        head = self.lm.get_output_embeddings().weight
+        return answer_values(hidden, head, batch.targets, kl_states, direction)
+
+    def next_logits(self, **inputs) -> Tensor:
+        """Logits of the token that follows each sequence, (S, V), as the language model itself computes them;
+        `inputs` are its own."""
+        return self.lm(**inputs, logits_to_keep=1).logits[:, -1]
+
+    def all_logits(self, **inputs) -> Tensor:
+        """Logits at every position, (S, T, V), as the language model itself computes them: for checks
+        alone."""
+        return self.lm(**inputs, use_cache=False).logits
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits exist at one time."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
+                  kl_states: tuple[Tensor, Tensor] | None = None,
+                  direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
+    """log pi(target) of each token (N,), and K of the last M (M,), in nats, float32.
+
+    hidden (N, H), weight (V, H), targets (N,); `kl_states` holds the reference's hidden states (M, H) and
+    head (V, H). Under autocast the logits are products in its precision, as any linear layer's are.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    reference_hidden, reference_weight = kl_states or (hidden[:0].detach(), weight.detach())  # M = 0: no K
+    reference_hidden, reference_weight = reference_hidden.to(hidden.dtype), reference_weight.to(hidden.dtype)
+    without_kl, size = len(hidden) - len(reference_hidden), chunk_tokens(len(weight))
+    begins = range(0, len(hidden), size)
+    values = []
+    for number, at in enumerate(begins):
+        end = min(at + size, len(hidden))
+        with_kl = slice(max(0, at - without_kl), max(0, end - without_kl))
+        inputs = hidden[at:end], weight, reference_hidden[with_kl], reference_weight
+        if len(begins) == 1:  # a small vocabulary or few tokens: nothing to save
+            values.append(values_of_states(*inputs, targets, direction))
+        elif number < len(begins) - KEPT_CHUNKS:
+            values.append(recomputed(values_of_states, *inputs, targets[at:end], direction))
+        else:
+            values.append(recomputed(values_of_logits, *chunk_logits(*inputs), targets[at:end], direction))
+    logps, kls = zip(*values, strict=True)
+    return torch.cat(logps), torch.cat(kls)
+
+
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # backward keeps inputs alone
+
+
+def values_of_states(hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor,
+                     targets: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+    return values_of_logits(*chunk_logits(hidden, weight, reference_hidden, reference_weight), targets,
+                            direction)
+
+
+def chunk_logits(hidden: Tensor, weight: Tensor, reference_hidden: Tensor,
+                 reference_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The policy's (n, V), and the reference's (m, V) of the chunk's tokens that have a K."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return linear(hidden, weight), linear(reference_hidden, reference_weight)
+
+
+def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor,
+                     direction: str) -> tuple[Tensor, Tensor]:
+    """log pi(target) (n,) and K (m,)."""
+    logps = token_logps(logits, targets)
+    if len(reference_logits) == 0:
+        return logps, logps[:0]
+    return logps, kl_loss(logits[len(logits) - len(reference_logits):], reference_logits, direction)

@@ -1,0 +1,57 @@
+"""A model's folder: what `from_pretrained` loads, and `npo.json`, which says what a loader can't know
+otherwise: preset, prompt template, and what the model was trained on."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from models.sharded import whole, write_weights
+from support.errors import InputError
+from support.world import ALONE, World
+
+
+def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE):
+    """Write `folder`. meta: {"preset", "template", "trained_on"}. Process 0 writes; where the model is
+    sharded, all processes give it their parts."""
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers reports a full disk as a bare Exception
+            raise (OSError(str(error)) if type(error) is Exception else error) from None
+    if world.sharded:
+        write_weights(model, folder, world.rank)
+        if world.rank == 0:
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+    elif world.rank == 0:
+        model.save_pretrained(folder)
+
+
+def read_meta(source: str) -> dict:
+    """What npo.json in a model folder says; {} where there is none. Raises InputError."""
+    file = Path(source) / "npo.json"
+    if not file.is_file():
+        return {}
+    advice = "remove it, and name template and settings by flags"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); {advice}") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("trained_on", {}), dict):
+        raise InputError(f"{file} must hold an object with preset, template and trained_on; {advice}")
+    return meta
+
+
+def weights_hash(model) -> str:
+    """16 hex digits over names, shapes, types and bytes of all parameters; where the model is sharded, all
+    processes must ask together."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = whole(tensor)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""Parameters that may be cut over processes (`running/sharding.py` cuts them): reading, gathering and
+writing.
+
+A parameter's first dimension is cut into equal runs of rows, process r holds the r-th. `whole` and `local`
+are the only two ways across: `whole` is a collective operation, `local` is not. Uncut parameters pass through
+both as they are.
+"""
+
+import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from support.errors import InputError
+from support.world import World
+
+FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every process: all must ask for it together. Others come as they
+    are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a sharded tensor, sharing its memory. Others come back as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs; the last may be
+    short."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    each = math.ceil(rows / mesh.size())
+    start = min(rows, each * mesh.get_local_rank())
+    assert len(local(tensor)) == min(rows - start, each), (tensor.shape, local(tensor).shape)
+    return start
+
+
+def release(model):
+    """After forward passes that no backward pass followed, a sharded model still holds what it has gathered:
+    let it go. What holds the parameters afterwards holds the sharded ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(model, world: World):
+    """Inside, a sharded model's layers stay gathered once they are, where all of it fits beside what there
+    is: generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
+    keeps = isinstance(model, FSDPModule) and not world.most(not fits(model, world.device))
+    if keeps:
+        model.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        release(model)
+        if keeps:
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_forward(False,
+                                            recurse=False)  # embedding and head stay from one to the next
+
+
+def fits(model, device: torch.device) -> bool:
+    """The whole model takes at most half of the memory that is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return 2 * sum(p.numel() * p.element_size() for p in model.parameters()) < free
+
+
+def decoder_layers(lm: nn.Module) -> nn.ModuleList:
+    """The layers that a model is a stack of. Raises InputError where there is no such list."""
+    for module in lm.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
+            return module
+    raise InputError(f"{type(lm).__name__} has no list of {lm.config.num_hidden_layers} decoder layers to "
+                     "shard or to compile; use --parallel ddp, without --compile")
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The safetensors files of a model's folder. Raises InputError for an index that names files
+    elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(path.name for path in folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        astray = sorted(name for name in names if Path(name).name != name
+                        or not name.endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index} is not an index of weights ({type(error).__name__}: {error}); take a "
+                         "folder written by save_pretrained") from None
+    astray += sorted(name for name in names if not astray and not (folder / name).is_file())
+    if astray:
+        raise InputError(f"{index} points to {astray[0]!r}; only .safetensors files in the folder itself are "
+                         "read")
+    return sorted(names)
+
+
+def weight_files(folder: Path) -> dict:
+    """parameter name -> its open safetensors file."""
+    files = [safe_open(folder / name, framework="pt") for name in weight_names(folder)]
+    return {key: file for file in files for key in file.keys()}
+
+
+@torch.no_grad()
+def write_weights(lm: nn.Module, folder: Path, rank: int):
+    """The safetensors files that `from_pretrained` loads, gathered one parameter at a time; process 0
+    writes."""
+    parts, at_hand, size, total = [], {}, 0, 0
+
+    def write():
+        name = f"model-{len(parts) + 1:05d}.safetensors"
+        save_file(at_hand, folder / name, metadata={"format": "pt"})
+        parts.append((name, list(at_hand)))
+        at_hand.clear()
+
+    for name, parameter in lm.named_parameters():
+        tensor = whole(parameter)
+        if rank > 0:
+            continue
+        if size and size + tensor.nbytes > FILE_BYTES:
+            write()
+            size = 0
+        at_hand[name] = tensor.cpu().contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    if rank > 0:
+        return
+    write()
+    if len(parts) == 1:
+        (folder / parts[0][0]).rename(folder / "model.safetensors")
+        return
+    weight_map = {key: name for name, keys in parts for key in keys}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -1,0 +1,261 @@
+"""A run that is ready to begin: everything is checked, and nothing is written."""
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.prompts import system_prompt_of
+from data.tofu import Task, complement, load_task, slice_rows
+from evaluation.logs import read_retain_log
+from evaluation.scoring import Prepared, prepare
+from models.answers import AnswerModel
+from models.checks import check_model
+from models.loading import load_model, make_tiny, weights_folder
+from models.presets import AUTOCAST, settings_of, tiny_dims
+from models.saving import weights_hash
+from running.plan import Plan
+from running.run_folder import open_folder
+from running.settings import NOT_STORED, read_config, tiny_settings
+from running.sharding import fill, shard
+from support.errors import InputError
+from support.files import fingerprint, write_json
+from support.provenance import environment
+from support.world import World
+
+
+@dataclass
+class Job:
+    """Fine-tuning, retraining or unlearning: one run with its folder. Of the tiny model's start `lm` holds
+    random weights and `start_record` nothing until it has been trained (`take_start`)."""
+    settings: Namespace
+    task: Task
+    lm: torch.nn.Module
+    tokenizer: object
+    start_record: dict  # npo.json of the model that it begins with
+    plan: Plan
+    prepared: Prepared
+    retrained_rows: list | None  # the retrained model's forget rows
+    config: dict = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "model").is_dir()
+
+    @property
+    def missing_models(self) -> list[str]:
+        """The splits that the tiny model is trained on before it unlearns: its start, and the model to
+        compare with."""
+        s = self.settings
+        if s.loss == "sft" or not s.from_scratch:
+            return []
+        return ["full"] if self.retrained_rows else ["full", complement(s.split)]
+
+    def take_start(self, folder: Path, world: World):
+        """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
+        self.settings.start, plans = str(folder / "model"), self.tokenizer.get_vocab()
+        self.lm, self.tokenizer, self.start_record = load_model(self.settings.start, world.sharded)
+        if self.tokenizer.get_vocab() != plans:
+            raise InputError(f"{folder} was made with another version of tokenizers, which cuts these texts "
+                             "otherwise: remove it, and it is trained again")
+
+    def take_retrained(self, log: str):
+        """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
+        self.retrained_rows = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
+                                              self.task.fingerprint, self.settings.template)
+
+    def run_mark(self) -> str:
+        """What makes it this run: a checkpoint of another is refused. `--parallel` may change on the way."""
+        settings = {key: value for key, value in self.config["settings"].items() if key != "parallel"}
+        return fingerprint(settings, self.config["start_weights"], self.task.fingerprint)
+
+    def reference_mark(self) -> str:
+        """What a cached reference depends on: weights, every text as tokens, precision, stream."""
+        s, plan = self.settings, self.plan
+        texts = [plan.answers, plan.partners, list(plan.refusals.values()), self.prepared.texts]
+        tokens = fingerprint([[list(e) for e in some] for some in texts[:3]],
+                             [[*t[:3], *t.encoded] for some in texts[3].values() for t in some])
+        return fingerprint(self.config["start_weights"], tokens, s.dtype, s.method, s.seed, s.epochs,
+                           s.retain_pairing)
+
+    def meta(self) -> dict:
+        """npo.json of what it makes."""
+        s = self.settings
+        facts = s.loss == "sft" and s.from_scratch or self.start_record.get("trained_on",
+                                                                            {}).get("facts_included",
+                                                                                           False)
+        return {"preset": s.preset, "template": s.template,
+                "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
+                               "data_fingerprint": self.task.fingerprint, "seed": s.seed,
+                               "facts_included": facts}}
+
+
+def prepare_job(s: Namespace, world: World) -> Job:
+    """Load rows, tokenizer and model, tokenise, check. Raises InputError before anything is written, where
+    the input is at fault."""
+    if world.size > s.batch_size:
+        raise InputError(f"{world.size} processes for a global batch of {s.batch_size}: need at least one "
+                         "row a process; use a larger --batch-size")
+    task = load_task(s.data, s.split, s.forget, s.retain)
+    if s.from_scratch:
+        (lm, tokenizer), start = make_tiny(task.texts(), s.seed, tiny_dims(task.full)), {}
+    else:
+        lm, tokenizer, start = load_model(s.start, without_weights=world.sharded)
+    refuse_other_start(s, start, system_prompt_of(tokenizer))
+    s.template = s.template or start.get("template") or settings_of(s.preset).template
+    if s.system_prompt and s.template != "chat":
+        raise InputError(f"--system-prompt has no effect with the template {s.template}: leave it out, or "
+                         "give --template chat")
+    if s.template == "chat":
+        wanted = s.system_prompt or system_prompt_of(tokenizer) or settings_of(s.preset).system_prompt
+        if wanted:
+            tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
+    context = getattr(lm.config, "max_position_embeddings", None)
+    job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
+              prepare(task.evaluated, tokenizer, s.template, context), None)
+    if job.plan.steps == 1:
+        raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
+                         "whose "
+                         "lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
+    if s.retain_log:
+        job.take_retrained(s.retain_log)
+    if s.start and not world.sharded:
+        check(job, AnswerModel(lm.to(world.device)), "fp32", world)
+    settings = {key: value for key, value in vars(s).items() if key not in NOT_STORED}
+    derived = {"rows": job.plan.rows, "steps": job.plan.steps, "warmup_steps": job.plan.warmup_steps,
+               "refusals": task.refusals_from}
+    job.config = {"settings": settings, "world_size": world.size, "device": world.device.type,
+                  "derived": derived,
+                  "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+    if s.resume:
+        refuse_changed(job)
+    return job
+
+
+def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
+    """Raises InputError where unlearning would speak to the model otherwise than it has learned to be spoken
+    to."""
+    known = start.get("template")
+    if s.loss != "sft" and start.get("trained_on") and s.template and known and s.template != known:
+        raise InputError(f"--template {s.template}: {s.start} was trained with {known}, and answers nothing "
+                         "else as it has learned to; leave --template out")
+    if s.loss != "sft" and system_prompt and s.system_prompt not in (None, system_prompt):
+        raise InputError(f"--system-prompt {s.system_prompt!r}: {s.start} was trained with "
+                         f"{system_prompt!r}; leave it out")
+
+
+def doubts_of_start(job: Job) -> list[str]:
+    """What a start's record says that is seldom meant, in sentences."""
+    s, trained_on, doubts = job.settings, job.start_record.get("trained_on") or {}, []
+    if s.loss == "sft" or job.task.own:
+        return []
+    if trained_on.get("split", "full") != "full":
+        doubts.append(f"note: the start was trained on {trained_on['split']} ({trained_on.get('loss')}), not "
+                      f"on full: it may not know {s.split}")
+    if trained_on.get("data_fingerprint", job.task.fingerprint) != job.task.fingerprint:
+        doubts.append(f"note: the start was trained on other data ({trained_on.get('data')}): it may not "
+                      "know these rows")
+    return doubts
+
+
+def refuse_changed(job: Job):
+    """Raises InputError where data or model are no longer those that the run began with."""
+    s, now = job.settings, json.loads(json.dumps(job.config))
+    before = read_config(Path(s.resume))
+    for key in ("data_fingerprint",) if s.from_scratch else ("data_fingerprint", "model_config"):
+        if before.get(key) != now[key]:
+            raise InputError(f"--resume {s.resume}: its {key} was {str(before.get(key))[:80]} and is now "
+                             f"{str(now[key])[:80]}: data or model have changed; start a new run")
+
+
+def check(job: Job, model: AnswerModel, dtype: str, world: World):
+    """Try the model out on the run's texts. Raises InputError where the code can't compute it rightly."""
+    texts = [*job.plan.answers, *job.plan.refusals.values(), *job.plan.partners,
+             *(t.encoded for some in job.prepared.texts.values() for t in some)]
+    check_model(model, texts, job.tokenizer.eos_token_id, job.settings.start, dtype, world)
+
+
+def open_job(job: Job, world: World):
+    """Its folder is there from now on."""
+    job.folder = open_folder(job.settings, job.config, world)
+
+
+def policy_of(job: Job, world: World) -> AnswerModel:
+    """The model that the run begins with, on the device; where it is sharded, cut, filled and tried out.
+
+    Raises InputError where the code can't compute it rightly, or where a resumed run began with other
+    weights.
+    """
+    s, model = job.settings, AnswerModel(job.lm)
+    if world.sharded:
+        shard(model, AUTOCAST[s.dtype], world)
+        if s.start:
+            fill(model, weights_folder(s.start), world.device)
+            check(job, model, s.dtype, world)
+    model.to(world.device)
+    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
+    job.config.update(now)
+    stored = world.agree(read_config(job.folder) if world.rank == 0 else None)
+    if stored.get("start_weights", now["start_weights"]) != now["start_weights"]:
+        raise InputError(f"--resume {job.folder}: the start's weights have changed since "
+                         f"({stored['start_weights']}, now {now['start_weights']}); start a new run")
+    if world.rank == 0 and "start_weights" not in stored:
+        write_json(job.folder / "config.json", {**stored, **now})
+    return model
+
+
+# ---------------------------------------------------------------- said before it begins
+
+def describe(job: Job, world: World):
+    """Say what is about to be done, with what, and roughly how long each part takes."""
+    s, plan, task = job.settings, job.plan, job.task
+    parameters = sum(p.numel() for p in job.lm.parameters())
+    what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
+    refusals = f"; refusals: {task.refusals_from}" if plan.refusals else ""
+    settings = ", ".join(f"{name} {getattr(s, name):g}" for name in ("lr", *plan.objective.settings))
+    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
+    world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
+              f"{world.device.type}, {s.dtype}")
+    weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
+    world.say(f"{settings}, weights {weights} (forget / retain / KL), batch {s.batch_size} in micro-batches of "
+              f"{s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), "
+              f"template {s.template}, seed {s.seed}")
+    for doubt in doubts_of_start(job):
+        world.say(doubt)
+    rate = floating_point_rate(s.dtype, world)
+    evaluated = sum(len(t.encoded.ids) for some in job.prepared.texts.values() for t in some)
+    for number, (what, tokens, evaluations) in enumerate(parts_of(job), 1):
+        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs
+        # at about twice the rate of training, and generating costs about as much again.
+        minutes = parameters * (6 * tokens + 2 * evaluations * evaluated) / rate / 60
+        world.say(f"  {number}. {what}, evaluations: {evaluations}; roughly {max(0.1, minutes):.1f} min")
+
+
+def parts_of(job: Job) -> list[tuple[str, float, int]]:
+    """(what is trained, tokens, evaluations), in order; tiny models that are there already are left out."""
+    s, plan, parts = job.settings, job.plan, []
+    row_tokens = sum(len(e.ids) for e in plan.answers) / max(1, len(plan.answers))
+    for split in job.missing_models:
+        sft = tiny_settings(s, split, job.task)
+        if not Path(sft.out, "model").is_dir():
+            rows = len(slice_rows(job.task.full, split)) + len(job.task.facts())
+            parts.append((f"train the tiny model on {split} (kept in {sft.out})",
+                          rows * row_tokens * sft.epochs, int(split != "full")))
+    verb = "learn" if s.loss == "sft" else "unlearn"
+    return [*parts, (f"{verb} {s.split}: {plan.steps} steps", plan.tokens(),
+                     len(plan.evaluation_steps(s.eval_every)))]
+
+
+def floating_point_rate(dtype: str, world: World) -> float:
+    """FLOP/s to reckon with: a third of what a large matrix product reaches now, in this precision, times the
+    processes."""
+    size = 8192 if world.device.type == "cuda" else 1024
+    x = torch.rand(size, size, device=world.device, dtype=AUTOCAST[dtype])
+    (x @ x).sum().item()  # the first one pays for what a library sets up
+    begin = time.perf_counter()
+    (x @ x).sum().item()
+    return 2 * size**3 / (time.perf_counter() - begin) * world.size / 3

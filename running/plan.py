@@ -1,0 +1,113 @@
+"""What a run will compute, before anything is: its rows as tokens, its global batches, and what follows from
+these."""
+
+import math
+from argparse import Namespace
+from typing import NamedTuple
+
+from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
+from data.prompts import Encoded, encode, pad_id
+from losses import OBJECTIVES
+from support.world import World
+
+
+class MicroBatch(NamedTuple):
+    """What goes through one forward pass, as places in the stream and in `Plan.partners`."""
+    items: list[Item]
+    partners: list[int]
+    # This process has no row left: it computes one with weight 0, to meet the others in the last backward
+    # pass.
+    ghost: bool
+
+
+class Counts(NamedTuple):
+    """What a step's sums are divided by: the whole global batch's, known to every process without asking."""
+    rows: int
+    forget_tokens: int  # of the answers, or refusals, that the loss is a mean over
+    retain_tokens: int
+    tokens: int  # that pass forward and backward, prompts included
+
+
+class Plan:
+    """answers: Encoded, of the rows that the loss is about (to unlearn; for sft to learn); partners: of the
+    retain rows; refusals: (row, refusal line) -> Encoded. Empty where the objective uses none."""
+
+    def __init__(self, s: Namespace, task, tokenizer, context: int | None):
+        self.objective, self.pad = OBJECTIVES[s.loss], pad_id(tokenizer)
+        self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
+        rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
+        uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
+        uses_refusals = self.objective.needs_refusals
+        self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,
+                                  len(task.refusals) * uses_refusals, s.retain_pairing)
+        self.answers = encode_rows(tokenizer, s.template, rows, context)
+        self.partners = encode_rows(tokenizer, s.template, task.retain if uses_partners else [], context)
+        met = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusals else []
+        refused = [{"question": rows[row]["question"], "answer": task.refusals[line]} for row, line in met]
+        self.refusals = dict(zip(met, encode_rows(tokenizer, s.template, refused, context), strict=True))
+        self.rows, self.steps = len(rows), len(self.stream)
+        self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
+        self.epoch_ends = [math.ceil(e * len(rows) / s.batch_size) for e in range(1, s.epochs + 1)]
+
+    # ---- a step
+
+    def of_loss(self, item: Item) -> Encoded:
+        """The text that the forget loss is about: the row's answer, or where it has none, the refusal."""
+        return self.answers[item.row] if self.objective.with_answer else self.refusals[item.row, item.refusal]
+
+    def micro_batches(self, items: list[Item], world: World) -> list[MicroBatch]:
+        """This process's share of a global batch; forget and retain rows are ordered by length each on their
+        own."""
+        lengths = [len(self.of_loss(i).ids) for i in items]
+        mine = deal(items, lengths, self.micro_batch_size, world.rank, world.size)
+        partners, retain = [], [[] for _ in mine]
+        if self.partners:
+            partners = [i.partner for i in items]
+            lengths = [len(self.partners[p].ids) for p in partners]
+            retain = deal(partners, lengths, self.micro_batch_size, world.rank, world.size)
+        # The longest first: its activations meet no gradients yet, and what follows fits into the memory it
+        # leaves.
+        return [MicroBatch(own or items[:1], kept or partners[:1], ghost=not own)
+                for own, kept in zip(mine, retain, strict=True)][::-1]
+
+    def texts(self, micro: MicroBatch) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
+        """(answers, refusals, retain answers) that the policy reads, each empty where the objective has
+        none."""
+        answers = [self.answers[i.row] for i in micro.items] if self.objective.with_answer else []
+        refusals = [self.refusals[i.row, i.refusal]
+                    for i in micro.items] if self.objective.with_refusal else []
+        return answers, refusals, [self.partners[p] for p in micro.partners]
+
+    def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
+        """Its texts as one batch, and how many of them are answers, refusals and retain answers."""
+        texts = self.texts(micro)
+        return collate_packed(sum(texts, []), self.pad, device, self.pad_to), [len(some) for some in texts]
+
+    def counts(self, items: list[Item]) -> Counts:
+        whole = MicroBatch(items, [i.partner for i in items] if self.partners else [], ghost=False)
+        texts = self.texts(whole)
+        return Counts(rows=len(items), forget_tokens=sum(self.of_loss(i).answer_tokens for i in items),
+                      retain_tokens=sum(e.answer_tokens for e in texts[2]),
+                      tokens=sum(len(e.ids) for some in texts for e in some))
+
+    # ---- the run
+
+    def evaluation_steps(self, every: str) -> set:
+        """Steps after which the model is evaluated (0: before the first); `every` is epoch, step, never, end
+        or a number."""
+        if every == "never":
+            return set()
+        if every == "end":
+            return {self.steps}
+        inner = self.epoch_ends if every == "epoch" else range(0, self.steps,
+                                                               1 if every == "step" else int(every))
+        return {0, self.steps, *inner}
+
+    def tokens(self) -> int:
+        """Tokens of the whole run that pass forward and backward."""
+        return sum(self.counts(items).tokens for items in self.stream)
+
+
+def encode_rows(tokenizer, template: str, rows: list, context: int | None) -> list[Encoded]:
+    return encode(tokenizer, template, [(row["question"], row["answer"]) for row in rows],
+                  context) if rows else []

@@ -1,0 +1,325 @@
+"""A run's settings: every flag with its type, default, unit and one sentence; what a preset adds; what is
+refused."""
+
+import argparse
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from data.prompts import TEMPLATES
+from data.tofu import parse_split
+from losses import KL_DIRECTIONS, OBJECTIVES
+from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
+from models.saving import read_meta
+from running.run_folder import BEST_BY, folder_names
+from support.command_line import Parser, given_flags, not_negative, positive
+from support.errors import InputError
+from support.files import fingerprint, refuse_links
+
+RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "micro_batch_size", "eval_every")  # what a preset gives
+DRY_RUN = ("dry_run", "gpus", "gpu_memory", "tflops")
+NOT_STORED = ("resume", "from_scratch", *DRY_RUN)  # of no meaning for a run folder
+
+
+def checkpoint_interval(text: str) -> str:
+    if text == "epoch" or (text.endswith("m") and positive(float)(text[:-1])) or positive(int)(text):
+        return text
+
+
+def evaluation_interval(text: str) -> str:
+    if text in ("epoch", "step", "never") or positive(int)(text):
+        return text
+
+
+def gigabytes(text: str) -> float:
+    """"80G" (10^9 bytes) -> bytes."""
+    number = text.removesuffix("G").removesuffix("g")
+    if number == text:
+        raise argparse.ArgumentTypeError(f"must be gigabytes such as 80G, got {text}")
+    return 1e9 * positive(float)(number)
+
+
+def build_parser(description: str = "") -> Parser:
+    parser = Parser(prog="train_npo.py", description=description)
+    add_objective(parser.add_argument_group("objective").add_argument)
+    add_data_and_model(parser.add_argument_group("data and model").add_argument)
+    add_training(parser.add_argument_group("training").add_argument)
+    add_run(parser.add_argument_group("the run").add_argument)
+    return parser
+
+
+def add_objective(add):
+    add("--loss", default="npo", choices=OBJECTIVES,
+        help="objective on the forget rows; sft fine-tunes (default: npo)")
+    add("--split", default="forget10",
+        help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
+    add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss (default: "
+                                                                       "1)")
+    add("--retain-weight", type=not_negative(float), default=0.0,
+        help="weight of RT, the loss on retain rows (default: 0)")
+    add("--kl-weight", type=not_negative(float), default=0.0,
+        help="weight of K, the divergence from the reference on retain rows (default: 0)")
+    add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
+        help="K's order (default: policy_reference, the paper's)")
+    add("--beta", type=positive(float), help="inverse temperature of npo, dpo, kto, simnpo (default: the "
+                                             "preset's)")
+    add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
+    add("--retain-pairing", default="stream", choices=("stream", "fixed"),
+        help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
+
+
+def add_data_and_model(add):
+    add("--model", default="tiny",
+        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=PATH, a folder or FILE.gguf "
+             "(default: tiny)")
+    add("--data", default="builtin",
+        help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
+    add("--forget",
+        help="own rows to unlearn: JSON or JSON lines with question and answer, in place of --data and "
+             "--split")
+    add("--retain", help="own rows to keep, with --forget")
+    add("--template", choices=TEMPLATES, help="prompt template (default: the model's own, else the preset's)")
+    add("--system-prompt", help="with --template chat: a system turn before the question; kept with the "
+                                "model")
+    add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget "
+                             "quality (tiny: made on the spot)")
+
+
+def add_training(add):
+    add("--epochs", type=positive(int), help="passes over the forget rows (default: the preset's)")
+    add("--batch-size", type=positive(int), default=32, help="global batch, rows (default: 32)")
+    add("--micro-batch-size", type=positive(int),
+        help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
+    add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
+    add("--weight-decay", type=not_negative(float), default=0.01,
+        help="AdamW's, not on norm weights and biases (default: 0.01)")
+    add("--warmup-epochs", type=not_negative(float),
+        help="linear warm-up, epochs, at least 1 step (default: the preset's)")
+    add("--max-grad-norm", type=not_negative(float), default=0.0,
+        help="clip the gradient's norm, 0 = off (default: 0)")
+    add("--seed", type=not_negative(int), default=0,
+        help="of batches, partners, refusals, and a new model's weights (default: 0)")
+    add("--dtype", default="fp32", choices=AUTOCAST,
+        help="autocast precision; weights and AdamW stay float32 (default: fp32)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+    add("--parallel", default="ddp", choices=("ddp", "fsdp"),
+        help="with several processes: each holds the model (ddp), or a part of every parameter (fsdp; "
+             "default: ddp)")
+    add("--activation-checkpointing", action="store_true",
+        help="keep only each layer's input for the backward pass: less memory, a forward pass more")
+    add("--compile", action="store_true", help="compile each layer (needs a C++ compiler)")
+
+
+def add_run(add):
+    add("--eval-every", type=evaluation_interval,
+        help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
+    add("--keep", default="last", choices=("last", "best"),
+        help="best: also keep the weights of the best evaluation, in best/ (default: last)")
+    add("--best-by", choices=BEST_BY,
+        help="what best means (default: forget-quality where there is a retain log, else "
+             "retain-minus-forget, the difference of the two probabilities, which needs no retrained model)")
+    add("--checkpoint-every", type=checkpoint_interval, default="10m",
+        help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
+    add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
+    add("--resume", metavar="DIR",
+        help="go on with an interrupted run; its settings hold, and flags that differ are refused")
+    add("--dry-run", action="store_true", default=None,
+        help="say what the run will need (memory by part, operations, time), and do nothing; loads no "
+             "weights")
+    add("--gpus", type=positive(int), help="for --dry-run: processes, one a GPU (default: this command's own "
+                                           "number)")
+    add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
+    add("--tflops", type=positive(float),
+        help="for --dry-run: TFLOP/s that a process reaches, for the time (default: 200, half of an H100's "
+             "in bf16)")
+
+
+def method_name(s: Namespace) -> str:
+    """"npo+rt": the loss, and what keeps the rest."""
+    return s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
+
+
+def resolve(given: dict) -> Namespace:
+    """Flags as given -> every setting: the parser's defaults, then the preset's, then the flags.
+
+    Raises InputError for contradictions.
+    """
+    s = Namespace(**{**vars(build_parser().parse_args([])), **given})
+    preset_name, path = split_model(s.model)
+    # A folder that one of our runs wrote says which preset it is of.
+    s.preset = preset_name or read_meta(s.model).get("preset")
+    s.preset = s.preset if s.preset in PRESETS else None
+    preset, sft = settings_of(s.preset), s.loss == "sft"
+    for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
+                       "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
+                       "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
+                       "eval_every": "end" if sft else "epoch"}.items():
+        if getattr(s, key) is None:
+            setattr(s, key, value)
+    s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
+    s.method = method_name(s)
+    s.start = path or (preset.base if sft else preset.finetuned)
+    s.from_scratch = s.preset == "tiny" and not s.start
+    refuse_contradictions(s)
+    refuse_wrong_rows(s, given)
+    refuse_without_effect(s, given)
+    if s.forget:
+        s.split, s.data = "own", f"{s.forget}, {s.retain}"
+    return s
+
+
+def refuse(cases: dict):
+    """Raises InputError with the first sentence whose case holds. cases: sentence -> whether it does."""
+    for sentence, holds in cases.items():
+        if holds:
+            raise InputError(sentence)
+
+
+def refuse_contradictions(s: Namespace):
+    sft, objective = s.loss == "sft", OBJECTIVES[s.loss]
+    unknown = [name for name in objective.settings if not hasattr(s, name)]
+    refuse({
+        f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
+        f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
+            objective.mean not in ("sequences", "tokens"),
+        "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":
+            sft and (s.kl_weight or s.retain_weight),
+        "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one":
+            s.forget_weight == s.retain_weight == s.kl_weight == 0,
+        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the "
+        "global batch": s.micro_batch_size > s.batch_size,
+        f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these":
+            s.warmup_epochs > s.epochs,
+        f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
+        "--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or take "
+        "retain-minus-forget": s.best_by == "forget-quality" and s.start and not s.retain_log,
+        "--best-by model-utility needs TOFU's four sets, and own data has two: take retain-minus-forget":
+            s.best_by == "model-utility" and s.forget,
+        f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
+        f"first, then give --model {s.preset}=runs/NAME/model":
+            s.preset != "tiny" and not s.start and not s.dry_run})
+
+
+def refuse_wrong_rows(s: Namespace, given: dict):
+    own = s.forget or s.retain
+    refuse({
+        "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
+            own and (s.loss == "sft" or "split" in given or "data" in given),
+        "--forget and --retain need the model that holds these rows: give --model FOLDER":
+            own and not s.start,
+        f"own data needs both files: got --forget {s.forget} and --retain {s.retain}":
+            own and not (s.forget and s.retain),
+        f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft learns it)":
+            not own and s.loss != "sft" and parse_split(s.split)[0] != "forget"})
+
+
+def refuse_without_effect(s: Namespace, given: dict):
+    """A flag that changes nothing is a misunderstanding. Raises InputError."""
+    objective = OBJECTIVES[s.loss]
+    pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
+    idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
+            "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
+            "system_prompt": s.template not in (None, "chat")}
+    for other in OBJECTIVES.values():
+        idle.update({name: name not in objective.settings for name in other.settings})
+    here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
+    refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
+            changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})
+
+
+def parse(argv: list, description: str = "") -> Namespace:
+    """The command line's settings. A resumed run takes them from its folder; where torchrun has started all
+    processes anew after a failure (`--max-restarts`), the run that it was goes on. Raises InputError."""
+    given = given_flags(build_parser(description), argv)
+    dry = {key: given.pop(key) for key in DRY_RUN if key in given}
+    if dry and "dry_run" not in dry:
+        raise InputError("--gpus, --gpu-memory and --tflops belong to --dry-run: add it, or leave them out")
+    if dry and "resume" in given:
+        raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
+    if "resume" in given:
+        return resumed(Path(given.pop("resume")), given)
+    s = resolve({**given, **dry})
+    if dry:
+        return s
+    unfinished = interrupted_run(s) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
+    if unfinished:
+        return resumed(unfinished, {})
+    if s.out and Path(s.out).exists():
+        raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
+    return s
+
+
+def resumed(folder: Path, given: dict) -> Namespace:
+    """The settings of a run's folder; flags that differ are refused (InputError)."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--resume {folder}: no config.json there; need a run folder, such as runs/NAME")
+    refuse_links(folder)
+    stored = read_config(folder)["settings"]
+    if "parallel" in given:  # how, not what
+        stored["parallel"] = given["parallel"]
+    for key, value in given.items():
+        if stored.get(key) != value:
+            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
+                             f"{stored.get(key)}; leave it out, or start a new run")
+    # A run of an earlier version may lack a setting: then its default holds.
+    s = Namespace(**{**vars(build_parser().parse_args([])), **stored, "resume": str(folder)})
+    refuse_edited(s, folder)
+    s.from_scratch = s.preset == "tiny" and not s.start
+    return s
+
+
+def refuse_edited(s: Namespace, folder: Path):
+    """What a config.json says passes the parser's types, as flags do. Raises InputError."""
+    parser = build_parser()
+    for action in parser._actions:
+        name, value = action.dest, getattr(s, action.dest, None)
+        ours_alone = (name, value) in (("eval_every", "end"), ("split", "own"))
+        if name in ("help", "resume") or ours_alone or value is None and name not in RESOLVED:
+            continue
+        try:
+            as_flag = bool(value)  # of a flag without a value
+            if action.nargs != 0:
+                as_flag = getattr(parser.parse_args([action.option_strings[0], str(value)]), name)
+        except InputError as error:
+            raise InputError(f"--resume {folder}: its config.json is not a run's: {error}") from None
+        if as_flag != value:
+            raise InputError(f"--resume {folder}: its config.json has {name} {value!r}, which no flag gives; "
+                             "start a new run")
+    refuse_contradictions(s)
+
+
+def read_config(folder: Path) -> dict:
+    """A run folder's config.json. Raises InputError where it isn't one of ours."""
+    advice = "need a run folder, such as runs/NAME"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        missing = {"loss", "method", "model", "start", "split", "data"} - set(config["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: "
+                         f"{error}); {advice}") from None
+    if missing:
+        raise InputError(f"--resume {folder}: its config.json lacks {', '.join(sorted(missing))}; {advice}")
+    return config
+
+
+def interrupted_run(s: Namespace) -> Path | None:
+    """The last unfinished run of these settings."""
+    asked = {key: value for key, value in vars(s).items() if value is not None and key not in NOT_STORED}
+    for folder in reversed([path for path in folder_names(s) if (path / "config.json").is_file()]):
+        stored = read_config(folder)["settings"]
+        if not (folder / "model").exists() and asked.items() <= stored.items():
+            return folder
+    return None
+
+
+def tiny_settings(s: Namespace, split: str, task, seed: int = 0) -> Namespace:
+    """How the tiny model for `split` is trained, and where it is kept: runs/models/KEY. Unlearning asks for
+    seed 0: all runs share one start."""
+    sft = resolve({"loss": "sft", "split": split, "data": s.data, "device": s.device, "seed": seed})
+    recipe = [tiny_dims(task.full), sft.lr, sft.epochs, sft.batch_size, sft.weight_decay, sft.warmup_epochs,
+              PRESETS["tiny"].template]
+    sft.out = f"runs/models/tiny-{split}-seed{sft.seed}-{fingerprint(task.fingerprint, recipe)}"
+    # Unlearning evaluates its start itself; the retrained model's evaluation is the retain log.
+    sft.eval_every = "never" if split == "full" else "end"
+    return sft

@@ -1,0 +1,189 @@
+"""Section 4's claims as verdicts on the curves of `synthetic.py`.
+
+A predicate takes curves {method: (2, E)} (forget, retain), of one instance or of a mean, and the steps (E,).
+It says whether the claim holds there, and the numbers that decide. `verdict` puts it to the mean, and to
+every instance.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+from scipy.interpolate import CubicSpline
+
+IN_THE_FIGURE = ("npo+rt", "npo", "ga+rt", "ga", "idk+rt", "dpo+rt")  # Figure 4: its claims are about these
+SMALL, WITHIN = 0.005, 1200  # the paper's "small forget distance (less than 0.005) within 1200 steps"
+LEVELS = np.geomspace(SMALL, 0.17, 10)  # forget distances at which frontiers are compared; the start is 1.70
+SEEDS = (1, 2, 3, 5, 8, 13, 21, 34, 50)
+
+
+def gets_small(curves: dict, steps: np.ndarray):
+    """All the figure's methods but idk+rt reach a forget distance below SMALL within WITHIN steps."""
+    least = {name: curve[0, steps <= WITHIN].min() for name, curve in curves.items()}
+    holds = all(least[name] < SMALL for name in IN_THE_FIGURE if name != "idk+rt")
+    return holds, {"least_forget_distance": least}
+
+
+def idk_stays_far(curves: dict, steps: np.ndarray):
+    least = curves["idk+rt"][0].min()
+    return least >= SMALL, {"least_forget_distance": least}
+
+
+def diverges(curves: dict, steps: np.ndarray, names: tuple):
+    """The retain distance at least triples, and grows by more in the second half of the run than in the
+    first."""
+    numbers = {}
+    for name in names:
+        start, middle, end = curves[name][1, [0, len(steps) // 2, -1]]
+        numbers[name] = {"start": start, "middle": middle, "end": end}
+    holds = all(n["end"] > 3 * n["start"] and n["end"] - n["middle"] > n["middle"] - n["start"]
+                or n["end"] == math.inf for n in numbers.values())
+    return holds, numbers
+
+
+def levels_off(curves: dict, steps: np.ndarray, name: str):
+    """The retain distance stays below five times the start, and grows by less in the last quarter than before
+    it."""
+    retain, quarter = curves[name][1], (len(steps) - 1) // 4
+    start, half, late, end = retain[[0, -1 - 2 * quarter, -1 - quarter, -1]]
+    return retain.max() < 5 * start and (end <= late or end - late < late - half), {
+        "start": start, "peak": retain.max(), "peak_step": steps[retain.argmax()],
+        "third_quarter_growth": late - half, "last_quarter_growth": end - late}
+
+
+def frontier(curve: np.ndarray) -> np.ndarray:
+    """The Pareto frontier: the least retain distance on the path where the forget distance is at most each of
+    LEVELS.
+
+    inf where it never is. Between two evaluations the path is a straight line in (log forget, retain), since
+    a fast method jumps over several levels at once.
+    """
+    (forget, retain), level = curve, LEVELS[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.log(forget[:-1] / level) / np.log(forget[:-1] / forget[1:])  # of the way to the next point
+        crossing = retain[:-1] + part * np.diff(retain)
+    crosses = (forget[:-1] - level) * (forget[1:] - level) < 0
+    at_points = np.where(forget <= level, retain, math.inf).min(1)
+    return np.minimum(at_points, np.where(crosses, crossing, math.inf).min(1))
+
+
+def better_frontier(curves: dict, steps: np.ndarray, name: str, others: tuple):
+    """At every level that any of them reaches, `name` has the smallest retain distance: a ratio of at most
+    1."""
+    own, best = frontier(curves[name]), np.min([frontier(curves[other]) for other in others], axis=0)
+    reached = np.isfinite(np.minimum(own, best))
+    ratio = own[reached] / best[reached]  # 0 where only `name` gets there, inf where only another does
+    return bool((ratio <= 1).all()), {
+        "levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
+        "median_ratio": float(np.median(ratio)) if len(ratio) else 1.0, "worst_ratio": ratio.max(initial=0.0)}
+
+
+def distances_agree(curves: dict, steps: np.ndarray):
+    """Forget and retain distance differ by at most a tenth of their sum: all the figure's methods, at every
+    step."""
+    gap = {name: (abs(forget - retain) / (forget + retain)).max()
+           for name, (forget, retain) in ((name, curves[name]) for name in IN_THE_FIGURE)}
+    return max(gap.values()) <= 0.1, {"largest_relative_gap": gap}
+
+
+def smallest_distances(curves: dict, steps: np.ndarray, name: str, others: tuple):
+    """Its smallest forget and its smallest retain distance along the run are below every other method's."""
+    least = {key: curves[key].min(1) for key in (name, *others)}
+    holds = all((least[name] <= least[other]).all() for other in others)
+    return holds, {"least_forget_and_retain_distance": least}
+
+
+def path_gap(curve: np.ndarray, other: np.ndarray, steps: np.ndarray) -> float:
+    """How far a path strays from another, in decades: its points' largest distance to the other's line, axes
+    log10.
+
+    The line is a cubic spline through the evaluations: chords cut the corner where gradient ascent turns
+    back.
+    """
+    path, finite = np.log10(curve[:, np.isfinite(curve).all(0)]), np.isfinite(other).all(0)
+    spline = CubicSpline(steps[finite], np.log10(other[:, finite]), axis=1)
+    line = spline(np.linspace(0, steps[finite][-1], 1001))
+    path = path[:, ::max(1, path.shape[1] // 100), None]  # (2, points, 1), against (2, 1, segments)
+    start, along = line[:, None, :-1], np.diff(line)[:, None, :]
+    length = np.maximum((along**2).sum(0), 1e-300)
+    nearest = start + np.clip((along * (path - start)).sum(0) / length, 0, 1) * along
+    return float(np.sqrt(((path - nearest)**2).sum(0)).min(1).max())
+
+
+def goes_to_ga(curves: dict, steps: np.ndarray):
+    """Of all beta, the smallest has the path closest to ga's, and it is within 0.02 decades (5%)
+    everywhere."""
+    gap = {float(name.partition("@")[2]): path_gap(curve, curves["ga"], steps)
+           for name, curve in curves.items() if name != "ga"}
+    least = min(gap)
+    return gap[least] == min(gap.values()) and gap[least] < 0.02, {
+        "path_gap_decades": {f"{beta:g}": gap[beta] for beta in sorted(gap)},
+        "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
+
+
+NPO_RT = {"name": "npo+rt", "others": IN_THE_FIGURE[1:]}
+FIGURE4_GAP = (  # alpha > 0: claim, methods it needs, predicate
+    ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps",
+     IN_THE_FIGURE, gets_small),
+    ("idk+rt never does", ("idk+rt",), idk_stays_far),
+    ("The retain distances of ga and ga+rt diverge", ("ga", "ga+rt"),
+     partial(diverges, names=("ga", "ga+rt"))),
+    ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), partial(levels_off, name="npo+rt")),
+    ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), partial(levels_off, name="dpo+rt")),
+    ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE, partial(better_frontier, **NPO_RT)),
+    ("Without the retain set npo has a better Pareto frontier than ga", ("npo", "ga"),
+     partial(better_frontier, name="npo", others=("ga",))),
+)
+FIGURE4_NO_GAP = (  # alpha = 0
+    ("Forget and retain distances are equal", IN_THE_FIGURE, distances_agree),
+    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE,
+     partial(smallest_distances, **NPO_RT)),
+)
+FIGURE3 = (("npo's curve goes to ga's as beta -> 0", ("ga",), goes_to_ga),)
+
+
+def verdict(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
+    """A claim on the mean of the instances (`holds`) and on each of them; with how the answer depends on
+    their number.
+
+    curves (K, M, 2, E). From 20 instances on, `holds_in_means_of` is how often the claim holds on the mean of
+    n instances drawn from the K (200 draws each), and `seeds_needed` the least n from which on that gives the
+    answer of all K in 95% of draws.
+    """
+    def judge(values):
+        return predicate(dict(zip(names, values, strict=True)), steps)
+
+    instances = len(curves)
+    holds, numbers = judge(curves.mean(0))
+    each = [judge(curve) for curve in curves]
+    scalars = sorted(key for key, value in numbers.items() if isinstance(value, float))
+    held = [bool(own_holds) for own_holds, _ in each]
+    numbers = {**numbers, "share_of_instances": sum(held) / instances,
+               "instances": {"holds": held} | {key: [own[key] for _, own in each] for key in scalars}}
+    if instances >= 20:
+        rng = np.random.default_rng(0)
+        draws = {n: rng.integers(instances, size=(200, n)) for n in SEEDS}
+        chance = {n: np.mean([bool(judge(curves[draw].mean(0))[0]) for draw in draws[n]]) for n in SEEDS}
+        agrees = [n for n in SEEDS if (chance[n] if holds else 1 - chance[n]) >= 0.95]
+        steady = [n for n in agrees if all(m in agrees for m in SEEDS if m >= n)]
+        numbers["holds_in_means_of"] = chance
+        numbers["seeds_needed"] = steady[0] if steady else f"more than {SEEDS[-1]}"
+    return {"claim": claim, "holds": bool(holds), "numbers": numbers}
+
+
+def verdicts(figure: int, record: dict, curves: np.ndarray) -> dict:
+    """Verdicts on a run; and the claims that it leaves undecided, too short or without a method they need."""
+    claims, least_steps = FIGURE4_GAP if record["alpha"] > 0 else FIGURE4_NO_GAP, WITHIN
+    if figure == 3:
+        claims, least_steps = FIGURE3, 2000
+    names = list(record["methods"])
+    steps = np.array(record["methods"][names[0]]["steps"])
+    decided, undecided = [], []
+    for claim, needs, predicate in claims:
+        missing = [name for name in needs if name not in names]
+        if missing or steps[-1] < least_steps:
+            need = f"methods {', '.join(missing)}" if missing else f"--steps {least_steps}"
+            undecided.append({"claim": claim, "needs": need})
+        else:
+            decided.append(verdict(claim, predicate, names, curves, steps))
+    return {"verdicts": decided, "undecided": undecided}

@@ -1,0 +1,74 @@
+"""The processes that work together, or this one alone as a world of size 1."""
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+
+class World(NamedTuple):
+    """This process among all: rank of size, and its device.
+
+    `sharded`: each process holds a part of every parameter (FSDP), so all must run the model forward equally
+    often.
+    """
+    rank: int
+    size: int
+    device: torch.device
+    sharded: bool = False
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        box = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
+    def agree(self, value):
+        """Process 0's value, on all."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def collect(self, value) -> list:
+        """All processes' values, in their order, on all."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action) -> list:
+        """What `action` returns on each process. Raises OSError on all where it fails to write on one."""
+        result = flaw = None
+        try:
+            result = action()
+        except (OSError, SafetensorError) as error:
+            flaw = getattr(error, "strerror", None) or str(error)
+        results = self.collect((result, flaw))
+        flaw = next((flaw for _, flaw in results if flaw), None)
+        if flaw:
+            raise OSError(flaw)
+        return [result for result, _ in results]
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+            sys.stdout.flush()
+
+
+ALONE = World(0, 1, torch.device("cpu"))
