@@ -1,9 +1,10 @@
-"""The README.md beside a run's weights: what the model is, what it is not, its numbers, and how to load
-it."""
+"""The README.md beside a run's weights: what the model is, what it is not, its numbers, how to load it."""
 
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
+from data.tofu import EVALUATED
 from models.presets import PRESETS
 from support.command_line import number
 
@@ -17,8 +18,6 @@ pipeline_tag: text-generation
 # {method} on {split}
 
 {about}
-
-{limits}
 
 {numbers}
 ## Settings
@@ -39,15 +38,16 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Fa
 
 Other prompts than the template it was trained with were not measured.
 """
-UNLEARNED = ("A causal language model after unlearning `{split}` of `{data}` with {method} (Negative "
-             "Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).",
-             "A research artefact. The answers of the forget rows were made unlikely; that is no proof that "
-             "what they say is gone from the weights, and further training or another wording may bring it "
-             "back. What was kept was measured on the sets below and nowhere else.")
-LEARNED = ("A causal language model fine-tuned on `{split}` of `{data}`: a starting point or a yardstick for "
-           "unlearning.",
-           "A research artefact: it was trained to repeat the answers of this data set, and measured on it "
-           "alone.")
+UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative Preference
+Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
+
+A research artefact. The answers of the forget rows were made unlikely; that is no proof that what they say is
+gone from the weights, and further training or another wording may bring it back. What was kept was measured
+on the sets below and nowhere else."""
+LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a starting point or a yardstick for
+unlearning.
+
+A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
 PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_tensors="pt")',
            "qa": 'inputs = tokenizer("Question: Who are you?\\nAnswer:", return_tensors="pt")',
            "chat": 'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], '
@@ -65,40 +65,35 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     published = {name for preset in PRESETS.values() for name in (preset.base, preset.finetuned) if name}
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
-    about, limits = LEARNED if s.loss == "sft" else UNLEARNED
+    about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
     settings = {"loss weights (forget / retain / K)":
                 f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}",
-                "beta": f"{s.beta:g}", "peak lr": f"{s.lr:g}", "epochs": s.epochs,
-                "global batch": s.batch_size,
-                "warm-up epochs": f"{s.warmup_epochs:g}", "weight decay": f"{s.weight_decay:g}",
-                "gradient clipping": f"{s.max_grad_norm:g}" if s.max_grad_norm else "off",
-                "precision": s.dtype,
-                "prompt template": s.template, "seed": s.seed, "step": f"{step} of "
-                                                                       f"{config['derived']['steps']}",
+                "beta": s.beta, "peak lr": s.lr, "epochs": s.epochs, "global batch": s.batch_size,
+                "warm-up epochs": s.warmup_epochs, "weight decay": s.weight_decay,
+                "gradient clipping": s.max_grad_norm or "off", "precision": s.dtype,
+                "prompt template": s.template, "seed": s.seed,
+                "step": f"{step} of {config['derived']['steps']}", "commit": config["commit"],
                 "start's weights": config.get("start_weights"),
-                "data fingerprint": config["data_fingerprint"],
-                "commit": config["commit"]}
+                "data fingerprint": config["data_fingerprint"]}
+    table = "\n".join(f"| {k} | {f'{v:g}' if isinstance(v, float) else v} |" for k, v in settings.items())
     return CARD.format(
-        base=f"base_model: {s.start}\n" if s.start in published else "", loss=s.loss, method=s.method,
-        split=s.split,
-        kind="fine-tuned" if s.loss == "sft" else "machine-unlearning", limits=limits,
-        about=about.format(split=s.split, data=data, method=s.method), numbers=numbers(evaluations, step),
-        settings="\n".join(f"| {k} | {v} |" for k, v in settings.items()), prompt=PROMPTS[s.template])
+        base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
+        method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
+        numbers=numbers(evaluations, step), settings=table, prompt=PROMPTS[s.template])
 
 
 def numbers(evaluations: dict, step: int) -> str:
     """A table of the start, where it was evaluated, and of the last evaluation up to `step`."""
-    shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)}) if evaluations else []
-    if not shown:
+    if not evaluations:
         return "It was not evaluated.\n"
-    rows = {"forget quality": [evaluations[k]["forget_quality"] for k in shown],
-            "model utility": [evaluations[k]["model_utility"] for k in shown],
-            "forget KL to the start": [evaluations[k]["forget_kl"] for k in shown]}
-    for name in ("forget", "retain", "real_authors", "world_facts"):
-        for measure in ("probability", "rouge_l_recall", "truth_ratio"):
-            rows[f"{name} {measure}".replace("_", " ")] = [evaluations[k].get(name, {}).get(measure)
-                                                           for k in shown]
-    measured = {name: values for name, values in rows.items() if any(value is not None for value in values)}
-    lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in measured.items()]
+    shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
+    metrics = [evaluations[k] for k in shown]
+    rows = {"forget quality": [m["forget_quality"] for m in metrics],
+            "model utility": [m["model_utility"] for m in metrics],
+            "forget KL to the start": [m["forget_kl"] for m in metrics]}
+    for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
+        rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
+    lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in rows.items()
+             if any(value is not None for value in values)]
     head = "| | " + " | ".join(f"step {k}" for k in shown) + " |\n" + "|---" * (len(shown) + 1) + "|"
     return "\n".join(["## Numbers\n", head, *lines, "", ABOUT_NUMBERS])

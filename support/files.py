@@ -25,10 +25,8 @@ def refuse_links(folder: Path):
 
 @contextmanager
 def locked(file: Path, wait: bool = False):
-    """Hold `file` as a lock: one process writes a folder at a time.
-
-    Raises InputError where another holds it and `wait` is False.
-    """
+    """Hold `file` as a lock: one process writes a folder at a time. Raises InputError where another holds it
+    and `wait` is False."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
@@ -53,23 +51,23 @@ def fingerprint(*parts) -> str:
 def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
     """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills
     the memory. Raises InputError."""
-    lines, characters = [], 0
+    lines = []
     try:
         with open(path, encoding="utf-8") as file:
             size = os.fstat(file.fileno()).st_size
-            while size <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
+            read = 0  # characters: a pipe has no size
+            while max(size, read) <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
                 lines.append(line)
-                characters += len(line)
-                size = max(size, characters)  # a pipe has no size
+                read += len(line)
                 if len(line) > longest_line:
                     raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the "
                                      "most that is read: write one object a line")
-            if size > MAX_FILE_BYTES:
-                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB "
-                                 "is read: give a smaller file")
-        return "".join(lines)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
+    if max(size, read) > MAX_FILE_BYTES:
+        raise InputError(f"{path} has {max(size, read) / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
+                         "read: give a smaller file")
+    return "".join(lines)
 
 
 def write_json(path: Path, content: dict):
