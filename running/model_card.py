@@ -44,42 +44,34 @@ Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
 A research artefact. The answers of the forget rows were made unlikely; that is no proof that what they say is
 gone from the weights, and further training or another wording may bring it back. What was kept was measured
 on the sets below and nowhere else."""
-LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a starting point or a yardstick for
-unlearning.
+LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start or a yardstick for unlearning.
 
 A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
 PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_tensors="pt")',
            "qa": 'inputs = tokenizer("Question: Who are you?\\nAnswer:", return_tensors="pt")',
-           "chat": 'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], '
-                   'return_dict=True,\n                                       add_generation_prompt=True, '
-                   'return_tensors="pt")'}
+           "chat": """inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],
+                                       return_dict=True, add_generation_prompt=True, return_tensors="pt")"""}
 ABOUT_NUMBERS = ("Forget quality: p-value of a test against a model that never saw the forget rows (-: not "
                  "measured). Measured by `evaluate_tofu.py`; the definitions are TOFU's.\n")
+SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "beta", "lr", "epochs", "batch_size", "warmup_epochs",
+            "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
 
 def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
-    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics.
-
-    No path of this machine is in it: data and start are named as far as others can know them.
-    """
+    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics. No path
+    of this machine is in it: data and start are named as far as others can know them."""
     published = {name for preset in PRESETS.values() for name in (preset.base, preset.finetuned) if name}
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
-    settings = {"loss weights (forget / retain / K)":
-                f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}",
-                "beta": s.beta, "peak lr": s.lr, "epochs": s.epochs, "global batch": s.batch_size,
-                "warm-up epochs": s.warmup_epochs, "weight decay": s.weight_decay,
-                "gradient clipping": s.max_grad_norm or "off", "precision": s.dtype,
-                "prompt template": s.template, "seed": s.seed,
-                "step": f"{step} of {config['derived']['steps']}", "commit": config["commit"],
-                "start's weights": config.get("start_weights"),
-                "data fingerprint": config["data_fingerprint"]}
-    table = "\n".join(f"| {k} | {f'{v:g}' if isinstance(v, float) else v} |" for k, v in settings.items())
+    settings = {key: getattr(s, key) for key in SETTINGS}
+    settings |= {"step": f"{step} of {config['derived']['steps']}", "start_weights": config.get("start_weights"),
+                 "data_fingerprint": config["data_fingerprint"], "commit": config["commit"]}
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
-        numbers=numbers(evaluations, step), settings=table, prompt=PROMPTS[s.template])
+        numbers=numbers(evaluations, step), prompt=PROMPTS[s.template],
+        settings="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items()))
 
 
 def numbers(evaluations: dict, step: int) -> str:
@@ -88,9 +80,8 @@ def numbers(evaluations: dict, step: int) -> str:
         return "It was not evaluated.\n"
     shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
     metrics = [evaluations[k] for k in shown]
-    rows = {"forget quality": [m["forget_quality"] for m in metrics],
-            "model utility": [m["model_utility"] for m in metrics],
-            "forget KL to the start": [m["forget_kl"] for m in metrics]}
+    rows = {name.replace("_", " "): [m[name] for m in metrics]
+            for name in ("forget_quality", "model_utility", "forget_kl")}
     for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
         rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
     lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in rows.items()
