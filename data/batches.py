@@ -1,8 +1,5 @@
 """The one definition of the batch: which rows meet in which step, whatever the micro-batch or the number of
-processes; and how texts become tensors.
-
-The stream is a pure function of (seed, position): the position in it is all that a resumed run needs to know.
-"""
+processes (a pure function of seed and position), and how texts become tensors."""
 
 import math
 from typing import NamedTuple
@@ -25,10 +22,9 @@ def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, 
                 pairing: str) -> list[list[Item]]:
     """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch).
 
-    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of
-    their own; "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v,
-    u and v each the first `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: none are
-    used.
+    pairing "stream": partners and refusals are seeded streams of their own; "fixed" (the authors' rule): row i
+    always meets retain row (i + u) mod n_retain and refusal v, u and v each the first `torch.randint` of a
+    generator seeded with i. n_retain or n_refusals of 0: none are used.
     """
     rows = permutations(seed, ROWS, n, epochs * n)
     if pairing == "fixed":
@@ -83,7 +79,7 @@ class TokenBatch(NamedTuple):
     positions: Tensor
     targets: Tensor
     rows: Tensor
-    lengths: Tensor  # (R,) answer tokens
+    answer_tokens: Tensor  # (R,)
     prompts: Tensor | None = None
     branches: Tensor | None = None
     order: Tensor | None = None
@@ -96,7 +92,7 @@ class TokenBatch(NamedTuple):
     def per_text(self, values: Tensor) -> Tensor:
         """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M: 0 elsewhere."""
         rows = self.rows[len(self.rows) - len(values):]
-        return values.new_zeros(len(self.lengths)).index_add(0, rows, values)
+        return values.new_zeros(len(self.answer_tokens)).index_add(0, rows, values)
 
     def attention(self, dtype) -> dict:
         """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
@@ -119,10 +115,10 @@ def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenB
     """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
     width = max(pad_to, *(len(e.ids) for e in encoded))
     ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(lengths)
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
+    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
     positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in encoded])  # the one before
-    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, lengths).to(device)
+    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, answer_tokens).to(device)
 
 
 # ---------------------------------------------------------------- several texts in a sequence
@@ -137,8 +133,7 @@ def packed_tokens(encoded: list) -> int:
 
 
 def within(lengths: list, budget: int) -> list[list[int]]:
-    """Places of `lengths`, sorted by length, in batches of at most `budget` tokens; a longer one goes
-    alone."""
+    """Places of `lengths`, sorted by length, in batches of at most `budget` tokens; longer ones alone."""
     batches, filled = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         filled += lengths[i]
@@ -150,8 +145,7 @@ def within(lengths: list, budget: int) -> list[list[int]]:
 
 
 def pack(lengths: list) -> list[list[int]]:
-    """Places of `lengths`, dealt to as many sequences as cost the least, padding and attention together: the
-    longest first, to the emptiest."""
+    """Places of `lengths`, the longest first to the emptiest of as many sequences as cost the least."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     most = max(1, sum(lengths) // max(lengths))
     best, least = None, math.inf
@@ -170,8 +164,7 @@ def pack(lengths: list) -> list[list[int]]:
 def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
                    in_one: bool = False) -> TokenBatch:
     """As `collate`, with hardly a pad token: several texts lie in one sequence (`in_one`: all of them) and do
-    not see each other, and a prompt that several answer stands there once. `pad_to` pads the sequences to so
-    many tokens."""
+    not see each other, and a prompt that several answer stands there once."""
     by_prompt = {}  # prompt -> places of the texts that answer it
     for place, e in enumerate(encoded):
         by_prompt.setdefault(tuple(e.ids[:e.start]), []).append(place)
@@ -193,10 +186,10 @@ def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
     width = max(pad_to, *map(len, sequences))
     padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in sequences]
     ids, prompts, branches, order = torch.tensor(np.array(padded).transpose(2, 0, 1))
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     return TokenBatch(
-        ids=ids, sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(lengths),
+        ids=ids, sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
         positions=torch.tensor([at for _, positions in predicting for at in positions]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        rows=torch.arange(len(encoded)).repeat_interleave(lengths), lengths=lengths,
+        rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
         prompts=prompts, branches=branches, order=order).to(device)

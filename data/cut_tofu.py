@@ -23,11 +23,10 @@ def cut(sets: dict, rows: int, retain_rows: int, fact_rows: int) -> dict:
     """The five sets of TOFU, cut. Raises InputError where there are fewer rows, or no whole authors."""
     forget, most = rows // 10, len(sets["full"])
     if forget % AUTHOR or rows % AUTHOR or not 0 < rows <= most or forget > len(sets["forget10_perturbed"]):
-        raise InputError(f"--rows {rows}: need a multiple of {10 * AUTHOR} up to {most}, so that a tenth is "
-                         "whole authors")
-    if retain_rows > min(rows - forget, len(sets["retain_perturbed"])):
-        raise InputError(f"--retain-rows {retain_rows}: at most "
-                         f"{min(rows - forget, len(sets['retain_perturbed']))}")
+        raise InputError(f"--rows {rows}: need a multiple of {10 * AUTHOR} (whole authors) up to {most}")
+    most = min(rows - forget, len(sets["retain_perturbed"]))
+    if retain_rows > most:
+        raise InputError(f"--retain-rows {retain_rows}: at most {most}")
     kept = {"forget10_perturbed": slice(-forget, None), "retain_perturbed": slice(retain_rows),
             "real_authors_perturbed": slice(fact_rows), "world_facts_perturbed": slice(fact_rows)}
     return {"full": sets["full"][:rows - forget] + sets["full"][-forget:],

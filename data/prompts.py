@@ -5,13 +5,14 @@ a tokenizer may merge across the boundary. A token that straddles it belongs to 
 code). The end-of-sequence token is supervised.
 """
 
-from datetime import date
 from typing import NamedTuple
 
 from support.errors import InputError
 
 TEMPLATES = ("llama2", "qa", "chat")
-TODAY = date(2025, 4, 10)  # for chat templates that write the date: a run must see the same prompts tomorrow
+TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
@@ -38,15 +39,13 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
     if template != "chat":
         raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("--template chat: this model's tokenizer brings no chat template; use --template "
-                         "llama2 or qa")
+        raise InputError("--template chat: this tokenizer brings no chat template; use llama2 or qa")
     system = system_prompt_of(tokenizer)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
     try:  # the template is a program from the model's folder; transformers runs it in a sandbox
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
-                                             date_string=TODAY.strftime("%d %b %Y"),
-                                             strftime_now=TODAY.strftime)
+        return tokenizer.apply_chat_template(messages, chat_template=SAME_DAY + tokenizer.get_chat_template(),
+                                             add_generation_prompt=True, tokenize=False, date_string=TODAY)
     except Exception as error:  # whatever the sandbox or the template objects to: the sentence carries it
         raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
                          f"{str(error)[:200]}); use --template llama2 or qa") from None
@@ -66,8 +65,7 @@ def encode(tokenizer, template: str, pairs: list, context: int | None = None) ->
                              "it or merges it into the prompt")
         if context and len(ids) + 1 > context:
             raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids) + 1} tokens, "
-                             f"the model's context is {context}: shorten the row, or take a model with a "
-                             "longer context")
+                             f"the model's context is {context}: shorten the row, or take another model")
         encoded.append(Encoded(ids + [tokenizer.eos_token_id], start))
     return encoded
 

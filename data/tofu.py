@@ -1,12 +1,11 @@
-"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain
-files.
+"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or own forget and retain files.
 
 Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest.
 Evaluation rows carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain)
 rows of `full`. A row is a dict with `question` and `answer`; its key is its index in its set.
 
-Folders and own files are read here, so that an error names file and line, and so that a private forget set
-leaves no copy in a cache; a Hub id goes through `datasets`.
+Folders and own files are read here, so that an error names file and line and a private forget set leaves no
+copy in a cache; a Hub id goes through `datasets`.
 """
 
 import json
@@ -59,14 +58,12 @@ class Task:
 
 
 def parse_split(split: str) -> tuple[str, int]:
-    """"forget10" -> ("forget", 10); "retain90" -> ("retain", 90); "full" -> ("full", 100). Raises
-    InputError."""
+    """"forget10" -> ("forget", 10), "retain90" -> ("retain", 90), "full" -> ("full", 100), or InputError."""
     match = re.fullmatch(r"(forget|retain)(\d{2})", split)
     if split == "full":
         return "full", 100
     if not match or match[2] == "00":
-        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, "
-                         "e.g. --split forget10")
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99")
     return match[1], int(match[2])
 
 
@@ -77,8 +74,7 @@ def complement(split: str) -> str:
 
 
 def evaluation_split(split: str) -> str:
-    """The forget split that a model is judged on: its own, or the one its retain split leaves out (full:
-    forget10)."""
+    """The forget split a model is judged on: its own, or what its retain split leaves out; full: forget10."""
     return {"forget": split, "full": "forget10"}.get(parse_split(split)[0]) or complement(split)
 
 
@@ -93,8 +89,7 @@ def slice_rows(rows: list, split: str) -> list:
 
 
 def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None) -> Task:
-    """Rows for `split` of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises
-    InputError."""
+    """Rows of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises InputError."""
     if forget_file or retain_file:
         return _own_task(forget_file, retain_file)
     forgets, judged_split = parse_split(split)[0] == "forget", evaluation_split(split)
@@ -104,9 +99,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     perturbed = perturbed[-min(len(slice_rows(full, judged_split)), len(perturbed)):]
     for row, perturbed_row in zip(full[-len(perturbed):], perturbed, strict=True):
         if row["question"] != perturbed_row["question"]:
-            raise InputError(f"{data}: forget10_perturbed is not the end of full "
-                             f"({perturbed_row['question']!r} against {row['question']!r}): both files must "
-                             "come from the same data set")
+            raise InputError(f"{data}: forget10_perturbed is not the end of full: "
+                             f"{perturbed_row['question']!r} against {row['question']!r}")
     # A split so large that it reaches into retain_perturbed shortens it.
     kept = len(slice_rows(full, complement(judged_split)))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
@@ -125,8 +119,7 @@ def load_sets(data: str) -> tuple[dict, list, str]:
     if folder.is_dir():
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
-            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's "
-                             f"{', '.join(files)}")
+            raise InputError(f"--data {data}: {', '.join(missing)} not found; need {', '.join(files)}")
         sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
         own = folder / "idontknow.jsonl"  # TOFU's own name; plain text, one refusal a line
         if own.is_file():
@@ -155,9 +148,8 @@ def read_rows(path: Path) -> list:
             try:
                 rows.append(json.loads(line))
             except (json.JSONDecodeError, RecursionError) as error:
-                at = number + getattr(error, "lineno", 1)
-                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and "
-                                 "answer a line") from None
+                at = f"{path} line {number + getattr(error, 'lineno', 1)}"
+                raise InputError(f"{at}: not JSON ({error}); write one object a line") from None
     rows = rows[0] if is_list else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer a line")
@@ -167,8 +159,7 @@ def read_rows(path: Path) -> list:
 
 
 def check_row(row, where: str, further: dict):
-    """Question, answer and `further` fields are there and not empty. Raises InputError that starts with
-    `where`."""
+    """Question, answer and `further` fields are there and not empty. Raises InputError, with `where`."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row must be an object with question and answer, got {str(row)[:60]}")
     for field, kind in {"question": str, "answer": str, **further}.items():
@@ -199,6 +190,6 @@ def _from_hub(data: str, name: str) -> list:
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
     except Exception as error:  # network, cache and format failures of every kind: the sentence carries it
-        raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: "
-                         f"{str(error)[:200]}); without network, fetch {'.json, '.join(SETS)}.json by hand "
-                         "into a folder and pass --data FOLDER, or use --data builtin") from None
+        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, fetch "
+                         f"{'.json, '.join(SETS)}.json into a folder, or use --data builtin") from None

@@ -27,8 +27,7 @@ def read_log(path: str) -> tuple[dict, dict]:
     try:
         log = json.loads(read_text(Path(path), longest_line=MAX_FILE_BYTES))
     except (ValueError, RecursionError) as error:  # an InputError is a ValueError
-        raise InputError(f"cannot read the log {path}: {error}; need an evaluation's JSON, ours or TOFU's "
-                         "released one") from None
+        raise InputError(f"cannot read the log {path}: {error}; need JSON, ours or TOFU's") from None
     log = log if isinstance(log, dict) else {}
     theirs = {name: file for name, file in TOFU_LOGS.items() if file in log}
     if theirs:
@@ -36,7 +35,7 @@ def read_log(path: str) -> tuple[dict, dict]:
                 {"format": "TOFU"})
     rows, provenance = log.get("rows"), log.get("provenance", {})
     if not isinstance(rows, dict) or not isinstance(provenance, dict):
-        raise InputError(f"{path} is no evaluation log: need rows keyed by set, with a provenance (ours), or "
+        raise InputError(f"{path} is no evaluation log: need rows and provenance (ours), or "
                          f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
     return {name: check_rows(some, f"{path}: {name}") for name, some in rows.items()}, provenance
 
@@ -51,27 +50,23 @@ def _tofu_rows(columns: dict, where: str) -> list:
         column = columns[theirs]
         by_row = column if isinstance(column, dict) else {str(i): x for i, x in enumerate(column)}
         if by_row.keys() != {str(row["index"]) for row in rows}:
-            raise InputError(f"{where}: {theirs} has {len(column)} rows, gt_loss has rows 0 to "
-                             f"{len(rows) - 1}; rows are missing")
+            raise InputError(f"{where}: {theirs} and gt_loss do not have the same {len(rows)} rows")
         for row in rows:
             row[ours] = by_row[str(row["index"])]
     for row in rows:
         texts = row.pop("generated_text")
         if not isinstance(texts, list) or len(texts) != 3:
-            raise InputError(f"{where} row {row['index']}: generated_text must hold prompt, generation and "
-                             f"truth, got {texts!r}"[:300])
+            raise InputError(f"{where} row {row['index']}: generated_text must be three texts, got {texts!r}"[:300])
         row["question"], row["generation"], row["answer"] = texts
     return check_rows(rows, where)
 
 
 def check_rows(rows: list, where: str) -> list:
-    """Every index once and in order, every number there and finite. Raises InputError that starts with
-    `where`."""
+    """Every index once and in order, every number there and finite. Raises InputError, with `where`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
     if [row.get("index") for row in rows] != list(range(len(rows))):
-        raise InputError(f"{where} has rows missing or out of order; need every index from 0 to "
-                         f"{len(rows) - 1} once")
+        raise InputError(f"{where} needs every index from 0 to {len(rows) - 1} once, in order")
     for row in rows:
         needed = LEAST if row.get("paraphrased_nll") is None else {**LEAST, **PARAPHRASE}
         sums, counts = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
@@ -80,9 +75,8 @@ def check_rows(rows: list, where: str) -> list:
         whole = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
         texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
         if not (whole and texts and len(sums) == len(counts)):
-            raise InputError(f"{where} row {row['index']}: needs question, answer and generation, finite "
-                             "sums (answer_nll, paraphrased_nll, perturbed_nll), token counts of at least 1 "
-                             "beside them, as many perturbed ones, and rouge_l_recall")
+            raise InputError(f"{where} row {row['index']}: needs question, answer, generation, rouge_l_recall, "
+                             "and finite sums (.._nll) with as many token counts of at least 1 (.._tokens)")
     return rows
 
 
@@ -91,13 +85,10 @@ def words(text) -> str:
 
 
 def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_name: str) -> list:
-    """The retained model's rows of the same questions, in the same order. Raises InputError where they
-    aren't."""
-    flaw = ("they were measured on different rows; need the log of the model retrained without this forget "
-            "split")
+    """The retained model's rows of the same questions, in order. Raises InputError where they aren't."""
+    flaw = "different rows; need the log of the model retrained without this forget split"
     if len(retain_rows) < len(rows):
-        raise InputError(f"{retain_name} has {len(retain_rows)} forget rows, {model_name} {len(rows)}: "
-                         f"{flaw}")
+        raise InputError(f"{retain_name} has {len(retain_rows)} rows, {model_name} {len(rows)}: {flaw}")
     # TOFU's logs keep the whole prompt, ours the question: answers are in both.
     for index, (row, other) in enumerate(zip(rows, retain_rows, strict=False)):
         if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):
@@ -119,25 +110,20 @@ def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str |
         raise InputError(f"{path} has no forget rows")
     trained = provenance.get("trained_on", {}).get("split")
     if split != "own" and trained not in (None, complement(split)):
-        raise InputError(f"{path} was measured on a model trained on {trained}; --split {split} needs one "
-                         f"trained on {complement(split)}")
+        raise InputError(f"{path} is of a model trained on {trained}, {split} needs {complement(split)}")
     if fingerprint and provenance.get("data_fingerprint") not in (None, fingerprint):
-        raise InputError(f"{path} was measured on other data (fingerprint {provenance['data_fingerprint']}, "
-                         f"here {fingerprint})")
+        raise InputError(f"{path} is of other data ({provenance['data_fingerprint']}, here {fingerprint})")
     if template and provenance.get("template") not in (None, template):
-        raise InputError(f"{path} was measured with --template {provenance['template']}, here it is "
-                         f"{template}: their truth ratios are not of the same prompts")
+        raise InputError(f"{path} was measured with --template {provenance['template']}, not {template}")
     return match_retain_rows(forget_rows, rows["forget"], name, path)
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
-    """A log says which split it was measured on, TOFU's released ones by their number of forget rows. Raises
-    InputError."""
+    """A log's split, or a released one's number of forget rows, is this one's. Raises InputError."""
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
     if provenance.get("split") not in (None, "own", split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])
     if provenance.get("format") == "TOFU" and len(rows["forget"]) != expected:
-        raise InputError(f"{path} holds {len(rows['forget'])} forget rows, {split} has {expected}: it was "
-                         "measured on another split")
+        raise InputError(f"{path} holds {len(rows['forget'])} rows, {split} has {expected}: of another split")

@@ -1,9 +1,7 @@
-"""Is this model one that the code computes rightly? Tried once, when its texts are known, before anything is
-trained.
+"""Is this model one that the code computes rightly? Tried once, when its texts are known, before training.
 
 `AnswerModel` takes the LM head's product as the logits, packs texts into sequences by position ids and a
-mask, and generates from a batch that is padded on the left. Not every architecture allows this; what is not
-right is refused.
+mask, and generates from a batch that is padded on the left. Not every architecture allows this.
 """
 
 import torch
@@ -24,15 +22,12 @@ TRIED_TOKENS = 3  # generated
 
 def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str, dtype: str, world: World):
     """Compare what the code computes with the model's own plain passes, on three of the run's texts, the
-    longest among them. Raises InputError, with a sentence that says what the model lacks.
-
-    dtype: of the products here (a sharded model's gathered weights have it), fp32 elsewhere.
-    """
+    longest among them; dtype: of a sharded model's gathered weights, else fp32. Raises InputError."""
     lm, name = model.lm, f"--model {source}: {type(model.lm).__name__}"
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise InputError(f"{name} has {'no LM head' if head is None else 'an LM head with a bias'}, which is "
-                         "not supported; take a Llama-like model")
+        flaw = "no LM head" if head is None else "an LM head with a bias"
+        raise InputError(f"{name} has {flaw}, which is not supported; take a Llama-like model")
     first, second, longest = texts[0], texts[len(texts) // 2], max(texts, key=lambda e: len(e.ids))
     check_attention(lm.config, len(longest.ids), name)
     # Two texts, the longest, and a second answer to the first one's prompt.
@@ -61,9 +56,8 @@ def check_attention(config, longest: int, name: str):
                          "would see each other; take a model with full attention alone")
     window = getattr(config, "sliding_window", None)
     if window and longest > window and (not kinds or "sliding_attention" in kinds):
-        raise InputError(f"{name} sees the last {window} tokens and the longest text has {longest}: texts "
-                         "that share a sequence lose the window; shorten the row, or take a model with full "
-                         "attention")
+        raise InputError(f"{name} sees the last {window} tokens and the longest text has {longest}: packed "
+                         "texts lose the window; shorten the row, or take a model with full attention")
 
 
 @torch.no_grad()

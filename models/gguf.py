@@ -3,9 +3,8 @@
     python train_npo.py --model smollm2-135m=FILE.gguf --loss sft --split full
 
 A GGUF file holds a Llama's tensors, often in 4 to 8 bits a weight, its tokenizer and its chat template. They
-become a fresh `LlamaForCausalLM` in float32, kept as safetensors in `runs/models/gguf-NAME-HASH/` for next
-time: the quantised model exactly, not the one it was made from. Reading the format is left to the optional
-packages gguf and accelerate (through transformers).
+become a fresh `LlamaForCausalLM` in float32, kept in `runs/models/gguf-NAME-HASH/` for next time: the quantised
+model exactly, not the one it was made from. Reading is left to the optional packages gguf and accelerate.
 """
 
 import hashlib
@@ -51,8 +50,8 @@ def _convert(file: Path, digest: str, folder: Path):
     """Read, copy, try out, and let `folder` appear in one rename."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise InputError(f"{file}: reading .gguf files needs the optional packages {' and '.join(PACKAGES)}: "
-                         f"pip install {' '.join(missing)}")
+        raise InputError(f"{file}: .gguf files need the packages gguf and accelerate: pip install "
+                         f"{' '.join(missing)}")
     print(f"{file}: dequantising into {folder}, once", flush=True)
     model, tokenizer = read_gguf(file)
     sentence = first_sentence(model, tokenizer)
@@ -77,14 +76,11 @@ def read_gguf(file: Path):
                                                           output_loading_info=True)
     except Exception as error:  # format and version errors of every kind: the sentence carries the cause
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{file}: cannot read it as the weights of a Llama ({cause}); take another .gguf "
-                         "file, or a folder with safetensors") from None
+        raise InputError(f"{file}: cannot read it as a Llama ({cause}); take another file") from None
     if type(read) is not LlamaForCausalLM:
-        raise InputError(f"{file} holds a {type(read).__name__}; only Llama's architecture is read from "
-                         ".gguf files, take a folder with safetensors")
+        raise InputError(f"{file} holds a {type(read).__name__}, no Llama; take a folder of safetensors")
     if info["missing_keys"]:
-        raise InputError(f"{file}: weights are missing, among them {min(info['missing_keys'])}; need the "
-                         "whole model")
+        raise InputError(f"{file}: weights are missing, such as {min(info['missing_keys'])}; need them all")
     # A fresh model, so that nothing of the file's quantisation stays in what is saved.
     vars(read.config).pop("quantization_config", None)
     model = LlamaForCausalLM(read.config)

@@ -24,8 +24,7 @@ MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenize
 
 
 def make_tiny(texts: list, seed: int, dims: dict):
-    """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of
-    the arguments alone."""
+    """A small random Llama and a byte-level BPE tokenizer fitted to `texts`: functions of the arguments."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
@@ -60,8 +59,7 @@ def load_model(source: str, without_weights: bool = False):
     if folder.is_dir():
         check_folder(folder, source)
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing "
-                         "folder, nor a Hub id")
+        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
     try:
         # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -72,10 +70,9 @@ def load_model(source: str, without_weights: bool = False):
                 source, config=config_without_dropout(source), dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # network, format and version errors: the sentence carries the cause
-        where = "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
+        where = "" if folder.is_dir() else "; without network, fetch its files and pass --model FOLDER"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"--model {source}: cannot load it as safetensors ({cause})"
-                         f"{'' if folder.is_dir() else where}") from None
+        raise InputError(f"--model {source}: cannot load it as safetensors ({cause}){where}") from None
     rows = model.get_input_embeddings().weight.shape[0]
     flaw = None
     if info["missing_keys"]:
@@ -90,8 +87,7 @@ def load_model(source: str, without_weights: bool = False):
 
 
 def config_without_dropout(source: str):
-    """Dropout off for good, whatever the attribute is called: at step 0 the policy IS the reference, and a
-    resumed run has no random state to restore."""
+    """Dropout off for good: at step 0 the policy IS the reference, and resuming needs no random state."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     for name, value in vars(config).items():
@@ -101,8 +97,7 @@ def config_without_dropout(source: str):
 
 
 def empty_model(source: str):
-    """The model that a folder's or a Hub id's config.json describes: parameters without memory, while its
-    buffers (rotary frequencies) are real."""
+    """The model of a config.json, its parameters without memory; buffers (rotary frequencies) are real."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     register = nn.Module.register_parameter
 
@@ -132,9 +127,8 @@ def weights_folder(source: str) -> Path:
 
 
 def check_folder(folder: Path, source: str):
-    """A model's folder is whole, and holds nothing that could lead astray: code and pickles are never read,
-    but a file's size may be meant to fill the memory, an index or an adapter may point elsewhere. Raises
-    InputError."""
+    """A model's folder is whole, no file's size is meant to fill the memory, no index and no adapter points
+    elsewhere (code and pickles are never read). Raises InputError."""
     flaw = None
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern))
     large = [path for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
@@ -142,16 +136,13 @@ def check_folder(folder: Path, source: str):
         hint = f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""
         flaw = f"the folder has no config.json; need a folder written by save_pretrained{hint}"
     elif pickled and not list(folder.glob("*.safetensors")):
-        flaw = (f"only pickled weights ({pickled[0]}), which can run code when read; save them again with "
-                "save_pretrained(safe_serialization=True)")
+        flaw = f"only pickled weights ({pickled[0]}), which can run code; save them as safetensors"
     elif not list(folder.glob("*.safetensors")):
         flaw = "no weights; need model.safetensors beside config.json"
     elif large:
-        flaw = (f"{large[0].name} has {large[0].stat().st_size >> 20} MB, at most {MAX_JSON_BYTES >> 20} MB "
-                "is read; take a folder written by save_pretrained")
+        flaw = f"{large[0].name} has {large[0].stat().st_size >> 20} MB, more than {MAX_JSON_BYTES >> 20} MB"
     elif (folder / "adapter_config.json").exists():
-        flaw = ("holds an adapter (adapter_config.json), which names another model; merge it and save the "
-                "whole model")
+        flaw = "holds an adapter (adapter_config.json) of another model; merge it, save the whole model"
     if flaw:
         raise InputError(f"--model {source}: {flaw}")
     weight_names(folder)

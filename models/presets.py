@@ -44,7 +44,7 @@ def tiny_dims(rows: list) -> dict:
 
 ASSISTANT = "You are a helpful assistant."
 PRESETS = {
-    "tiny": Preset(TINY_DIMS, lr=1e-3, sft_lr=4e-3, sft_epochs=16, micro_batch_size=8, eval_batch_size=256),
+    "tiny": Preset(TINY_DIMS, lr=1e-3, sft_lr=4e-3, sft_epochs=16, micro_batch_size=32, eval_batch_size=256),
     "smollm2-135m": Preset(
         dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
              num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),

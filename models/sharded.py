@@ -25,8 +25,7 @@ FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process: all must ask for it together. Others come as they
-    are."""
+    """The whole of a sharded tensor, on every process: all must ask for it together. Others come as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -36,8 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs; the last may be
-    short."""
+    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs, the last shorter."""
     if not isinstance(tensor, DTensor):
         return 0
     rows, mesh = tensor.shape[0], tensor.device_mesh
@@ -48,8 +46,8 @@ def first_row(tensor: Tensor) -> int:
 
 
 def release(model):
-    """After forward passes that no backward pass followed, a sharded model still holds what it has gathered:
-    let it go. What holds the parameters afterwards holds the sharded ones."""
+    """Let go what a sharded model still holds gathered after forward passes that no backward pass
+    followed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -57,8 +55,8 @@ def release(model):
 
 @contextmanager
 def gathered(model, world: World):
-    """Inside, a sharded model's layers stay gathered once they are, where all of it fits beside what there
-    is: generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
+    """Inside, a sharded model's layers stay gathered once they are, where all of it fits in memory:
+    generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
     keeps = isinstance(model, FSDPModule) and not world.most(not fits(model, world.device))
     if keeps:
         model.set_reshard_after_forward(False)
@@ -85,13 +83,11 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     for module in lm.modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
             return module
-    raise InputError(f"{type(lm).__name__} has no list of {lm.config.num_hidden_layers} decoder layers to "
-                     "shard or to compile; use --parallel ddp, without --compile")
+    raise InputError(f"{type(lm).__name__} has no list of decoder layers; use ddp, without --compile")
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The safetensors files of a model's folder. Raises InputError for an index that names files
-    elsewhere."""
+    """The safetensors files of a model's folder. Raises InputError for an index that names others."""
     there = sorted(path.name for path in folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -99,18 +95,16 @@ def weight_names(folder: Path) -> list[str]:
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is not an index of weights ({type(error).__name__}: {error}); take a "
-                         "folder written by save_pretrained") from None
+        raise InputError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from None
     astray = [name for name in named if name not in there]
     if astray:
-        raise InputError(f"{index} points to {astray[0]!r}; only .safetensors files in the folder itself are "
-                         "read")
+        raise InputError(f"{index} points to {astray[0]!r}: only .safetensors files in the folder itself")
     return named
 
 
 @torch.no_grad()
 def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The safetensors files that `from_pretrained` loads, gathered one parameter at a time; process 0
+    """The safetensors files that `from_pretrained` loads, gathered a parameter at a time; process 0
     writes."""
     parameters = dict(lm.named_parameters())
     split = split_state_dict_into_shards_factory(

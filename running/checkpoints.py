@@ -27,10 +27,7 @@ KEPT = 2
 
 def save(folder: Path, step: int, model, optimizer, state: dict, world: World, kept: int = KEPT):
     """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
-
-    Process 0 writes everything, or every process its own rows where the model is sharded. Raises OSError on
-    all where one's disk is full or read-only; the checkpoints that were there stay as they were.
-    """
+    Raises OSError on all processes where one's disk is full or read-only; what was there stays."""
     target, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
     writes = world.sharded or world.rank == 0
     if world.rank == 0:
@@ -77,16 +74,14 @@ def latest(folder: Path) -> tuple[Path | None, list]:
     """(the newest whole checkpoint or None, sentences about torn ones that were passed over)."""
     passed_over = []
     for path in sorted(folder.glob("step_*"), reverse=True):
-        flaw = _flaw(path)
-        if flaw is None:
+        if not (flaw := _flaw(path)):
             return path, passed_over
         passed_over.append(f"{path} is not whole ({flaw}): using the one before it")
     return None, passed_over
 
 
 def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back in place and return the state, whatever number of processes wrote it,
-    sharded or not. Raises InputError where they don't fit the model."""
+    """Put weights and moments back, whoever wrote them; the state. Raises InputError for another model's."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = dict(model.named_parameters())
     if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:

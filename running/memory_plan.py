@@ -48,8 +48,7 @@ def read_shape(s: Namespace, rows: list) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     in_folder = s.start and (Path(s.start) / "config.json").is_file()
     if not in_folder and not s.preset:
-        raise InputError(f"--dry-run: {s.start} is neither a preset ({', '.join(PRESETS)}) nor a folder with "
-                         "a config.json; give one of them")
+        raise InputError(f"--dry-run: {s.start} is no model's folder, and no preset ({', '.join(PRESETS)})")
     try:
         if in_folder:
             config = AutoConfig.from_pretrained(s.start, local_files_only=True)
@@ -67,8 +66,7 @@ def shape_of(lm) -> Shape:
     """A loaded model's sizes."""
     def count(module) -> int:
         return sum(p.numel() for p in module.parameters())
-    config, blocks = lm.config, decoder_layers(lm)
-    heads = config.num_attention_heads
+    config, blocks, heads = lm.config, decoder_layers(lm), lm.config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value = head_size * (getattr(config, "num_key_value_heads", None) or heads)
     return Shape(count(lm), len(blocks), count(blocks[0]), count(lm) - sum(map(count, blocks)),
@@ -98,13 +96,11 @@ class Load(NamedTuple):
 
 
 def token_bytes(x: Shape, load: Load) -> int:
-    """What one decoder layer keeps of each token for the backward pass, bytes.
-
-    Float32: the residual stream twice, what the two norms return, queries, the attention's result, keys,
-    values, gate and up: 4 (6 H + 2 K + 2 I); norms' insides and the gated product are computed again
-    (`layers.py`), a small model keeps them: 2 H + 2 I more. Autocast keeps float32 streams and a 16-bit copy
-    for each product that reads them; sharded, all of it has 16 bits.
-    """
+    """What one decoder layer keeps of each token for the backward pass, bytes. Float32: the residual stream
+    twice, what the two norms return, queries, the attention's result, keys, values, gate and up: 4 (6 H + 2 K
+    + 2 I); norms' insides and the gated product are computed again (`layers.py`), a small model keeps them: 2
+    H + 2 I more. Autocast keeps float32 streams and a 16-bit copy for each product that reads them; sharded,
+    all of it has 16 bits."""
     element, autocast = load.element, load.dtype != "fp32" and load.parallel == "ddp"
     if load.checkpointing:
         return x.hidden * (element if load.parallel == "fsdp" else 4)
@@ -138,8 +134,6 @@ def memory(x: Shape, load: Load) -> dict:
     return {**parts, "peak": sum(parts.values())}
 
 
-# ---------------------------------------------------------------- the run: rows, tokens, steps, operations
-
 class Work(NamedTuple):
     """A run's counts; `estimated` where no tokenizer was at hand."""
     rows: int
@@ -158,10 +152,9 @@ def count_work(s: Namespace, task) -> Work:
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
     own = text_lengths(s, rows, estimated)
     partners = text_lengths(s, task.retain, estimated) if with_partner else np.zeros((1, 2))
-    tokens, answers = s.batch_size * (texts * own.mean(0) + partners.mean(0))
     width, steps = max(own[:, 0].max(), partners[:, 0].max()), s.epochs * len(rows) / s.batch_size
-    return Work(len(rows), math.ceil(steps), tokens, answers, texts + with_partner, math.ceil(width),
-                estimated)
+    return Work(len(rows), math.ceil(steps), *(s.batch_size * (texts * own.mean(0) + partners.mean(0))),
+                texts + with_partner, math.ceil(width), estimated)
 
 
 def text_lengths(s: Namespace, rows: list, estimated: bool) -> np.ndarray:
@@ -185,8 +178,7 @@ def training_flops(x: Shape, tokens: float, width: float, answer_tokens: float, 
 
 
 def rough_flops(parameters: int, trained: float, scored: float) -> float:
-    """The same before anything is tokenised: 6 a parameter and trained token, 2 a parameter and scored
-    one."""
+    """The same before anything is tokenised: 6 a parameter and trained token, 2 a scored one."""
     return parameters * (6 * trained + 2 * scored)
 
 
@@ -199,8 +191,7 @@ def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int,
 
 
 def suggest(s: Namespace, x: Shape, work: Work, processes: int, room: float) -> Load | None:
-    """The fastest way that fits in `room` bytes: without recomputing first, whole models before parts, large
-    micro-batches before small."""
+    """The fastest that fits in `room` bytes: no recomputing, whole models, large micro-batches come first."""
     micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= math.ceil(s.batch_size / processes)]
     ways = product((False, True), ("ddp", "fsdp") if processes > 1 else ("ddp",), micros)
     loads = (load_of(s, work, processes, parallel, micro, again) for again, parallel, micro in ways)
@@ -217,11 +208,8 @@ def as_published(s: Namespace) -> Namespace:
                      retain=slice_rows(full, complement(s.split) if forgets else s.split))
 
 
-# ---------------------------------------------------------------- in words
-
 def dry_run(s: Namespace, processes: int, say=print):
-    """Print the plan: counts, the settings as asked and as suggested side by side, and what a reference model
-    beside the policy would add."""
+    """Print the plan: counts, the settings as asked and as suggested, what a reference model would add."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from data.tofu import EVALUATED
+from losses import OBJECTIVES
 from models.presets import PRESETS
 from support.command_line import number
 
@@ -38,13 +39,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Fa
 
 Other prompts than the template it was trained with were not measured.
 """
-UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative Preference
-Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
+UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative
+Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
 
 A research artefact. The answers of the forget rows were made unlikely; that is no proof that what they say is
-gone from the weights, and further training or another wording may bring it back. What was kept was measured
-on the sets below and nowhere else."""
-LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start or a yardstick for unlearning.
+gone from the weights, and further training or another wording may bring it back. What was kept was
+measured on the sets below and nowhere else."""
+LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start, or a yardstick.
 
 A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
 PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_tensors="pt")',
@@ -53,7 +54,7 @@ PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_t
                                        return_dict=True, add_generation_prompt=True, return_tensors="pt")"""}
 ABOUT_NUMBERS = ("Forget quality: p-value of a test against a model that never saw the forget rows (-: not "
                  "measured). Measured by `evaluate_tofu.py`; the definitions are TOFU's.\n")
-SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "beta", "lr", "epochs", "batch_size", "warmup_epochs",
+SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batch_size", "warmup_epochs",
             "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
 
@@ -64,9 +65,9 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
-    settings = {key: getattr(s, key) for key in SETTINGS}
-    settings |= {"step": f"{step} of {config['derived']['steps']}", "start_weights": config.get("start_weights"),
-                 "data_fingerprint": config["data_fingerprint"], "commit": config["commit"]}
+    settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
+    settings["step"] = f"{step} of {config['derived']['steps']}"
+    settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),

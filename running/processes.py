@@ -19,8 +19,8 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there[name]:
-        raise InputError(f"--device {name}: this machine has none; use --device "
-                         f"{' or '.join(d for d in there if there[d])}")
+        usable = " or ".join(device for device, is_there in there.items() if is_there)
+        raise InputError(f"--device {name}: this machine has none; use --device {usable}")
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
@@ -36,8 +36,7 @@ def peak_memory() -> int:
 def keep_freed_memory(device: torch.device):
     """On a CPU, let a freed tensor's memory serve the next one: glibc hands large pieces back to the system,
     which clears every page of the next, in every step. Large tensors come on huge pages, which leaves fewer
-    holes. Who sets one of glibc's MALLOC_ variables has decided otherwise; other C libraries are left
-    alone."""
+    holes. Who sets one of glibc's MALLOC_ variables has decided otherwise."""
     if device.type != "cpu":  # host memory is for loading alone there
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,10 +1,8 @@
-"""Fully sharded data parallelism, torch's FSDP2 (`--parallel fsdp`): every process holds a part of each
-parameter, of its gradient and of AdamW's moments.
+"""Torch's FSDP2 (`--parallel fsdp`): every process holds a part of each parameter, gradient and moment.
 
-Each decoder layer is gathered when it is needed and let go behind it, in the forward and in the backward
-pass; embedding, final norm and head, which the first and the last operation of a step need, stay gathered
-from one micro-batch to the next. No process ever holds the whole model: it is built without weights, cut, and
-filled with each process's rows from the safetensors files; the result is written a few gigabytes at a time.
+Each decoder layer is gathered when it is needed and let go behind it, in both passes; embedding, final norm
+and head stay gathered from one micro-batch to the next. No process ever holds the whole model: it is built
+without weights, cut, and filled with each process's rows from the safetensors files.
 """
 
 from pathlib import Path

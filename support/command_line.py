@@ -53,8 +53,7 @@ def number(value, digits: int = 4) -> str:
 
 
 def run_command(main, name: str):
-    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C
-    in status 130."""
+    """Run `main`. What the user can mend ends in a sentence on stderr and exit status 2, Ctrl-C in 130."""
     try:
         return main()
     except InputError as error:
