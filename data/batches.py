@@ -22,7 +22,7 @@ def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, 
                 pairing: str) -> list[list[Item]]:
     """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch).
 
-    pairing "stream": partners and refusals are seeded streams of their own; "fixed" (the authors' rule): row i
+    pairing "stream": partners and refusals are seeded streams too; "fixed" (the authors' rule): row i
     always meets retain row (i + u) mod n_retain and refusal v, u and v each the first `torch.randint` of a
     generator seeded with i. n_retain or n_refusals of 0: none are used.
     """

@@ -56,7 +56,7 @@ def _tofu_rows(columns: dict, where: str) -> list:
     for row in rows:
         texts = row.pop("generated_text")
         if not isinstance(texts, list) or len(texts) != 3:
-            raise InputError(f"{where} row {row['index']}: generated_text must be three texts, got {texts!r}"[:300])
+            raise InputError(f"{where} row {row['index']}: generated_text must be prompt, generation, truth")
         row["question"], row["generation"], row["answer"] = texts
     return check_rows(rows, where)
 
@@ -75,7 +75,7 @@ def check_rows(rows: list, where: str) -> list:
         whole = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
         texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
         if not (whole and texts and len(sums) == len(counts)):
-            raise InputError(f"{where} row {row['index']}: needs question, answer, generation, rouge_l_recall, "
+            raise InputError(f"{where} row {row['index']}: needs question, answer, generation, rouge_l_recall "
                              "and finite sums (.._nll) with as many token counts of at least 1 (.._tokens)")
     return rows
 

@@ -3,8 +3,8 @@
     python train_npo.py --model smollm2-135m=FILE.gguf --loss sft --split full
 
 A GGUF file holds a Llama's tensors, often in 4 to 8 bits a weight, its tokenizer and its chat template. They
-become a fresh `LlamaForCausalLM` in float32, kept in `runs/models/gguf-NAME-HASH/` for next time: the quantised
-model exactly, not the one it was made from. Reading is left to the optional packages gguf and accelerate.
+become a fresh `LlamaForCausalLM` in float32, kept in `runs/models/gguf-NAME-HASH/` for next time: exactly the
+quantised model, not the one it was made from. Optional packages read it: gguf and accelerate.
 """
 
 import hashlib

@@ -46,8 +46,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def release(model):
-    """Let go what a sharded model still holds gathered after forward passes that no backward pass
-    followed."""
+    """Let go what a sharded model still holds gathered after passes that no backward pass followed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -104,8 +103,7 @@ def weight_names(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The safetensors files that `from_pretrained` loads, gathered a parameter at a time; process 0
-    writes."""
+    """The files that `from_pretrained` loads, gathered a parameter at a time; process 0 writes."""
     parameters = dict(lm.named_parameters())
     split = split_state_dict_into_shards_factory(
         parameters, get_storage_size=lambda p: p.numel() * p.element_size(), max_shard_size=FILE_BYTES,

@@ -232,8 +232,8 @@ def dry_run(s: Namespace, processes: int, say=print):
     elif suggested:
         say(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
             f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
-    load = best or asked
     if s.loss in ("npo", "dpo", "kto") or s.kl_weight > 0:
+        load = best or asked
         more, peak = 4 * x.parameters, memory(x, load)["peak"]
         if load.sharded:  # its root and the layers in passage, too
             more = more / processes + load.element * (x.root + 2 * x.layer)
