@@ -10,8 +10,7 @@ written plainly (benchmark/opponents.py), with the same attention, precision, th
     A   the authors' way: every row padded to 500 tokens, the policy and a resident reference both run forward
         at each step, logits at all positions, the retain rows as a second forward; 2 rows at a time
     B   the framework way: the same, padded to the longest row of 8 in random order
-    B'  evaluation set by set, eight rows at a time; every perturbed answer is a forward pass of the whole
-        text; `generate` on rows in the order in which they come
+    B'  evaluation set by set, eight rows at a time as they come; a forward pass of the text for each answer
     S   the synthetic experiment as a Python loop over methods and instances, with autograd
 
 Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights
@@ -27,7 +26,6 @@ import json
 import math
 import os
 import platform
-import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -37,7 +35,7 @@ import torch
 import benchmark.measurements as measure
 import synthetic
 from data.tofu import load_task
-from models.presets import AUTOCAST, PRESETS
+from models.presets import AUTOCAST, PRESETS, split_model
 from running.processes import pick_device
 from running.settings import resolve
 from support.command_line import Parser, positive, run_command
@@ -54,8 +52,7 @@ ROWS = {
     "dpo+rt": ("dpo+rt step", partial(measure.measure_step, method="dpo+rt"), {"A": 12, "B": 2}),
     "sft": ("fine-tuning step", partial(measure.measure_step, method="sft"), {"A": 8, "B": 1.6}),
     "evaluation": ("whole evaluation", measure.measure_evaluation, {"B'": 3}),
-    "memory": ("peak memory, npo+rt at 135M", measure.measure_memory,
-               {"B, 8 rows at once": 1 / 0.65, "B, 32 rows at once": 2}),
+    "memory": ("peak memory, npo+rt, 135M", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
     "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
     "start-up": ("start-up to the first step", measure.measure_startup, {"s": 6}),
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
@@ -106,9 +103,8 @@ def draw(rows: dict, file: Path):
             for key, row in rows.items() for against, ratio in row["ratio"].items()}
     figure = Figure(figsize=(9, 0.4 * len(bars) + 1.4), layout="constrained")
     axes = figure.subplots()
-    for label, (ratio, target) in bars.items():
-        axes.barh(label, ratio, color="tab:blue")
-        axes.plot(target, label, "k|", markersize=16)
+    axes.barh(list(bars), [median for median, _ in bars.values()])
+    axes.plot([target for _, target in bars.values()], list(bars), "k|", markersize=16)
     axes.set(xscale="log", xlabel="their cost over ours (useful arithmetic: a share); black: target")
     axes.invert_yaxis()
     figure.savefig(file, dpi=120)
@@ -116,9 +112,8 @@ def draw(rows: dict, file: Path):
 
 def machine(args: Namespace) -> dict:
     """What the numbers were measured on."""
-    cpu, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = info.read_text().partition("model name")[2].partition("\n")[0].lstrip("\t :") or cpu
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = info.partition("model name")[2].partition("\n")[0].lstrip("\t :") or platform.processor()
     gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "threads": torch.get_num_threads(),
             "device": args.device.type, "dtype": args.dtype}
@@ -151,9 +146,8 @@ def build_parser() -> Parser:
 
 def main():
     args = build_parser().parse_args()
-    name, _, path = args.model.partition("=")
-    preset = name if name in PRESETS else ""
-    label = preset or Path(args.model).name
+    preset, path = split_model(args.model)
+    label = preset or Path(path).name
     tiny = label == "tiny"
     wanted = args.only or [row for row in ROWS if row != ("memory" if tiny else "first-command")]
     # No path of this machine: where model and data lie is nobody's business.
@@ -164,14 +158,12 @@ def main():
     args.few, args.process_steps = (3, 40) if tiny else (1, 2)
     if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
         if not tiny:
-            raise InputError(f"--model {name}: give its weights, --model {name}=FOLDER")
+            raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")
         args.model = small_start(args)
     file = args.out / f"bench_{label}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else {}
     for row in wanted:
-        begin = time.perf_counter()
-        rows[row] = ROWS[row][1](CODE, args)
-        took = time.perf_counter() - begin
+        rows[row], took = measure.timed(ROWS[row][1], CODE, args)
         rows[row]["provenance"] = {**environment(), "took": took, **machine(args),
                                    "command": f"python bench.py --model {model} --data {data} --only {row}"}
         rows = {key: rows[key] for key in ROWS if key in rows}

@@ -40,18 +40,17 @@ TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 TOLERANCE = 1e-4  # relative: losses, scores, and every weight matrix as a whole
 METHODS = {"npo+rt": dict(loss="npo", retain_weight=1.0), "npo+kl": dict(loss="npo", kl_weight=1.0),
            "dpo+rt": dict(loss="dpo", retain_weight=1.0), "sft": dict(loss="sft", split="full")}
-ALPHAS, FIGURE_STEPS, EVAL_EVERY = (1, 0), 2000, 25  # of Figure 4
-# glibc raises its threshold for blocks of their own to 32 MB, and keeps smaller ones in a heap with holes:
-# more is resident than is held. Set, the threshold stays: for the plain loop; ours sets its own.
+ALPHAS, STEPS, EVAL_EVERY = (1, 0), 2000, 25  # of Figure 4
+# Unset, glibc's threshold for blocks of their own rises to 32 MB; smaller ones lie in a heap with holes, and
+# more is resident than is held. For the plain loop; ours sets its own.
 PLAIN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 
 
 # ---------------------------------------------------------------- comparing
 
-def spread(values: list) -> dict:
+def spread(x: list) -> dict:
     """Median, least and largest of repeats."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values),
-            "repeats": len(values)}
+    return {"median": statistics.median(x), "min": min(x), "max": max(x), "repeats": len(x)}
 
 
 def ratios(ours: list, theirs: list) -> dict:
@@ -73,15 +72,11 @@ def timed(function, *given, device="cpu", **named) -> tuple:
     return result, plain.now(device) - begin
 
 
-def gaps_of(weights: dict, others: dict) -> list:
-    """||a - b|| of each parameter."""
-    return [float((a - torch.as_tensor(others[name], device=a.device)).norm()) for name, a in weights.items()]
-
-
-def largest_gap(weights: dict, others: dict) -> float:
-    """Over all parameters the largest ||a - b|| / ||a||."""
-    sizes = (float(a.norm().clamp(min=1e-30)) for a in weights.values())
-    return max(gap / size for gap, size in zip(gaps_of(weights, others), sizes, strict=True))
+def compare(weights: dict, others: dict) -> tuple[float, float]:
+    """(over all parameters the largest ||a - b|| / ||a||, ||a - b|| of all of them together)."""
+    gaps = {name: float((a - torch.as_tensor(others[name]).to(a)).norm()) for name, a in weights.items()}
+    largest = max(gap / max(float(weights[name].norm()), 1e-30) for name, gap in gaps.items())
+    return largest, math.hypot(*gaps.values())
 
 
 def relative(a: float, b: float) -> float:
@@ -92,8 +87,7 @@ def agree(what: str, gaps: dict) -> dict:
     """The gaps, none above TOLERANCE. Raises RuntimeError otherwise."""
     for name, value in gaps.items():
         if not value <= TOLERANCE:
-            raise RuntimeError(f"{what}: {name} differ by {value:.2e}, above {TOLERANCE:g}: the two sides "
-                               "did not compute the same thing, and their times say nothing")
+            raise RuntimeError(f"{what}: {name} differ by {value:.2e}: the two did not compute the same")
     return gaps
 
 
@@ -101,14 +95,13 @@ def agree(what: str, gaps: dict) -> dict:
 
 class Turns:
     """What `train` needs of a run folder, with nothing kept. It calls `log` after every step, and there
-    `turn` lets others have theirs: the loop that is timed is the real one, and the sides take turns."""
+    `turn(step, lr)`, untimed, lets others have theirs: the loop is the real one, and the sides take turns."""
 
     evaluation_steps = checkpoint_steps = frozenset()
     stop_asked = save_due = False
     folder = Path("bench")
 
     def __init__(self, device, turn=None):
-        """turn(step, lr): what happens between our steps, untimed."""
         self.device, self.turn = device, turn
         self.seconds, self.losses = [], []  # of our steps
 
@@ -132,21 +125,19 @@ class Turns:
 
 
 class Side:
-    """One method as the real code takes it: settings, model and plan; and its rows as the opponents take
-    them."""
+    """A method as the real code takes it: settings, model, plan; and its rows as the opponents take them.
+    batches: rows of each step."""
 
     def __init__(self, code: Namespace, args: Namespace, given: dict, batches: list):
-        """batches: rows of each step."""
         self.code, self.world = code, World(0, 1, args.device)
         given = {"eval_every": "never", "batch_size": sum(batches), "micro_batch_size": 8, **given}
         self.s = s = resolve({"model": args.model, "data": args.data, "dtype": args.dtype, **given})
         self.lm, self.tokenizer, meta = load_model(s.start)
         self.lm.to(args.device)
         s.template = s.template or meta.get("template") or settings_of(s.preset).template
-        task = load_task(s.data, s.split)
-        # Enough for the steps; the reference pass visits all.
-        self.task = replace(task, forget=task.forget[::4])
-        self.plan = Plan(s, self.task, self.tokenizer, self.lm.config.max_position_embeddings)
+        self.task = load_task(s.data, s.split)
+        fewer = replace(self.task, forget=self.task.forget[::4])  # enough; the reference pass visits all
+        self.plan = Plan(s, fewer, self.tokenizer, self.lm.config.max_position_embeddings)
         items = chain(*self.plan.stream)
         self.stream = [[next(items) for _ in range(size)] for size in batches]
 
@@ -156,8 +147,7 @@ class Side:
         return self.plan.texts(MicroBatch(items, partners, ghost=False))
 
     def refer(self, folder: str, model: AnswerModel) -> tuple[Reference, float]:
-        """The reference's cache; and of the seconds of the pass that makes it, what one use of a forget row
-        bears."""
+        """The reference's cache, and the seconds of the pass that makes it, for a use of a forget row."""
         s, plan, world, folder = self.s, self.plan, self.world, Path(folder)
         keep_freed_memory(world.device)  # as `join_world` does for a real run
         with autocast(s.dtype, world.device):
@@ -182,12 +172,11 @@ def measure_step(code: Namespace, args: Namespace, method: str, process=plain.fr
     side = Side(code, args, METHODS[method], [args.batch_size] * (1 + args.repeats))
     rows_of = {"ours": args.batch_size, "A": args.a_rows, "B": args.batch_size}  # rows of a batch
     seconds, losses, reference, share = {"ours": [], "A": [], "B": []}, {"A": [], "B": []}, None, 0.0
-    with tempfile.TemporaryDirectory() as folder, process() as others:
+    with tempfile.TemporaryDirectory() as folder, process() as there:
         def turn(step: int, lr: float):
             for name in losses:
                 rows = side.rows(side.stream[step - 1][:rows_of[name]])
-                asked = others.submit(plain.step, side.s, args.device, name, lr, *rows)
-                loss, passes, update = asked.result()
+                loss, passes, update = there(plain.step, side.s, args.device, name, lr, *rows)
                 seconds[name].append(passes / rows_of[name] + update / args.batch_size)
                 losses[name].append(loss)
 
@@ -195,19 +184,17 @@ def measure_step(code: Namespace, args: Namespace, method: str, process=plain.fr
         if method != "sft":
             reference, share = side.refer(folder, model)
         taken, own_losses, weights = side.train(model, reference, turn)
-        theirs = others.submit(plain.weights, "B").result()
-        moved = gaps_of(weights, dict(side.lm.named_parameters()))
-        gaps = {"losses of B": max(map(relative, own_losses, losses["B"])),
-                "weights of B": largest_gap(weights, theirs)}
-        update_gap = math.hypot(*gaps_of(weights, theirs)) / max(math.hypot(*moved), 1e-30)
+        largest, apart = compare(weights, there(plain.weights, "B"))
+        gaps = {"losses of B": max(map(relative, own_losses, losses["B"])), "weights of B": largest}
+        _, moved = compare(weights, {name: p.detach() for name, p in side.lm.named_parameters()})
         # A took the first rows of each batch: our own loop on those alone, untimed, for its check.
         _, own_losses, weights = side.train(AnswerModel(side.lm), reference, rows=args.a_rows)
-        gaps |= {"losses of A": max(map(relative, own_losses, losses["A"])),
-                 "weights of A": largest_gap(weights, others.submit(plain.weights, "A").result())}
+        largest, _ = compare(weights, there(plain.weights, "A"))
+        gaps |= {"losses of A": max(map(relative, own_losses, losses["A"])), "weights of A": largest}
     seconds["ours"] = [step / args.batch_size + share for step in taken]
     return row_of("s a pair" if method != "sft" else "s a row",
                   {name: values[1:] for name, values in seconds.items()}, reference_pass_share=share,
-                  checked=agree(method, gaps), update_gap_of_B=update_gap, rows=rows_of)
+                  checked=agree(method, gaps), update_gap_of_B=apart / max(moved, 1e-30), rows=rows_of)
 
 
 def measure_evaluation(code: Namespace, args: Namespace, process=plain.fresh_process) -> dict:
@@ -218,7 +205,7 @@ def measure_evaluation(code: Namespace, args: Namespace, process=plain.fresh_pro
     picked = {name: range(0, len(rows), max(1, len(rows) // args.plain_rows))
               for name, rows in prepared.rows.items()}
     seconds, gaps, same = {"ours": [], "B'": []}, [], []
-    with autocast(args.dtype, args.device), process() as others:
+    with autocast(args.dtype, args.device), process() as there:
         for _ in range(args.few):
             keep_freed_memory(args.device)  # as evaluate_tofu.py does
             ours, took = timed(evaluate, AnswerModel(side.lm), prepared, side.tokenizer, device=args.device,
@@ -228,8 +215,7 @@ def measure_evaluation(code: Namespace, args: Namespace, process=plain.fresh_pro
             seconds["B'"].append(0.0)
             for name, places in picked.items():
                 asked = [prepared.rows[name][i] for i in places]
-                scored, took = others.submit(plain.evaluation, side.s, args.device, asked,
-                                             args.max_new_tokens).result()
+                scored, took = there(plain.evaluation, side.s, args.device, asked, args.max_new_tokens)
                 seconds["B'"][-1] += took * len(ours[name]) / len(places)
                 for row, other in zip([ours[name][i] for i in places], scored, strict=True):
                     nll = plain.known_answers(row, "answer_nll", "paraphrased_nll", "perturbed_nll")
@@ -248,8 +234,7 @@ def matmul_rate(device) -> float:
 
 
 def measure_arithmetic(code: Namespace, args: Namespace) -> dict:
-    """Useful FLOP/s of npo+rt's steps over the rate of a large matrix product, measured before and after
-    each."""
+    """Useful FLOP/s of npo+rt's steps over a large matrix product's, measured before and after each."""
     side = Side(code, args, METHODS["npo+rt"], [args.batch_size] * (1 + args.repeats))
     rates, model, shape = [], AnswerModel(side.lm), shape_of(side.lm)
     with tempfile.TemporaryDirectory() as folder:
@@ -275,14 +260,15 @@ def measure_memory(code: Namespace, args: Namespace) -> dict:
         del dims["tie_word_embeddings"]  # make_tiny's are
         texts = load_task(args.data, "full").texts()
         save_model(*make_tiny(texts, 0, dims), Path(folder), {"template": "llama2"})
-        there = Namespace(**{**vars(args), "model": f"smollm2-135m={folder}"})
+        args = Namespace(**{**vars(args), "model": f"smollm2-135m={folder}"})
         for size in (8, 32):
-            with plain.fresh_process() as ours, plain.fresh_process(**PLAIN_ALLOCATOR) as theirs:
-                peak, predicted = ours.submit(peak_of, code, there, size, True).result()
-                plain_peak, _ = theirs.submit(peak_of, code, there, size, False).result()
-            for against, other in (("B", plain_peak), ("--dry-run", predicted)):
-                row["ratio"][f"{against}, {size} rows at once"] = spread([other / peak])
-                row["costs"][f"{against}, {size} rows at once"] = f"{peak:.2f} GB"
+            with plain.fresh_process() as there:
+                peak, predicted = there(peak_of, code, args, size, True)
+            with plain.fresh_process(**PLAIN_ALLOCATOR) as there:
+                theirs, _ = there(peak_of, code, args, size, False)
+            for against, other in (("B", theirs), ("--dry-run", predicted)):
+                row["ratio"][f"{against}, {size} rows"] = spread([other / peak])
+                row["costs"][f"{against}, {size} rows"] = f"{peak:.2f} GB"
     return row
 
 
@@ -314,16 +300,11 @@ def peak_of(code: Namespace, args: Namespace, micro_batch: int, ours: bool) -> t
 
 # ---------------------------------------------------------------- commands as a user types them
 
-def train_npo(flags: list, processes: int = 1, folder: str | None = None, **environ) -> subprocess.Popen:
-    """The command, in `folder`, under torchrun for several processes."""
+def train_npo(run, flags: list, processes: int = 1, folder: str | None = None, **environ):
+    """What subprocess's `run` makes of the command, in `folder`, under torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []), str(TRAIN), *flags],
-                            cwd=folder, stdout=subprocess.DEVNULL, env={**os.environ, **environ})
-
-
-def finish(process: subprocess.Popen):
-    if process.wait():
-        raise RuntimeError(f"train_npo.py ended with status {process.returncode}, and says why above")
+    return run([sys.executable, *(torchrun if processes > 1 else []), str(TRAIN), *flags], cwd=folder,
+               stdout=subprocess.DEVNULL, env={**os.environ, **environ})
 
 
 def flags_of(args: Namespace, folder: str) -> list:
@@ -331,36 +312,32 @@ def flags_of(args: Namespace, folder: str) -> list:
             "--out", f"{folder}/run"]
 
 
-def first_step(args: Namespace, folder: str):
-    """An unlearning run from its command to its first step, where it is ended."""
-    log = Path(folder) / "run" / "log.jsonl"
-    process = train_npo(["--loss", "npo", "--retain-weight", "1", *flags_of(args, folder)])
-    while not (log.exists() and log.stat().st_size):
-        if process.poll() is not None:
-            raise RuntimeError("train_npo.py ended before its first step, and says why above")
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-
-
 def measure_startup(code: Namespace, args: Namespace) -> dict:
-    """Command to first step."""
+    """Command to first step, where the run is ended."""
     seconds = []
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            seconds.append(timed(first_step, args, folder)[1])
+            begin, log = time.perf_counter(), Path(folder) / "run" / "log.jsonl"
+            flags = ["--loss", "npo", "--retain-weight", "1", *flags_of(args, folder)]
+            process = train_npo(subprocess.Popen, flags)
+            while process.poll() is None and not (log.exists() and log.stat().st_size):
+                time.sleep(0.01)
+            seconds.append(time.perf_counter() - begin)
+            if process.poll():
+                raise RuntimeError("train_npo.py ended before its first step, and says why above")
+            process.kill()
+            process.wait()
     return row_of("s to the first step", {"ours": seconds})
 
 
 def measure_processes(code: Namespace, args: Namespace) -> dict:
-    """Two processes of one thread each against one process of one thread: tokens a second of fine-tuning
-    steps."""
+    """Two processes against one, of one thread each: tokens a second of fine-tuning steps."""
     rates = {1: [], 2: []}
     epochs = math.ceil((1 + args.process_steps) * 32 / 120)  # of the split's 120 rows, in batches of 32
     flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(epochs)]
     for _, (count, values) in product(range(args.repeats), rates.items()):
         with tempfile.TemporaryDirectory() as folder:
-            finish(train_npo([*flags, *flags_of(args, folder)], count, OMP_NUM_THREADS="1"))
+            train_npo(subprocess.check_call, [*flags, *flags_of(args, folder)], count, OMP_NUM_THREADS="1")
             lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[1:1 + args.process_steps]
         values.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     return {"unit": "tokens/s", "rates": {str(count): spread(values) for count, values in rates.items()},
@@ -368,22 +345,20 @@ def measure_processes(code: Namespace, args: Namespace) -> dict:
 
 
 def measure_first_command(code: Namespace, args: Namespace) -> dict:
-    """README's first command where nothing has been made yet: the tiny model is fine-tuned, retrained,
-    unlearned and evaluated."""
+    """README's first command where nothing has been made yet."""
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        finish(train_npo(["--loss", "npo", "--retain-weight", "1"], 2, folder))
-        return row_of("s", {"ours": [time.perf_counter() - begin]})
+        flags = ["--loss", "npo", "--retain-weight", "1"]
+        _, seconds = timed(train_npo, subprocess.check_call, flags, 2, folder)
+    return row_of("s", {"ours": [seconds]})
 
 
 # ---------------------------------------------------------------- the synthetic experiment
 
 def measure_synthetic(code: Namespace, args: Namespace) -> dict:
-    """Figure 4 for both alpha, ten methods and the five published instances, pi_ref and pi_retr trained
-    too."""
+    """Figure 4 for both alpha: ten methods, five published instances, pi_ref and pi_retr trained too."""
     one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with plain.fresh_process(**one) as pool:
-        seconds, gap = pool.submit(time_synthetic, code, args).result()
+    with plain.fresh_process(**one) as there:
+        seconds, gap = there(time_synthetic, code, args)
     return row_of("s a figure", seconds, checked=agree("synthetic", {"distances": gap}),
                   threads="ours: a process a core; S: one process; one thread each")
 
@@ -396,8 +371,7 @@ def time_synthetic(code: Namespace, args: Namespace) -> tuple[dict, float]:
     for _ in range(args.few):
         training = unlearning = 0.0
         with tempfile.TemporaryDirectory() as folder:
-            (instances, methods, curves), took = timed(code.figure4, Path(folder), ALPHAS, FIGURE_STEPS,
-                                                       EVAL_EVERY)
+            (instances, methods, curves), took = timed(code.figure4, Path(folder), ALPHAS, STEPS, EVAL_EVERY)
             seconds["ours"].append(took)
             for alpha, (place, instance) in product(ALPHAS, enumerate(instances)):
                 training += timed(plain.models, instance, alpha, code.train_lr, steps)[1]
@@ -407,5 +381,5 @@ def time_synthetic(code: Namespace, args: Namespace) -> tuple[dict, float]:
                     unlearning += took
                     ours = ours[:, :len(path)]
                     gaps.append((abs(np.transpose(path) - ours) / abs(ours)).max())
-        seconds["S"].append((training * code.train_steps + unlearning * FIGURE_STEPS) / steps)
+        seconds["S"].append((training * code.train_steps + unlearning * STEPS) / steps)
     return seconds, float(max(gaps))

@@ -123,13 +123,13 @@ def weights(name: str) -> dict:
 
 @contextmanager
 def fresh_process(**environ):
-    """An executor that is one process. It inherits `environ`, and nothing of what our code does to its own
-    process (`keep_freed_memory`): that must neither help nor hurt the opponents."""
+    """call(function, ...) in another process, which inherits `environ`, and nothing of what our code does to
+    its own (`keep_freed_memory`): that must neither help nor hurt the opponents."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         with patch.dict(os.environ, environ):
             os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
             pool.submit(int).result()  # it has started
-        yield pool
+        yield lambda function, *given: pool.submit(function, *given).result()
 
 
 # ---------------------------------------------------------------- B': evaluation
@@ -152,11 +152,13 @@ def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> lis
     results = [{"nll": []} for _ in rows]
     for place in range(max(map(len, answers))):
         having = [i for i, some in enumerate(answers) if place < len(some)]
-        for chunk in eights(having):
+        for at in range(0, len(having), 8):
+            chunk = having[at:at + 8]
             encoded = encode(tokenizer, template, [(rows[i]["question"], answers[i][place]) for i in chunk])
             for i, logp in zip(chunk, answer_logps(lm, encoded, pad).tolist(), strict=True):
                 results[i]["nll"].append(-logp)
-    for chunk in eights(range(len(rows))):
+    for at in range(0, len(rows), 8):
+        chunk = range(at, min(at + 8, len(rows)))
         prompts = encode_prompts(tokenizer, template, [rows[i]["question"] for i in chunk])
         width = max(map(len, prompts))
         ids = padded([prompt[::-1] for prompt in prompts], pad, width).flip(1).to(lm.device)
@@ -168,10 +170,6 @@ def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> lis
             recall = scorer.score(rows[i]["answer"], text.strip())["rougeL"].recall
             results[i].update(generation=text.strip(), rouge_l_recall=recall)
     return results
-
-
-def eights(places) -> list:
-    return [places[at:at + 8] for at in range(0, len(places), 8)]
 
 
 def known_answers(row: dict, answer: str, paraphrased: str, perturbed: str) -> list:
