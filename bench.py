@@ -36,14 +36,13 @@ import benchmark.measurements as measure
 import synthetic
 from data.tofu import load_task
 from models.presets import AUTOCAST, PRESETS, split_model
-from running.processes import pick_device
 from running.settings import resolve
 from support.command_line import Parser, positive, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment
 from support.world import World
-from train_npo import carry_out, train
+from train_npo import carry_out, join_world, train
 
 # row -> (its name, how it is measured, targets: opponent -> ratio, or seconds of the tiny model)
 ROWS = {
@@ -73,8 +72,8 @@ def figure4(folder: Path, alphas: tuple, steps: int, eval_every: int) -> tuple:
 
 
 # What is measured and stands in scripts: benchmark/ imports none.
-CODE = Namespace(train=train, figure4=figure4, kept_models=synthetic.reference_and_retrained_kept,
-                 train_lr=synthetic.TRAIN_LR, train_steps=synthetic.TRAIN_STEPS)
+CODE = Namespace(train=train, join_world=join_world, figure4=figure4, train_lr=synthetic.TRAIN_LR,
+                 kept_models=synthetic.reference_and_retrained_kept, train_steps=synthetic.TRAIN_STEPS)
 
 
 def table(rows: dict, tiny: bool) -> str:
@@ -153,7 +152,7 @@ def main():
     # No path of this machine: where model and data lie is nobody's business.
     data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
     model = f"{preset}=PATH" if preset and path else preset or "PATH"
-    args.device = pick_device(args.device)
+    args.device = join_world(args.device).device
     args.repeats = args.repeats or (5 if tiny else 2)
     args.few, args.process_steps = (3, 40) if tiny else (1, 2)
     if preset and not path and set(wanted) - WITHOUT_THE_MODEL:

@@ -31,7 +31,7 @@ from models.presets import PRESETS, autocast, settings_of
 from models.saving import save_model
 from running.memory_plan import GB, Load, memory, shape_of, training_flops
 from running.plan import MicroBatch, Plan
-from running.processes import keep_freed_memory, peak_memory
+from running.processes import peak_memory
 from running.reference import Reference, reference_pass
 from running.settings import resolve
 from support.world import World
@@ -106,7 +106,6 @@ class Turns:
         self.seconds, self.losses = [], []  # of our steps
 
     def restore(self, *_) -> int:
-        keep_freed_memory(self.device)
         self.begin = plain.now(self.device)
         return 0
 
@@ -149,7 +148,6 @@ class Side:
     def refer(self, folder: str, model: AnswerModel) -> tuple[Reference, float]:
         """The reference's cache, and the seconds of the pass that makes it, for a use of a forget row."""
         s, plan, world, folder = self.s, self.plan, self.world, Path(folder)
-        keep_freed_memory(world.device)  # as `join_world` does for a real run
         with autocast(s.dtype, world.device):
             _, seconds = timed(reference_pass, s, model, plan, Prepared({}, {}, {}), folder, "bench", world,
                                device=world.device)
@@ -207,7 +205,6 @@ def measure_evaluation(code: Namespace, args: Namespace, process=plain.fresh_pro
     seconds, gaps, same = {"ours": [], "B'": []}, [], []
     with autocast(args.dtype, args.device), process() as there:
         for _ in range(args.few):
-            keep_freed_memory(args.device)  # as evaluate_tofu.py does
             ours, took = timed(evaluate, AnswerModel(side.lm), prepared, side.tokenizer, device=args.device,
                                batch_size=settings_of(side.s.preset).eval_batch_size,
                                max_new_tokens=args.max_new_tokens, world=side.world)
@@ -277,6 +274,8 @@ def peak_of(code: Namespace, args: Namespace, micro_batch: int, ours: bool) -> t
     one row makes AdamW's moments; the second, of 32 rows, sets the peak."""
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (a part of the size before)
     load_task(args.data, "forget10")
+    if ours:
+        code.join_world(args.device.type)  # as a run begins: it settles how memory is kept
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     side = Side(code, args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
     batches, predicted = [], None
