@@ -19,7 +19,7 @@ from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
-PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # what a perturbed row has besides
+PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields of a perturbed row
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
@@ -106,11 +106,9 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     kept = len(slice_rows(full, complement(judged_split)))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
-    kind, _ = parse_split(split)
-    forget = slice_rows(full, split) if kind == "forget" else []
-    retain = slice_rows(full, complement(split) if kind == "forget" else split)
-    mark = fingerprint({name: sets[name] for name in SETS}, refusals)  # the holdout rows change nothing here
-    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from, mark)
+    return Task(data, split, full, slice_rows(full, split) if forgets else [],
+                slice_rows(full, complement(split) if forgets else split), evaluated, refusals, refusals_from,
+                fingerprint({name: sets[name] for name in SETS}, refusals))  # no holdout: it changes nothing
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:
@@ -123,15 +121,13 @@ def load_sets(data: str) -> tuple[dict, list, str]:
     if folder.is_dir():
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
-            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's "
-                             f"{', '.join(n + '.json' for n in SETS)}")
+            raise InputError(f"--data {data}: {', '.join(missing)} not found; need {', '.join(files)}")
         found = [name for name in (*SETS, HOLDOUT) if (folder / f"{name}.json").is_file()]
         sets = {name: read_rows(folder / f"{name}.json") for name in found}
-        refusals, refusals_from = REFUSALS, "builtin"
-        if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
-            refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines()
-                        if line.strip()]
-            refusals_from = "idontknow.jsonl"
+        own = folder / "idontknow.jsonl"  # TOFU's own name; plain text, one refusal a line
+        if own.is_file():
+            refusals = [line.strip() for line in read_text(own).splitlines() if line.strip()]
+            refusals_from = own.name
             if not refusals:
                 raise InputError(f"{own} has no line: write one refusal a line, or remove the file")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) and not folder.exists():

@@ -66,7 +66,8 @@ def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_
 
 def test_sharded_runs_in_16_bits_follow_one_process_in_float32(command, small_model, small_data, tmp_path):
     args = ["--loss", "npo", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 2, "--batch-size", 6,
-            "--micro-batch-size", 2, "--lr", 1e-3, "--model", small_model, "--data", small_data, "--eval-every", 7]
+            "--micro-batch-size", 2, "--lr", 1e-3, "--model", small_model, "--data", small_data,
+            "--eval-every", 7]
     command("train_npo.py", *args, "--out", "alone")
     for dtype in ("bf16", "fp16"):
         command("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
