@@ -13,11 +13,14 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from data.batches import padded
 from data.prompts import encode, encode_prompts, pad_id
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models.loading import load_model
 from models.presets import autocast
+
+
+def padded(lists: list, value: int, width: int) -> torch.Tensor:
+    return torch.tensor([x + [value] * (width - len(x)) for x in lists])
 
 
 def now(device="cpu") -> float:

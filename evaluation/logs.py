@@ -76,7 +76,8 @@ def check_rows(rows: list, where: str) -> list:
         texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
         if not (whole and texts and len(sums) == len(counts)):
             raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
-                             "rouge_l_recall and finite sums (.._nll) with as many token counts of at least 1 (.._tokens)")
+                             "rouge_l_recall and finite sums (.._nll) with as many token counts of "
+                             "at least 1 (.._tokens)")
     return rows
 
 
