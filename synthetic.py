@@ -25,12 +25,10 @@ Where the published runs differ from the paper's text we follow the runs:
 import math
 import os
 import re
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 # the processes share the cores; threads on matrices this small would only get in their way
@@ -86,7 +84,7 @@ FAMILY_STYLE = {"npo": {"color": "#000000", "marker": "o"}, "dpo": {"color": "#1
                 "ga": {"color": "#d1495b", "marker": "^"}, "idk": {"color": "#8f8f8f", "marker": "D"}}
 TERM_LINE = {"rt": "-", "": "--", "kl": ":"}
 TOGETHER = 3  # instances that are unlearned as one stack
-CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere a fork isn't safe
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def published_methods(alpha: float, names: tuple = METHODS) -> list:
@@ -114,36 +112,37 @@ def two_class(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(logits), logits], -1)
 
 
-def label_logps(logits: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """`losses.token_logps` of two classes, (K, M, n), from log-odds of 1; sign (K, 1, n) of labels."""
-    return F.logsigmoid(sign * logits)
-
-
 def forget_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor, answer: torch.Tensor,
                 idk: torch.Tensor) -> torch.Tensor:
     """The loss on every forget point, (K, M, n), of methods that differ in lr or retain term alone.
 
-    logits (K, M, n); the reference's, the labels and the "I don't know" labels are (K, 1, n).
+    logits (K, M, n) are log-odds; the reference's, the labels and the "I don't know" labels are (K, 1, n). A
+    label is 1 or -1, so that its log pi, `losses.token_logps` of two classes, is logsigmoid(label * logits).
     """
+    policy, policy_idk = F.logsigmoid(answer * logits), F.logsigmoid(idk * logits)
     if method.family == "ga":
-        return losses.ga_loss(label_logps(logits, answer))
+        return losses.ga_loss(policy)
     if method.family == "idk":
-        return losses.nll_loss(label_logps(logits, idk))
-    policy, reference = label_logps(logits, answer), label_logps(reference_logits, answer).expand_as(logits)
+        return losses.nll_loss(policy_idk)
+    reference = F.logsigmoid(answer * reference_logits).expand_as(logits)
     if method.family == "npo":
         return losses.npo_loss(policy, reference, method.beta)
-    policy_idk = label_logps(logits, idk)
-    reference_idk = label_logps(reference_logits, idk).expand_as(logits)
+    reference_idk = F.logsigmoid(idk * reference_logits).expand_as(logits)
     return 2 * losses.dpo_loss(policy_idk, policy, reference_idk, reference, method.beta)
+
+
+def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(pi_reference || pi_theta) in nats, (K, M, n), from log-odds (K, 1, n) and (K, M, n)."""
+    reference = two_class(reference_logits.expand_as(logits))
+    return losses.kl_loss(two_class(logits), reference, "reference_policy")
 
 
 def retain_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor,
                 answer: torch.Tensor) -> torch.Tensor:
     """The retain term on every retain point, (K, M, n), shapes as in `forget_loss`."""
     if method.retain == "rt":
-        return losses.nll_loss(label_logps(logits, answer))
-    reference = two_class(reference_logits.expand_as(logits))
-    return losses.kl_loss(two_class(logits), reference, "reference_policy")
+        return losses.nll_loss(F.logsigmoid(answer * logits))
+    return kl(reference_logits, logits)
 
 
 def grouped(methods: list, *keys: str) -> list:
@@ -152,12 +151,6 @@ def grouped(methods: list, *keys: str) -> list:
     for row, method in enumerate(methods):
         found.setdefault(tuple(getattr(method, key) for key in keys), []).append(row)
     return [(torch.tensor(rows), methods[rows[0]]) for rows in found.values()]
-
-
-def kl_distance(retrained_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(pi_retr || pi_theta) in nats, mean over the n points: (K, 1, n) and (K, M, n) -> (K, M)."""
-    retrained = two_class(retrained_logits.expand_as(logits))
-    return losses.kl_loss(two_class(logits), retrained, "reference_policy").mean(-1)
 
 
 class Problem:
@@ -180,14 +173,11 @@ class Problem:
 
     def distances(self, theta: torch.Tensor) -> torch.Tensor:
         """Forget and retain distance of (K, M, N) parameters, (K, M, 2). An overflow is an infinite one."""
-        distance = torch.stack([kl_distance(retrained, theta @ Z.mT) for Z, retrained in self.tests], -1)
+        distance = torch.stack([kl(retrained, theta @ Z.mT).mean(-1) for Z, retrained in self.tests], -1)
         return distance.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
     def objectives(self, theta: torch.Tensor, by_loss: list, by_term: list) -> torch.Tensor:
-        """The sum over instances and methods of what each descends, a scalar: its gradient is each one's own.
-
-        by_loss and by_term: `grouped` methods with one forget loss, with one retain term.
-        """
+        """The sum of all that instances and methods descend, a scalar: its gradient is each one's own."""
         logits = theta @ self.Z_forget.mT
         total = sum(forget_loss(logits[:, rows], method, **self.forget).mean(-1).sum()
                     for rows, method in by_loss)
@@ -212,43 +202,33 @@ class Problem:
         return torch.stack(kept, -1).numpy()
 
 
-def unlearned(instances: list, alpha: float, methods: list, eval_steps: list) -> np.ndarray:
-    """pi_ref and pi_retr of each instance, then every method: distances, (K, M, 2, E)."""
-    models = [reference_and_retrained(*instance.training_rows(alpha), TRAIN_STEPS) for instance in instances]
+def unlearned(instances: list, alpha: float, methods: list, eval_steps: list, steps: int) -> np.ndarray:
+    """pi_ref and pi_retr of each instance in so many steps, then every method: distances, (K, M, 2, E)."""
+    models = [reference_and_retrained(*instance.training_rows(alpha), steps) for instance in instances]
     return Problem(instances, alpha, models).unlearn(methods, eval_steps)
 
 
 def run(instances: list, methods: dict, eval_steps: list) -> dict:
     """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance; a process a core."""
     stacks = [instances[start:start + TOGETHER] for start in range(0, len(instances), TOGETHER)]
-    jobs = [(stack, alpha, own, eval_steps) for alpha, own in methods.items() for stack in stacks]
-
-    def with_progress(mapped):
-        done = iter(tqdm(mapped(unlearned, *zip(*jobs, strict=True)), "unlearning", len(jobs), ncols=100))
+    jobs = [(stack, alpha, methods[alpha], eval_steps, TRAIN_STEPS) for alpha in methods for stack in stacks]
+    with ProcessPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = iter(tqdm(pool.map(unlearned, *zip(*jobs, strict=True)), "unlearning", len(jobs), ncols=100))
         return {alpha: np.concatenate([next(done) for _ in stacks]) for alpha in methods}
-
-    if CORES == 1:
-        return with_progress(map)
-    # fork: a process inherits torch in milliseconds where a fresh interpreter would import it again
-    with ProcessPoolExecutor(CORES, get_context("fork"), torch.set_num_threads, (1,)) as pool:
-        return with_progress(pool.map)
 
 
 # ---------------------------------------------------------------------------------------------- a figure
-def statistics(distance: np.ndarray) -> dict:
-    """Mean and sd (ddof 0) over the K instances, (K, E). The spread of an infinite mean is infinite."""
-    mean = distance.mean(0)
-    sd = np.where(np.isfinite(mean), np.where(np.isfinite(mean), distance, 0).std(0), math.inf)
-    return {"mean": mean, "sd": sd, "instances": distance}
-
-
 def curves_record(alpha: float, methods: list, curves: np.ndarray, steps: list) -> dict:
-    """What a figure shows, from curves (K, M, 2, E): settings and curves of all methods."""
+    """What a figure shows, from curves (K, M, 2, E): settings, mean and sd (ddof 0) over the instances."""
+    mean = curves.mean(0)  # where it is infinite, so is the spread
+    sd = np.where(np.isfinite(mean), np.where(np.isfinite(mean), curves, 0).std(0), math.inf)
     record = {"alpha": alpha, "start": {}, "methods": {}}
-    for m, method in enumerate(methods):
-        entry = {key: statistics(curves[:, m, axis]) for axis, key in enumerate(DISTANCES)}
-        record["methods"][method.name] = {"lr": method.lr, "beta": method.beta, "steps": steps, **entry}
-        record["start"] = {key: {name: entry[key][name][0] for name in ("mean", "sd")} for key in DISTANCES}
+    for axis, key in enumerate(DISTANCES):
+        record["start"][key] = {"mean": mean[0, axis, 0], "sd": sd[0, axis, 0]}  # every method's
+        for m, method in enumerate(methods):
+            own = record["methods"].setdefault(
+                method.name, {"lr": method.lr, "beta": method.beta, "steps": steps})
+            own[key] = {"mean": mean[m, axis], "sd": sd[m, axis], "instances": curves[:, m, axis]}
     return record
 
 
@@ -270,9 +250,9 @@ def against_each_other(told: str, alpha: float, paths: dict) -> tuple:
 
 
 def draw_figure(path: Path, figure: int, methods: list, curves: np.ndarray, record: dict):
-    """Figure 4, (a1) to (a3): distances over steps and against each other. Figure 3: (a3), and one instance.
+    """Figure 4: distances over steps and against each other; Figure 3: the latter, and one instance's.
 
-    Of the means, as published; of more than five instances the medians too.
+    Means, as published; of more than five instances the medians too.
     """
     panels, styles = [], {START: {"marker": "*", "color": "0", "linestyle": "", "markersize": 12}}
     distances = {method.name: curves[:, m].swapaxes(0, 1) for m, method in enumerate(methods)}  # (2, K, E)
@@ -280,9 +260,8 @@ def draw_figure(path: Path, figure: int, methods: list, curves: np.ndarray, reco
     for told in (MEAN, MEDIAN) if len(curves) > 5 else (MEAN,):
         drawn = {name: [middle(told, distance) for distance in own] for name, own in distances.items()}
         for axis, key in enumerate(DISTANCES) if figure == 4 else ():
-            panels.append(({"title": f"{key.replace('_', ' ')}\n{told}", "xlabel": "step", "yscale": "log",
-                            "ylabel": "KL($\\pi_{retr}$ || $\\pi_\\theta$), nats"},
-                           {name: (steps, *own[axis]) for name, own in drawn.items()}))
+            settings = {"title": f"{key}\n{told}", "xlabel": "step", "ylabel": "nats", "yscale": "log"}
+            panels.append((settings, {name: (steps, *own[axis]) for name, own in drawn.items()}))
         panels.append(against_each_other(told, record["alpha"], {
             name: [line for line, *_ in own] for name, own in drawn.items()}))
     if figure == 3:
@@ -294,23 +273,6 @@ def draw_figure(path: Path, figure: int, methods: list, curves: np.ndarray, reco
     draw(path, panels, styles)
 
 
-def method_row(name: str, own: dict) -> dict:
-    forget, retain = (own[key] for key in DISTANCES)
-    least = forget["mean"].argmin()
-    return {"method": name, "lr": own["lr"], "beta": own["beta"], "least forget": forget["mean"][least],
-            "at step": own["steps"][least], "final forget": forget["mean"][-1], "sd": forget["sd"][-1],
-            "median": np.median(forget["instances"][:, -1]), "final retain": retain["mean"][-1],
-            "its sd": retain["sd"][-1], "its median": np.median(retain["instances"][:, -1])}
-
-
-def claim_row(item: dict) -> dict:
-    """Of a verdict, or of what is undecided."""
-    numbers, needs = item.get("numbers", {}), f"undecided, needs {item.get('needs')}"
-    return {"claim": item["claim"], "on the mean": {True: "holds", False: "**fails**"}.get(item.get("holds"), needs),
-            "share of instances": numbers.get("share_of_instances", "-"),
-            "share of means of five": numbers.get("share_of_means_of_five", "-")}
-
-
 def run_figures(args, instances: list):
     """Figure 4 for every alpha, or Figure 3."""
     methods = {alpha: FIGURE3_METHODS if args.figure == 3 else published_methods(alpha, args.methods)
@@ -318,50 +280,27 @@ def run_figures(args, instances: list):
     for alpha, curves in run(instances, methods, args.eval_steps).items():
         record = curves_record(alpha, methods[alpha], curves, args.eval_steps)
         judged = verdicts(args.figure, alpha, list(record["methods"]), curves, np.array(args.eval_steps))
-        title, name = f"Figure 4, alpha = {alpha:g}", f"synthetic_alpha{alpha:g}"
-        if args.figure == 3:
-            title, name = "Figure 3", "synthetic_figure3"
+        alone = "figure3" if args.figure == 3 else f"alpha{alpha:g}"
+        name, title = f"synthetic_{alone}", f"Figure {args.figure}, alpha = {alpha:g}"
         draw_figure(args.out / f"{name}.png", args.figure, methods[alpha], curves, record)
-        start = ", ".join(f"{key} {own['mean']:.4g}" for key, own in record["start"].items())
-        made, digits = provenance(args), 10 if len(instances) <= 10 else 6  # fifty instances: below 1 MB
-        print(write(
-            args.out / name, plain(record, digits) | judged | {"provenance": made}, title,
-            f"Start: {start} (means over {len(instances)} instances: {made['instances']}).",
-            table([method_row(name, own) for name, own in record["methods"].items()]),
-            table([claim_row(item) for item in judged["verdicts"] + judged["undecided"]])))
+        shown = [{"method": method, "lr": own["lr"], "beta": own["beta"]} | {
+            f"last {key}, {of}": own[key][of][-1] for key in DISTANCES for of in ("mean", "sd")}
+            for method, own in record["methods"].items()]
+        claims = [{"claim": own["claim"], "holds on the mean": own["holds"]} | {
+            key: own["numbers"].get(key) for key in ("share_of_instances", "share_of_means_of_five")}
+            for own in judged["verdicts"]]
+        claims += [{"claim": own["claim"], "holds on the mean": f"undecided, needs {own['needs']}"}
+                   for own in judged["undecided"]]
+        digits = 10 if len(instances) <= 10 else 6  # of fifty instances' curves: a file below 1 MB
+        record = plain(record, digits) | judged | {"provenance": provenance(args)}
+        print(write(args.out / name, record, title, f"Instances: {record['provenance']['instances']}.",
+                    table(shown), table(claims)))
 
 
 # -------------------------------------------------------------------------------------- the grid search
 CRITERION = ("Every method at every lr (and beta) of the grid. Stable: at the last step the mean over the "
              "instances is finite, and no farther from pi_retr than at the start (forget + retain distance). "
              "Chosen: of the stable, the one with the smallest forget + retain distance at the last step.")
-
-
-GRID_COLUMNS = ("lr", "beta", *DISTANCES, "stable")
-
-
-def run_grid(args, instances: list):
-    """The paper's grid, chosen so that training "remains stable within 2000 steps"; the criterion is ours."""
-    grid = [Method(name, lr, beta) for name in args.methods for lr in GRID_LR
-            for beta in (GRID_BETA if name.startswith(("npo", "dpo")) else [None])]
-    for alpha, curves in run(instances, dict.fromkeys(args.alphas, grid), [0, args.steps]).items():
-        rows = [grid_point(method, curve) for method, curve in zip(grid, curves.mean(0), strict=True)]
-        chosen = {method.name: choose(rows, method) for method in published_methods(alpha, args.methods)}
-        record = {"alpha": alpha, "criterion": CRITERION, "grid": {"lr": GRID_LR, "beta": GRID_BETA},
-                  "chosen": chosen, "rows": rows}
-        shown = [{"method": name, "stable": f"{own['stable_settings']} of {own['settings']}"} | {
-            f"{which} {key}": own[which][key] for which in ("chosen", "published") for key in GRID_COLUMNS}
-            for name, own in chosen.items()]
-        print(write(args.out / f"synthetic_alpha{alpha:g}_grid",
-                    plain(record, 10) | {"provenance": provenance(args)}, f"Grid search, alpha = {alpha:g}",
-                    CRITERION, f"lr in {GRID_LR}, beta in {GRID_BETA}.", table(shown)))
-
-
-def grid_point(method: Method, curve: np.ndarray) -> dict:
-    """A row of the grid from the mean curve, (2, 2): start and end."""
-    start, end = curve.sum(0)
-    return {"method": method.name, "lr": method.lr, "beta": method.beta, "forget_distance": curve[0, 1],
-            "retain_distance": curve[1, 1], "stable": bool(np.isfinite(end) and end <= start)}
 
 
 def choose(rows: list, published: Method) -> dict:
@@ -373,11 +312,31 @@ def choose(rows: list, published: Method) -> dict:
             "settings": len(own)}
 
 
+def run_grid(args, instances: list):
+    """The paper's grid, chosen so that training "remains stable within 2000 steps"; the criterion is ours."""
+    grid = [Method(name, lr, beta) for name in args.methods for lr in GRID_LR
+            for beta in (GRID_BETA if name.startswith(("npo", "dpo")) else [None])]
+    for alpha, curves in run(instances, dict.fromkeys(args.alphas, grid), [0, args.steps]).items():
+        rows = []
+        for method, (forget, retain) in zip(grid, curves.mean(0), strict=True):
+            start, end = forget + retain
+            rows.append({"method": method.name, "lr": method.lr, "beta": method.beta,
+                         "forget_distance": forget[1], "retain_distance": retain[1],
+                         "stable": bool(np.isfinite(end) and end <= start)})
+        chosen = {method.name: choose(rows, method) for method in published_methods(alpha, args.methods)}
+        record = {"alpha": alpha, "criterion": CRITERION, "grid": {"lr": GRID_LR, "beta": GRID_BETA},
+                  "chosen": chosen, "rows": rows}
+        shown = [{"": which, **own[which], "stable settings": own["stable_settings"]}
+                 for own in chosen.values() for which in ("chosen", "published")]
+        print(write(args.out / f"synthetic_alpha{alpha:g}_grid",
+                    plain(record, 10) | {"provenance": provenance(args)}, f"Grid search, alpha = {alpha:g}",
+                    CRITERION, f"lr in {GRID_LR}, beta in {GRID_BETA}.", table(shown)))
+
+
 # ------------------------------------------------------------------------------------------ the command
 def provenance(args) -> dict:
-    instances = f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}"
-    if args.instances:
-        instances = f"{args.instances} fresh, seed {args.seed}"
+    published = f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}"
+    instances = f"{args.instances} fresh, seed {args.seed}" if args.instances else published
     return {**environment(), "instances": instances, "train_lr": TRAIN_LR, "train_steps": TRAIN_STEPS,
             "steps": args.steps, "eval_every": args.eval_every, "numpy": np.__version__}
 
@@ -398,8 +357,7 @@ def parse_args(argv: list | None):
     add("--steps", type=positive(int), help="unlearning steps (default 2000; Figure 3: 10000)")
     add("--eval-every", type=positive(int), help="steps between evaluations (default 25; Figure 3: 5)")
     add("--grid-search", action="store_true", help="choose lr and beta on a grid, beside the published")
-    add("--out", type=Path, default=Path("runs/synthetic"),
-        help="folder for JSON, pictures, pages (default runs/synthetic)")
+    add("--out", type=Path, default=Path("runs/synthetic"), help="folder to write (default runs/synthetic)")
     args = parser.parse_args(argv)
     for wrong, sentence in (
             (len(set(args.methods)) < len(args.methods), "--methods names one twice: name each once"),
@@ -407,7 +365,7 @@ def parse_args(argv: list | None):
              "--figure 3 has its own methods, lr and beta: drop --all, --methods and --grid-search"),
             (args.seed is not None and not args.instances,
              "--seed given, but the published instances have their own: add --instances 5"),
-            (args.grid_search and args.eval_every, "--grid-search looks at the last step: drop --eval-every")):
+            (args.grid_search and args.eval_every, "--grid-search has one evaluation: drop --eval-every")):
         if wrong:
             raise InputError(sentence)
     args.alphas = [1.0, 0.0] if args.all else [args.alpha]

@@ -29,7 +29,8 @@ def table(rows: list[dict]) -> str:
     head = list(rows[0])
     cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
              for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))
+    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]
+    return "\n".join(lines).replace(" None |", " - |")
 
 
 def write(stem: Path, record: dict, title: str, *paragraphs: str) -> str:
@@ -44,8 +45,7 @@ def write(stem: Path, record: dict, title: str, *paragraphs: str) -> str:
 def draw(path: Path, panels: list, styles: dict | None = None):
     """Panels in equal rows of at most three: each (settings of its axes, {label: (x, y, *edges)}).
 
-    y has markers. One edge is its prediction, a thin line; two are a band. A label's own style goes before
-    that of its place.
+    One edge is a prediction, a thin line; two are a band. A label's style goes before that of its place.
     """
     columns = next(count for count in (3, 2, 1) if len(panels) % count == 0)
     rows = len(panels) // columns

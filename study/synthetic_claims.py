@@ -41,8 +41,7 @@ def diverges(curves: dict, steps: np.ndarray, names: tuple):
 
 
 def levels_off(curves: dict, steps: np.ndarray, name: str):
-    """The retain distance stays below five times the start, and grows by less in the last quarter than before
-    it."""
+    """The retain distance: below five times its start, and growing less in the last quarter than before."""
     retain, quarter = curves[name][1], (len(steps) - 1) // 4
     start, half, late, end = retain[[0, -1 - 2 * quarter, -1 - quarter, -1]]
     return retain.max() < 5 * start and (end <= late or end - late < late - half), {
@@ -51,10 +50,9 @@ def levels_off(curves: dict, steps: np.ndarray, name: str):
 
 
 def frontier(curve: np.ndarray) -> np.ndarray:
-    """The Pareto frontier: the least retain distance where the forget distance is at most each of LEVELS.
+    """The Pareto frontier: the least retain distance with a forget distance of at most each of LEVELS, or inf.
 
-    inf where it never is. Between two evaluations the path is a straight line in (log forget, retain), since
-    a fast method jumps over several levels at once.
+    The path is straight in (log forget, retain) between evaluations: a fast method jumps over several levels.
     """
     (forget, retain), level = curve, LEVELS[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -82,10 +80,10 @@ def distances_agree(curves: dict, steps: np.ndarray):
     return max(gap.values()) <= 0.1, {"largest_relative_gap": gap}
 
 
-def smallest_distances(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """Its smallest forget and its smallest retain distance along the run are below every other method's."""
-    least = {key: curves[key].min(1) for key in (name, *others)}
-    holds = all((least[name] <= least[other]).all() for other in others)
+def npo_rt_comes_closest(curves: dict, steps: np.ndarray):
+    """npo+rt's least forget and its least retain distance along the run are the least of the figure."""
+    least = {name: curves[name].min(1) for name in IN_THE_FIGURE}
+    holds = all((least["npo+rt"] <= other).all() for other in least.values())
     return holds, {"least_forget_and_retain_distance": least}
 
 
@@ -114,7 +112,6 @@ def goes_to_ga(curves: dict, steps: np.ndarray):
         "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
 
 
-NPO_RT = {"name": "npo+rt", "others": IN_THE_FIGURE[1:]}
 # A claim, the methods it needs, its predicate.
 FIGURE4_GAP = (  # alpha > 0
     ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps",
@@ -124,21 +121,18 @@ FIGURE4_GAP = (  # alpha > 0
      partial(diverges, names=("ga", "ga+rt"))),
     ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), partial(levels_off, name="npo+rt")),
     ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), partial(levels_off, name="dpo+rt")),
-    ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE, partial(better_frontier, **NPO_RT)),
+    ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE,
+     partial(better_frontier, name="npo+rt", others=IN_THE_FIGURE[1:])),
     ("Without the retain set npo has a better Pareto frontier than ga", ("npo", "ga"),
      partial(better_frontier, name="npo", others=("ga",))))
 FIGURE4_NO_GAP = (  # alpha = 0
     ("Forget and retain distances are equal", IN_THE_FIGURE, distances_agree),
-    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE,
-     partial(smallest_distances, **NPO_RT)))
+    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE, npo_rt_comes_closest))
 FIGURE3 = (("npo's curve goes to ga's as beta -> 0", ("ga",), goes_to_ga),)
 
 
 def judged(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
-    """A claim on the mean of the instances (`holds`) and on each of them; curves (K, M, 2, E).
-
-    From 20 instances on, also the share of means of five, the paper's number, that show it (200 draws).
-    """
+    """A claim on the mean of the instances, (K, M, 2, E), on each, and on means of five of many."""
     def judge(values):
         return predicate(dict(zip(names, values, strict=True)), steps)
 
