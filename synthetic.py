@@ -212,7 +212,8 @@ def run(instances: list, methods: dict, eval_steps: list) -> dict:
     """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance; a process a core."""
     stacks = [instances[start:start + TOGETHER] for start in range(0, len(instances), TOGETHER)]
     jobs = [(stack, alpha, methods[alpha], eval_steps, TRAIN_STEPS) for alpha in methods for stack in stacks]
-    with ProcessPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    processes = min(CORES, len(jobs))
+    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = iter(tqdm(pool.map(unlearned, *zip(*jobs, strict=True)), "unlearning", len(jobs), ncols=100))
         return {alpha: np.concatenate([next(done) for _ in stacks]) for alpha in methods}
 
@@ -350,8 +351,7 @@ def parse_args(argv: list | None):
                         help="half the distance of forget and retain means (default 1)")
     alphas.add_argument("--all", action="store_true", help="Figure 4 for alpha = 1 and alpha = 0")
     add("--figure", type=int, choices=(3, 4), default=4, help="default 4")
-    add("--methods", nargs="+", metavar="METHOD", choices=METHODS, default=METHODS,
-        help=f"Figure 4: some of {' '.join(METHODS)} (default all)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="Figure 4: some of them (default all)")
     add("--instances", type=positive(int), help="that many fresh instances (default: the published five)")
     add("--seed", type=not_negative(int), help="of the fresh instances (default 0)")
     add("--steps", type=positive(int), help="unlearning steps (default 2000; Figure 3: 10000)")

@@ -50,7 +50,7 @@ def levels_off(curves: dict, steps: np.ndarray, name: str):
 
 
 def frontier(curve: np.ndarray) -> np.ndarray:
-    """The Pareto frontier: the least retain distance with a forget distance of at most each of LEVELS, or inf.
+    """The Pareto frontier: the least retain distance at a forget distance of at most each of LEVELS, or inf.
 
     The path is straight in (log forget, retain) between evaluations: a fast method jumps over several levels.
     """
