@@ -193,7 +193,8 @@ def proposition1(generator) -> tuple[list, list]:
 # -------------------------------------------------------------------------------------------- 2. Equation 5
 def equation5(generator) -> tuple[list, list]:
     """NPO's gradient is GA's times W in (0, 2): 1 at the start, 0 once unlearned. Its loss is above 0."""
-    weights, npo_curves = {}, {"gradient ascent": ([-15, 15], [-15, 15])}
+    weights = {"gradient ascent": ([-15, 15], [1, 1])}
+    npo_curves = {"gradient ascent": ([-15, 15], [-15, 15])}
     reference_logps = -torch.rand(400, generator=generator, dtype=DTYPE) * 20
     logps, reference = small_net(generator)
     noise = torch.randn(reference.shape, generator=generator, dtype=DTYPE)
@@ -231,8 +232,7 @@ def equation5(generator) -> tuple[list, list]:
         verdict("Equation 5: W vanishes on unlearned samples, as 2 (pi/pi_ref)^beta", close(tail, 1, 0.01),
                 exponent_over_beta=tail),
         verdict("Equation 3: NPO's loss is bounded below by 0; gradient ascent's is not",
-                0 <= min(least) < 1e-6 and ga == far.min().item(), least_npo_loss=min(least),
-                least_ga_loss=ga),
+                0 <= min(least) < 1e-6 and ga == far.min(), least_npo_loss=min(least), least_ga_loss=ga),
     ], [({"title": "W: what NPO multiplies GA's gradient with", "xlabel": LOG_RATIO}, weights),
         ({"title": "loss, nats", "xlabel": LOG_RATIO, "ylim": (-16, 32)}, npo_curves)]
 
