@@ -61,19 +61,16 @@ MET = {True: "yes", False: "**no**"}
 WITHOUT_THE_MODEL = {"memory", "first-command", "synthetic"}
 
 
-def figure4(folder: Path, alphas: tuple, steps: int, eval_every: int) -> tuple:
+def figure4(alphas: tuple, steps: int, eval_every: int) -> tuple:
     """(instances, alpha -> methods, alpha -> curves) of the synthetic experiment, with a process a core."""
     instances = [synthetic.published_instance(seed) for seed in synthetic.PUBLISHED_SEEDS]
-    methods = {alpha: synthetic.default_methods(alpha, synthetic.METHODS, None, None) for alpha in alphas}
-    settings = Namespace(kept=folder, steps=steps, eval_steps=list(range(0, steps + 1, eval_every)),
-                         points="test", dpo_scale=2.0, kl_direction="reference_policy")
-    with synthetic.Workers(len(os.sched_getaffinity(0))) as workers:
-        return instances, methods, synthetic.run(workers, instances, list(alphas), methods, settings)
+    methods = {alpha: synthetic.published_methods(alpha) for alpha in alphas}
+    return instances, methods, synthetic.run(instances, methods, list(range(0, steps + 1, eval_every)))
 
 
 # What is measured and stands in scripts: benchmark/ imports none.
 CODE = Namespace(train=train, join_world=join_world, figure4=figure4, train_lr=synthetic.TRAIN_LR,
-                 kept_models=synthetic.reference_and_retrained_kept, train_steps=synthetic.TRAIN_STEPS)
+                 train_models=synthetic.reference_and_retrained, train_steps=synthetic.TRAIN_STEPS)
 
 
 def table(rows: dict, tiny: bool) -> str:

@@ -12,31 +12,23 @@ Unlearning starts at pi_ref and descends one of the objectives of `losses.py`, b
 comes close to pi_retr in KL(pi_retr || pi_theta), on forget points (the forget distance) and on retain points
 (the retain distance). The published curves are reproduced, random stream included.
 
-Where the published runs differ from the paper's text we follow the runs; a flag in brackets gives the text's:
-- DPO has the factor 2/beta, Eq. 2 has 1/beta [--dpo-scale 1]. `losses.dpo_loss` is Eq. 2; here it is doubled.
-- K is D(pi_ref || pi_theta), the text's is D(pi_theta || pi_ref) [--kl-direction policy_reference].
-- Distances are means over 1000 fresh test points, the text's over forget and retain set [--points train].
+Where the published runs differ from the paper's text we follow the runs:
+- DPO has the factor 2/beta, Eq. 2 has 1/beta. `losses.dpo_loss` is Eq. 2; here it is doubled.
+- K is D(pi_ref || pi_theta), the text's is D(pi_theta || pi_ref).
+- Distances are means over 1000 fresh test points, the text's over forget and retain set.
 - pi_ref and pi_retr are 20,000 steps of gradient descent from 0, not optima. The optimum on the retain set is
   nearly unbounded (a few directions are all but separable), so the "retrained model" is early-stopped, and it
   has to be.
 - Figure 3's caption says "difference"; drawn is the distance from pi_retr on both axes, as in Figure 4 (a3).
-
-Speed: the methods of some instances are one stack of parameters, so a step is two matrix products for their
-logits, autograd on the losses of the logits, and two products back. Stacks are spread over processes.
 """
 
-import hashlib
-import json
 import math
 import os
 import re
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 # the processes share the cores; threads on matrices this small would only get in their way
@@ -51,9 +43,9 @@ from scipy.special import expit
 from tqdm import tqdm
 
 import losses
-from data.synthetic_instances import PUBLISHED_SEEDS, Instance, fresh_instance, published_instance
-from study import synthetic_claims as claims
-from study import synthetic_pages as pages
+from data.synthetic_instances import PUBLISHED_SEEDS, fresh_instance, published_instance
+from study.sections import draw, plain, table, write
+from study.synthetic_claims import verdicts
 from support.command_line import Parser, not_negative, positive, run_command
 from support.errors import InputError
 from support.provenance import environment
@@ -86,15 +78,24 @@ PUBLISHED = {  # alpha -> family -> (lr, beta)
 FIGURE3_METHODS = [Method("ga", 5e-4)]
 FIGURE3_METHODS += [Method(f"npo@{beta:g}", 5e-4, beta) for beta in (0.01, 0.1, 0.2, 0.5, 1.0)]
 GRID_LR, GRID_BETA = (2e-5, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2, 5e-2), (0.1, 0.5, 1.0, 5.0, 10.0)
+DISTANCES, START = ("forget_distance", "retain_distance"), "start ($\\pi_{ref}$)"
+MEAN, MEDIAN = "mean, band $\\pm$ 1 sd", "median, band 10-90%"
+FAMILY_STYLE = {"npo": {"color": "#000000", "marker": "o"}, "dpo": {"color": "#1b7fb8", "marker": "s"},
+                "ga": {"color": "#d1495b", "marker": "^"}, "idk": {"color": "#8f8f8f", "marker": "D"}}
+TERM_LINE = {"rt": "-", "": "--", "kl": ":"}
 TOGETHER = 3  # instances that are unlearned as one stack
-KEPT = Path(__file__).resolve().parent / "runs" / "synthetic"  # pi_ref and pi_retr, a small file an instance
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def published_methods(alpha: float, names: tuple = METHODS) -> list:
+    """The published settings; alpha 1's where the paper has no such alpha."""
+    settings = PUBLISHED.get(alpha, PUBLISHED[1])
+    return [Method(name, *settings[name.partition("+")[0]]) for name in names]
 
 
 # ----------------------------------------------------------------------- the models, and the ten methods
-
-
 def reference_and_retrained(Z_retain: np.ndarray, y_retain: np.ndarray, Z_forget: np.ndarray,
-                            y_forget: np.ndarray, steps: int = TRAIN_STEPS) -> np.ndarray:
+                            y_forget: np.ndarray, steps: int) -> np.ndarray:
     """theta of pi_ref and pi_retr, (N, 2): full-batch gradient descent on the mean cross-entropy, from 0."""
     def descend(Z, y):
         theta = np.zeros(Z.shape[1])
@@ -111,35 +112,37 @@ def two_class(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(logits), logits], -1)
 
 
-def label_logps(logits: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """`losses.token_logps` of two classes, (K, M, n), from log-odds of 1; sign (K, 1, n) of labels."""
-    return F.logsigmoid(sign * logits)
-
-
 def forget_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor, answer: torch.Tensor,
-                idk: torch.Tensor, dpo_scale: float) -> torch.Tensor:
+                idk: torch.Tensor) -> torch.Tensor:
     """The loss on every forget point, (K, M, n), of methods that differ in lr or retain term alone.
 
-    logits (K, M, n); the reference's, the labels and the "I don't know" labels are (K, 1, n).
+    logits (K, M, n) are log-odds; the reference's, the labels and the "I don't know" labels are (K, 1, n). A
+    label is 1 or -1, so that its log pi, `losses.token_logps` of two classes, is logsigmoid(label * logits).
     """
+    policy, policy_idk = F.logsigmoid(answer * logits), F.logsigmoid(idk * logits)
     if method.family == "ga":
-        return losses.ga_loss(label_logps(logits, answer))
+        return losses.ga_loss(policy)
     if method.family == "idk":
-        return losses.nll_loss(label_logps(logits, idk))
-    policy, reference = label_logps(logits, answer), label_logps(reference_logits, answer).expand_as(logits)
+        return losses.nll_loss(policy_idk)
+    reference = F.logsigmoid(answer * reference_logits).expand_as(logits)
     if method.family == "npo":
         return losses.npo_loss(policy, reference, method.beta)
-    reference_idk = label_logps(reference_logits, idk).expand_as(logits)
-    policy_idk = label_logps(logits, idk)
-    return dpo_scale * losses.dpo_loss(policy_idk, policy, reference_idk, reference, method.beta)
+    reference_idk = F.logsigmoid(idk * reference_logits).expand_as(logits)
+    return 2 * losses.dpo_loss(policy_idk, policy, reference_idk, reference, method.beta)
 
 
-def retain_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor, answer: torch.Tensor,
-                kl_direction: str) -> torch.Tensor:
+def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(pi_reference || pi_theta) in nats, (K, M, n), from log-odds (K, 1, n) and (K, M, n)."""
+    reference = two_class(reference_logits.expand_as(logits))
+    return losses.kl_loss(two_class(logits), reference, "reference_policy")
+
+
+def retain_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor,
+                answer: torch.Tensor) -> torch.Tensor:
     """The retain term on every retain point, (K, M, n), shapes as in `forget_loss`."""
     if method.retain == "rt":
-        return losses.nll_loss(label_logps(logits, answer))
-    return losses.kl_loss(two_class(logits), two_class(reference_logits.expand_as(logits)), kl_direction)
+        return losses.nll_loss(F.logsigmoid(answer * logits))
+    return kl(reference_logits, logits)
 
 
 def grouped(methods: list, *keys: str) -> list:
@@ -150,292 +153,240 @@ def grouped(methods: list, *keys: str) -> list:
     return [(torch.tensor(rows), methods[rows[0]]) for rows in found.values()]
 
 
-def mean_gradient(theta: torch.Tensor, Z: torch.Tensor, terms: list) -> torch.Tensor:
-    """Gradient (K, M, N) of the mean losses over the points with features Z (K, n, N).
-
-    terms: (rows of M, their loss as a function of their logits).
-    """
-    logits = theta @ Z.mT
-    slopes = torch.zeros_like(logits)
-    for rows, loss in terms:
-        own = logits[:, rows].requires_grad_()
-        [slopes[:, rows]] = torch.autograd.grad(loss(own), own, torch.ones_like(own))
-    return slopes @ Z / Z.shape[1]
-
-
-def kl_distance(retrained_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """KL(pi_retr || pi_theta) in nats, mean over the n points: (K, 1, n) and (K, M, n) -> (K, M)."""
-    retrained = two_class(retrained_logits.expand_as(logits))
-    return losses.kl_loss(two_class(logits), retrained, "reference_policy").mean(-1)
-
-
 class Problem:
     """K instances at one alpha with their pi_ref and pi_retr: unlearns any methods, measures on the way."""
 
-    def __init__(self, instances: list, alpha: float, models: list, points: str = "test"):
-        def features(name: str, mean: float):
+    def __init__(self, instances: list, alpha: float, models: list):
+        def features(name: str, mean: float):  # (K, n, N)
             return torch.from_numpy(np.stack([own.features(getattr(own, name), mean) for own in instances]))
 
-        def signs(name: str):
+        def signs(name: str):  # -1 for label 0, (K, 1, n)
             return torch.from_numpy(np.stack([2 * getattr(own, name)[None] - 1 for own in instances]))
 
         self.Z_forget, self.Z_retain = features("x_forget", alpha), features("x_retain", -alpha)
-        self.labels = {name: signs(name) for name in ("y_forget", "y_idk", "y_retain")}
+        tests = features("x_forget_test", alpha), features("x_retain_test", -alpha)
         self.reference, retrained = torch.from_numpy(np.stack(models)).mT.split(1, dim=1)  # (K, 1, N) each
-        tests = self.Z_forget, self.Z_retain
-        if points == "test":
-            tests = features("x_forget_test", alpha), features("x_retain_test", -alpha)
         self.tests = [(Z, retrained @ Z.mT) for Z in tests]
+        self.forget = {"reference_logits": self.reference @ self.Z_forget.mT, "answer": signs("y_forget"),
+                       "idk": signs("y_idk")}
+        self.retain = {"reference_logits": self.reference @ self.Z_retain.mT, "answer": signs("y_retain")}
 
     def distances(self, theta: torch.Tensor) -> torch.Tensor:
         """Forget and retain distance of (K, M, N) parameters, (K, M, 2). An overflow is an infinite one."""
-        distance = torch.stack([kl_distance(retrained, theta @ Z.mT) for Z, retrained in self.tests], -1)
+        distance = torch.stack([kl(retrained, theta @ Z.mT).mean(-1) for Z, retrained in self.tests], -1)
         return distance.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
-    def terms(self, methods: list, dpo_scale: float, kl_direction: str) -> tuple[list, list]:
-        """Terms of `mean_gradient` on the forget and on the retain set, for a stack of methods."""
-        forget = {"reference_logits": self.reference @ self.Z_forget.mT, "answer": self.labels["y_forget"],
-                  "idk": self.labels["y_idk"], "dpo_scale": dpo_scale}
-        retain = {"reference_logits": self.reference @ self.Z_retain.mT, "answer": self.labels["y_retain"],
-                  "kl_direction": kl_direction}
-        return ([(rows, partial(forget_loss, method=method, **forget))
-                 for rows, method in grouped(methods, "family", "beta")],
-                [(rows, partial(retain_loss, method=method, **retain))
-                 for rows, method in grouped(methods, "retain") if method.retain])
+    def objectives(self, theta: torch.Tensor, by_loss: list, by_term: list) -> torch.Tensor:
+        """The sum of all that instances and methods descend, a scalar: its gradient is each one's own."""
+        logits = theta @ self.Z_forget.mT
+        total = sum(forget_loss(logits[:, rows], method, **self.forget).mean(-1).sum()
+                    for rows, method in by_loss)
+        if by_term:
+            logits = theta @ self.Z_retain.mT
+            total += sum(retain_loss(logits[:, rows], method, **self.retain).mean(-1).sum()
+                         for rows, method in by_term)
+        return total
 
-    def unlearn(self, methods: list, steps: int, eval_steps: list, dpo_scale: float,
-                kl_direction: str) -> np.ndarray:
+    def unlearn(self, methods: list, eval_steps: list) -> np.ndarray:
         """Full-batch gradient descent from pi_ref, all at once: distances at `eval_steps`, (K, M, 2, E)."""
-        forget, retain = self.terms(methods, dpo_scale, kl_direction)
+        by_loss = grouped(methods, "family", "beta")
+        by_term = [group for group in grouped(methods, "retain") if group[1].retain]
         lr = torch.tensor([[method.lr] for method in methods], dtype=torch.float64)
         theta, kept, wanted = self.reference.repeat(1, len(methods), 1), [], set(eval_steps)
-        for step in range(steps + 1):
+        for step in range(eval_steps[-1] + 1):
             if step in wanted:
                 kept.append(self.distances(theta))
-            gradient = mean_gradient(theta, self.Z_forget, forget)
-            if retain:
-                gradient += mean_gradient(theta, self.Z_retain, retain)
-            theta -= lr * gradient
+            theta.requires_grad_()
+            [gradient] = torch.autograd.grad(self.objectives(theta, by_loss, by_term), theta)
+            theta = theta.detach() - lr * gradient
         return torch.stack(kept, -1).numpy()
 
 
-# ---------------------------------------------------------------------------------------- many instances
+def unlearned(instances: list, alpha: float, methods: list, eval_steps: list, steps: int) -> np.ndarray:
+    """pi_ref and pi_retr of each instance in so many steps, then every method: distances, (K, M, 2, E)."""
+    models = [reference_and_retrained(*instance.training_rows(alpha), steps) for instance in instances]
+    return Problem(instances, alpha, models).unlearn(methods, eval_steps)
 
 
-def reference_and_retrained_kept(instance: Instance, alpha: float, kept: Path) -> np.ndarray:
-    """`reference_and_retrained` of an instance, read from `kept` where the same data and schedule were
-    trained before.
-
-    The file's name is a fingerprint of everything that the result depends on, so a stale one cannot be met.
-    """
-    rows = (instance.features(instance.x_retain, -alpha), instance.y_retain,
-            instance.features(instance.x_forget, +alpha), instance.y_forget)
-    digest = hashlib.sha256(json.dumps([TRAIN_LR, TRAIN_STEPS]).encode())
-    for array in rows:
-        digest.update(array.tobytes())
-    path = kept / f"{digest.hexdigest()[:32]}.npy"
-    if path.exists():
-        return np.load(path)
-    models = reference_and_retrained(*rows)
-    kept.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.stem}.{os.getpid()}.npy")  # moved into place: never half a file
-    np.save(aside, models)
-    aside.replace(path)
-    return models
-
-
-def unlearn(instances: list, alpha: float, models: list, points: str, *settings) -> np.ndarray:
-    return Problem(instances, alpha, models, points).unlearn(*settings)
-
-
-class Workers:
-    """map over processes, with a progress bar; in this process for one worker. The numbers are the same."""
-
-    def __init__(self, count: int):
-        # fork: a worker inherits torch in milliseconds where a fresh interpreter would import it again
-        self.pool = None
-        if count > 1:
-            self.pool = ProcessPoolExecutor(count, get_context("fork"), torch.set_num_threads, (1,))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-
-    def map(self, function, jobs: list, what: str) -> list:
-        done = (self.pool.map if self.pool else map)(function, *zip(*jobs, strict=True))
-        return list(tqdm(done, what, len(jobs), ncols=100, file=sys.stderr))
-
-
-def run(workers: Workers, instances: list, alphas: list, methods: dict, args) -> dict:
-    """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance: forget and retain distance."""
-    jobs = [(instance, alpha, args.kept) for alpha in alphas for instance in instances]
-    models = iter(workers.map(reference_and_retrained_kept, jobs, "pi_ref, pi_retr"))
+def run(instances: list, methods: dict, eval_steps: list) -> dict:
+    """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance; a process a core."""
     stacks = [instances[start:start + TOGETHER] for start in range(0, len(instances), TOGETHER)]
-    jobs = [(stack, alpha, [next(models) for _ in stack], args.points, methods[alpha], args.steps,
-             args.eval_steps, args.dpo_scale, args.kl_direction) for alpha in alphas for stack in stacks]
-    curves = iter(workers.map(unlearn, jobs, "unlearning"))
-    return {alpha: np.concatenate([next(curves) for _ in stacks]) for alpha in alphas}
+    jobs = [(stack, alpha, methods[alpha], eval_steps, TRAIN_STEPS) for alpha in methods for stack in stacks]
+    processes = min(CORES, len(jobs))
+    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        done = iter(tqdm(pool.map(unlearned, *zip(*jobs, strict=True)), "unlearning", len(jobs), ncols=100))
+        return {alpha: np.concatenate([next(done) for _ in stacks]) for alpha in methods}
 
 
-# ------------------------------------------------------------------------------------------ the commands
+# ---------------------------------------------------------------------------------------------- a figure
+def curves_record(alpha: float, methods: list, curves: np.ndarray, steps: list) -> dict:
+    """What a figure shows, from curves (K, M, 2, E): settings, mean and sd (ddof 0) over the instances."""
+    mean = curves.mean(0)  # where it is infinite, so is the spread
+    sd = np.where(np.isfinite(mean), np.where(np.isfinite(mean), curves, 0).std(0), math.inf)
+    record = {"alpha": alpha, "start": {}, "methods": {}}
+    for axis, key in enumerate(DISTANCES):
+        record["start"][key] = {"mean": mean[0, axis, 0], "sd": sd[0, axis, 0]}  # every method's
+        for m, method in enumerate(methods):
+            own = record["methods"].setdefault(
+                method.name, {"lr": method.lr, "beta": method.beta, "steps": steps})
+            own[key] = {"mean": mean[m, axis], "sd": sd[m, axis], "instances": curves[:, m, axis]}
+    return record
 
 
-def default_methods(alpha: float, names: tuple, lr: float | None, beta: float | None) -> list:
-    """The published settings (alpha 1's where the paper has no such alpha), or lr and beta where given."""
-    result = []
-    for name in names:
-        own_lr, own_beta = PUBLISHED[0 if alpha == 0 else 1][name.partition("+")[0]]
-        result.append(Method(name, lr or own_lr, own_beta and (beta or own_beta)))
-    return result
+def middle(told: str, distance: np.ndarray) -> tuple:
+    """What is drawn of K instances, (K, E): a line, its band's edges. Nothing where one is infinite."""
+    distance = np.where(np.isfinite(distance), distance, math.nan)
+    if told == MEDIAN:
+        return tuple(np.quantile(distance, (0.5, 0.1, 0.9), axis=0))
+    mean, sd = distance.mean(0), distance.std(0)
+    return mean, np.maximum(mean - sd, 0.1 * mean), mean + sd  # cut for the log axis
 
 
-def provenance(args) -> dict:
-    instances = f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}"
-    if args.instances:
-        instances = f"{args.instances} fresh, seed {args.seed}"
-    settings = ("steps", "eval_every", "dpo_scale", "points", "kl_direction", "workers")
-    return {**environment(), "instances": instances, "train_lr": TRAIN_LR, "train_steps": TRAIN_STEPS,
-            **{key: getattr(args, key) for key in settings}, "numpy": np.__version__}
+def against_each_other(told: str, alpha: float, paths: dict) -> tuple:
+    """The panel of retain against forget distance; paths {method: (forget, retain)}."""
+    scale = "log" if alpha > 0 else "linear"
+    start = [distances[:1] for distances in next(iter(paths.values()))]
+    return {"title": f"retain against forget distance\n{told.partition(',')[0]}", "xlabel": "forget distance",
+            "ylabel": "retain distance", "xscale": scale, "yscale": scale}, {**paths, START: start}
 
 
-def run_figures(args, workers: Workers, instances: list):
+def draw_figure(path: Path, figure: int, methods: list, curves: np.ndarray, record: dict):
+    """Figure 4: distances over steps and against each other; Figure 3: the latter, and one instance's.
+
+    Means, as published; of more than five instances the medians too.
+    """
+    panels, styles = [], {START: {"marker": "*", "color": "0", "linestyle": "", "markersize": 12}}
+    distances = {method.name: curves[:, m].swapaxes(0, 1) for m, method in enumerate(methods)}  # (2, K, E)
+    steps = record["methods"][methods[0].name]["steps"]
+    for told in (MEAN, MEDIAN) if len(curves) > 5 else (MEAN,):
+        drawn = {name: [middle(told, distance) for distance in own] for name, own in distances.items()}
+        for axis, key in enumerate(DISTANCES) if figure == 4 else ():
+            settings = {"title": f"{key}\n{told}", "xlabel": "step", "ylabel": "nats", "yscale": "log"}
+            panels.append((settings, {name: (steps, *own[axis]) for name, own in drawn.items()}))
+        panels.append(against_each_other(told, record["alpha"], {
+            name: [line for line, *_ in own] for name, own in drawn.items()}))
+    if figure == 3:
+        panels.append(against_each_other("the first instance by itself", record["alpha"], {
+            name: [distance[0] for distance in own] for name, own in distances.items()}))
+    else:
+        styles |= {method.name: {**FAMILY_STYLE[method.family], "linestyle": TERM_LINE[method.retain]}
+                   for method in methods}
+    draw(path, panels, styles)
+
+
+def run_figures(args, instances: list):
     """Figure 4 for every alpha, or Figure 3."""
-    methods = {alpha: default_methods(alpha, args.methods, args.lr, args.beta) for alpha in args.alphas}
-    if args.figure == 3:
-        methods = {alpha: FIGURE3_METHODS for alpha in args.alphas}
-    for alpha, curves in run(workers, instances, args.alphas, methods, args).items():
-        record = pages.curves_record(alpha, methods[alpha], curves, args.eval_steps, bool(args.instances))
-        record |= claims.verdicts(args.figure, record, curves) | {"provenance": provenance(args)}
-        pages.write_figure(args.out, args.figure, methods[alpha], record)
+    methods = {alpha: FIGURE3_METHODS if args.figure == 3 else published_methods(alpha, args.methods)
+               for alpha in args.alphas}
+    for alpha, curves in run(instances, methods, args.eval_steps).items():
+        record = curves_record(alpha, methods[alpha], curves, args.eval_steps)
+        judged = verdicts(args.figure, alpha, list(record["methods"]), curves, np.array(args.eval_steps))
+        alone = "figure3" if args.figure == 3 else f"alpha{alpha:g}"
+        name, title = f"synthetic_{alone}", f"Figure {args.figure}, alpha = {alpha:g}"
+        draw_figure(args.out / f"{name}.png", args.figure, methods[alpha], curves, record)
+        shown = [{"method": method, "lr": own["lr"], "beta": own["beta"]} | {
+            f"last {key}, {of}": own[key][of][-1] for key in DISTANCES for of in ("mean", "sd")}
+            for method, own in record["methods"].items()]
+        claims = [{"claim": own["claim"], "holds on the mean": own["holds"]} | {
+            key: own["numbers"].get(key) for key in ("share_of_instances", "share_of_means_of_five")}
+            for own in judged["verdicts"]]
+        claims += [{"claim": own["claim"], "holds on the mean": f"undecided, needs {own['needs']}"}
+                   for own in judged["undecided"]]
+        digits = 10 if len(instances) <= 10 else 6  # of fifty instances' curves: a file below 1 MB
+        record = plain(record, digits) | judged | {"provenance": provenance(args)}
+        print(write(args.out / name, record, title, f"Instances: {record['provenance']['instances']}.",
+                    table(shown), table(claims)))
 
 
+# -------------------------------------------------------------------------------------- the grid search
 CRITERION = ("Every method at every lr (and beta) of the grid. Stable: at the last step the mean over the "
              "instances is finite, and no farther from pi_retr than at the start (forget + retain distance). "
              "Chosen: of the stable, the one with the smallest forget + retain distance at the last step.")
-
-
-def run_grid(args, workers: Workers, instances: list):
-    """The paper's grid, chosen so that training "remains stable within 2000 steps"; the criterion is ours."""
-    settings = {}
-    for alpha in args.alphas:
-        settings[alpha] = [Method(name, lr, beta) for name in args.methods for lr in args.grid_lr
-                           for beta in (args.grid_beta if name.startswith(("npo", "dpo")) else [None])]
-    args.eval_steps = [0, args.steps]
-    for alpha, curves in run(workers, instances, args.alphas, settings, args).items():
-        rows = []
-        for method, curve in zip(settings[alpha], curves.mean(0), strict=True):
-            start, end = curve.sum(0)
-            rows.append({"method": method.name, "lr": method.lr, "beta": method.beta,
-                         "forget_distance": curve[0, 1], "retain_distance": curve[1, 1],
-                         "stable": bool(np.isfinite(end) and end <= start)})
-        published = default_methods(alpha, args.methods, None, None)
-        record = {"alpha": alpha, "criterion": CRITERION,
-                  "grid": {"lr": args.grid_lr, "beta": args.grid_beta},
-                  "chosen": {method.name: choose(rows, method) for method in published}, "rows": rows,
-                  "provenance": provenance(args)}
-        pages.write_grid(args.out, record)
 
 
 def choose(rows: list, published: Method) -> dict:
     """The best row of a method by CRITERION (of all, where none is stable), beside the published setting."""
     own = [row for row in rows if row["method"] == published.name]
     best = min(own, key=lambda row: (not row["stable"], row["forget_distance"] + row["retain_distance"]))
-    same = [row for row in own if (row["lr"], row["beta"]) == (published.lr, published.beta)]
-    return {"chosen": best, "published": same[0] if same else {"lr": published.lr, "beta": published.beta},
-            "stable_settings": sum(row["stable"] for row in own), "settings": len(own)}
+    [same] = [row for row in own if (row["lr"], row["beta"]) == (published.lr, published.beta)]
+    return {"chosen": best, "published": same, "stable_settings": sum(row["stable"] for row in own),
+            "settings": len(own)}
 
 
-def build_parser() -> Parser:
+def run_grid(args, instances: list):
+    """The paper's grid, chosen so that training "remains stable within 2000 steps"; the criterion is ours."""
+    grid = [Method(name, lr, beta) for name in args.methods for lr in GRID_LR
+            for beta in (GRID_BETA if name.startswith(("npo", "dpo")) else [None])]
+    for alpha, curves in run(instances, dict.fromkeys(args.alphas, grid), [0, args.steps]).items():
+        rows = []
+        for method, (forget, retain) in zip(grid, curves.mean(0), strict=True):
+            start, end = forget + retain
+            rows.append({"method": method.name, "lr": method.lr, "beta": method.beta,
+                         "forget_distance": forget[1], "retain_distance": retain[1],
+                         "stable": bool(np.isfinite(end) and end <= start)})
+        chosen = {method.name: choose(rows, method) for method in published_methods(alpha, args.methods)}
+        record = {"alpha": alpha, "criterion": CRITERION, "grid": {"lr": GRID_LR, "beta": GRID_BETA},
+                  "chosen": chosen, "rows": rows}
+        shown = [{"": which, **own[which], "stable settings": own["stable_settings"]}
+                 for own in chosen.values() for which in ("chosen", "published")]
+        print(write(args.out / f"synthetic_alpha{alpha:g}_grid",
+                    plain(record, 10) | {"provenance": provenance(args)}, f"Grid search, alpha = {alpha:g}",
+                    CRITERION, f"lr in {GRID_LR}, beta in {GRID_BETA}.", table(shown)))
+
+
+# ------------------------------------------------------------------------------------------ the command
+def provenance(args) -> dict:
+    published = f"published, seeds {', '.join(map(str, PUBLISHED_SEEDS))}"
+    instances = f"{args.instances} fresh, seed {args.seed}" if args.instances else published
+    return {**environment(), "instances": instances, "train_lr": TRAIN_LR, "train_steps": TRAIN_STEPS,
+            "steps": args.steps, "eval_every": args.eval_every, "numpy": np.__version__}
+
+
+def parse_args(argv: list | None):
+    """Raises InputError for settings that don't go together."""
     parser = Parser(prog="synthetic.py", description=__doc__)
     add = parser.add_argument
-    add("--alpha", type=not_negative(float), help="half the distance of forget and retain means (default 1)")
-    add("--all", action="store_true", help="Figure 4 for alpha = 1 and alpha = 0")
+    alphas = parser.add_mutually_exclusive_group()
+    alphas.add_argument("--alpha", type=not_negative(float), default=1.0,
+                        help="half the distance of forget and retain means (default 1)")
+    alphas.add_argument("--all", action="store_true", help="Figure 4 for alpha = 1 and alpha = 0")
     add("--figure", type=int, choices=(3, 4), default=4, help="default 4")
-    add("--methods", nargs="+", metavar="METHOD", default=METHODS,
-        help=f"Figure 4: some of {' '.join(METHODS)} (default all)")
-    add("--lr", type=positive(float), help="Figure 4: step size of every method (default: published)")
-    add("--beta", type=positive(float), help="Figure 4: beta of npo and dpo (default: published)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="Figure 4: some of them (default all)")
     add("--instances", type=positive(int), help="that many fresh instances (default: the published five)")
     add("--seed", type=not_negative(int), help="of the fresh instances (default 0)")
     add("--steps", type=positive(int), help="unlearning steps (default 2000; Figure 3: 10000)")
     add("--eval-every", type=positive(int), help="steps between evaluations (default 25; Figure 3: 5)")
     add("--grid-search", action="store_true", help="choose lr and beta on a grid, beside the published")
-    for flag, grid in (("--grid-lr", GRID_LR), ("--grid-beta", GRID_BETA)):
-        add(flag, nargs="+", type=positive(float), help=f"default {' '.join(f'{x:g}' for x in grid)}")
-    add("--dpo-scale", type=positive(float), default=2.0,
-        help="s of -(s/beta) log sigmoid: 2 published, 1 Eq. 2 (default 2)")
-    add("--kl-direction", choices=losses.KL_DIRECTIONS, default="reference_policy",
-        help="K: D(pi_ref || pi_theta), published (default), or the text's D(pi_theta || pi_ref)")
-    add("--points", choices=("test", "train"), default="test",
-        help="distances over 1000 fresh points of each kind, published (default), or over the training sets")
-    add("--workers", type=positive(int), help="processes, the numbers don't depend on it (default: cores)")
-    add("--kept", type=Path, default=KEPT, help="folder of pi_ref and pi_retr (default runs/synthetic)")
-    add("--out", type=Path, default=Path("runs/synthetic"),
-        help="folder for JSON, pictures, pages (default runs/synthetic)")
-    return parser
-
-
-def refuse_contradictions(args):
-    """Raises InputError for settings that don't go together."""
-    names, grids = " ".join(args.methods), [grid for grid in (args.grid_lr, args.grid_beta) if grid]
-    unknown = set(args.methods) - set(METHODS) or len(set(args.methods)) < len(args.methods)
-    without_beta = not any(name.startswith(("npo", "dpo")) for name in args.methods)
-    of_figure4 = args.methods != METHODS or args.lr or args.beta or args.grid_search
-    no_fork = (args.workers or 1) > 1 and not hasattr(os, "fork")
+    add("--out", type=Path, default=Path("runs/synthetic"), help="folder to write (default runs/synthetic)")
+    args = parser.parse_args(argv)
     for wrong, sentence in (
-            (args.all and args.alpha is not None, "--all runs alpha 1 and 0: drop it, or --alpha"),
-            (args.all and args.figure == 3, "--all is Figure 4 for both alpha: drop it, or --figure 3"),
-            (unknown, f"--methods {names} given, different ones out of {' '.join(METHODS)} needed"),
-            (args.figure == 3 and of_figure4,
-             "--figure 3 has its own methods, lr and beta: drop --methods, --lr, --beta and --grid-search"),
-            (args.beta and without_beta, f"--beta given, but none of {names} has one: add npo or dpo"),
+            (len(set(args.methods)) < len(args.methods), "--methods names one twice: name each once"),
+            (args.figure == 3 and (args.all or args.grid_search or args.methods != METHODS),
+             "--figure 3 has its own methods, lr and beta: drop --all, --methods and --grid-search"),
             (args.seed is not None and not args.instances,
              "--seed given, but the published instances have their own: add --instances 5"),
-            (grids and not args.grid_search, "--grid-lr or --grid-beta given: add --grid-search"),
-            (any(len(set(grid)) < 2 for grid in grids),
-             "--grid-lr or --grid-beta has one value, a grid has two or more: add another"),
-            (args.grid_search and (args.lr or args.beta or args.eval_every),
-             "--grid-search chooses lr and beta and looks at the last step: drop --lr, --beta, --eval-every"),
-            (no_fork, f"--workers {args.workers} given, but this system cannot fork: drop it")):
+            (args.grid_search and args.eval_every, "--grid-search has one evaluation: drop --eval-every")):
         if wrong:
             raise InputError(sentence)
-
-
-def parse_args(argv: list | None):
-    args = build_parser().parse_args(argv)
-    args.methods = tuple(name for text in args.methods for name in text.split(","))
-    refuse_contradictions(args)
-    args.alphas = [1.0, 0.0] if args.all else [1.0 if args.alpha is None else args.alpha]
+    args.alphas = [1.0, 0.0] if args.all else [args.alpha]
     args.steps = args.steps or (10_000 if args.figure == 3 else 2000)
     args.eval_every = min(args.eval_every or (5 if args.figure == 3 else 25), args.steps)
     args.eval_steps = sorted({*range(0, args.steps, args.eval_every), args.steps})
     args.seed = args.seed or 0
-    args.grid_lr = list(dict.fromkeys(args.grid_lr or GRID_LR))
-    args.grid_beta = list(dict.fromkeys(args.grid_beta or GRID_BETA))
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # elsewhere fork isn't safe
-    args.workers = args.workers or cores
-    for folder in (args.out, args.kept):  # what can't be written is refused before the work
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     return args
 
 
 def main(argv: list | None = None):
-    began = time.time()
-    args = parse_args(argv)
+    began, args = time.time(), parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # a folder that can't be written is refused before the work
     if any(alpha not in PUBLISHED for alpha in args.alphas):
-        print(f"alpha {args.alphas[0]:g} has no published lr and beta: alpha 1's are used, or the flags'")
+        print(f"alpha {args.alphas[0]:g} has no published lr and beta: alpha 1's are used")
+    instances = [published_instance(seed) for seed in PUBLISHED_SEEDS]
     if args.instances:
         instances = [fresh_instance(args.seed, number) for number in range(args.instances)]
-    else:
-        instances = [published_instance(seed) for seed in PUBLISHED_SEEDS]
-    action = run_grid if args.grid_search else run_figures
-    with Workers(min(args.workers, len(instances) * len(args.alphas))) as workers:
-        action(args, workers, instances)
-    print(f"{time.time() - began:.1f} s")
+    (run_grid if args.grid_search else run_figures)(args, instances)
+    print(f"written: {args.out}; {time.time() - began:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Section 4's data: x ~ N(+-alpha 1, I_16), labels from a logistic model, and the five instances that were
-published.
+"""Section 4's data: x ~ N(+-alpha 1, I_16), labels from a logistic model; fresh, or the published five.
 
 Slope and intercept of the logistic model are opposite on the forget and on the retain set.
 """
@@ -19,8 +18,7 @@ PUBLISHED_SEEDS = (1000, 2000, 3000, 4000, 5000)
 
 @dataclass
 class Instance:
-    """One draw of the experiment, for every alpha: inputs kept less their mean, which alpha shifts; labels 0
-    or 1."""
+    """One draw, for every alpha: inputs less their mean, which alpha shifts; labels 0 or 1."""
     W: np.ndarray  # (N, D), the fixed first layer
     x_retain: np.ndarray  # (1000, D)
     y_retain: np.ndarray  # (1000,)
@@ -33,6 +31,11 @@ class Instance:
     def features(self, x: np.ndarray, mean: float) -> np.ndarray:
         """relu(W (x + mean)), (n, D) -> (n, N)."""
         return np.maximum((x + mean) @ self.W.T, 0)
+
+    def training_rows(self, alpha: float) -> tuple:
+        """(features, labels) of the retain set, then of the forget set."""
+        return (self.features(self.x_retain, -alpha), self.y_retain,
+                self.features(self.x_forget, +alpha), self.y_forget)
 
 
 def fresh_instance(seed: int, number: int) -> Instance:
@@ -66,8 +69,7 @@ def old_multinomial(probs: np.ndarray, generator: torch.Generator) -> np.ndarray
 
 
 def published_instance(seed: int) -> Instance:
-    """One of the published five (PUBLISHED_SEEDS), bit for bit, in the order in which the authors' code draws
-    it."""
+    """One of the published five (PUBLISHED_SEEDS), bit for bit, drawn in the order of the authors' code."""
     generator = torch.Generator().manual_seed(seed)
     float64 = {"generator": generator, "dtype": torch.float64}
 

@@ -1,8 +1,7 @@
 """Section 4's claims as verdicts on the curves of `synthetic.py`.
 
 A predicate takes curves {method: (2, E)} (forget, retain), of one instance or of a mean, and the steps (E,).
-It says whether the claim holds there, and the numbers that decide. `verdict` puts it to the mean, and to
-every instance.
+It says whether the claim holds there, and the numbers that decide.
 """
 
 import math
@@ -11,10 +10,11 @@ from functools import partial
 import numpy as np
 from scipy.interpolate import CubicSpline
 
+from study.sections import verdict
+
 IN_THE_FIGURE = ("npo+rt", "npo", "ga+rt", "ga", "idk+rt", "dpo+rt")  # Figure 4: its claims are about these
 SMALL, WITHIN = 0.005, 1200  # the paper's "small forget distance (less than 0.005) within 1200 steps"
 LEVELS = np.geomspace(SMALL, 0.17, 10)  # forget distances at which frontiers are compared; the start is 1.70
-SEEDS = (1, 2, 3, 5, 8, 13, 21, 34, 50)
 
 
 def gets_small(curves: dict, steps: np.ndarray):
@@ -30,8 +30,7 @@ def idk_stays_far(curves: dict, steps: np.ndarray):
 
 
 def diverges(curves: dict, steps: np.ndarray, names: tuple):
-    """The retain distance at least triples, and grows by more in the second half of the run than in the
-    first."""
+    """The retain distance at least triples, and grows by more in the second half than in the first."""
     numbers = {}
     for name in names:
         start, middle, end = curves[name][1, [0, len(steps) // 2, -1]]
@@ -42,8 +41,7 @@ def diverges(curves: dict, steps: np.ndarray, names: tuple):
 
 
 def levels_off(curves: dict, steps: np.ndarray, name: str):
-    """The retain distance stays below five times the start, and grows by less in the last quarter than before
-    it."""
+    """The retain distance: below five times its start, and growing less in the last quarter than before."""
     retain, quarter = curves[name][1], (len(steps) - 1) // 4
     start, half, late, end = retain[[0, -1 - 2 * quarter, -1 - quarter, -1]]
     return retain.max() < 5 * start and (end <= late or end - late < late - half), {
@@ -52,11 +50,9 @@ def levels_off(curves: dict, steps: np.ndarray, name: str):
 
 
 def frontier(curve: np.ndarray) -> np.ndarray:
-    """The Pareto frontier: the least retain distance on the path where the forget distance is at most each of
-    LEVELS.
+    """The Pareto frontier: the least retain distance at a forget distance of at most each of LEVELS, or inf.
 
-    inf where it never is. Between two evaluations the path is a straight line in (log forget, retain), since
-    a fast method jumps over several levels at once.
+    The path is straight in (log forget, retain) between evaluations: a fast method jumps over several levels.
     """
     (forget, retain), level = curve, LEVELS[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -68,37 +64,33 @@ def frontier(curve: np.ndarray) -> np.ndarray:
 
 
 def better_frontier(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """At every level that any of them reaches, `name` has the smallest retain distance: a ratio of at most
-    1."""
+    """At every level that any of them reaches, `name` has the smallest retain distance."""
     own, best = frontier(curves[name]), np.min([frontier(curves[other]) for other in others], axis=0)
     reached = np.isfinite(np.minimum(own, best))
     ratio = own[reached] / best[reached]  # 0 where only `name` gets there, inf where only another does
-    return bool((ratio <= 1).all()), {
+    return (ratio <= 1).all(), {
         "levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
         "median_ratio": float(np.median(ratio)) if len(ratio) else 1.0, "worst_ratio": ratio.max(initial=0.0)}
 
 
 def distances_agree(curves: dict, steps: np.ndarray):
-    """Forget and retain distance differ by at most a tenth of their sum: all the figure's methods, at every
-    step."""
-    gap = {name: (abs(forget - retain) / (forget + retain)).max()
-           for name, (forget, retain) in ((name, curves[name]) for name in IN_THE_FIGURE)}
+    """Forget and retain distance differ by at most a tenth of their sum: all the figure's methods, always."""
+    gap = {name: (abs(curves[name][0] - curves[name][1]) / curves[name].sum(0)).max()
+           for name in IN_THE_FIGURE}
     return max(gap.values()) <= 0.1, {"largest_relative_gap": gap}
 
 
-def smallest_distances(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """Its smallest forget and its smallest retain distance along the run are below every other method's."""
-    least = {key: curves[key].min(1) for key in (name, *others)}
-    holds = all((least[name] <= least[other]).all() for other in others)
+def npo_rt_comes_closest(curves: dict, steps: np.ndarray):
+    """npo+rt's least forget and its least retain distance along the run are the least of the figure."""
+    least = {name: curves[name].min(1) for name in IN_THE_FIGURE}
+    holds = all((least["npo+rt"] <= other).all() for other in least.values())
     return holds, {"least_forget_and_retain_distance": least}
 
 
 def path_gap(curve: np.ndarray, other: np.ndarray, steps: np.ndarray) -> float:
-    """How far a path strays from another, in decades: its points' largest distance to the other's line, axes
-    log10.
+    """How far a path strays from another's line, in decades (axes log10), at its farthest point.
 
-    The line is a cubic spline through the evaluations: chords cut the corner where gradient ascent turns
-    back.
+    The line is a cubic spline through the evaluations: chords cut the corner where ga turns back.
     """
     path, finite = np.log10(curve[:, np.isfinite(curve).all(0)]), np.isfinite(other).all(0)
     spline = CubicSpline(steps[finite], np.log10(other[:, finite]), axis=1)
@@ -111,8 +103,7 @@ def path_gap(curve: np.ndarray, other: np.ndarray, steps: np.ndarray) -> float:
 
 
 def goes_to_ga(curves: dict, steps: np.ndarray):
-    """Of all beta, the smallest has the path closest to ga's, and it is within 0.02 decades (5%)
-    everywhere."""
+    """Of all beta, the smallest has the path closest to ga's, within 0.02 decades (5%) everywhere."""
     gap = {float(name.partition("@")[2]): path_gap(curve, curves["ga"], steps)
            for name, curve in curves.items() if name != "ga"}
     least = min(gap)
@@ -121,8 +112,8 @@ def goes_to_ga(curves: dict, steps: np.ndarray):
         "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
 
 
-NPO_RT = {"name": "npo+rt", "others": IN_THE_FIGURE[1:]}
-FIGURE4_GAP = (  # alpha > 0: claim, methods it needs, predicate
+# A claim, the methods it needs, its predicate.
+FIGURE4_GAP = (  # alpha > 0
     ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps",
      IN_THE_FIGURE, gets_small),
     ("idk+rt never does", ("idk+rt",), idk_stays_far),
@@ -130,60 +121,42 @@ FIGURE4_GAP = (  # alpha > 0: claim, methods it needs, predicate
      partial(diverges, names=("ga", "ga+rt"))),
     ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), partial(levels_off, name="npo+rt")),
     ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), partial(levels_off, name="dpo+rt")),
-    ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE, partial(better_frontier, **NPO_RT)),
+    ("npo+rt has the best Pareto frontier of the figure", IN_THE_FIGURE,
+     partial(better_frontier, name="npo+rt", others=IN_THE_FIGURE[1:])),
     ("Without the retain set npo has a better Pareto frontier than ga", ("npo", "ga"),
-     partial(better_frontier, name="npo", others=("ga",))),
-)
+     partial(better_frontier, name="npo", others=("ga",))))
 FIGURE4_NO_GAP = (  # alpha = 0
     ("Forget and retain distances are equal", IN_THE_FIGURE, distances_agree),
-    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE,
-     partial(smallest_distances, **NPO_RT)),
-)
+    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE, npo_rt_comes_closest))
 FIGURE3 = (("npo's curve goes to ga's as beta -> 0", ("ga",), goes_to_ga),)
 
 
-def verdict(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
-    """A claim on the mean of the instances (`holds`) and on each of them; with how the answer depends on
-    their number.
-
-    curves (K, M, 2, E). From 20 instances on, `holds_in_means_of` is how often the claim holds on the mean of
-    n instances drawn from the K (200 draws each), and `seeds_needed` the least n from which on that gives the
-    answer of all K in 95% of draws.
-    """
+def judged(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
+    """A claim on the mean of the instances, (K, M, 2, E), on each, and on means of five of many."""
     def judge(values):
         return predicate(dict(zip(names, values, strict=True)), steps)
 
-    instances = len(curves)
-    holds, numbers = judge(curves.mean(0))
-    each = [judge(curve) for curve in curves]
-    scalars = sorted(key for key, value in numbers.items() if isinstance(value, float))
+    (holds, numbers), each = judge(curves.mean(0)), [judge(curve) for curve in curves]
+    scalars = {key: [own[key] for _, own in each] for key in numbers if isinstance(numbers[key], float)}
     held = [bool(own_holds) for own_holds, _ in each]
-    numbers = {**numbers, "share_of_instances": sum(held) / instances,
-               "instances": {"holds": held} | {key: [own[key] for _, own in each] for key in scalars}}
-    if instances >= 20:
-        rng = np.random.default_rng(0)
-        draws = {n: rng.integers(instances, size=(200, n)) for n in SEEDS}
-        chance = {n: np.mean([bool(judge(curves[draw].mean(0))[0]) for draw in draws[n]]) for n in SEEDS}
-        agrees = [n for n in SEEDS if (chance[n] if holds else 1 - chance[n]) >= 0.95]
-        steady = [n for n in agrees if all(m in agrees for m in SEEDS if m >= n)]
-        numbers["holds_in_means_of"] = chance
-        numbers["seeds_needed"] = steady[0] if steady else f"more than {SEEDS[-1]}"
-    return {"claim": claim, "holds": bool(holds), "numbers": numbers}
+    numbers |= {"share_of_instances": sum(held) / len(held), "instances": {"holds": held, **scalars}}
+    if len(curves) >= 20:
+        draws = np.random.default_rng(0).integers(len(curves), size=(200, 5))
+        numbers["share_of_means_of_five"] = np.mean([judge(curves[draw].mean(0))[0] for draw in draws])
+    return verdict(claim, holds, **numbers)
 
 
-def verdicts(figure: int, record: dict, curves: np.ndarray) -> dict:
+def verdicts(figure: int, alpha: float, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
     """Verdicts on a run; and the claims that it leaves undecided, too short or without a method they need."""
-    claims, least_steps = FIGURE4_GAP if record["alpha"] > 0 else FIGURE4_NO_GAP, WITHIN
+    claims, least_steps = FIGURE4_GAP if alpha > 0 else FIGURE4_NO_GAP, WITHIN
     if figure == 3:
         claims, least_steps = FIGURE3, 2000
-    names = list(record["methods"])
-    steps = np.array(record["methods"][names[0]]["steps"])
     decided, undecided = [], []
     for claim, needs, predicate in claims:
-        missing = [name for name in needs if name not in names]
+        missing = ", ".join(name for name in needs if name not in names)
         if missing or steps[-1] < least_steps:
-            need = f"methods {', '.join(missing)}" if missing else f"--steps {least_steps}"
+            need = f"methods {missing}" if missing else f"--steps {least_steps}"
             undecided.append({"claim": claim, "needs": need})
         else:
-            decided.append(verdict(claim, predicate, names, curves, steps))
+            decided.append(judged(claim, predicate, names, curves, steps))
     return {"verdicts": decided, "undecided": undecided}

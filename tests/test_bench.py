@@ -60,14 +60,12 @@ def test_plain_evaluation_gives_the_same_scores(args):
 
 def test_s_walks_the_same_path():
     instance = synthetic.fresh_instance(0, 0)
-    rows = (instance.features(instance.x_retain, -1), instance.y_retain,
-            instance.features(instance.x_forget, 1), instance.y_forget)
+    rows = instance.training_rows(1)
     models = synthetic.reference_and_retrained(*rows, steps=50)
     plain = np.stack(opponents.models(instance, 1, synthetic.TRAIN_LR, 50), 1)
     np.testing.assert_allclose(plain, models, rtol=1e-9)
-    methods = synthetic.default_methods(1, synthetic.METHODS, None, None)
-    curves = synthetic.Problem([instance], 1, [models]).unlearn(methods, 10, [0, 5, 10], 2.0,
-                                                                "reference_policy")[0]
+    methods = synthetic.published_methods(1)
+    curves = synthetic.Problem([instance], 1, [models]).unlearn(methods, [0, 5, 10])[0]
     thetas = torch.from_numpy(models.T.copy())
     for method, curve in zip(methods, curves, strict=True):
         path = opponents.unlearning(method, instance, 1, thetas, 10, 5)

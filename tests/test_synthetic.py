@@ -1,7 +1,6 @@
 """Section 4: the published instances bit for bit, curves to 1e-7, every method's path, verdicts."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,18 +11,14 @@ import synthetic
 from data.synthetic_instances import PUBLISHED_SEEDS, N, fresh_instance, published_instance
 from study import synthetic_claims as claims
 from support.errors import InputError
-from synthetic import METHODS, Problem, default_methods
+from synthetic import METHODS, Problem, published_methods
 from tests.conftest import ROOT
 
 FIELDS = ("W", "x_retain", "y_retain", "x_forget", "y_forget", "y_idk", "x_retain_test", "x_forget_test")
-TRAIN = synthetic.reference_and_retrained
-SETTINGS = {"dpo_scale": 2.0, "kl_direction": "reference_policy"}
 
 
 def models_of(instance, alpha, steps):
-    return synthetic.reference_and_retrained(instance.features(instance.x_retain, -alpha), instance.y_retain,
-                                             instance.features(instance.x_forget, alpha), instance.y_forget,
-                                             steps=steps)
+    return synthetic.reference_and_retrained(*instance.training_rows(alpha), steps)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +66,8 @@ def published_curves():
     for seed in PUBLISHED_SEEDS:
         instance = published_instance(seed)
         models = models_of(instance, 1, synthetic.TRAIN_STEPS)
-        methods = default_methods(1, METHODS, None, None)
         problem = Problem([instance], 1, [models])
-        curves.append((models, problem.unlearn(methods, 500, eval_steps, **SETTINGS)[0]))
+        curves.append((models, problem.unlearn(published_methods(1), eval_steps)[0]))
     return eval_steps, [models for models, _ in curves], np.stack([curve for _, curve in curves])
 
 
@@ -98,7 +92,7 @@ def test_means_and_sds_are_the_published_ones(shared, published_curves):
 # -- gradients
 
 
-def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direction):
+def objective(name, beta, instance, theta, reference, alpha):
     """The method's loss from losses.py: the same model, written as a two-class softmax."""
     def two_class(x, mean, parameters):
         logits = torch.from_numpy(instance.features(x, mean)) @ parameters
@@ -112,27 +106,26 @@ def objective(name, beta, instance, theta, reference, alpha, dpo_scale, kl_direc
     policy_idk, ref_idk = (losses.token_logps(logits, y_idk) for logits in (forget, forget_reference))
     of_family = {"ga": lambda: losses.ga_loss(policy), "idk": lambda: losses.nll_loss(policy_idk),
                  "npo": lambda: losses.npo_loss(policy, ref, beta),
-                 "dpo": lambda: dpo_scale * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}
+                 "dpo": lambda: 2 * losses.dpo_loss(policy_idk, policy, ref_idk, ref, beta)}
     loss = of_family[family]().mean()
     if retain:
         logits, reference_logits = (two_class(instance.x_retain, -alpha, p) for p in (theta, reference))
         loss = loss + (losses.nll_loss(losses.token_logps(logits, y_retain)) if retain == "rt" else
-                       losses.kl_loss(logits, reference_logits, kl_direction)).mean()
+                       losses.kl_loss(logits, reference_logits, "reference_policy")).mean()
     return loss
 
 
-@pytest.mark.parametrize("dpo_scale, kl_direction", [(2.0, "reference_policy"), (1.0, "policy_reference")])
-def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_direction):
+def test_every_method_walks_the_path_of_autograd_on_losses(small):
     instance, models, problem = small
     methods = [synthetic.Method(name, 0.05, None if name[:2] in ("ga", "id") else 0.7)
                for name in METHODS]
     eval_steps = [1, 2, 12]
-    curves = problem.unlearn(methods, 12, eval_steps, dpo_scale, kl_direction)[0]
+    curves = problem.unlearn(methods, [*eval_steps])[0]
     reference = torch.from_numpy(models[:, 0].copy())
     for method, curve in zip(methods, curves, strict=True):
         theta = reference.clone().requires_grad_()
         for step in range(1, 13):
-            loss = objective(method.name, method.beta, instance, theta, reference, 1, dpo_scale, kl_direction)
+            loss = objective(method.name, method.beta, instance, theta, reference, 1)
             [gradient] = torch.autograd.grad(loss, theta)
             theta = (theta - method.lr * gradient).detach().requires_grad_()
             if step in eval_steps:
@@ -145,17 +138,17 @@ def test_every_method_walks_the_path_of_autograd_on_losses(small, dpo_scale, kl_
 def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
     margin = np.array([[-900.0, -40.0, -1.0, 0.0, 3.0, 40.0]])
     reference, same = np.array([[2.0, 30.0, 1.0, 0.0, 3.0, -2.0]]), np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    loss = partial(synthetic.forget_loss, method=synthetic.Method(family, 0.1, 0.1), dpo_scale=1.0,
-                   reference_logits=torch.from_numpy(reference)[None], idk=torch.from_numpy(2 * same - 1),
-                   answer=torch.ones(6, dtype=torch.float64))
-    theta, Z = torch.from_numpy(margin)[None], torch.eye(6, dtype=torch.float64)[None]  # its own logits
-    ours = 6 * synthetic.mean_gradient(theta, Z, [(torch.tensor([0]), loss)])[0, 0]
+    logits = torch.from_numpy(margin)[None].requires_grad_()
+    loss = synthetic.forget_loss(logits, synthetic.Method(family, 0.1, 0.1),
+                                 torch.from_numpy(reference)[None], torch.ones(6, dtype=torch.float64),
+                                 torch.from_numpy(2 * same - 1))
+    ours = torch.autograd.grad(loss.sum(), logits)[0][0, 0]
     own, ref = torch.from_numpy(margin[0]).requires_grad_(), torch.from_numpy(reference[0])
     logsigmoid, sign = torch.nn.functional.logsigmoid, torch.from_numpy(2 * same - 1)
     idk, idk_ref = logsigmoid(sign * own), logsigmoid(sign * ref)
     loss = {"ga": lambda: losses.ga_loss(logsigmoid(own)), "idk": lambda: losses.nll_loss(idk),
             "npo": lambda: losses.npo_loss(logsigmoid(own), logsigmoid(ref), 0.1),
-            "dpo": lambda: losses.dpo_loss(idk, logsigmoid(own), idk_ref, logsigmoid(ref), 0.1)}
+            "dpo": lambda: 2 * losses.dpo_loss(idk, logsigmoid(own), idk_ref, logsigmoid(ref), 0.1)}
     [expected] = torch.autograd.grad(loss[family]().sum(), own)
     np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-12, atol=1e-300)
 
@@ -182,18 +175,18 @@ def test_distance_is_zero_at_the_retrained_model_and_kl_elsewhere(small):
     retrained, other = np.array([[1.0], [-2.0]]), np.array([[0.5], [3.0]])
     p, q = (1 / (1 + np.exp(-u)) for u in (retrained, other))
     expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
-    ours = synthetic.kl_distance(*(torch.from_numpy(u.T)[None] for u in (retrained, other)))
+    ours = synthetic.kl(*(torch.from_numpy(u.T)[None] for u in (retrained, other))).mean(-1)
     np.testing.assert_allclose(ours, [[expected]], rtol=1e-12)
 
 
 # -- many instances, the verdicts, the command
 
 
-def run_command(tmp_path, *flags, monkeypatch, train_steps=60):
-    monkeypatch.setattr(synthetic, "TRAIN_STEPS", train_steps)
-    monkeypatch.setattr(synthetic, "reference_and_retrained", lambda *a: TRAIN(*a, steps=train_steps))
-    synthetic.main([*flags, "--out", str(tmp_path / "out"), "--kept", str(tmp_path / "kept")])
-    return tmp_path / "out"
+def run_command(out, *flags, monkeypatch, cores=1):
+    monkeypatch.setattr(synthetic, "TRAIN_STEPS", 60)
+    monkeypatch.setattr(synthetic, "CORES", cores)
+    synthetic.main([*flags, "--out", str(out)])
+    return out
 
 
 def strict(path):
@@ -202,11 +195,11 @@ def strict(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(tmp_path, monkeypatch):
-    out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20", "--workers", "1",
+def test_the_command_writes_every_method_and_instance_and_one_process_equals_two(tmp_path, monkeypatch):
+    out = run_command(tmp_path / "one", "--all", "--steps", "40", "--eval-every", "20",
                       monkeypatch=monkeypatch)
-    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20", "--workers",
-                      "2", monkeypatch=monkeypatch)
+    two = run_command(tmp_path / "two", "--alpha", "1", "--steps", "40", "--eval-every", "20",
+                      monkeypatch=monkeypatch, cores=2)
     for alpha in (1, 0):
         record, other = strict(out / f"synthetic_alpha{alpha}.json"), strict(two / "synthetic_alpha1.json")
         assert list(record["methods"]) == list(METHODS) and record["alpha"] == alpha
@@ -225,50 +218,34 @@ def test_the_command_writes_every_method_and_instance_and_one_worker_equals_two(
 
 
 def test_figure_3_has_ga_and_npo_at_every_beta(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--figure", "3", "--instances", "2", "--steps", "20", "--workers", "1",
-                      monkeypatch=monkeypatch)
+    out = run_command(tmp_path, "--figure", "3", "--instances", "6", "--steps", "20", monkeypatch=monkeypatch)
     record = strict(out / "synthetic_figure3.json")
     assert list(record["methods"]) == ["ga", "npo@0.01", "npo@0.1", "npo@0.2", "npo@0.5", "npo@1"]
     ga = record["methods"]["ga"]
     assert ga["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
-    assert {"mean", "sd", "median", "p10", "p90", "instances"} == set(ga["forget_distance"])
+    assert {"mean", "sd", "instances"} == set(ga["forget_distance"])
     assert (out / "synthetic_figure3.png").stat().st_size > 10_000
 
 
 def test_overflow_is_an_infinite_distance_never_nan(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--lr", "1e308", "--steps", "20", "--instances",
-                      "2", "--workers", "1", monkeypatch=monkeypatch)
+    monkeypatch.setitem(synthetic.PUBLISHED, 1, {"ga": (1e308, None)})
+    out = run_command(tmp_path, "--methods", "ga", "ga+rt", "--steps", "20", "--instances", "6",
+                      monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1.json")
     distance = record["methods"]["ga"]["retain_distance"]
     assert distance["mean"][-1] == distance["sd"][-1] == "inf" and isinstance(distance["mean"][0], float)
     assert (out / "synthetic_alpha1.png").stat().st_size > 10_000
 
 
-def test_kept_models_are_read_back_and_never_stale(tmp_path, monkeypatch):
-    instance = fresh_instance(0, 1)
-    calls = []
-
-    def train(*_):
-        calls.append(1)
-        return np.full((N, 2), float(len(calls)))
-    monkeypatch.setattr(synthetic, "reference_and_retrained", train)
-    first = synthetic.reference_and_retrained_kept(instance, 1, tmp_path)
-    np.testing.assert_array_equal(synthetic.reference_and_retrained_kept(instance, 1, tmp_path), first)
-    assert len(calls) == 1
-    synthetic.reference_and_retrained_kept(instance, 0, tmp_path)  # another alpha is other data
-    monkeypatch.setattr(synthetic, "TRAIN_STEPS", 7)  # and another schedule another model
-    synthetic.reference_and_retrained_kept(instance, 1, tmp_path)
-    assert len(calls) == 3
-
-
 def test_grid_search_reports_every_setting_and_chooses_a_stable_one(tmp_path, monkeypatch):
-    out = run_command(tmp_path, "--grid-search", "--grid-lr", "1e-3", "50", "--methods", "ga", "npo+rt",
-                      "--steps", "30", "--workers", "1", monkeypatch=monkeypatch)
+    monkeypatch.setattr(synthetic, "GRID_LR", (5e-4, 5e-3, 50))
+    out = run_command(tmp_path, "--grid-search", "--methods", "ga", "npo+rt", "--steps", "30",
+                      monkeypatch=monkeypatch)
     record = strict(out / "synthetic_alpha1_grid.json")
-    assert len(record["rows"]) == 2 + 2 * len(synthetic.GRID_BETA)
+    assert len(record["rows"]) == 3 + 3 * len(synthetic.GRID_BETA)
     assert not next(row for row in record["rows"] if row["method"] == "ga" and row["lr"] == 50)["stable"]
     ga = record["chosen"]["ga"]
-    assert ga["chosen"]["lr"] == 1e-3 and ga["published"]["lr"] == 5e-4
+    assert ga["chosen"]["lr"] == 5e-3 and ga["published"]["lr"] == 5e-4
 
 
 def curve(forget, retain):
@@ -315,16 +292,15 @@ def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
     steps = np.array([0, 1200])
     curves = np.tile(curve([1.7, 0.001], [0.1, 0.1]), (4, 1, 1, 1))
     curves[3, 0, 0, 1] = 0.8
-    result = claims.verdict("small", lambda c, s: (c["npo"][0].min() < 0.005, {}), ["npo"], curves, steps)
+    result = claims.judged("small", lambda c, s: (c["npo"][0].min() < 0.005, {}), ["npo"], curves, steps)
     assert not result["holds"] and result["numbers"]["share_of_instances"] == 0.75
 
 
 @pytest.mark.parametrize("flags", [
     "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga",
     "--instances 0", "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2",
-    "--all --alpha 1", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
-    "--grid-search --grid-lr 1e-3", "--grid-search --grid-beta 1 1", "--grid-lr 1e-3 1e-2",
-    "--grid-search --lr 1", "--beta 1 --methods ga", "--lr 0", "--kl-direction forward", "--nonsense"])
+    "--all --alpha 1", "--alpha 0 --all", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
+    "--figure 3 --grid-search", "--grid-search --eval-every 5", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError) as refusal:
@@ -332,7 +308,7 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
     assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("flags", ["--methods nope", "--out {here}/file", "--kept {here}/file"])
+@pytest.mark.parametrize("flags", ["--methods nope", "--out {here}/file"])
 def test_the_command_ends_with_one_sentence(flags, command, tmp_path):
     (tmp_path / "file").touch()
     done = command("synthetic.py", *flags.format(here=tmp_path).split(), status=2)

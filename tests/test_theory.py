@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import losses
 import theory_check
-from study import theory_pages
 from support.errors import InputError
 from tests.conftest import ROOT
 
@@ -67,7 +67,7 @@ def test_a_wrong_weight_turns_equation_5(monkeypatch):
 
 def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_path, capsys):
     # drawn, but not rendered
-    monkeypatch.setattr(theory_pages, "finish", lambda figure, axes, path: path.touch())
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())
     assert theory_check.main(["--out", str(tmp_path)]) == 0
     assert "FAILS" not in capsys.readouterr().out
 
@@ -108,8 +108,8 @@ def test_margins_move_as_gradient_descent_moves_theta(loss):
     X, labels, theta_0 = rng.standard_normal((5, 9)) / 3, rng.choice([-1.0, 1.0], 5), rng.standard_normal(9)
     signed = X * labels[:, None]
     other = theory_check.signed_gram(8, 16, 0)
-    problems = theory_check.Problems([(signed @ signed.T, signed @ theta_0, {"eta": 0.7, "beta": 0.5}),
-                                      (*other, {"eta": 0.1, "beta": 2.0})])
+    problems = theory_check.Problems([(signed @ signed.T, signed @ theta_0), other], np.array([0.7, 0.1]),
+                                     np.array([0.5, 2.0]))
     steps = np.array([1, 2, 40])
     norms = problems.norms(problems.steps(loss, steps))[:, 0]
     rows, reference = torch.from_numpy(signed), F.logsigmoid(torch.from_numpy(signed @ theta_0))
