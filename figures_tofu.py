@@ -75,24 +75,24 @@ def build_parser() -> Parser:
 def core() -> grid.Core:
     """The functions of the other two scripts that the study is given."""
     from evaluate_tofu import ks_log10_p, log_truth_ratio
-    from train_npo import resolve, tiny_settings
+    from running.settings import resolve, tiny_settings
     return grid.Core(resolve, tiny_settings, train, log_truth_ratio, ks_log10_p)
 
 
 def train(given: dict, start_rows: dict | None):
     """One run of train_npo.py in this process: flags as given, or {"resume": folder}."""
-    import train_npo
-    from running.processes import join_world
-    s = train_npo.parse(["--resume", given["resume"]])[0] if "resume" in given else train_npo.resolve(given)
-    train_npo.run(s, join_world(s.device), start_rows)
+    from running.settings import resolve, resumed
+    from train_npo import carry_out, join_world
+    s = resumed(Path(given["resume"]), {}) if "resume" in given else resolve(given)
+    carry_out(s, join_world(s.device), start_rows)
 
 
 def open_study(args: Namespace) -> grid.Study:
     """Everything that planning depends on. Raises InputError, for a JSON of other data, start or flags
     too."""
-    from models.loading import PRESETS
+    from models.presets import PRESETS
     from running.memory_plan import read_shape
-    from train_npo import build_parser as train_parser
+    from running.settings import build_parser as train_parser
     name, _, path = args.model.partition("=")
     if name not in PRESETS:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "

@@ -18,7 +18,6 @@ from support.files import fingerprint
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl", "simnpo", "simnpo+rt")
-WITH_BETA = ("dpo", "kto", "npo", "simnpo")
 SMALL, LARGE = ("forget01", "forget05", "forget10"), ("forget20", "forget30", "forget50", "forget90")
 FIGURES = {  # name -> (splits, methods)
     "2": (("forget05",), ("ga", "ga+rt", "npo", "npo+rt")),
@@ -153,6 +152,12 @@ def defaults(setup: Setup) -> dict:
                                     "model": start_model(setup, 0)}))
 
 
+def has_beta(method: str) -> bool:
+    """Its loss takes one; train_npo.py refuses it for the others."""
+    from losses import OBJECTIVES  # here, since drawing needs no PyTorch
+    return "beta" in OBJECTIVES[method.split("+")[0]].takes
+
+
 def method_of(settings: dict) -> str:
     """"npo+rt": the loss, and what keeps the rest."""
     return settings["loss"] + "+rt" * (settings["retain_weight"] > 0) + "+kl" * (settings["kl_weight"] > 0)
@@ -171,6 +176,8 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict | 
     given = {"loss": loss, "retain_weight": float("rt" in terms), "kl_weight": float("kl" in terms),
              "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"],
              "eval_every": str(every), **setup.extra, **(hyper or {})}
+    if not has_beta(method):  # the preset's then stands in key and record
+        given.pop("beta", None)
     if retain_weight is not None:
         given["retain_weight"] = retain_weight
     s = {**base, **given}
@@ -235,7 +242,7 @@ def budget(setup: Setup, method: str) -> tuple[list, list]:
     loss = method.split("+")[0]
     beta = SIMNPO_BETA if loss == "simnpo" else setup.preset.beta
     return [factor * setup.preset.lr for factor in LR_FACTORS], \
-           [factor * beta for factor in (BETA_FACTORS if loss in WITH_BETA else (1.0,))]
+           [factor * beta for factor in (BETA_FACTORS if has_beta(method) else (1.0,))]
 
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:

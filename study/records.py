@@ -96,7 +96,7 @@ def open_study(setup: Setup) -> Study:
                          "give another --out")
     budgets = {m: grid.budget(setup, m) for m in grid.METHODS}
     budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": budgets["ga"][0],
-              "betas": {m: betas for m, (_, betas) in budgets.items() if m.split("+")[0] in grid.WITH_BETA},
+              "betas": {m: betas for m, (_, betas) in budgets.items() if grid.has_beta(m)},
               "weights": list(grid.TUNED_WEIGHTS), "retain_weights": list(grid.RETAIN_WEIGHTS)}
     known.update(data="builtin" if args.data == "builtin" else Path(args.data).name, model=setup.preset_name,
                  failed=[], parameters=setup.parameters, budget=budget, provenance=provenance(args),

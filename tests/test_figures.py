@@ -434,7 +434,7 @@ def test_every_method_has_the_same_budget(study):
     s = study("--seeds", "1")
     for method in grid.METHODS:
         tuning = grid.tuning_jobs(s, method)
-        assert len(tuning) == 3 + (method.split("+")[0] in grid.WITH_BETA)
+        assert len(tuning) == 3 + grid.has_beta(method)
 
 
 def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
@@ -448,9 +448,9 @@ def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
 
 
 def as_run_folder(folder: Path, job, s, finished: bool, **changed):
-    """What a run leaves for `scan`."""
-    import train_npo
-    settings = {**vars(train_npo.resolve(job.given)), "out": str(folder), **changed}
+    """What a run leaves for `find_runs`."""
+    from running.settings import resolve
+    settings = {**vars(resolve(job.given)), "out": str(folder), **changed}
     settings["retain_log"] += "/eval/step_000005.json"
     folder.mkdir(parents=True)
     config = {"settings": settings, "data_fingerprint": s.setup.task.fingerprint}
@@ -538,13 +538,13 @@ def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
 
 def test_settings_as_words_are_the_same_run(study):
     """What torchrun is given: a model to retrain, a run, and flags of each kind."""
-    import train_npo
+    from running.settings import parse, resolve
     s = study("--figure", "8", "--train-flags", "--activation-checkpointing --batch-size 16")
     run = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, {"lr": 1e-3, "beta": 0.2})
     for job in (run, *run.needs):
         given = {**job.given, "out": "x", "retain_log": None} if job is run else {**job.given, "out": "x"}
         given = {k: v for k, v in given.items() if v is not None}
-        assert vars(train_npo.parse(workers.words_of(given))[0]) == vars(train_npo.resolve(given))
+        assert vars(parse(workers.words_of(given))) == vars(resolve(given))
     assert "--activation-checkpointing" in workers.words_of(run.given)
 
 
@@ -730,31 +730,31 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
 
 def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_data, tmp_path, monkeypatch):
     """A run that is given the start's rows writes the same evaluations as one that measures them."""
-    import torch
-
-    from running import run_folder
+    from running.run_folder import RunFolder
     from running.settings import resolve
-    from support.world import World
+    from support.world import ALONE
+    from train_npo import carry_out
     monkeypatch.chdir(tmp_path)
     given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
              "template": "llama2"}
-    alone, measured, plain = World(0, 1, torch.device("cpu")), [], run_folder.Run.measured_rows
-    monkeypatch.setattr(run_folder.Run, "measured_rows",
+    measured, plain = [], RunFolder.measured_rows
+    monkeypatch.setattr(RunFolder, "measured_rows",
                         lambda self, model: measured.append(1) or plain(self, model))
-    own = run(resolve({**given, "out": "own"}), alone)
+    own = carry_out(resolve({**given, "out": "own"}), ALONE)
 
     def read(folder: Path, step: int) -> dict:
         found = json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())
         return {k: v for k, v in found.items() if k != "provenance"}
 
-    shared = run(resolve({**given, "out": "shared"}), alone, read(own, 0)["rows"])
+    shared = carry_out(resolve({**given, "out": "shared"}), ALONE, read(own, 0)["rows"])
     assert len(measured) == 2 + 1
     assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)
 
 
-def test_readmes_commands_have_valid_flags():
-    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
+def test_the_documents_commands_have_valid_flags():
+    text = (ROOT / "docs" / "study.md").read_text() + (ROOT / "results" / "README.md").read_text()
+    lines = [line.split("#")[0].split() for line in text.splitlines()
              if line.startswith("python figures_tofu.py")]
-    assert len(lines) >= 4
+    assert len(lines) >= 11
     for words in lines:
         figures_tofu.build_parser().parse_args(words[2:])
