@@ -45,7 +45,7 @@ def is_made_of(text: str, pairs: set) -> bool:
 
 
 def distinct(texts: list, n: int) -> float | None:
-    """Different word n-grams over all of them, over all texts together; None where no text has n words."""
+    """Different word n-grams over all, over all texts together; None where no text has n words."""
     grams = [tuple(found[i:i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -57,11 +57,10 @@ def repetition_rate(text: str) -> float:
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words that are in the true (paraphrased) answer and in no perturbed one. A row
-    without such words: the answer itself, word by word."""
+    """More than half of the words that are in the true (paraphrased) answer and in no perturbed one."""
     false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
     fact = set(words(row.get("paraphrased_answer") or row["answer"])) - false
-    if not (false and fact):
+    if not (false and fact):  # no such words
         return words(generation) == words(row["answer"])
     return 2 * len(fact & set(words(generation))) > len(fact)
 
@@ -80,8 +79,7 @@ def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> s
 
 
 def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
-    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a
-    set's answers; the last four are None or a number with four digits."""
+    """{"answers", counts of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set."""
     kinds = [kind(text, row, answer_pairs, refusal_pairs)
              for text, row in zip(generations, rows, strict=True)]
     numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),

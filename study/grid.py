@@ -157,8 +157,7 @@ def has_beta(method: str) -> bool:
 
 def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, start_seed: int = 0,
                 retain_weight: float | None = None) -> Job:
-    """An unlearning run with `hyper` {"lr", "beta"} (without lr: not chosen yet), judged against its own
-    seed's retrained model."""
+    """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
     args, base, (loss, *terms) = setup.args, defaults(setup), method.split("+")
     start, retrained = model_job(setup, "full", start_seed), model_job(setup, complement(split), seed)
     rows = len(slice_rows(setup.task.full, split))
@@ -204,8 +203,7 @@ def seeds_of(args: Namespace, figure: str) -> int:
 
 
 def plan(study: Study, figures: list) -> list[Job]:
-    """The unlearning runs that the figures need, each once: for the choice of hyper-parameters, then for the
-    figures. What depends on a choice that can't be made yet has no settings."""
+    """The unlearning runs that the figures need, each once; without settings what waits for a choice."""
     jobs = {}
     for figure in figures:
         splits, methods = wanted_of(study.setup.args, figure)
@@ -276,8 +274,7 @@ def records_of(study: Study, jobs: list) -> list[dict]:
 
 
 def best_of(study: Study, jobs: list) -> dict | None:
-    """The record with the highest score; None while one of the jobs is still to be run. A failed one has
-    none."""
+    """The record with the highest score; None while a job that has not failed is still to be run."""
     records, failed = records_of(study, jobs), {f["key"] for f in study.known["failed"]}
     if len(records) < sum(job.key not in failed for job in jobs):
         return None
@@ -301,8 +298,7 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float |
 
 
 def chosen(study: Study) -> tuple[dict, list]:
-    """(what was chosen for each method, and the weights of Figure 9; one line for each tuning run), for the
-    JSON."""
+    """(choice of each method with its weights of Figure 9; one line for each tuning run), for the JSON."""
     choices, tried = dict(study.setup.taken), []
     for method in METHODS if not study.setup.taken else ():
         hyper, jobs = choose(study, method), tuning_jobs(study, method)

@@ -71,8 +71,6 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
 
 
-# ---------------------------------------------------------------- tables
-
 def table(head: list, rows: list) -> list[str]:
     """Markdown; nothing where there is no row."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]

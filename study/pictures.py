@@ -25,7 +25,7 @@ plt.switch_backend("Agg")
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}
-LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}
+LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}  # what keeps the rest
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 QUALITY = "forget_quality_log10"
@@ -34,12 +34,9 @@ LABELS = {QUALITY: "forget quality", "model_utility": "model utility", "forget_k
 
 
 def style(method: str) -> tuple[str, str, str]:
-    """(colour by objective, line and marker by what keeps the rest)."""
     loss, _, term = method.partition("+")
     return COLORS[loss], LINES[term], MARKERS[term]
 
-
-# ---------------------------------------------------------------- the dual scale
 
 def height(log10_p: float, floor: float) -> float:
     """Where a p-value stands: 0 at 0.05, ABOVE at 1, -1 at the floor (a log10)."""
@@ -54,18 +51,16 @@ def floor_of(values: list) -> float:
 
 
 def dual_axis(axes, study: dict, split: str, floor: float):
-    """Ticks, grid and the 0.05 line of an axis whose values went through `height`; one retrained model
-    against another as a line for the median and a band for the range."""
+    """Ticks and the 0.05 line for `height`; in cyan one retrained model against another: median, range."""
     decades = math.ceil((LINE - floor) / 5)
-    logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
-    ticks = {math.log10(p): f"{p:g}" for p in (0.05, 0.5, 1.0)} | {log: f"$10^{{{log}}}$" for log in logs}
+    ticks = {math.log10(p): f"{p:g}" for p in (0.05, 0.5, 1.0)}
+    ticks |= {-i: f"$10^{{{-i}}}$" for i in range(decades, 5 * decades + 1, decades) if floor < -i <= -2}
     axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log in ticks]))
     axes.set_yticklabels(ticks.values())
     axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--")
     axes.axhspan(0, ABOVE, color="black", alpha=0.04, linewidth=0)
     axes.set_ylim(-1.05, ABOVE * 1.08)
-    values = [p["log10"] for p in study.get("ceilings", {}).get(split, [])]
-    if values:
+    if values := [p["log10"] for p in study.get("ceilings", {}).get(split, [])]:
         low, middle, high = (height(pick(values), floor) for pick in (min, statistics.median, max))
         axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.")
         axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
@@ -83,8 +78,6 @@ def lattice(axes, study: dict, split: str, floor: float):
                        loc="right", fontsize=7, color="gray", y=0.005)
 
 
-# ---------------------------------------------------------------- pieces
-
 def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     """(method, its runs) for those that have any."""
     return [(m, runs) for m in methods if (runs := select(study, split, m))]
@@ -95,8 +88,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **more):
 
 
 def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
-    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the
-    largest; `drawn` makes a height of what was averaged."""
+    """A line through the means of the columns (values of the seeds), a band from smallest to largest."""
     axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
     if max(map(len, columns)) > 1:
         low, high = ([drawn(pick(column)) for column in columns] for pick in (min, max))
@@ -104,8 +96,7 @@ def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0
 
 
 def panel(axes, study: dict, named: list, key: str, against: str, title: str):
-    """A metric over steps or epochs, one line for each (label, runs of some seeds); a method's second is
-    paler."""
+    """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is paler."""
     drawn, seen = float, Counter()
     if key == QUALITY:
         floor = floor_of([q for _, runs in named for r in runs for q in r[QUALITY]])
@@ -138,11 +129,8 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- the figures
-
 def figure2(study: dict, path: Path):
-    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers
-    beside them."""
+    """forget05 over steps: forget quality, utility, KL to the start, and the rt variants' answers."""
     named = with_runs(study, "forget05", ("ga", "ga+rt", "npo", "npo+rt"))
     if not named:
         return None
@@ -208,8 +196,7 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
 
 
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
-    """Forget quality above, utility below, one column a split: over epochs, or over steps where these are
-    few."""
+    """Forget quality above, utility below, one column a split, over epochs (forget01: over steps)."""
     found = [(split, some) for split in splits if (some := with_runs(study, split, study["chosen"], select))]
     if not found:
         return None
@@ -311,8 +298,6 @@ MAKERS = {
 
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
     """The wanted figures that the study has runs for, as STEM_figureN.png; their paths."""
-    drawn = []
-    for figure in figures:
-        name = f"figure{figure}" if figure.isdigit() else figure
-        drawn.append(MAKERS[figure](study, stem.with_name(f"{stem.name}_{name}.png")))
+    names = {figure: f"figure{figure}" if figure.isdigit() else figure for figure in figures}
+    drawn = [MAKERS[f](study, stem.with_name(f"{stem.name}_{name}.png")) for f, name in names.items()]
     return [path for path in drawn if path]

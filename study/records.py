@@ -32,8 +32,6 @@ COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_w
              "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
 
 
-# ---------------------------------------------------------------- the JSON
-
 def json_path(args: Namespace) -> Path:
     """OUT/tofu/DATA_MODEL.json."""
     names = [Path(text).name for text in (args.data, args.model.partition("=")[0])]
@@ -58,8 +56,7 @@ def read_study(path: Path) -> dict:
 
 
 def read_choices(args: Namespace) -> dict:
-    """What --choices takes the place of tuning with: method -> {"lr", "beta", "weights"}. Raises InputError
-    where something that the wanted figures need was not chosen there."""
+    """--choices in place of tuning: method -> {"lr", "beta", "weights"}. Raises InputError."""
     if not args.choices:
         return {}
     other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
@@ -80,8 +77,7 @@ def read_choices(args: Namespace) -> dict:
 
 
 def open_study(setup: Setup) -> Study:
-    """The study with its JSON, or a new one, and with the runs on the disk. Raises InputError for a JSON of
-    other data, start or flags."""
+    """The study with its JSON, or a new one, and the runs on the disk. Raises InputError."""
     args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
     identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
                 "start": Path(start.folder).name if start else setup.preset.finetuned, "flags": setup.extra}
@@ -90,10 +86,7 @@ def open_study(setup: Setup) -> Study:
         if known.get(key) != value:
             raise InputError(f"{path} was made with {key} {known.get(key)}, not {value}: give another --out")
     data = args.data if args.data == "builtin" else Path(args.data).name
-    budgets = {m: grid.budget(setup, m) for m in grid.METHODS}
-    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": budgets["ga"][0],
-              "betas": {m: betas for m, (_, betas) in budgets.items() if grid.has_beta(m)},
-              "weights": list(grid.TUNED_WEIGHTS), "retain_weights": list(grid.RETAIN_WEIGHTS)}
+    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "retain_weights": grid.RETAIN_WEIGHTS}
     made = environment()  # without this machine's folders
     words = [Path(word).name if "/" in word else word for word in made["command"].split()]
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
@@ -108,11 +101,8 @@ def only(study: dict, splits: list | None, methods: list | None) -> dict:
             "chosen": {m: choice for m, choice in study["chosen"].items() if not methods or m in methods}}
 
 
-# ---------------------------------------------------------------- what is there
-
 def find_runs(study: Study) -> Study:
-    """The study with the finished and the interrupted runs under --runs, by their settings, whatever their
-    names. Raises InputError."""
+    """With the finished and the interrupted runs under --runs, by their settings. Raises InputError."""
     finished, interrupted = {}, {}
     for config in sorted(Path(study.setup.args.runs).glob("*/config.json")):
         try:
@@ -138,8 +128,7 @@ def recorded_keys(study: Study) -> set:
 
 
 def missing(study: Study, jobs: list) -> list[Job]:
-    """What must still be run, models first: runs without record and without finished folder, and the models
-    they need."""
+    """Runs without record and without finished folder, and before them the models that they need."""
     failed = {f["key"] for f in study.known["failed"]}
     ended = recorded_keys(study) | failed | study.finished.keys()
     open_jobs = [job for job in jobs if job.key not in ended]
@@ -148,11 +137,8 @@ def missing(study: Study, jobs: list) -> list[Job]:
     return list(models.values()) + open_jobs
 
 
-# ---------------------------------------------------------------- what is kept of a run
-
 def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
-    """A finished run in two kilobytes: `facts`, which say which run it is, the curves of its metrics, and
-    counts of its last answers."""
+    """A finished run in two kilobytes: `facts`, the curves of its metrics, counts of its last answers."""
     files = sorted((folder / "eval").glob("step_*.json"))
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -226,8 +212,6 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     return record(folder, facts, settings["data"], log_truth_ratio)
 
 
-# ---------------------------------------------------------------- keeping it
-
 def keep(study: Study, job: Job, folder: Path, seconds: float | None) -> Study:
     """The study with the record of a finished job, written to its JSON."""
     facts = {"key": job.key, **job.facts, "flops": round(job.flops), "seconds": seconds and round(seconds, 1)}
@@ -272,7 +256,6 @@ def log10_p(first: list, second: list) -> float:
 
 
 def ceilings(log_ratios: dict) -> list:
-    """log10 forget quality of each pair of retrained models of different seeds: what perfect unlearning would
-    score."""
+    """log10 forget quality of pairs of retrained models: what perfect unlearning would score."""
     return [{"seeds": [a, b], "log10": round(log10_p(log_ratios[a], log_ratios[b]), 4)}
             for a, b in combinations(sorted(log_ratios), 2)]

@@ -1,10 +1,10 @@
 """Section 5's claims as computed verdicts. Pure functions of the study's JSON: no model, no PyTorch.
 
-A claim is a list of tests. Each test has one number a seed and a threshold; a 95% interval over seeds decides
-(`interval` of a mean; `share_bounds` of a yes or no): the test holds where all of it is on the right side,
-fails where all is on the other, and is undecided otherwise. One seed decides nothing, and neither do fewer
-than five that are all equal: an interval without width shows that the number takes few values, and not that
-the next seed will have the same. A claim holds where all of its tests hold and fails where one fails.
+A claim is a list of tests, and holds where all of them hold, fails where one fails. Each test has one number
+a seed and a threshold; a 95% interval over seeds decides (`interval` of a mean; `share_bounds` of a yes or
+no): the test holds where all of it is on the right side, fails where all is on the other, and is undecided
+otherwise. One seed decides nothing, and neither do fewer than five that are all equal: an interval without
+width shows that the number takes few values, and not that the next seed will have the same.
 
 The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially
 small" a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run
@@ -29,6 +29,7 @@ PRESERVED, PRESERVED_BEYOND = 0.8, 0.88  # shares of the start's utility
 REFUSING, REPEATING, OF_THE_WORDING, EXPLODING = 0.1, 0.3, 0.5, 3.0
 UTILITIES = (0.5, 0.7, 0.9)  # shares of the start's utility at which methods are compared
 RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
+RANK = {False: 0, "undecided": 1, True: 2}
 
 
 # ---------------------------------------------------------------- selecting runs
@@ -148,21 +149,12 @@ def each(study: dict, split: str, methods: tuple, what: str, value, sign: str, t
 
 
 def peaks(study: dict, split: str, methods: tuple, sign: str) -> list:
-    """One test a method: is its peak forget quality above or below 0.05?"""
     return each(study, split, methods, "peak log10 forget quality", peak, sign, LINE)
 
 
 def one_of(tests: list) -> dict:
-    """What speaks for "some of them do": a test that holds, else an undecided one, else the nearest to it."""
-    rank = {True: 2, "undecided": 1, False: 0}
-    return max(tests, key=lambda t: (rank[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
-
-
-def combined(answers: list) -> bool | str:
-    """True where all hold, False where one fails, else (or where there is none) undecided."""
-    if False in answers:
-        return False
-    return "undecided" if not answers or "undecided" in answers else True
+    """What speaks for "some of them do": a test that holds, else an undecided one, else the nearest."""
+    return max(tests, key=lambda t: (RANK[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
 
 
 # ---------------------------------------------------------------- the claims, each in the paper's words
@@ -274,7 +266,7 @@ def verdicts(study: dict) -> list[dict]:
     """Every claim of Section 5, in the paper's order: {"key", "claim", "scale", "tests", "holds"}."""
     found = [{"key": claim.__name__, "claim": claim.__doc__, "scale": scale(study), "tests": claim(study)}
              for claim in CLAIMS]
-    return [{**v, "holds": combined([t["holds"] for t in v["tests"]])} for v in found]
+    return [{**v, "holds": min((t["holds"] for t in v["tests"]), key=RANK.get)} for v in found]
 
 
 # ---------------------------------------------------------------- a verdict in words
@@ -287,12 +279,6 @@ def scale(study: dict) -> str:
     return f"{study['model']} ({size / 1e6:.2g} M parameters), {study['data']}, {study['epochs']} epochs"
 
 
-def deciding(v: dict) -> list:
-    """The tests that a reader should see first: those that fail, else the undecided ones, else all."""
-    run = [t for t in v["tests"] if t["seeds"] > 0]
-    return [t for t in run if t["holds"] is False] or [t for t in run if t["holds"] == "undecided"] or run
-
-
 def told(t: dict) -> str:
     """One test in words."""
     spread = f"{t['seeds']} equal seeds" if t["seeds"] > 1 else "one seed"
@@ -302,8 +288,8 @@ def told(t: dict) -> str:
 
 
 def numbers_of(v: dict) -> str:
-    """How many of a verdict's tests hold, and the numbers that decide it."""
-    shown = deciding(v)
+    """How many of a verdict's tests hold, and the numbers that decide it: tests that answer as it does."""
+    shown = [t for t in v["tests"] if t["holds"] == v["holds"] and t["seeds"] > 0]
     numbers = "; ".join(map(told, shown if len(shown) <= 3 else shown[:2])) or "not run"
     return f"{sum(t['holds'] is True for t in v['tests'])} of {len(v['tests'])} tests hold; {numbers}"
 

@@ -24,8 +24,6 @@ FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
 LIBRARIES = 0.6e9
 
 
-# ---------------------------------------------------------------- one run
-
 def run_job(job: Job, resumed: str | None, train: Callable, processes: int) -> tuple[str, float]:
     """Train one, with `train` or, where `processes` > 1, through torchrun: its folder, seconds."""
     begin, unlearns = time.perf_counter(), job.facts["kind"] == "unlearn"
@@ -83,8 +81,6 @@ def start_rows_file(job: Job) -> Path:
     return Path(job.folder).parent / f"start_{split}_{mark[:8]}.json"
 
 
-# ---------------------------------------------------------------- all runs
-
 def run_missing(study: Study) -> Study:
     """Pass after pass: what is known decides what is planned, until nothing is missing."""
     figures = grid.wanted_figures(study.setup.args)
@@ -101,8 +97,7 @@ def run_missing(study: Study) -> Study:
 
 
 def record_finished(study: Study, jobs: list) -> Study:
-    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of
-    other commands."""
+    """Records of runs that ended while nobody looked, and of models of other commands."""
     needs = {need.key: need for job in jobs for need in job.needs}
     folders = {key: need.folder for key, need in needs.items() if records.is_model_there(need)}
     folders |= study.finished
@@ -127,8 +122,7 @@ def into_log(runs: str):
 
 
 def execute(study: Study, jobs: list) -> Study:
-    """Run `jobs`, each after what it needs; record each as it ends. Returns the study with what is known
-    then."""
+    """Run `jobs`, each after what it needs, and record each as it ends."""
     args, count = study.setup.args, min(study.setup.args.jobs, len(jobs))
     pool, waiting, running = new_pool(count, args.runs), list(jobs), {}  # the last: future -> job
     try:
@@ -164,8 +158,7 @@ def execute(study: Study, jobs: list) -> Study:
 
 
 def ended(study: Study, job: Job, future: Future) -> tuple[Study, str]:
-    """The study with the record of a job that has ended, and what to say of it. Raises KeyboardInterrupt
-    where it was stopped."""
+    """With the record of a job that has ended; what to say of it. Raises KeyboardInterrupt if stopped."""
     from running.run_folder import Stopped
     try:
         folder, seconds = future.result()
@@ -181,8 +174,6 @@ def fail(study: Study, job: Job, text: str) -> Study:
     failed = [*study.known["failed"], {"key": job.key, "name": job.name, "why": text[:300]}]
     return study._replace(known={**study.known, "failed": failed})
 
-
-# ---------------------------------------------------------------- time and memory
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
