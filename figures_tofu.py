@@ -1,5 +1,4 @@
-"""Section 5 whole: plan the runs of a figure, run what is missing, distil them into one small JSON, draw,
-judge.
+"""Section 5 whole: plan a figure's runs, run what is missing, distil them into one small JSON, draw, judge.
 
     python figures_tofu.py                       # built-in data, the tiny model, everything: see --plan first
     python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt

@@ -267,18 +267,12 @@ def score(run: dict) -> float:
                for d, u in zip(distance[1:], utility[1:], strict=True))
 
 
-def records_of(study: Study, jobs: list) -> list[dict]:
-    """Those of the jobs that have one."""
-    records = {record["key"]: record for record in study.known["runs"]}
-    return [records[job.key] for job in jobs if job.key in records]
-
-
 def best_of(study: Study, jobs: list) -> dict | None:
     """The record with the highest score; None while a job that has not failed is still to be run."""
-    records, failed = records_of(study, jobs), {f["key"] for f in study.known["failed"]}
-    if len(records) < sum(job.key not in failed for job in jobs):
+    records, failed = {r["key"]: r for r in study.known["runs"]}, {f["key"] for f in study.known["failed"]}
+    if any(job.key not in records.keys() | failed for job in jobs):
         return None
-    return max(records, key=score, default=None)
+    return max((records[job.key] for job in jobs if job.key in records), key=score, default=None)
 
 
 def choose(study: Study, method: str) -> dict | None:
@@ -297,20 +291,13 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float |
     return best and best["retain_weight"]
 
 
-def chosen(study: Study) -> tuple[dict, list]:
-    """(choice of each method with its weights of Figure 9; one line for each tuning run), for the JSON."""
-    choices, tried = dict(study.setup.taken), []
+def chosen(study: Study) -> dict:
+    """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
+    choices, (splits, methods) = dict(study.setup.taken), FIGURES["9"]
     for method in METHODS if not study.setup.taken else ():
-        hyper, jobs = choose(study, method), tuning_jobs(study, method)
-        if hyper:
-            best = max(map(score, records_of(study, jobs)))
-            weights = {}
-            for split in FIGURES["9"][0] if method in FIGURES["9"][1] else ():
-                jobs += weight_jobs(study, method, split, hyper)
-                weights[split] = chosen_weight(study, method, split, hyper)
-            choices[method] = {**hyper, "score": round(best, 4),
+        if hyper := choose(study, method):
+            best = best_of(study, tuning_jobs(study, method))
+            weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}
+            choices[method] = {**hyper, "score": round(score(best), 4),
                                "weights": {s: w for s, w in weights.items() if w is not None}}
-        tried += [{**{k: run[k] for k in ("method", "split", "lr", "beta", "retain_weight")},
-                   "score": round(score(run), 4), "peak_log10": max(run["forget_quality_log10"][1:])}
-                  for run in records_of(study, jobs)]
-    return choices, tried
+    return choices

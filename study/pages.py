@@ -9,10 +9,8 @@ from study.answers import KINDS
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
 
 FIGURE_TITLES = {
-    "figure2": "Figure 2: forget05, ga and npo over steps, with the answers of the rt variants",
-    "figure5": "Figure 5: forget quality against utility at each method's peak",
-    "figure6": "Figure 6: both over steps", "figure7": "Figure 7: answers",
-    "figure8": "Figure 8: divergence from the start on the forget set, forget10",
+    "figure2": "Figure 2: forget05 over steps, and answers", "figure5": "Figure 5: at each method's peak",
+    "figure6": "Figure 6: over steps", "figure7": "Figure 7: answers", "figure8": "Figure 8: divergence",
     "figure9": "Figure 9: forget50 and forget90 with tuned weights",
     "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5"}
 
@@ -144,15 +142,16 @@ def answers_table(study: dict) -> list[str]:
 
 def hyper_parameters(study: dict) -> list[str]:
     """What was chosen, and every setting that was tried with its score."""
-    budget, tried = study["budget"], study["tried"]
+    budget, choices = study["budget"], study["chosen"].items()
+    tried = [r for r in study["runs"] if r["seed"] == budget["seed"]]
     source = f"Not tuned here: those of `{study.get('choices_from')}`."
     if tried:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
                  "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \
                  "Kolmogorov-Smirnov statistic, U: utility)."
-    rows = [[m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
-            for m, c in study["chosen"].items()]
-    keys = ("method", "split", "lr", "beta", "retain_weight", "score", "peak_log10")
-    return [source, "", *table(["method", "lr", "beta", "retain weight of Figure 9"], rows), "",
-            *table([key.replace("_", " ") for key in keys], [[f"{t[k]:g}" if k in keys[2:] else t[k]
-                                                              for k in keys] for t in tried])]
+    return [source, "", *table(["method", "lr", "beta", "retain weight of Figure 9"], [
+        [m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
+        for m, c in choices]), "",
+        *table(["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality"], [
+            [r["method"], r["split"], *(f"{r[key]:g}" for key in ("lr", "beta", "retain_weight")),
+             f"{grid.score(r):.3f}", f"{peak(r):.2f}"] for r in tried])]

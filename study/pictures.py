@@ -1,5 +1,4 @@
-"""Figures 2 and 5 to 9, the retain weight and the splits beyond 10%, drawn from the JSON of `figures_tofu.py`
-alone.
+"""The study's pictures, from its JSON alone.
 
 Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the
 first. Lines and points are means over seeds (of forget quality: in decades), bands and bars go from the
@@ -141,11 +140,10 @@ def figure2(study: dict, path: Path):
     divergence.set_yscale("symlog", linthresh=0.01)
     answers.axis("off")
     told = {}
-    for method, runs in named:
-        sample = next((s for r in runs for s in r.get("samples", []) if s["set"] == "forget"), None)
-        if sample and method.endswith("+rt"):
-            told = told or {"question": sample["question"], "true": sample["answer"]}
-            told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
+    for method, sample in ((m, s) for m, runs in named if m.endswith("+rt") for r in runs
+                           for s in r.get("samples", []) if s["set"] == "forget"):
+        told = told or {"question": sample["question"], "true": sample["answer"]}
+        told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
     texts = [textwrap.fill(f"{name}: {text}", 46, subsequent_indent="  ") for name, text in told.items()]
     answers.text(0, 1, "\n\n".join(texts), va="top", fontsize=8.5, family="monospace", parse_math=False)
     answers.set_title("answers at the end, seed 1")

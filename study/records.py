@@ -43,11 +43,9 @@ def read_study(path: Path) -> dict:
     """A distilled JSON. Raises InputError."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no {path} yet: run without --draw-only first") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; move it away") from None
-    needed = {"runs", "retrained", "failed", "chosen", "tried", "budget", "provenance", "epochs", "model"}
+        raise InputError(f"cannot read {path}: {error}; run without --draw-only, or move it away") from None
+    needed = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model"}
     lacking = needed - set(study if isinstance(study, dict) else ())
     if lacking:
         raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; "
@@ -237,7 +235,6 @@ def keep_record(study: Study, kept: dict) -> Study:
 
 def complete(study: Study) -> dict:
     """The JSON's content: the records, what follows from them, and where they come from."""
-    choices, tried = grid.chosen(study)
     samples = {}  # forget split -> seed -> log R of its retrained model
     for model in study.known["retrained"]:
         if "log_truth_ratios" in model:
@@ -246,7 +243,7 @@ def complete(study: Study) -> dict:
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
     lattice = {str(n): [[k, round(log10_p(range(n), [i + k - 0.5 for i in range(n)]), 12)]
                         for k in range(n + 1)] for n in sorted(set(rows.values())) if n <= 60}
-    return {**study.known, "chosen": choices, "tried": tried, "forget_rows": rows, "lattice": lattice,
+    return {**study.known, "chosen": grid.chosen(study), "forget_rows": rows, "lattice": lattice,
             "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
 
 
