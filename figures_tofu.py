@@ -42,7 +42,6 @@ def build_parser() -> Parser:
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
     add("--train-flags", default="", help="further flags of train_npo.py, such as \"--dtype bf16\"")
     add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
-    add("--processes", type=positive(int), default=1, help="of a run, through torchrun (default: 1)")
     add("--plan", action="store_true", help="print runs, time and memory, and stop")
     add("--draw-only", action="store_true", help="draw and judge from the JSON alone")
     add("--collect", nargs="+", type=Path, metavar="FOLDER",

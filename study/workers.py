@@ -18,14 +18,13 @@ from study.grid import Job, Study
 from support.errors import InputError
 from support.files import fingerprint, write_json
 
-TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 # Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
 FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
 LIBRARIES = 0.6e9
 
 
-def run_job(job: Job, resumed: str | None, train: Callable, processes: int) -> tuple[str, float]:
-    """Train one, with `train` or, where `processes` > 1, through torchrun: its folder, seconds."""
+def run_job(job: Job, resumed: str | None, train: Callable) -> tuple[str, float]:
+    """Train one: its folder, seconds."""
     begin, unlearns = time.perf_counter(), job.facts["kind"] == "unlearn"
     if not resumed and Path(job.folder).is_dir():
         if unlearns:  # `find_runs` knows every run by its settings, and this one has others
@@ -35,45 +34,17 @@ def run_job(job: Job, resumed: str | None, train: Callable, processes: int) -> t
     if given.get("retain_log"):
         given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
     folder, start = Path(resumed or job.folder), start_rows_file(job) if unlearns else None
-    if processes > 1:
-        launch(words_of(given), processes)
-    else:  # the start's evaluation on this split is the same in each run: it is made once
-        is_there = unlearns and start.exists()
-        train(given, json.loads(start.read_text(encoding="utf-8")) if is_there else None)
-        if unlearns and not is_there:
-            write_json(start, json.loads((folder / "eval" / "step_000000.json").read_text())["rows"])
+    is_there = unlearns and start.exists()
+    train(given, json.loads(start.read_text(encoding="utf-8")) if is_there else None)
+    if unlearns and not is_there:
+        write_json(start, json.loads((folder / "eval" / "step_000000.json").read_text())["rows"])
     for part in ("checkpoints", "reference") if unlearns else ():  # a hundred runs would fill the disk
         shutil.rmtree(folder / part, ignore_errors=True)
     return str(folder), time.perf_counter() - begin
 
 
-def words_of(given: dict) -> list[str]:
-    """train_npo.py's command line for these settings."""
-    words = []
-    for key, value in given.items():
-        if (key, value) != ("eval_every", "end"):  # fine-tuning's default, which no word stands for
-            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
-def launch(words: list, processes: int):
-    """train_npo.py through torchrun, which hands a signal on: the run finishes its step and is saved. Raises
-    Stopped after that, RuntimeError where it fails: torchrun's own errors find no way between processes."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main
-
-    from running.run_folder import Stopped
-    try:
-        main(["--standalone", f"--nproc_per_node={processes}", str(TRAIN), *words])
-    except SignalException:
-        raise Stopped("stopped by a signal") from None
-    except ChildFailedError as error:
-        raise RuntimeError(str(error)) from None
-
-
 def start_rows_file(job: Job) -> Path:
-    """Where the start's evaluation is kept for the other runs from this start on this split."""
+    """Where the start's evaluation on this split is kept: it is the same in each run from this start."""
     given, split = job.given, job.facts["split"]
     starts = [need for need in job.needs if need.facts["split"] == "full"]
     times = [Path(start.folder, "model").stat().st_mtime_ns for start in starts]
@@ -134,7 +105,7 @@ def execute(study: Study, jobs: list) -> Study:
                 if not all(map(records.is_model_there, job.needs)):
                     study = fail(study, job, "a model that it needs could not be trained")
                     continue
-                task = run_job, job, study.interrupted.get(job.key), study.setup.train, args.processes
+                task = run_job, job, study.interrupted.get(job.key), study.setup.train
                 try:
                     future = pool.submit(*task)
                 except BrokenProcessPool:  # a process of it was killed, out of memory perhaps
@@ -181,12 +152,11 @@ def cores() -> int:
 
 def seconds_of(study: Study, jobs: list) -> float:
     """With --jobs at a time, at the rate of the study's runs; at FLOP_RATE where it has none yet."""
-    args, timed = study.setup.args, [r for r in study.known["runs"] + study.known["retrained"]
-                                     if r.get("seconds")]
-    rate = args.processes * (FLOP_RATE_TINY if study.setup.preset_name == "tiny" else FLOP_RATE)
+    timed = [r for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
+    rate = FLOP_RATE_TINY if study.setup.preset_name == "tiny" else FLOP_RATE
     if timed:
         rate = sum(r["flops"] for r in timed) / sum(r["seconds"] for r in timed)
-    return sum(job.flops for job in jobs) / rate / args.jobs
+    return sum(job.flops for job in jobs) / rate / study.setup.args.jobs
 
 
 def clock(seconds: float) -> str:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -525,22 +524,10 @@ def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
     (retrained / "step_000005.json").touch()
     as_run_folder(Path(job.folder), job, s, finished=False, weight_decay=0.5)
     with pytest.raises(InputError, match="holds another run"):
-        workers.run_job(job, records.find_runs(s).interrupted.get(job.key), figures_tofu.train, 1)
+        workers.run_job(job, records.find_runs(s).interrupted.get(job.key), figures_tofu.train)
     (Path(job.folder) / "config.json").write_text("[")
     with pytest.raises(InputError, match="config.json is not what a run writes"):
         records.find_runs(s)
-
-
-def test_settings_as_words_are_the_same_run(study):
-    """What torchrun is given: a model to retrain, a run, and flags of each kind."""
-    from running.settings import parse, resolve
-    s = study("--figure", "8", "--train-flags", "--activation-checkpointing --batch-size 16")
-    run = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, {"lr": 1e-3, "beta": 0.2})
-    for job in (run, *run.needs):
-        given = {**job.given, "out": "x", "retain_log": None} if job is run else {**job.given, "out": "x"}
-        given = {k: v for k, v in given.items() if v is not None}
-        assert vars(parse(workers.words_of(given))) == vars(resolve(given))
-    assert "--activation-checkpointing" in workers.words_of(run.given)
 
 
 def stand_in_train(given: dict, start_rows: dict | None):
@@ -581,24 +568,6 @@ def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(run_fates):
     with pytest.raises(KeyboardInterrupt):
         run_fates("asked to stop", "ends")
     assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize("script, raised", [
-    ("import os, signal, time\nif os.environ['RANK'] == '0':\n    os.kill(os.getppid(), signal.SIGTERM)\n"
-     "time.sleep(60)", "Stopped"),
-    ("raise SystemExit(3)", "RuntimeError"),
-    ("pass", None)])
-def test_torchrun_hears_of_a_stop_and_its_failure_is_told(script, raised, monkeypatch, tmp_path):
-    from running.run_folder import Stopped  # here: a worker that imports this file needs no PyTorch
-    monkeypatch.setattr(workers, "TRAIN", tmp_path / "train.py")
-    workers.TRAIN.write_text(script)
-    handled = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
-    before = [signal.getsignal(which) for which in handled]
-    errors = {"Stopped": Stopped, "RuntimeError": RuntimeError}
-    with pytest.raises(errors[raised]) if raised else nullcontext():
-        workers.launch(["--loss", "npo"], 2)
-    for which, handler in zip(handled, before, strict=True):  # torchrun's stay, for a worker's next run
-        signal.signal(which, handler)
 
 
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
