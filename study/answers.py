@@ -1,5 +1,4 @@
-"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact
-(Section 5.2's remarks on the answers, made countable). Pure functions of texts.
+"""What a model's answers look like, as counts (Section 5.2's remarks on them). Pure functions of texts.
 
     distinct-n        different word n-grams over all of a set's answers (Li et al., 2016)
     repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of
@@ -9,8 +8,8 @@
     true fact         more than half of the words in which the true (paraphrased) answer differs from every
                       perturbed one
 
-The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent,
-of the wording, and wrong.
+The thresholds are ours. The retrained model's answers to the forget questions are the yardstick: of the
+wording, and wrong.
 """
 
 import re
@@ -51,7 +50,7 @@ def distinct(texts: list, n: int) -> float | None:
 
 
 def repetition_rate(text: str) -> float:
-    """Share of the text's runs of RUN characters that came before in it; 0 for a text that is shorter."""
+    """Share of the text's runs of RUN characters that came before in it; 0 for a shorter text."""
     runs = [text[i:i + RUN] for i in range(len(text) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 

@@ -36,8 +36,7 @@ BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the 
 SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
-SECOND_START = ("npo+rt", "ga+rt")  # on forget10, seed 1, from a start fine-tuned with seed SECOND_START_SEED
-SECOND_START_SEED = 1
+SECOND_START, SECOND_START_SEED = ("npo+rt", "ga+rt"), 1  # forget10, seed 1, from a start of another seed
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 # What identifies a run, besides data, start and retrained model. Micro-batch and device change no number.
@@ -84,8 +83,7 @@ class Job(NamedTuple):
         return ", ".join(f"{k} {self.facts[k]}" for k in told if k in self.facts)
 
 
-# ---------------------------------------------------------------- one run
-# (What needs PyTorch is imported in these functions, since drawing does without.)
+# What needs PyTorch is imported in functions, since drawing does without.
 
 def run_key(settings: dict, data_fingerprint: str, start: str, retrained: str) -> str:
     """16 hex digits that say which run it is: equal ones would end with equal weights and evaluations."""
@@ -161,8 +159,8 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
     args, base, (loss, *terms) = setup.args, defaults(setup), method.split("+")
     start, retrained = model_job(setup, "full", start_seed), model_job(setup, complement(split), seed)
     rows = len(slice_rows(setup.task.full, split))
-    every = max(1, math.ceil(EVALUATE_EPOCHS * rows / base["batch_size"]))
-    every = STEP_SPLIT_EVERY if split == STEP_SPLIT else every
+    batch = base["batch_size"]
+    every = STEP_SPLIT_EVERY if split == STEP_SPLIT else math.ceil(EVALUATE_EPOCHS * rows / batch)
     rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
     given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
              "data": args.data, "epochs": base["epochs"], "eval_every": str(every), **setup.extra,
@@ -175,24 +173,21 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
              "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}}
     given |= {"model": start_model(setup, start_seed), "retain_log": retrained.folder}
     sequences = 1 + (rt + kl > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
-    evaluations = math.ceil(math.ceil(base["epochs"] * rows / base["batch_size"]) / every)
+    evaluations = math.ceil(math.ceil(base["epochs"] * rows / batch) / every)
     chosen = "lr" in hyper
     return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
                f"{args.runs}/{split}_{method}_seed{seed}_{key[:8]}", tuple(filter(None, (start, retrained))),
                reckon(setup, base["epochs"] * rows * sequences, evaluations), facts)
 
 
-# ---------------------------------------------------------------- the runs of the figures
-
 def wanted_figures(args: Namespace) -> list:
     return list(FIGURES) if args.figure == "all" else [args.figure]
 
 
-def wanted_of(args: Namespace, figure: str) -> tuple[list, list]:
-    """(splits, methods) of a figure, without those that --splits and --methods leave out."""
-    splits, methods = FIGURES[figure]
-    return [s for s in splits if s in (args.splits or splits)], \
-           [m for m in methods if m in (args.methods or methods)]
+def wanted_of(args: Namespace, figure: str) -> list[list]:
+    """[splits, methods] of a figure, without those that --splits and --methods leave out."""
+    return [[name for name in names if name in (wanted or names)]
+            for names, wanted in zip(FIGURES[figure], (args.splits, args.methods), strict=True)]
 
 
 def seeds_of(args: Namespace, figure: str) -> int:
@@ -236,9 +231,7 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
 
 def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict) -> list[Job]:
     """The runs of one method on one split for one figure, on the reported seeds."""
-    setup, weights, jobs = study.setup, [None], []
-    if figure == "retain-weight":
-        weights = RETAIN_WEIGHTS
+    setup, jobs, weights = study.setup, [], RETAIN_WEIGHTS if figure == "retain-weight" else [None]
     if figure == "9":
         jobs = weight_jobs(study, method, split, hyper)
         weights = [chosen_weight(study, method, split, hyper)]
@@ -256,12 +249,10 @@ def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]
     return [unlearn_job(study.setup, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
 
 
-# ---------------------------------------------------------------- choosing hyper-parameters
-
 def score(run: dict) -> float:
-    """The largest, over evaluations after the start, of the smaller of 1 - D/D_start and U/U_start: 1 where a
-    model is as the retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against
-    the retrained model (linear where the p-value runs over a hundred decades), U the model utility."""
+    """The largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start: 1 where a model is as the
+    retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against the retrained
+    model (linear where the p-value runs over a hundred decades), U the model utility."""
     distance, utility = run["ks_statistic"], run["model_utility"]
     return max(min(1 - d / distance[0], u / utility[0])
                for d, u in zip(distance[1:], utility[1:], strict=True))

@@ -215,18 +215,13 @@ def single_runs(runs: list, path: Path):
                      select=lambda _study, _split, name: [named[name]])
 
 
-def samples_of(study: dict) -> list:
-    """(who, samples) on forget10: the start, the retrained model, then every method's run of seed 1."""
-    start = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
-    retrained = [("retrained", m["samples"]) for m in study["retrained"]
-                 if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
-    return start + retrained + [(m, r["samples"]) for m in study["chosen"]
-                                for r in chosen_runs(study, "forget10", m) if "samples" in r]
-
-
 def figure7(study: dict, path: Path):
     """One question of three sets and every model's answer: green where it is desired, red where not."""
-    named = samples_of(study)
+    named = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
+    named += [("retrained", m["samples"]) for m in study["retrained"]
+              if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
+    named += [(m, r["samples"]) for m in study["chosen"] for r in chosen_runs(study, "forget10", m)
+              if "samples" in r]
     if len(named) < 3:
         return None
     def fit(text: str) -> str:
@@ -236,10 +231,10 @@ def figure7(study: dict, path: Path):
     figure, ((axes,),) = canvas(1, 1, 17, 0.62 * (len(named) + 2))
     axes.axis("off")
     head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
-    cells, colors = [["true answer", *(fit(s["answer"]) for s in sets)]], [["white"] * (len(sets) + 1)]
-    for who, samples in named:
-        cells.append([who, *(fit(f"[{s['kind']}] {s['generation']}") for s in samples)])
-        colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
+    cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
+    cells += [[who, *(fit(f"[{s['kind']}] {s['generation']}") for s in some)] for who, some in named]
+    colors = [["white"] * (len(sets) + 1)]
+    colors += [["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in some)] for _, some in named]
     grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
                       bbox=(0, 0, 1, 1), colWidths=(0.1, 0.3, 0.3, 0.3))
     grid.auto_set_font_size(False)

@@ -32,8 +32,6 @@ RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
 RANK = {False: 0, "undecided": 1, True: 2}
 
 
-# ---------------------------------------------------------------- selecting runs
-
 def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None,
                 start_seed: int = 0) -> list:
     """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1,
@@ -62,8 +60,6 @@ def differences(first: list, second: list, value) -> list:
     other = {r["seed"]: r for r in second}
     return [value(r) - value(other[r["seed"]]) for r in first if r["seed"] in other]
 
-
-# ---------------------------------------------------------------- a run in one number
 
 def peak_at(run: dict) -> int:
     """Where in the run's evaluations, after the start, forget quality is largest; the first of equals."""
@@ -100,8 +96,6 @@ def rate(answers: dict, kind: str, sets: tuple) -> float:
     counts = [answers[name] for name in sets if name in answers]
     return sum(c[kind] for c in counts) / sum(c["answers"] for c in counts)
 
-
-# ---------------------------------------------------------------- judging
 
 def interval(values: list) -> tuple[float, float]:
     """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles
@@ -268,8 +262,6 @@ def verdicts(study: dict) -> list[dict]:
              for claim in CLAIMS]
     return [{**v, "holds": min((t["holds"] for t in v["tests"]), key=RANK.get)} for v in found]
 
-
-# ---------------------------------------------------------------- a verdict in words
 
 ANSWER = {True: "holds", False: "does not hold", "undecided": "undecided"}
 

@@ -1,7 +1,4 @@
-"""Runs in worker processes, each after the models that it needs, and how long they will take.
-
-SIGTERM lets a worker finish its step and save.
-"""
+"""Runs in worker processes, each after the models that it needs, and how long they will take."""
 
 import json
 import multiprocessing
@@ -121,7 +118,7 @@ def execute(study: Study, jobs: list) -> Study:
         if isinstance(error, KeyboardInterrupt):
             print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.terminate()  # lets a run finish its step and save
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -168,13 +165,11 @@ def clock(seconds: float) -> str:
 def print_plan(study: Study):
     """Runs, time and memory, for each figure and together."""
     args, figures, used = study.setup.args, grid.wanted_figures(study.setup.args), study.known["runs"]
-    print(f"{'figure':14}{'runs':>6}{'missing':>9}{'of them interrupted':>21}")
     for figure in [*figures, "together"]:
         jobs = grid.plan(study, figures if figure == "together" else [figure])
         todo = records.missing(study, jobs)
         lacking = [job for job in todo if job.facts["kind"] == "unlearn"]
-        begun = sum(job.key in study.interrupted for job in lacking)
-        print(f"{figure:14}{len(jobs):6}{len(lacking):9}{begun:21}")
+        print(f"{figure:14}{len(jobs):6} runs,{len(lacking):6} missing")
     print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "
           f"{len(todo) - len(lacking)} models to fine-tune or retrain first")
