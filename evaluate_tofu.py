@@ -1,22 +1,18 @@
-"""TOFU's metrics (Maini et al., 2024; Section 5.1 of the NPO paper): forget quality, model utility and their
-parts.
+"""TOFU's metrics (Maini et al., 2024; the paper's Section 5.1): forget quality, model utility, their parts.
 
     python evaluate_tofu.py --model runs/NAME/model --split forget10 --retain-log FILE
     python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE
         # from per-row logs, ours or TOFU's released ones
 
-With loss = nll / tokens and R = exp(mean over perturbed answers of their loss - the paraphrased answer's
-loss):
+With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss of the paraphrased answer):
 
     forget quality   p-value of the two-sample Kolmogorov-Smirnov test between the model's and a retrained
-    model's R on
-                     the forget rows
+                     model's R on the forget rows
     model utility    harmonic mean of ROUGE-L recall, probability and truth ratio on retain, real-author and
-    world-fact
-                     rows
-    truth ratio      forget: mean min(R, 1/R); elsewhere: mean max(0, 1 - 1/R) probability      mean exp(-loss
-    of the answer); real authors and world facts: divided by its sum with the perturbed
-                     answers'
+                     world-fact rows
+    truth ratio      forget: mean min(R, 1/R); elsewhere: mean max(0, 1 - 1/R)
+    probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the
+                     perturbed answers'
 
 `evaluation/scoring.py` makes the rows; `train_npo.py` computes the same metrics while training. R is kept as
 its logarithm, so that a model that has collapsed gives numbers too.
@@ -261,8 +257,7 @@ def measure(args) -> tuple[dict, dict, list | None]:
     retrained_rows = None
     if args.retain_log:
         retrained_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"],
-                                         task.fingerprint,
-                                         template)
+                                         task.fingerprint, template)
     model = AnswerModel(lm.to(world.device))
     texts = [t.encoded for some in prepared.texts.values() for t in some]
     check_model(model, texts, tokenizer.eos_token_id, args.model, "fp32", world)
@@ -321,8 +316,7 @@ def check_arguments(args, given: dict) -> Path | None:
         raise InputError(f"--plot {picture}: need a name that ends in .png, .pdf or .svg")
     refuse_unwritable([file for file in (args.out, picture) if file])
     measuring = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens",
-                 "batch_size",
-                 "dtype", "device"}
+                 "batch_size", "dtype", "device"}
     without = sorted(measuring & set(given)) if args.log else []
     if without:
         raise InputError(f"--log holds what was measured: --{without[0].replace('_', '-')} has no effect "

@@ -5,17 +5,17 @@ Every function is a pure function of log-probabilities: it knows no model, no de
 of `train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call
 the same ones.
 
-    NPO, Eq. 3:   L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x))) its weight:   grad L
-    = W * grad log pi_theta,   W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)          (Eq. 5)
+    NPO, Eq. 3:         L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
+    its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
 
-W is 1 where the policy still is the reference and vanishes on what is forgotten:
-gradient ascent that knows when to stop.
+W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows
+when to stop.
 
 Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer
 tokens (the end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence
 (B,) or token (N,); means are taken by the caller, who knows the size of the whole batch. All are finite,
-value and gradient, for
-|beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will do.
+value and gradient, for |beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will
+do.
 
 Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K
 is D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see
@@ -58,7 +58,8 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_loss(policy_logps: Tensor) -> Tensor:
-    """-log pi_theta(y|x), (B,): the retain loss RT, FG and IDK (Section 2), and fine-tuning."""
+    """-log pi_theta(y|x), (B,), nats a sequence: the retain loss RT, FG and IDK (Section 2), and
+    fine-tuning."""
     return -policy_logps
 
 
@@ -147,16 +148,24 @@ def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "p
 
 # ---------------------------------------------------------------- what `--loss NAME` means
 
+# What is computed of a batch, by name: log pi of the row's own answer and of a refusal, the policy's and the
+# reference's, sums in nats; the answers' tokens; KTO's z.
+COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
+            "kl_baseline")
+
+
 class Objective(NamedTuple):
     """A loss on the forget rows, and what it needs. Nothing else asks which loss it is."""
-    loss: Callable[..., Tensor]
-    # What it takes, in its order: policy_logps (of the answer), refusal_logps, reference_logps,
-    # reference_refusal_logps, answer_lengths, kl_baseline, beta, gamma.
-    takes: tuple[str, ...]
+    loss: Callable[..., Tensor]  # one value a sequence, (B,), never their mean
+    takes: tuple[str, ...]  # its arguments, in its order: names of COMPUTED, and settings such as beta
     mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
-    start: float | None = None  # beta times its value where the policy is the reference
-    weight: Callable[...,
-                     Tensor] | None = None  # W of each sequence, of (policy_logps, reference_logps, beta)
+    at_reference: float | None = None  # beta times its value where the policy is the reference
+    weight: Callable[..., Tensor] | None = None  # W, (B,), of (policy_logps, reference_logps, beta)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The flags that it has an ear for."""
+        return tuple(name for name in self.takes if name not in COMPUTED)
 
     @property
     def with_answer(self) -> bool:
@@ -169,12 +178,8 @@ class Objective(NamedTuple):
         return "refusal_logps" in self.takes
 
     @property
-    def with_baseline(self) -> bool:
-        return "kl_baseline" in self.takes
-
-    @property
-    def with_reference(self) -> bool:
-        return "reference_logps" in self.takes
+    def needs_refusals(self) -> bool:
+        return any("refusal" in name or name == "kl_baseline" for name in self.takes)
 
 
 OBJECTIVES = {
@@ -183,10 +188,10 @@ OBJECTIVES = {
     "idk": Objective(nll_loss, ("refusal_logps",), mean="tokens"),
     "dpo": Objective(dpo_loss,
                      ("refusal_logps", "policy_logps", "reference_refusal_logps", "reference_logps", "beta"),
-                     start=math.log(2)),
+                     at_reference=math.log(2)),
     "kto": Objective(kto_loss, ("policy_logps", "reference_logps", "kl_baseline", "beta"),
-                     start=2 * math.log(2)),
-    "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), start=2 * math.log(2),
+                     at_reference=2 * math.log(2)),
+    "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),
                      weight=npo_weight),
     "simnpo": Objective(simnpo_loss, ("policy_logps", "answer_lengths", "beta", "gamma")),
 }

@@ -1,17 +1,18 @@
-"""Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3 and
-5).
+"""Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3, 5).
 
     torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1
         # unlearn forget10; from a laptop on, no download
     python train_npo.py --loss sft --split full
         # fine-tune (or --split retain90: retrain)
 
-    minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K NPO:       L_forget = -(2/beta) E
-    log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))       (Eq. 3, losses.npo_loss)
+    minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
+    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))
+                                                                              (Eq. 3, losses.npo_loss)
 
-The loop is `train`; read it first. A global batch is defined without regard to processes: each takes its
-share of the rows, losses are SUMS that are divided once by the whole batch's counts, and the step is the same
-for any micro-batch size and any number of processes.
+It reads from top to bottom: the objective, the processes and the optimizer, the loop (`train`), the runs. A
+global batch is defined without regard to processes: each takes its share of the rows, losses are SUMS that
+are divided once by the whole batch's counts, and the step is the same for any micro-batch size and any number
+of processes.
 
 Where this departs from the paper or from the authors' code: no reference model stays in memory. The policy is
 the reference until its first step, so one pass before it keeps log pi_ref(y|x) of every answer that will be
@@ -23,6 +24,7 @@ text (docs/departures.md). Dropout is off: at step 0 the policy must equal the r
 import inspect
 import math
 import os
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -61,38 +63,40 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
     """L_forget of each sequence, (B,): what the objective takes of what is `known` of the batch."""
-    return plan.objective.loss(*(known[name] for name in plan.objective.takes))
+    values = plan.objective.loss(*(known[name] for name in plan.objective.takes))
+    assert values.ndim == 1, "a loss returns one value a sequence, not their mean"
+    return values
 
 
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
-              counts: Counts,
-              kl_baseline: Tensor, device) -> dict:
+              counts: Counts, kl_baseline: Tensor, device) -> dict:
     """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss",
     "kl_loss", "mean_W"}, each already divided by the whole batch's count, so that they add up over
     micro-batches and processes."""
-    batch, objective = plan.collate(micro, device), plan.objective
-    states = reference.states(micro.partners) if s.kl_weight > 0 else None
-    token_logps, kl = policy(batch, states, s.kl_direction)
-    answers, refusals, retained = batch.per_text(token_logps).split([len(some) for some in plan.texts(micro)])
+    objective = plan.objective
+    batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
+    kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
+    token_logps, token_kl = policy(batch, kl_states, s.kl_direction)
+    answer_logps, refusal_logps, retain_logps = batch.per_text(token_logps).split(sizes)
 
-    known = {"policy_logps": answers, "refusal_logps": refusals,
-             "answer_lengths": batch.lengths[:len(answers)],
-             "kl_baseline": kl_baseline, "beta": s.beta, "gamma": s.gamma}
-    if objective.with_reference:
+    known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
+             "answer_lengths": batch.answer_tokens[:len(answer_logps)], "kl_baseline": kl_baseline,
+             **{name: getattr(s, name) for name in objective.settings}}
+    if "reference_logps" in objective.takes:
         known["reference_logps"] = reference.answer_logps(micro.items)
-    if objective.with_reference and objective.with_refusal:
+    if "reference_refusal_logps" in objective.takes:
         known["reference_refusal_logps"] = reference.refusal_logps(micro.items)
-    count = counts.forget_tokens if objective.mean == "tokens" else counts.rows
+    count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
     sums = {"forget_loss": forget_loss(plan, known).sum() / count}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:
-        sums["retain_loss"] = nll_loss(retained).sum() / counts.retain_tokens
+        sums["retain_loss"] = nll_loss(retain_logps).sum() / counts.retain_tokens  # nats a token
         sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
     if s.kl_weight > 0:
-        sums["kl_loss"] = kl.sum() / counts.retain_tokens
+        sums["kl_loss"] = token_kl.sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
-        weights = objective.weight(answers.detach(), known["reference_logps"], s.beta)
+        weights = objective.weight(answer_logps.detach(), known["reference_logps"], s.beta)
         sums["mean_W"] = weights.sum() / counts.rows
     return {name: value * (0.0 if micro.ghost else 1.0) for name, value in sums.items()}
 
@@ -177,7 +181,8 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
 PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "mean_W")
 
 
-def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | None, run, world: World):
+def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | None, run: RunFolder,
+          world: World):
     """From the policy's present weights to the end of the stream. `run` (a RunFolder) evaluates, saves and
     logs.
 
@@ -188,7 +193,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
     optimizer = adamw(model, s)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
-    policy = replicated(model, world)
+    policy = replicated(model, world)  # the same weights
     model.lm.train()
     step, stop = run.restore(model, optimizer, scaler), False
     if step == 0 and 0 in run.evaluation_steps:
@@ -202,7 +207,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         for group in optimizer.param_groups:
             group["lr"] = lr
         kl_baseline = torch.zeros((), device=world.device)
-        if plan.objective.with_baseline:
+        if "kl_baseline" in plan.objective.takes:
             with autocast(s.dtype, world.device):
                 kl_baseline = kto_baseline(s, model, plan, items, reference, world)
 
@@ -222,7 +227,9 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         # fp16 may overflow: the scaler then skips the update and lowers its scale.
         skipped = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(grad_norm)
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
-            refuse_step(run, step, logged["loss"], grad_norm, (model, optimizer, scaler), world)
+            if finite(model, world):  # kept beside the earlier checkpoints, which may be the healthier
+                run.checkpoint(step, model, optimizer, scaler, kept=1000)
+            give_up(step + 1, f"the loss is {logged['loss']}, the gradient's norm {grad_norm}", run, s)
         if step == 0:
             check_start(s, plan, logged)
         scaler.step(optimizer)
@@ -239,7 +246,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         evaluates = step in run.evaluation_steps and not skipped
         saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
         if (evaluates or saves or step == plan.steps) and not finite(model, world):
-            run.refuse_weights(step)
+            give_up(step, "the update made weights that are not finite", run, s)
         if evaluates:
             run.evaluate(step, model)
         if saves:
@@ -254,13 +261,9 @@ def finite(model: AnswerModel, world: World) -> bool:
     return not world.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
 
 
-def refuse_step(run, step: int, loss: float, grad_norm: float, state: tuple, world: World):
-    """Raises InputError; the weights before this step are kept, where they are finite."""
-    if finite(state[0], world):
-        run.checkpoint(step, *state, kept=1000)  # beside the earlier ones, which may be the healthier
-    raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; the weights "
-                     f"before this step are kept in {run.folder / 'checkpoints'}; try a smaller --lr, or "
-                     "--max-grad-norm 1")
+def give_up(step: int, what: str, run, s: Namespace):
+    raise InputError(f"step {step}: {what}; the last good weights, if any, are in "
+                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
 
 
 def check_start(s: Namespace, plan: Plan, logged: dict):
@@ -271,9 +274,10 @@ def check_start(s: Namespace, plan: Plan, logged: dict):
     what it says.
     """
     nats = 1e-3 if s.dtype == "fp32" else 0.5  # of a log-ratio; in 16 bits kernels differ by tenths
-    expected = {"mean_W": (1.0, s.beta * nats), "kl_loss": (0.0, nats)}
-    if plan.objective.start is not None:
-        expected["forget_loss"] = plan.objective.start / s.beta, nats
+    expected = {"mean_W": (1.0, max(1e-4, s.beta * nats)), "kl_loss": (0.0, nats)}
+    if plan.objective.at_reference is not None:
+        value = plan.objective.at_reference / s.beta
+        expected["forget_loss"] = value, max(1e-4 * value, nats)
     for part, (value, allowed) in expected.items():
         if part in logged and abs(logged[part] - value) > allowed:
             raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference "
@@ -296,8 +300,7 @@ def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Pat
     if not world.agree(last.finished):
         with locked(last.folder / ".lock") if world.rank == 0 else nullcontext():
             describe(last, world)
-            for split in last.missing_models:
-                folder = trained_tiny(tiny_settings(s, split, last.task), last.folder, world)
+            for split, folder in tiny_models(last, world).items():
                 if split == "full":
                     last.take_start(folder, world)
                 else:
@@ -306,6 +309,18 @@ def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Pat
     else:
         world.say(f"{last.folder} is there, finished")
     return last.folder
+
+
+def tiny_models(last: Job, world: World) -> dict[str, Path]:
+    """split -> the folder of the tiny model that learned it, of all that the run needs. Where there are as
+    many processes, each trains one of them by itself: nothing need be exchanged."""
+    trainings = {split: tiny_settings(last.settings, split, last.task) for split in last.missing_models}
+    if len(trainings) <= 1 or world.size < len(trainings):
+        return {split: trained_tiny(sft, last.folder, world) for split, sft in trainings.items()}
+    for sft in list(trainings.values())[world.rank:world.rank + 1]:
+        trained_tiny(sft, last.folder, World(0, 1, world.device))
+    world.wait()
+    return {split: Path(sft.out) for split, sft in trainings.items()}
 
 
 def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
@@ -336,6 +351,9 @@ def run_job(job: Job, begin: float, world: World, start_rows: dict | None = None
     if s.loss != "sft":
         folder = job.folder / "reference"
         if not world.agree((folder / "done").exists()):
+            if world.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # shares of an interrupted pass, of other processes
+            world.wait()
             with autocast(s.dtype, world.device):
                 reference_pass(s, model, job.plan, job.prepared, folder, job.reference_mark(), world)
             world.wait()

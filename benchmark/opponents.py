@@ -1,25 +1,23 @@
-"""The loops that people use today, written plainly: A and B (training), B' (evaluation), S (synthetic).
-
-bench.py says what each of them is. A, B and B' have a process of their own: what our code does to its process
-(`keep_freed_memory`) must neither help nor hurt them.
-"""
+"""The loops that people use today, written plainly: A and B (training), B' (evaluation), S (synthetic). What
+each of them is stands in bench.py."""
 
 import copy
-import multiprocessing
 import os
 import time
 from argparse import Namespace
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from data.prompts import encode, encode_prompts
+from data.batches import padded
+from data.prompts import encode, encode_prompts, pad_id
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
-from models.loading import autocast, load_model, pad_id
-
-A_PADDED_TO, A_ROWS_AT_ONCE, B_ROWS_AT_ONCE = 500, 2, 8  # tokens, rows, rows; B pads to the longest
+from models.loading import load_model
+from models.presets import autocast
 
 
 def now(device="cpu") -> float:
@@ -31,50 +29,59 @@ def now(device="cpu") -> float:
 
 # ---------------------------------------------------------------- A and B: training
 
+def answer_logits(lm, rows: list, pad: int, pad_to: int = 0):
+    """Of encoded rows, padded at the end: all positions' logits (B, T - 1, V), and the tokens that they
+    predict, -100 outside the answers."""
+    width = max(pad_to, max(len(e.ids) for e in rows))
+    ids, mask, labels = (padded(lists, filler, width).to(lm.device) for lists, filler in (
+        ([e.ids for e in rows], pad), ([[1] * len(e.ids) for e in rows], 0),
+        ([[-100] * e.start + e.ids[e.start:] for e in rows], -100)))
+    return lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], labels[:, 1:]
+
+
+def answer_logps(*given):
+    """log pi(y|x), (B,); takes what `answer_logits` takes."""
+    logits, labels = answer_logits(*given)
+    return -F.cross_entropy(logits.float().mT, labels, reduction="none", ignore_index=-100).sum(-1)
+
+
 class PlainLoop:
     """A policy, a resident reference, and AdamW; rows padded to `pad_to` tokens or to the longest."""
 
-    def __init__(self, s: Namespace, reference, tokenizer, pad_to: int, rows_at_once: int, device):
-        self.s, self.pad_to, self.rows_at_once, self.device = s, pad_to, rows_at_once, device
-        self.pad, self.policy = pad_id(tokenizer), copy.deepcopy(reference).train()
-        self.reference = reference.eval()  # A and B may share it, since nothing changes it
+    def __init__(self, s: Namespace, device, pad_to: int, rows_at_once: int):
+        self.s, self.device, self.rows_at_once = s, device, rows_at_once
+        self.reference, tokenizer, _ = load_model(s.start)
+        self.reference.to(device).eval()
+        self.padding, self.policy = (pad_id(tokenizer), pad_to), copy.deepcopy(self.reference).train()
         decay = {True: s.weight_decay, False: 0.0}  # norm weights and biases are vectors
         groups = [{"params": [p for p in self.policy.parameters() if (p.ndim >= 2) == matrix],
                    "weight_decay": value} for matrix, value in decay.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
-    def logits(self, model, rows: list):
-        """All positions' logits (B, T - 1, V) and the tokens they predict, -100 outside the answers."""
-        ids, mask, labels = padded(rows, self.pad, self.pad_to, self.device)
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], labels[:, 1:]
-
-    def logps(self, model, rows: list):
-        """log pi(y|x), (B,)."""
-        logits, labels = self.logits(model, rows)
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        return -losses.sum(-1)
-
-    @torch.no_grad()
-    def reference_logps(self, rows: list):
-        return self.logps(self.reference, rows)
+    def logps(self, rows: list) -> tuple:
+        """log pi(y|x) of policy and reference, (B,) each."""
+        policy = answer_logps(self.policy, rows, *self.padding)
+        with torch.no_grad():
+            return policy, answer_logps(self.reference, rows, *self.padding)
 
     def objective(self, forget: list, refusal: list, retain: list, counts: dict):
         """This micro-batch's part of the whole batch's loss."""
-        s, policy = self.s, self.logps(self.policy, forget)
+        s = self.s
         if s.loss == "sft":
-            return -policy.sum() / counts["forget_tokens"]
-        reference = self.reference_logps(forget)
+            return -answer_logps(self.policy, forget, *self.padding).sum() / counts["forget_tokens"]
+        policy, reference = self.logps(forget)
         if s.loss == "npo":
             loss = npo_loss(policy, reference, s.beta).sum() / counts["rows"]
         else:
-            chosen, reference_chosen = self.logps(self.policy, refusal), self.reference_logps(refusal)
+            chosen, reference_chosen = self.logps(refusal)
             loss = dpo_loss(chosen, policy, reference_chosen, reference, s.beta).sum() / counts["rows"]
         if s.retain_weight > 0:
-            loss = loss - s.retain_weight * self.logps(self.policy, retain).sum() / counts["retain_tokens"]
+            logps = answer_logps(self.policy, retain, *self.padding)
+            loss = loss - s.retain_weight * logps.sum() / counts["retain_tokens"]
         if s.kl_weight > 0:
-            logits, labels = self.logits(self.policy, retain)
+            logits, labels = answer_logits(self.policy, retain, *self.padding)
             with torch.no_grad():
-                reference_logits, _ = self.logits(self.reference, retain)
+                reference_logits, _ = answer_logits(self.reference, retain, *self.padding)
             kl = kl_loss(logits[labels >= 0], reference_logits[labels >= 0], s.kl_direction)
             loss = loss + s.kl_weight * kl.sum() / counts["retain_tokens"]
         return loss
@@ -98,44 +105,64 @@ class PlainLoop:
         return total, passed - begin, now(self.device) - passed
 
 
-def padded(rows: list, pad: int, pad_to: int, device):
-    """ids, attention mask and labels, (B, T), of encoded rows, padded at the end."""
-    width = max(pad_to, max(len(e.ids) for e in rows))
+LOOPS = {}  # A and B, in the process that they have of their own
+SHAPES = {"A": (500, 2), "B": (0, 8)}  # padded to so many tokens (0: to the longest), rows at once
 
-    def fill(lists, value):
-        return torch.tensor([x + [value] * (width - len(x)) for x in lists], device=device)
-    labels = fill([[-100] * e.start + e.ids[e.start:] for e in rows], -100)
-    return fill([e.ids for e in rows], pad), fill([[1] * len(e.ids) for e in rows], 0), labels
+
+def step(s: Namespace, device, name: str, lr: float, *rows) -> tuple[float, float, float]:
+    """What `PlainLoop.step` of A or B returns."""
+    if name not in LOOPS:
+        LOOPS[name] = PlainLoop(s, device, *SHAPES[name])
+    return LOOPS[name].step(lr, *rows)
+
+
+def weights(name: str) -> dict:
+    """Those of A or B, as arrays: they travel through a pipe."""
+    return {key: p.detach().cpu().numpy() for key, p in LOOPS[name].policy.named_parameters()}
+
+
+@contextmanager
+def fresh_process(**environ):
+    """call(function, ...) in another process, which inherits `environ`, and nothing of what our code does to
+    its own (`keep_freed_memory`): that must neither help nor hurt the opponents."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, environ):
+            os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+            pool.submit(int).result()  # it has started
+        yield lambda function, *given: pool.submit(function, *given).result()
 
 
 # ---------------------------------------------------------------- B': evaluation
 
-@torch.no_grad()
-def plain_evaluation(lm, tokenizer, template: str, rows: list, rows_at_once: int, max_new_tokens: int):
+def evaluation(s: Namespace, device, rows: list, max_new_tokens: int) -> tuple[list, float]:
+    """(`scores` of the start, seconds)."""
+    lm, tokenizer, _ = load_model(s.start)
+    lm.to(device).eval()
+    begin = now(device)
+    with torch.no_grad(), autocast(s.dtype, device):
+        return scores(lm, tokenizer, s.template, rows, max_new_tokens), now(device) - begin
+
+
+def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> list:
     """One set the plain way: a pass for the answers, one for the paraphrases, one for each place among the
-    perturbed answers, then `generate`. A list of {"nll": [..], "generation", "rouge_l_recall"}."""
+    perturbed answers, then `generate`. Of each row {"nll": [..], "generation", "rouge_l_recall"}."""
     from rouge_score import rouge_scorer
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    pad, device = pad_id(tokenizer), lm.device
+    pad, scorer = pad_id(tokenizer), rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     answers = [known_answers(row, "answer", "paraphrased_answer", "perturbed_answer") for row in rows]
     results = [{"nll": []} for _ in rows]
-    chunks = [range(at, min(at + rows_at_once, len(rows))) for at in range(0, len(rows), rows_at_once)]
     for place in range(max(map(len, answers))):
-        for chunk in chunks:
-            chunk = [i for i in chunk if place < len(answers[i])]
-            if not chunk:
-                continue
+        having = [i for i, some in enumerate(answers) if place < len(some)]
+        for at in range(0, len(having), 8):
+            chunk = having[at:at + 8]
             encoded = encode(tokenizer, template, [(rows[i]["question"], answers[i][place]) for i in chunk])
-            ids, mask, labels = padded(encoded, pad, 0, device)
-            logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-            nll = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
-            for i, value in zip(chunk, nll.sum(-1).tolist(), strict=True):
-                results[i]["nll"].append(value)
-    for chunk in chunks:
+            for i, logp in zip(chunk, answer_logps(lm, encoded, pad).tolist(), strict=True):
+                results[i]["nll"].append(-logp)
+    for at in range(0, len(rows), 8):
+        chunk = range(at, min(at + 8, len(rows)))
         prompts = encode_prompts(tokenizer, template, [rows[i]["question"] for i in chunk])
         width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids = padded([prompt[::-1] for prompt in prompts], pad, width).flip(1).to(lm.device)
+        mask = padded([[1] * len(prompt) for prompt in prompts], 0, width).flip(1).to(lm.device)
         made = lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
                            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
         texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
@@ -151,73 +178,13 @@ def known_answers(row: dict, answer: str, paraphrased: str, perturbed: str) -> l
     return some + (row.get(perturbed) or [])
 
 
-# ---------------------------------------------------------------- their process
-
-class Apart:
-    """`serve` in a process of its own. While one side works, the other waits at its pipe."""
-
-    def __init__(self, s: Namespace, args: Namespace):
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.worker = self.start(theirs, s, args)
-        self.pipe.recv()  # it has loaded its model: nothing that is timed runs beside that
-
-    def start(self, theirs, *given):
-        spawn = multiprocessing.get_context("spawn")
-        process = spawn.Process(target=serve, args=(theirs, *given), daemon=True)
-        process.start()
-        theirs.close()
-        return process
-
-    def ask(self, *message):
-        """What `serve` answers to it."""
-        self.pipe.send(message)
-        return self.pipe.recv()
-
-    def close(self):
-        self.pipe.close()
-        self.worker.join()
-
-
-def serve(pipe, s: Namespace, args: Namespace):
-    """A and B, or B', with the model they share: one answer a message, until the pipe is
-    closed.
-
-    ("step", "A" or "B", lr, forget, refusal and retain rows): what `PlainLoop.step` returns. ("save", "A" or
-    "B", file): its weights are written there, as safetensors. ("evaluate", template, rows):
-    (`plain_evaluation`, seconds).
-    """
-    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # ours, inherited
-    torch.set_num_threads(args.threads)
-    lm, tokenizer, _ = load_model(s.start)
-    lm.to(args.device).eval()
-    loops = {}
-    with pipe, suppress(EOFError, BrokenPipeError):
-        pipe.send("ready")
-        while True:
-            what, *given = pipe.recv()
-            if what == "step":
-                name, lr, *rows = given
-                if name not in loops:
-                    shape = {"A": (A_PADDED_TO, A_ROWS_AT_ONCE), "B": (0, B_ROWS_AT_ONCE)}[name]
-                    loops[name] = PlainLoop(s, lm, tokenizer, *shape, args.device)
-                pipe.send(loops[name].step(lr, *rows))
-            elif what == "save":
-                name, file = given
-                weights = loops[name].policy.named_parameters()
-                pipe.send(save_file({key: p.detach().clone().cpu() for key, p in weights}, file))
-            else:
-                template, rows = given
-                begin = now(args.device)
-                with autocast(args.dtype, args.device):
-                    scores = plain_evaluation(lm, tokenizer, template, rows, B_ROWS_AT_ONCE,
-                                              args.max_new_tokens)
-                pipe.send((scores, now(args.device) - begin))
-
-
 # ---------------------------------------------------------------- S: the synthetic experiment
 
-def plain_models(Z_retain, y_retain, Z_forget, y_forget, lr: float, steps: int) -> list:
+def models(instance, alpha: float, lr: float, steps: int) -> list:
     """theta of pi_ref and of pi_retr: gradient descent on the mean cross-entropy with autograd."""
+    Z_retain, Z_forget, y_retain, y_forget = map(torch.from_numpy, (
+        instance.features(instance.x_retain, -alpha), instance.features(instance.x_forget, alpha),
+        instance.y_retain, instance.y_forget))
     thetas = []
     for Z, y in ((torch.cat([Z_retain, Z_forget]), torch.cat([y_retain, y_forget])), (Z_retain, y_retain)):
         theta = torch.zeros(Z.shape[1], dtype=Z.dtype, requires_grad=True)
@@ -232,7 +199,7 @@ def two_class(logits):
     return torch.stack([torch.zeros_like(logits), logits], -1)
 
 
-def plain_unlearning(method, instance, alpha: float, models: list, steps: int, eval_every: int) -> list:
+def unlearning(method, instance, alpha: float, models: list, steps: int, eval_every: int) -> list:
     """One method on one instance, autograd on the objectives: [(forget distance, retain distance)] on the
     way. `models`: theta of pi_ref and of pi_retr."""
     reference, retrained = models

@@ -1,2 +1,1 @@
-"""Everything about data: TOFU's splits (`tofu`), prompts and token ids (`prompts`), batches (`batches`), the built-in
-set (`make_builtin`)."""
+"""TOFU's splits, prompts and token ids, batches, the built-in set, the instances of Section 4."""

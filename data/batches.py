@@ -1,8 +1,5 @@
 """The one definition of the batch: which rows meet in which step, whatever the micro-batch or the number of
-processes; and how texts become tensors.
-
-The stream is a pure function of (seed, position): the position in it is all that a resumed run needs to know.
-"""
+processes (a pure function of seed and position), and how texts become tensors."""
 
 import math
 from typing import NamedTuple
@@ -15,8 +12,7 @@ ROWS, PARTNERS, REFUSALS = 0, 1, 2  # three independent streams of one seed
 
 
 class Item(NamedTuple):
-    """One place in the stream, as indices: the row to unlearn (or to learn), its retain partner, its
-    refusal."""
+    """One place in the stream, as indices: the row to unlearn (or learn), its retain partner, its refusal."""
     row: int
     partner: int
     refusal: int
@@ -24,13 +20,11 @@ class Item(NamedTuple):
 
 def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, n_refusals: int,
                 pairing: str) -> list[list[Item]]:
-    """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch) of
-    them.
+    """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch).
 
-    Every row is visited exactly `epochs` times. pairing "stream": partners and refusals are seeded streams of
-    their own; "fixed" (the authors' rule): row i always meets retain row (i + u) mod n_retain and refusal v,
-    u and v each the first `torch.randint` of a generator seeded with i. n_retain or n_refusals of 0: none are
-    used.
+    pairing "stream": partners and refusals are seeded streams too; "fixed" (the authors' rule): row i
+    always meets retain row (i + u) mod n_retain and refusal v, u and v each the first `torch.randint` of a
+    generator seeded with i. n_retain or n_refusals of 0: none are used.
     """
     rows = permutations(seed, ROWS, n, epochs * n)
     if pairing == "fixed":
@@ -56,11 +50,8 @@ def first_randint(seed: int, n: int) -> int:
 
 
 def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size: int) -> list[list]:
-    """This process's micro-batches of a global batch: sorted by length, every world_size-th row, cut.
-
-    All processes get the same number of micro-batches, so that they meet in the last one; where rows run out
-    the list is empty.
-    """
+    """This process's micro-batches of a global batch: sorted by length, every world_size-th row, cut. All get
+    the same number, so that they meet in the last one; where rows run out the list is empty."""
     order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
     mine = [rows[i] for i in order[rank::world_size]]
     most = math.ceil(len(rows) / world_size)  # rows of the process that has the most
@@ -88,7 +79,7 @@ class TokenBatch(NamedTuple):
     positions: Tensor
     targets: Tensor
     rows: Tensor
-    lengths: Tensor  # (R,) answer tokens
+    answer_tokens: Tensor  # (R,)
     prompts: Tensor | None = None
     branches: Tensor | None = None
     order: Tensor | None = None
@@ -99,10 +90,9 @@ class TokenBatch(NamedTuple):
         return self.ids.numel()
 
     def per_text(self, values: Tensor) -> Tensor:
-        """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M of them: 0
-        elsewhere."""
-        return values.new_zeros(len(self.lengths)).index_add(0, self.rows[len(self.rows) - len(values):],
-                                                             values)
+        """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M: 0 elsewhere."""
+        rows = self.rows[len(self.rows) - len(values):]
+        return values.new_zeros(len(self.answer_tokens)).index_add(0, rows, values)
 
     def attention(self, dtype) -> dict:
         """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
@@ -113,26 +103,22 @@ class TokenBatch(NamedTuple):
         same_answer = self.branches.unsqueeze(1) == self.branches.unsqueeze(2)
         in_prompt = self.branches.unsqueeze(1) == 0
         sees = (same_prompt & (in_prompt | same_answer)).tril()
-        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees,
-                                                                                    torch.finfo(dtype).min)
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+        mask = mask.masked_fill_(~sees, torch.finfo(dtype).min)
         return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
 
     def to(self, device) -> "TokenBatch":
         return TokenBatch(*(x if x is None else sent(x, device) for x in self))
 
 
-def padded(lists: list, value: int, width: int) -> Tensor:
-    return torch.tensor([x + [value] * (width - len(x)) for x in lists])
-
-
 def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
     """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
-    ids = padded([e.ids for e in encoded], pad_id, max(pad_to, max(len(e.ids) for e in encoded)))
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(lengths)
-    positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1)
-                           for e in encoded])  # the one before predicts
-    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, lengths).to(device)
+    width = max(pad_to, *(len(e.ids) for e in encoded))
+    ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
+    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
+    positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in encoded])  # the one before
+    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, answer_tokens).to(device)
 
 
 # ---------------------------------------------------------------- several texts in a sequence
@@ -141,22 +127,13 @@ PACKED_TOKENS = 384  # the most in a sequence of several prompts: attention's co
 ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
 
 
-def by_prompt(encoded: list) -> list[list[int]]:
-    """Places of the texts, those of one prompt together: several answers to a question cost it once."""
-    groups = {}
-    for place, e in enumerate(encoded):
-        groups.setdefault(tuple(e.ids[:e.start]), []).append(place)
-    return list(groups.values())
-
-
 def packed_tokens(encoded: list) -> int:
     """Tokens that texts of ONE prompt take in a sequence."""
     return encoded[0].start + sum(e.answer_tokens for e in encoded)
 
 
 def within(lengths: list, budget: int) -> list[list[int]]:
-    """Places of `lengths`, sorted by length and cut into batches of at most `budget` tokens; what is longer
-    goes alone."""
+    """Places of `lengths`, sorted by length, in batches of at most `budget` tokens; longer ones alone."""
     batches, filled = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         filled += lengths[i]
@@ -167,72 +144,52 @@ def within(lengths: list, budget: int) -> list[list[int]]:
     return batches
 
 
-def dealt_to(count: int, lengths: list) -> tuple[list[list[int]], int]:
-    """Places of `lengths` in `count` sequences, and the longest of these: the longest first, to the
-    emptiest."""
-    sequences, filled = [[] for _ in range(count)], [0] * count
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        emptiest = filled.index(min(filled))
-        sequences[emptiest].append(i)
-        filled[emptiest] += lengths[i]
-    return sequences, max(filled)
-
-
 def pack(lengths: list) -> list[list[int]]:
-    """Places of `lengths`, dealt to as many sequences as cost the least, padding and attention together."""
+    """Places of `lengths`, the longest first to the emptiest of as many sequences as cost the least."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     most = max(1, sum(lengths) // max(lengths))
-    fewest = min(most, math.ceil(sum(lengths) / PACKED_TOKENS))
     best, least = None, math.inf
-    for count in range(fewest, most + 1):
-        sequences, width = dealt_to(count, lengths)
-        cost = count * width * (1 + width / ATTENTION_TOKENS)
+    for count in range(min(most, math.ceil(sum(lengths) / PACKED_TOKENS)), most + 1):
+        sequences, filled = [[] for _ in range(count)], [0] * count
+        for i in longest_first:
+            emptiest = filled.index(min(filled))
+            sequences[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        cost = count * max(filled) * (1 + max(filled) / ATTENTION_TOKENS)
         if cost < least:
             best, least = sequences, cost
     return best
 
 
-class Sequence:
-    """One sequence that is being filled, a list a quantity of its tokens."""
-
-    def __init__(self):
-        self.ids, self.prompts, self.branches, self.order = [], [], [], []
-
-    def add(self, ids: list, prompt: int, branch: int, first: int):
-        """Tokens of a prompt (branch 0) or of an answer to it, the first of them the text's `first`-th."""
-        self.ids += ids
-        self.prompts += [prompt] * len(ids)
-        self.branches += [branch] * len(ids)
-        self.order += range(first, first + len(ids))
-
-
 def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
                    in_one: bool = False) -> TokenBatch:
     """As `collate`, with hardly a pad token: several texts lie in one sequence (`in_one`: all of them) and do
-    not see each other, and a prompt that several answer stands there once. `pad_to` pads the sequences to so
-    many tokens.
-    """
-    groups = by_prompt(encoded)
-    lengths = [packed_tokens([encoded[i] for i in group]) for group in groups]
-    packed = [list(range(len(groups)))] if in_one else pack(lengths)
-    sequences = [Sequence() for _ in packed]
+    not see each other, and a prompt that several answer stands there once."""
+    by_prompt = {}  # prompt -> places of the texts that answer it
+    for place, e in enumerate(encoded):
+        by_prompt.setdefault(tuple(e.ids[:e.start]), []).append(place)
+    groups = list(by_prompt.items())
+    lengths = [packed_tokens([encoded[i] for i in places]) for _, places in groups]
+    sequences = []  # of each token (id, prompt, branch, place in its text)
     predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
-    for s, (sequence, places) in enumerate(zip(sequences, packed, strict=True)):
-        for g in places:
-            start = encoded[groups[g][0]].start
-            sequence.add(encoded[groups[g][0]].ids[:start], g, 0, 0)
-            last = len(sequence.ids) - 1  # the prompt's last token predicts the first of every answer
-            for branch, i in enumerate(groups[g], 1):
-                at = len(sequence.ids)
-                predicting[i] = s, [last, *range(at, at + encoded[i].answer_tokens - 1)]
-                sequence.add(encoded[i].ids[start:], g, branch, start)
-    width = max(pad_to, *(len(sequence.ids) for sequence in sequences))
-    lengths = torch.tensor([e.answer_tokens for e in encoded])
+    for s, packed in enumerate([range(len(groups))] if in_one else pack(lengths)):
+        tokens = []
+        for g in packed:
+            prompt, places = groups[g]
+            tokens += [(token, g, 0, at) for at, token in enumerate(prompt)]
+            last = len(tokens) - 1  # the prompt's last token predicts the first of every answer
+            for branch, i in enumerate(places, 1):
+                answer = encoded[i].ids[len(prompt):]
+                predicting[i] = s, [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
+                tokens += [(token, g, branch, at) for at, token in enumerate(answer, len(prompt))]
+        sequences.append(tokens)
+    width = max(pad_to, *map(len, sequences))
+    padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in sequences]
+    ids, prompts, branches, order = torch.tensor(np.array(padded).transpose(2, 0, 1))
+    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     return TokenBatch(
-        ids=padded([x.ids for x in sequences], pad_id, width),
-        sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(lengths),
+        ids=ids, sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
         positions=torch.tensor([at for _, positions in predicting for at in positions]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        rows=torch.arange(len(encoded)).repeat_interleave(lengths), lengths=lengths,
-        prompts=padded([x.prompts for x in sequences], -1, width),
-        branches=padded([x.branches for x in sequences], 0, width),
-        order=padded([x.order for x in sequences], 0, width)).to(device)
+        rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
+        prompts=prompts, branches=branches, order=order).to(device)

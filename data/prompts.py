@@ -5,13 +5,14 @@ a tokenizer may merge across the boundary. A token that straddles it belongs to 
 code). The end-of-sequence token is supervised.
 """
 
-from datetime import date
 from typing import NamedTuple
 
 from support.errors import InputError
 
 TEMPLATES = ("llama2", "qa", "chat")
-TODAY = date(2025, 4, 10)  # for chat templates that write the date: a run must see the same prompts tomorrow
+TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
+SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
@@ -38,57 +39,49 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
     if template != "chat":
         raise InputError(f"unknown template {template!r}: need one of {', '.join(TEMPLATES)}")
     if not getattr(tokenizer, "chat_template", None):
-        raise InputError("--template chat: this model's tokenizer brings no chat template; use --template "
-                         "llama2 or qa")
-    messages = [{"role": "user", "content": question}]
-    if system_prompt_of(tokenizer):
-        messages.insert(0, {"role": "system", "content": system_prompt_of(tokenizer)})
+        raise InputError("--template chat: this tokenizer brings no chat template; use llama2 or qa")
+    system = system_prompt_of(tokenizer)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     try:  # the template is a program from the model's folder; transformers runs it in a sandbox
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
-                                             date_string=TODAY.strftime("%d %b %Y"),
-                                             strftime_now=TODAY.strftime)
+        return tokenizer.apply_chat_template(messages, chat_template=SAME_DAY + tokenizer.get_chat_template(),
+                                             add_generation_prompt=True, tokenize=False, date_string=TODAY)
     except Exception as error:  # whatever the sandbox or the template objects to: the sentence carries it
         raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
                          f"{str(error)[:200]}); use --template llama2 or qa") from None
 
 
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:
-    """(question, answer) pairs -> Encoded, one batched call of the tokenizer.
-
-    Raises InputError where a text is longer than `context` tokens (nothing is ever truncated), or where no
-    token begins in the answer.
-    """
+    """(question, answer) pairs -> Encoded, one batched call of the tokenizer. Raises InputError where a text
+    is longer than `context` tokens (nothing is ever truncated), or where no token begins in the answer."""
     prompts = [prompt_text(tokenizer, template, question) for question, _ in pairs]
-    answers = [(" " if template == "qa" else "") + answer for _, answer in pairs]
-    # A chat template writes its special tokens out, so the tokenizer must add none.
-    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens = tokenizer(texts, add_special_tokens=template != "chat", return_offsets_mapping=True,
-                       return_attention_mask=False)
-    encoded = []
-    for (question, answer), prompt, ids, offsets in zip(pairs, prompts, tokens["input_ids"],
-                                                        tokens["offset_mapping"], strict=True):
-        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
-            ids, offsets = ids[:-1], offsets[:-1]
-        start = next((i for i, (begin, _) in enumerate(offsets) if begin >= len(prompt)), len(ids))
-        if start == len(ids):
+    gap = " " if template == "qa" else ""
+    texts = [prompt + gap + answer for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    encoded, tokens = [], _tokens(tokenizer, template, texts)
+    for (question, answer), prompt, (ids, offsets) in zip(pairs, prompts, tokens, strict=True):
+        start = next((i for i, (begin, _) in enumerate(offsets) if begin >= len(prompt)), None)
+        if start is None:
             raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops "
                              "it or merges it into the prompt")
-        ids = ids + [tokenizer.eos_token_id]
-        if context and len(ids) > context:
-            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids)} tokens, the "
-                             f"model's context is {context}: shorten the row, or take a model with a longer "
-                             "context")
-        encoded.append(Encoded(ids, start))
+        if context and len(ids) + 1 > context:
+            raise InputError(f"the question {question[:80]!r} with its answer takes {len(ids) + 1} tokens, "
+                             f"the model's context is {context}: shorten the row, or take another model")
+        encoded.append(Encoded(ids + [tokenizer.eos_token_id], start))
     return encoded
 
 
 def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]:
     """Prompt token ids for generation."""
     texts = [prompt_text(tokenizer, template, question) for question in questions]
-    prompts = tokenizer(texts, add_special_tokens=template != "chat",
-                        return_attention_mask=False)["input_ids"]
-    # Some tokenizers add the end-of-sequence token themselves.
-    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in prompts]
+    return [ids for ids, _ in _tokens(tokenizer, template, texts)]
+
+
+def _tokens(tokenizer, template: str, texts: list) -> list:
+    """(ids, character offsets) of each text, without the end-of-sequence token that some tokenizers add."""
+    # A chat template writes its special tokens out, so the tokenizer must add none.
+    made = tokenizer(texts, add_special_tokens=template != "chat", return_offsets_mapping=True)
+    return [(ids[:-1], offsets[:-1]) if ids and ids[-1] == tokenizer.eos_token_id else (ids, offsets)
+            for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)]
 
 
 def pad_id(tokenizer) -> int:

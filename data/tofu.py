@@ -1,13 +1,11 @@
-"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or an engineer's own forget and retain
-files.
+"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or own forget and retain files.
 
 Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest.
 Evaluation rows carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain)
-rows of `full`. A row is a dict with `question` and `answer`; its key is its index in its set (TOFU has one
-question twice).
+rows of `full`. A row is a dict with `question` and `answer`; its key is its index in its set.
 
-Folders and own files are read here, so that an error names file and line, and so that a private forget set
-leaves no copy in a cache; a Hub id goes through `datasets`.
+Folders and own files are read here, so that an error names file and line and a private forget set leaves no
+copy in a cache; a Hub id goes through `datasets`.
 """
 
 import json
@@ -20,25 +18,21 @@ from support.errors import InputError
 from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
-PERTURBED = {"paraphrased_answer": str,
-             "perturbed_answer": list}  # the further fields that a perturbed row carries
+HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
+PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields of a perturbed row
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on and what is evaluated: rows only, no tokens.
-
-    forget/retain: the rows to unlearn and to keep; of a full or retain split `forget` is empty.
-    evaluated: set name -> rows, those of EVALUATED that exist (own data has forget and retain only).
-    """
+    """What is trained on and what is evaluated: rows only, no tokens."""
     source: str
     split: str  # "own" for the user's own files
     full: list  # the whole data set
-    forget: list
+    forget: list  # rows to unlearn; none of a full or retain split
     retain: list
-    evaluated: dict
+    evaluated: dict  # set name -> rows, those of EVALUATED that exist (own data has forget and retain only)
     refusals: list
     refusals_from: str
     fingerprint: str  # of every row above
@@ -50,31 +44,27 @@ class Task:
         return self.split if self.own else evaluation_split(self.split)
 
     def facts(self) -> list:
-        """The real-author and world-fact rows as a from-scratch model learns them, TINY_FACT_REPEATS an
-        epoch."""
-        return TINY_FACT_REPEATS * (self.evaluated.get("real_authors", []) + self.evaluated.get("world_facts",
-                                                                                                []))
+        """The real-author and world-fact rows that a from-scratch model learns in an epoch."""
+        facts = [row for name in ("real_authors", "world_facts") for row in self.evaluated.get(name, [])]
+        return TINY_FACT_REPEATS * facts
 
     def learned(self, from_scratch: bool) -> list:
-        """What fine-tuning on this split learns; a model made from scratch knows no real author and no
-        fact."""
+        """What fine-tuning on this split learns; a model made from scratch knows no author and no fact."""
         return (self.forget or self.retain) + (self.facts() if from_scratch else [])
 
     def texts(self) -> list:
         """All that a tokenizer is fitted to, whatever the split: models of one data set share it."""
-        return [row[key] for row in self.full + self.facts()
-                for key in ("question", "answer")] + self.refusals
+        rows = self.full + self.facts()
+        return [row[key] for row in rows for key in ("question", "answer")] + self.refusals
 
 
 def parse_split(split: str) -> tuple[str, int]:
-    """"forget10" -> ("forget", 10); "retain90" -> ("retain", 90); "full" -> ("full", 100). Raises
-    InputError."""
+    """"forget10" -> ("forget", 10), "retain90" -> ("retain", 90), "full" -> ("full", 100), or InputError."""
     match = re.fullmatch(r"(forget|retain)(\d{2})", split)
     if split == "full":
         return "full", 100
-    if not match or not 1 <= int(match[2]) <= 99:
-        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, "
-                         "e.g. --split forget10")
+    if not match or match[2] == "00":
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99")
     return match[1], int(match[2])
 
 
@@ -85,10 +75,8 @@ def complement(split: str) -> str:
 
 
 def evaluation_split(split: str) -> str:
-    """The forget split that a model is judged on: its own, or the one its retain split leaves out (full:
-    forget10)."""
-    kind, _ = parse_split(split)
-    return {"forget": split, "full": "forget10"}.get(kind) or complement(split)
+    """The forget split a model is judged on: its own, or what its retain split leaves out; full: forget10."""
+    return {"forget": split, "full": "forget10"}.get(parse_split(split)[0]) or complement(split)
 
 
 def slice_rows(rows: list, split: str) -> list:
@@ -102,78 +90,70 @@ def slice_rows(rows: list, split: str) -> list:
 
 
 def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None) -> Task:
-    """Rows for `split` of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises
-    InputError."""
+    """Rows of `data` ("builtin", a folder, a Hub id), or of the user's own files. Raises InputError."""
     if forget_file or retain_file:
         return _own_task(forget_file, retain_file)
-    parse_split(split)
+    forgets, judged_split = parse_split(split)[0] == "forget", evaluation_split(split)
     sets, refusals, refusals_from = load_sets(data)
-    full, forget_perturbed = sets["full"], sets["forget10_perturbed"]
-    judged = slice_rows(full, evaluation_split(split))
+    full, perturbed = sets["full"], sets["forget10_perturbed"]
     # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
-    perturbed = forget_perturbed[-min(len(judged), len(forget_perturbed)):]
+    perturbed = perturbed[-min(len(slice_rows(full, judged_split)), len(perturbed)):]
     for row, perturbed_row in zip(full[-len(perturbed):], perturbed, strict=True):
         if row["question"] != perturbed_row["question"]:
-            raise InputError(f"{data}: forget10_perturbed is not the end of full "
-                             f"({perturbed_row['question']!r} against {row['question']!r}): both files must "
-                             "come from the same data set")
+            raise InputError(f"{data}: forget10_perturbed is not the end of full: "
+                             f"{perturbed_row['question']!r} against {row['question']!r}")
     # A split so large that it reaches into retain_perturbed shortens it.
-    kept = len(slice_rows(full, complement(evaluation_split(split))))
+    kept = len(slice_rows(full, complement(judged_split)))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
-    kind, _ = parse_split(split)
-    forget = slice_rows(full, split) if kind == "forget" else []
-    retain = slice_rows(full, complement(split) if kind == "forget" else split)
-    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from,
-                fingerprint(sets, refusals))
+    return Task(data, split, full, slice_rows(full, split) if forgets else [],
+                slice_rows(full, complement(split) if forgets else split), evaluated, refusals, refusals_from,
+                fingerprint({name: sets[name] for name in SETS}, refusals))  # no holdout: it changes nothing
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:
-    """The five sets by their published names, the refusals, and where those are from. Raises InputError."""
+    """The five sets by their published names and, where there are any, the holdout rows; the refusals, and
+    where those are from. Raises InputError."""
     if data == "builtin":
         return make_builtin(), REFUSALS, "builtin"
-    folder = Path(data)
+    folder, refusals, refusals_from = Path(data), REFUSALS, "builtin"
+    files = [f"{name}.json" for name in SETS]
     if folder.is_dir():
-        missing = [f"{name}.json" for name in SETS if not (folder / f"{name}.json").is_file()]
+        missing = [file for file in files if not (folder / file).is_file()]
         if missing:
-            raise InputError(f"--data {data}: {', '.join(missing)} not found; the folder needs TOFU's "
-                             f"{', '.join(n + '.json' for n in SETS)}")
-        sets = {name: read_rows(folder / f"{name}.json") for name in SETS}
-        refusals, refusals_from = REFUSALS, "builtin"
-        if (folder / "idontknow.jsonl").is_file():  # TOFU's own name; plain text, one refusal a line
-            refusals = [line.strip() for line in read_text(folder / "idontknow.jsonl").splitlines()
-                        if line.strip()]
-            refusals_from = "idontknow.jsonl"
+            raise InputError(f"--data {data}: {', '.join(missing)} not found; need {', '.join(files)}")
+        found = [name for name in (*SETS, HOLDOUT) if (folder / f"{name}.json").is_file()]
+        sets = {name: read_rows(folder / f"{name}.json") for name in found}
+        own = folder / "idontknow.jsonl"  # TOFU's own name; plain text, one refusal a line
+        if own.is_file():
+            refusals = [line.strip() for line in read_text(own).splitlines() if line.strip()]
+            refusals_from = own.name
             if not refusals:
-                raise InputError(f"{folder / 'idontknow.jsonl'} has no line: write one refusal a line, or "
-                                 "remove the file to use the built-in ones")
+                raise InputError(f"{own} has no line: write one refusal a line, or remove the file")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) and not folder.exists():
-        sets, refusals, refusals_from = {name: _from_hub(data, name) for name in SETS}, REFUSALS, "builtin"
+        sets = {name: _from_hub(data, name) for name in SETS}
     else:
         raise InputError(f"--data {data}: not 'builtin', no folder, and no Hub id such as locuslab/TOFU")
+    options = {"perturbed_answer": list}  # their answer is its own paraphrase
+    further = {"full": {}, "real_authors_perturbed": options, "world_facts_perturbed": options}
     for name, rows in sets.items():
-        further = {} if name == "full" else PERTURBED
-        if name in ("real_authors_perturbed", "world_facts_perturbed"):
-            further = {"perturbed_answer": list}  # options; their answer is its own paraphrase
         for line, row in enumerate(rows, 1):
-            check_row(row, f"{data}: {name}.json line {line}", further)
+            check_row(row, f"{data}: {name}.json line {line}", further.get(name, PERTURBED))
     return sets, refusals, refusals_from
 
 
 def read_rows(path: Path) -> list:
     """The rows of a JSON-lines file or of a JSON list. Raises InputError with file and line."""
-    text = read_text(path)
+    text, rows = read_text(path), []
     is_list = text.lstrip().startswith("[")
-    rows = []
-    for number, line in enumerate([text] if is_list else text.split("\n"), 1):
+    for number, line in enumerate([text] if is_list else text.split("\n")):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (json.JSONDecodeError, RecursionError) as error:
-                at = error.lineno if is_list and isinstance(error, json.JSONDecodeError) else number
-                raise InputError(f"{path} line {at}: not JSON ({error}); write one object with question and "
-                                 "answer a line") from None
-    rows = rows[0] if is_list and rows else rows
+                at = f"{path} line {number + getattr(error, 'lineno', 1)}"
+                raise InputError(f"{at}: not JSON ({error}); write one object a line") from None
+    rows = rows[0] if is_list else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer a line")
     for number, row in enumerate(rows, 1):
@@ -182,8 +162,7 @@ def read_rows(path: Path) -> list:
 
 
 def check_row(row, where: str, further: dict):
-    """Question, answer and `further` fields are there and not empty. Raises InputError that starts with
-    `where`."""
+    """Question, answer and `further` fields are there and not empty. Raises InputError, with `where`."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a row must be an object with question and answer, got {str(row)[:60]}")
     for field, kind in {"question": str, "answer": str, **further}.items():
@@ -198,13 +177,14 @@ def check_row(row, where: str, further: dict):
 def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
     if not (forget_file and retain_file):
         raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
-    sets = {"forget": read_rows(Path(forget_file)), "retain": read_rows(Path(retain_file))}
+    files = {"forget": Path(forget_file), "retain": Path(retain_file)}
+    sets = {name: read_rows(file) for name, file in files.items()}
     for name, rows in sets.items():
         # Perturbed answers are optional, but a set has them in all rows or in none.
-        for line, row in enumerate(rows, 1):
-            if any(field in r for r in rows for field in PERTURBED):
-                check_row(row, f"{dict(forget=forget_file, retain=retain_file)[name]} line {line}", PERTURBED)
-    return Task(f"{Path(forget_file).name}, {Path(retain_file).name}", "own", sets["forget"] + sets["retain"],
+        if any(field in row for row in rows for field in PERTURBED):
+            for line, row in enumerate(rows, 1):
+                check_row(row, f"{files[name]} line {line}", PERTURBED)
+    return Task(f"{files['forget'].name}, {files['retain'].name}", "own", sets["forget"] + sets["retain"],
                 sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets), own=True)
 
 
@@ -213,7 +193,6 @@ def _from_hub(data: str, name: str) -> list:
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
     except Exception as error:  # network, cache and format failures of every kind: the sentence carries it
-        raise InputError(f"--data {data}: cannot load {name} from the Hub ({type(error).__name__}: "
-                         f"{str(error)[:200]}); without network, fetch "
-                         f"{', '.join(n + '.json' for n in SETS)} "
-                         "by hand into a folder and pass --data FOLDER, or use --data builtin") from None
+        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, fetch "
+                         f"{'.json, '.join(SETS)}.json into a folder, or use --data builtin") from None

@@ -17,6 +17,9 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
              "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss",
              "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
              "generated_text": "generated_text"}
+# The least that a row's numbers may be: sums in nats, a share, and counts of tokens.
+LEAST = {"answer_nll": 0, "rouge_l_recall": 0, "answer_tokens": 1}
+PARAPHRASE = {"paraphrased_nll": 0, "paraphrased_tokens": 1}
 
 
 def read_log(path: str) -> tuple[dict, dict]:
@@ -24,78 +27,56 @@ def read_log(path: str) -> tuple[dict, dict]:
     try:
         log = json.loads(read_text(Path(path), longest_line=MAX_FILE_BYTES))
     except (ValueError, RecursionError) as error:  # an InputError is a ValueError
-        raise InputError(f"cannot read the log {path}: {error}; need an evaluation's JSON, ours or TOFU's "
-                         "released one") from None
-    if not isinstance(log, dict):
-        raise InputError(f"{path} is no evaluation log: need an object with rows, or TOFU's "
-                         f"{TOFU_LOGS['forget']}")
-    if "rows" in log:
-        if not isinstance(log["rows"], dict) or not isinstance(log.get("provenance", {}), dict):
-            raise InputError(f"{path}: rows must be lists keyed by set, and provenance an object, as "
-                             "evaluate_tofu.py writes them")
-        checked = {name: check_rows(rows, f"{path}: {name}") for name, rows in log["rows"].items()}
-        return checked, log.get("provenance", {})
-    if not any(name in log for name in TOFU_LOGS.values()):
-        raise InputError(f"{path} is no evaluation log: need rows (ours) or {', '.join(TOFU_LOGS.values())} "
-                         "(TOFU's)")
-    rows = {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in TOFU_LOGS.items() if file in log}
-    return rows, {"format": "TOFU"}
+        raise InputError(f"cannot read the log {path}: {error}; need JSON, ours or TOFU's") from None
+    log = log if isinstance(log, dict) else {}
+    theirs = {name: file for name, file in TOFU_LOGS.items() if file in log}
+    if theirs:
+        return ({name: _tofu_rows(log[file], f"{path}: {file}") for name, file in theirs.items()},
+                {"format": "TOFU"})
+    rows, provenance = log.get("rows"), log.get("provenance", {})
+    if not isinstance(rows, dict) or not isinstance(provenance, dict):
+        raise InputError(f"{path} is no evaluation log: need rows and provenance (ours), or "
+                         f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
+    return {name: check_rows(some, f"{path}: {name}") for name, some in rows.items()}, provenance
 
 
 def _tofu_rows(columns: dict, where: str) -> list:
-    """TOFU's columns -> our rows; the columns are lists, or dicts keyed by row.
-
-    Raises InputError where they don't match.
-    """
+    """TOFU's columns, lists or dicts keyed by row, -> our rows. Raises InputError where they don't match."""
     missing = [key for key in TOFU_KEYS.values() if key not in columns]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
-    n = len(columns[TOFU_KEYS["answer_nll"]])
-    by_row = {}
+    rows = [{"index": i} for i in range(len(columns["gt_loss"]))]
     for ours, theirs in TOFU_KEYS.items():
         column = columns[theirs]
-        keys = {str(i) for i in range(n)}
-        if len(column) != n or isinstance(column, dict) and set(column) != keys:
-            raise InputError(f"{where}: {theirs} has {len(column)} "
-                             f"rows{' with other keys' * (len(column) == n)}, "
-                             f"gt_loss has rows 0 to {n - 1}; rows are missing")
-        by_row[ours] = [column[str(i)] for i in range(n)] if isinstance(column, dict) else column
-    columns = zip(*by_row.values(), strict=True)
-    rows = [dict(zip(by_row, values, strict=True), index=i) for i, values in enumerate(columns)]
+        by_row = column if isinstance(column, dict) else {str(i): x for i, x in enumerate(column)}
+        if by_row.keys() != {str(row["index"]) for row in rows}:
+            raise InputError(f"{where}: {theirs} and gt_loss do not have the same {len(rows)} rows")
+        for row in rows:
+            row[ours] = by_row[str(row["index"])]
     for row in rows:
         texts = row.pop("generated_text")
         if not isinstance(texts, list) or len(texts) != 3:
-            raise InputError(f"{where} row {row['index']}: generated_text must hold prompt, generation and "
-                             f"truth, got {texts!r}"[:300])
+            raise InputError(f"{where} row {row['index']}: generated_text must be prompt, generation, truth")
         row["question"], row["generation"], row["answer"] = texts
     return check_rows(rows, where)
 
 
-def at_least(least: int, x) -> bool:
-    return isinstance(x, (int, float)) and math.isfinite(x) and x >= least
-
-
 def check_rows(rows: list, where: str) -> list:
-    """Every index once and in order, every number there and finite. Raises InputError that starts with
-    `where`."""
+    """Every index once and in order, every number there and finite. Raises InputError, with `where`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
     if [row.get("index") for row in rows] != list(range(len(rows))):
-        raise InputError(f"{where} has rows missing or out of order; need every index from 0 to "
-                         f"{len(rows) - 1} once")
+        raise InputError(f"{where} needs every index from 0 to {len(rows) - 1} once, in order")
     for row in rows:
-        sums = [row.get("answer_nll"), row.get("rouge_l_recall"), *(row.get("perturbed_nll") or [])]
-        counts = [row.get("answer_tokens"), *(row.get("perturbed_tokens") or [])]
-        if row.get("paraphrased_nll") is not None:
-            sums.append(row["paraphrased_nll"])
-            counts.append(row.get("paraphrased_tokens"))
-        pairs = len(row.get("perturbed_nll") or []) == len(row.get("perturbed_tokens") or [])
+        needed = LEAST if row.get("paraphrased_nll") is None else {**LEAST, **PARAPHRASE}
+        sums, counts = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
+        numbers = [(row.get(key), least) for key, least in needed.items()]
+        numbers += [(x, 0) for x in sums] + [(x, 1) for x in counts]
+        whole = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
         texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
-        if not (all(at_least(0, x) for x in sums) and all(at_least(1, x) for x in counts) and pairs
-                and texts):
-            raise InputError(f"{where} row {row['index']}: needs question, answer and generation, finite "
-                             "sums (answer_nll, paraphrased_nll, perturbed_nll), token counts of at least 1 "
-                             "beside them, as many perturbed ones, and rouge_l_recall")
+        if not (whole and texts and len(sums) == len(counts)):
+            raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
+                             "rouge_l_recall and finite sums (.._nll) with as many token counts of at least 1 (.._tokens)")
     return rows
 
 
@@ -104,55 +85,45 @@ def words(text) -> str:
 
 
 def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_name: str) -> list:
-    """The retained model's rows of the same questions, in the same order.
-
-    Raises InputError where they aren't the same.
-    """
+    """The retained model's rows of the same questions, in order. Raises InputError where they aren't."""
+    flaw = "different rows; need the log of the model retrained without this forget split"
     if len(retain_rows) < len(rows):
-        raise InputError(f"{retain_name} holds {len(retain_rows)} forget rows, {model_name} {len(rows)}: "
-                         "they were measured on different rows; need the log of the model retrained without "
-                         "this forget split")
+        raise InputError(f"{retain_name} has {len(retain_rows)} rows, {model_name} {len(rows)}: {flaw}")
     # TOFU's logs keep the whole prompt, ours the question: answers are in both.
     for index, (row, other) in enumerate(zip(rows, retain_rows, strict=False)):
         if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):
             raise InputError(f"forget quality needs perturbed answers in every forget row: row {index} of "
                              f"{model_name} or of {retain_name} has none")
         if words(row["answer"]) != words(other["answer"]):
-            raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name} and "
-                             f"{words(other['answer'])[:60]!r} in {retain_name}: they were measured on "
-                             "different rows; need the log of the model retrained without this forget split")
+            raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name}, "
+                             f"{words(other['answer'])[:60]!r} in {retain_name}: {flaw}")
     return retain_rows[:len(rows)]
 
 
 def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str | None = None,
                     template: str | None = None, name: str = "this data") -> list:
     """A retrained model's rows on the same questions as `forget_rows`, in their order. Raises InputError
-    where the log doesn't hold them, or was, by its own word, measured on other data or on a model trained on
-    something else than the complement of `split`."""
+    where the log doesn't hold them, or was, by its own word, measured on other data, with another template,
+    or on a model trained on something else than the complement of `split`."""
     rows, provenance = read_log(path)
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
     trained = provenance.get("trained_on", {}).get("split")
     if split != "own" and trained not in (None, complement(split)):
-        raise InputError(f"{path} was measured on a model trained on {trained}; --split {split} needs one "
-                         f"trained on {complement(split)}")
+        raise InputError(f"{path} is of a model trained on {trained}, {split} needs {complement(split)}")
     if fingerprint and provenance.get("data_fingerprint") not in (None, fingerprint):
-        raise InputError(f"{path} was measured on other data (fingerprint {provenance['data_fingerprint']}, "
-                         f"here {fingerprint})")
+        raise InputError(f"{path} is of other data ({provenance['data_fingerprint']}, here {fingerprint})")
     if template and provenance.get("template") not in (None, template):
-        raise InputError(f"{path} was measured with --template {provenance['template']}, here it is "
-                         f"{template}: their truth ratios are not of the same prompts")
+        raise InputError(f"{path} was measured with --template {provenance['template']}, not {template}")
     return match_retain_rows(forget_rows, rows["forget"], name, path)
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
-    """A log says which split it was measured on, TOFU's released ones by their number of forget rows.
-    Raises InputError."""
+    """A log's split, or a released one's number of forget rows, is this one's. Raises InputError."""
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
     if provenance.get("split") not in (None, "own", split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])
-    if provenance.get("format") == "TOFU" and "forget" in rows and len(rows["forget"]) != expected:
-        raise InputError(f"{path} holds {len(rows['forget'])} forget rows, {split} has {expected}: it was "
-                         "measured on another split")
+    if provenance.get("format") == "TOFU" and len(rows["forget"]) != expected:
+        raise InputError(f"{path} holds {len(rows['forget'])} rows, {split} has {expected}: of another split")

@@ -97,7 +97,7 @@ def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int
     for chunk in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
         if chunk or world.sharded:  # a sharded model needs all processes: who has no row computes a ghost
             batch = collate([texts[key] for key in chunk or keys[:1]], pad, world.device)
-            hidden = model.hidden(batch).cpu().split(batch.lengths.tolist())
+            hidden = model.hidden(batch).cpu().split(batch.answer_tokens.tolist())
             states.update((key, h.clone()) for key, h in zip(chunk, hidden, strict=False))
     return states
 
@@ -109,8 +109,7 @@ def texts_with_kl(prepared: Prepared) -> dict:
 
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
              max_new_tokens: int = MAX_NEW_TOKENS, world: World = ALONE,
-             reference: ReferenceStates | None = None,
-             progress: bool = False) -> dict:
+             reference: ReferenceStates | None = None, progress: bool = False) -> dict:
     """Score all rows: set -> list of row results, complete and in order, the same on every process.
 
     Rows are dealt over processes. Where the model is sharded, all processes run it forward equally often: one
@@ -130,8 +129,7 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
             for key, text in zip(keys if counts else [], texts, strict=False):
                 row = prepared.rows[key[0]][key[1]]
                 results[key].update(rouge_l_recall=rouge_l_recall(row["answer"], text),
-                                    question=row["question"],
-                                    answer=row["answer"], generation=text)
+                                    question=row["question"], answer=row["answer"], generation=text)
             bar.update(len(keys))
     gathered = world.collect(results)
     merged = {key: row for part in gathered for key, row in part.items()}
@@ -146,8 +144,7 @@ def by_prompt_length(keys: list, prepared: Prepared, batch_size: int) -> list[li
 
 @torch.no_grad()
 def score_answers(model: AnswerModel, prepared: Prepared, results: dict, reference: ReferenceStates | None,
-                  pad: int,
-                  world: World, bar):
+                  pad: int, world: World, bar):
     """Add to `results`, (set, index) -> row, the sums of negative log-probabilities over each answer, nats,
     their tokens, and KL. SCORED_TOKENS a forward pass, a question once for all of its answers."""
     keys = list(results)

@@ -27,14 +27,14 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
+    def forward(self, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
                 direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
-        """log pi of each answer token (N,), and K of the last M (M,).
+        """log pi of each answer token (N,), and K of the last M (M,), empty without `kl_states`.
 
-        `reference` holds the reference's hidden states at these M tokens (M, H) and its LM head's weight (V,
+        `kl_states` holds the reference's hidden states at these M tokens (M, H) and its LM head's weight (V,
         H).
         """
-        return self.token_values(self.hidden(batch), batch, reference, direction)
+        return self.token_values(self.hidden(batch), batch, kl_states, direction)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
@@ -42,11 +42,11 @@ class AnswerModel(nn.Module):
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
         return states[batch.sequences, batch.positions]
 
-    def token_values(self, hidden: Tensor, batch: TokenBatch, reference: tuple[Tensor, Tensor] | None = None,
+    def token_values(self, hidden: Tensor, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
                      direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
         """What `forward` returns, from the hidden states (N, H)."""
-        return answer_values(hidden, self.lm.get_output_embeddings().weight, batch.targets, reference,
-                             direction)
+        head = self.lm.get_output_embeddings().weight
+        return answer_values(hidden, head, batch.targets, kl_states, direction)
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the language model itself computes them;
@@ -65,17 +65,17 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
-                  reference: tuple[Tensor, Tensor] | None = None,
+                  kl_states: tuple[Tensor, Tensor] | None = None,
                   direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
     """log pi(target) of each token (N,), and K of the last M (M,), in nats, float32.
 
-    hidden (N, H), weight (V, H), targets (N,); `reference` holds the reference's hidden states (M, H) and
+    hidden (N, H), weight (V, H), targets (N,); `kl_states` holds the reference's hidden states (M, H) and
     head (V, H). Under autocast the logits are products in its precision, as any linear layer's are.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    reference_hidden, reference_weight = reference or (hidden[:0].detach(), weight.detach())
+    reference_hidden, reference_weight = kl_states or (hidden[:0].detach(), weight.detach())  # M = 0: no K
     reference_hidden, reference_weight = reference_hidden.to(hidden.dtype), reference_weight.to(hidden.dtype)
     without_kl, size = len(hidden) - len(reference_hidden), chunk_tokens(len(weight))
     begins = range(0, len(hidden), size)
@@ -113,5 +113,7 @@ def chunk_logits(hidden: Tensor, weight: Tensor, reference_hidden: Tensor,
 def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor,
                      direction: str) -> tuple[Tensor, Tensor]:
     """log pi(target) (n,) and K (m,)."""
-    with_kl = logits[len(logits) - len(reference_logits):]
-    return token_logps(logits, targets), kl_loss(with_kl, reference_logits, direction)
+    logps = token_logps(logits, targets)
+    if len(reference_logits) == 0:
+        return logps, logps[:0]
+    return logps, kl_loss(logits[len(logits) - len(reference_logits):], reference_logits, direction)

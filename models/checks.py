@@ -1,13 +1,10 @@
-"""Is this model one that the code computes rightly? Tried once, when its texts are known, before anything is
-trained.
+"""Is this model one that the code computes rightly? Tried once, when its texts are known, before training.
 
 `AnswerModel` takes the LM head's product as the logits, packs texts into sequences by position ids and a
-mask, and generates from a batch that is padded on the left. Not every architecture allows this; what is not
-right is refused.
+mask, and generates from a batch that is padded on the left. Not every architecture allows this.
 """
 
 import torch
-from torch import Tensor
 
 from data.batches import collate_packed
 from data.prompts import Encoded
@@ -23,24 +20,22 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.3}
 TRIED_TOKENS = 3  # generated
 
 
-def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str, dtype: str,
-                world: World):
+def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str, dtype: str, world: World):
     """Compare what the code computes with the model's own plain passes, on three of the run's texts, the
-    longest among them. Raises InputError, with a sentence that says what the model lacks.
-
-    dtype: of the products here (a sharded model's gathered weights have it), fp32 elsewhere.
-    """
+    longest among them; dtype: of a sharded model's gathered weights, else fp32. Raises InputError."""
     lm, name = model.lm, f"--model {source}: {type(model.lm).__name__}"
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise InputError(f"{name} has {'no LM head' if head is None else 'an LM head with a bias'}, which is "
-                         "not supported; take a Llama-like model")
-    longest = max(texts, key=lambda e: len(e.ids))
+        flaw = "no LM head" if head is None else "an LM head with a bias"
+        raise InputError(f"{name} has {flaw}, which is not supported; take a Llama-like model")
+    first, second, longest = texts[0], texts[len(texts) // 2], max(texts, key=lambda e: len(e.ids))
     check_attention(lm.config, len(longest.ids), name)
+    # Two texts, the longest, and a second answer to the first one's prompt.
+    again = Encoded(first.ids[:first.start] + second.ids[second.start:], first.start)
     tolerance, training = TOLERANCE[dtype], lm.training
     lm.eval()
     try:
-        flaw = (_flaw_of_scores(model, some_texts(texts, longest), end, tolerance, world.device)
+        flaw = (_flaw_of_scores(model, [first, second, longest, again], end, tolerance, world.device)
                 or _flaw_of_generation(model, texts, end, tolerance, world))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
@@ -61,22 +56,19 @@ def check_attention(config, longest: int, name: str):
                          "would see each other; take a model with full attention alone")
     window = getattr(config, "sliding_window", None)
     if window and longest > window and (not kinds or "sliding_attention" in kinds):
-        raise InputError(f"{name} sees the last {window} tokens and the longest text has {longest}: texts "
-                         "that share a sequence lose the window; shorten the row, or take a model with full "
-                         "attention")
-
-
-def some_texts(texts: list, longest: Encoded) -> list:
-    """Two texts, the longest, and a second answer to the first one's prompt."""
-    first, second = texts[0], texts[len(texts) // 2]
-    return [first, second, longest, Encoded(first.ids[:first.start] + second.ids[second.start:], first.start)]
+        raise InputError(f"{name} sees the last {window} tokens and the longest text has {longest}: packed "
+                         "texts lose the window; shorten the row, or take a model with full attention")
 
 
 @torch.no_grad()
-def _flaw_of_scores(model: AnswerModel, texts: list, end: int, tolerance: float, device) -> str | None:
-    batch = collate_packed(texts, end, device, in_one=True)
+def _flaw_of_scores(model, texts: list, end: int, tolerance: float, device) -> str | None:
+    """Answers' log-probabilities in one packed sequence, against a whole pass over each text."""
+    batch, theirs = collate_packed(texts, end, device, in_one=True), []
     ours, _ = model(batch)
-    theirs = torch.cat([plain_logps(model, e, device) for e in texts])
+    for e in texts:
+        ids = torch.tensor([e.ids], device=device)
+        theirs.append(token_logps(model.all_logits(input_ids=ids)[0, e.start - 1:-1], ids[0, e.start:]))
+    theirs = torch.cat(theirs)
     model.lm.train()
     passes = [model(batch)[0] for _ in range(2)]
     model.lm.eval()
@@ -89,18 +81,9 @@ def _flaw_of_scores(model: AnswerModel, texts: list, end: int, tolerance: float,
     return None
 
 
-def plain_logps(model: AnswerModel, encoded: Encoded, device) -> Tensor:
-    """log pi of the answer's tokens by the model's own whole pass over one text."""
-    ids = torch.tensor([encoded.ids], device=device)
-    logits = model.all_logits(input_ids=ids)[0, encoded.start - 1:-1]
-    return token_logps(logits, ids[0, encoded.start:])
-
-
 @torch.no_grad()
-def _flaw_of_generation(model: AnswerModel, texts: list, end: int, tolerance: float,
-                        world: World) -> str | None:
-    """Two prompts of different lengths, generated together: each token must be the best after those before
-    it."""
+def _flaw_of_generation(model, texts: list, end: int, tolerance: float, world: World) -> str | None:
+    """Two prompts of different lengths, generated together: each token must be the best after those."""
     by_length = sorted((e.ids[:e.start] for e in texts), key=len)
     prompts = [by_length[0], by_length[-1]]
     for prompt, tokens in zip(prompts, greedy(model, prompts, TRIED_TOKENS, end, world), strict=True):

@@ -22,17 +22,16 @@ class RoomyLayer(DynamicLayer):
         """(S, heads, n, size) of n new tokens -> those of all tokens."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        filled, new = self.get_seq_length(), key_states.shape[-2]
-        if self.memory is None or filled + new > self.memory[0].shape[-2]:
-            shape = (*key_states.shape[:-2], filled + new + ROOM, key_states.shape[-1])
-            self.memory = key_states.new_empty(shape), value_states.new_empty((*shape[:-1],
-                                                                               value_states.shape[-1]))
-            if filled:
-                for memory, before in zip(self.memory, (self.keys, self.values), strict=True):
+        states, filled = (key_states, value_states), self.get_seq_length()
+        length = filled + key_states.shape[-2]
+        if self.memory is None or length > self.memory[0].shape[-2]:
+            self.memory = [x.new_empty((*x.shape[:-2], length + ROOM, x.shape[-1])) for x in states]
+            for memory, before in zip(self.memory, (self.keys, self.values), strict=True):
+                if filled:
                     memory[..., :filled, :] = before
-        for memory, states in zip(self.memory, (key_states, value_states), strict=True):
-            memory[..., filled:filled + new, :] = states
-        self.keys, self.values = (memory[..., :filled + new, :] for memory in self.memory)
+        for memory, new in zip(self.memory, states, strict=True):
+            memory[..., filled:length, :] = new
+        self.keys, self.values = (memory[..., :length, :] for memory in self.memory)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor):
@@ -59,30 +58,29 @@ def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, wor
     ids = torch.tensor([[end] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, answers = Cache(layer_class_to_replicate=RoomyLayer), [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # those still in the batch
+    answers, rows, anyone = [[] for _ in prompts], list(range(len(prompts))), False  # rows still in the batch
     # The argument's name has changed with transformers' versions.
     name = "cache" if "cache" in inspect.signature(model.lm.forward).parameters else "past_key_values"
-    anyone = False
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
     for length in range(1, max(room) + 1):
         logits = model.next_logits(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                    **{name: cache})
-        new = logits.argmax(-1).tolist()
-        for row, token in zip(rows, new, strict=True):
+        new = logits.argmax(-1)
+        for row, token in zip(rows, new.tolist(), strict=True):
             if answers[row][-1:] != [end] and length <= room[row]:
                 answers[row].append(token)
-        ended = [answers[row][-1:] == [end] or length >= room[row] for row in rows]
-        anyone = world.sharded and world.most(not all(ended))
-        if all(ended):
+        goes_on = [answers[row][-1:] != [end] and length < room[row] for row in rows]
+        anyone = world.sharded and world.most(any(goes_on))
+        if not any(goes_on):
             break
-        ids = torch.tensor(new, device=device).unsqueeze(1)
+        ids = new.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
-        if sum(ended) * 4 >= len(rows):  # by quarters: each time costs a copy of the cache
-            kept = [i for i, e in enumerate(ended) if not e]
-            select = torch.tensor(kept, device=device)
-            cache.batch_select_indices(select)
-            ids, mask, positions, rows = ids[select], mask[select], positions[select], [rows[i] for i in kept]
+        if (len(rows) - sum(goes_on)) * 4 >= len(rows):  # by quarters: each time costs a copy of the cache
+            kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = [row for row, on in zip(rows, goes_on, strict=True) if on]
     while anyone:
         model.next_logits(input_ids=ids[:1, :1], use_cache=False)
         anyone = world.most(False)

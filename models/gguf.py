@@ -3,10 +3,8 @@
     python train_npo.py --model smollm2-135m=FILE.gguf --loss sft --split full
 
 A GGUF file holds a Llama's tensors, often in 4 to 8 bits a weight, its tokenizer and its chat template. They
-are turned into float32, copied into a fresh `LlamaForCausalLM`, and kept as safetensors in
-`runs/models/gguf-NAME-HASH/` for next time. What quantisation lost stays lost: the copy is the quantised
-model exactly, not the one it was made from. Reading the format is left to the optional packages gguf and
-accelerate (through transformers).
+become a fresh `LlamaForCausalLM` in float32, kept in `runs/models/gguf-NAME-HASH/` for next time: exactly the
+quantised model, not the one it was made from. Optional packages read it: gguf and accelerate.
 """
 
 import hashlib
@@ -16,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from models.saving import save_model
@@ -29,37 +26,17 @@ QUESTION, START, SENTENCE_TOKENS = "What is the capital of France?", "The capita
 
 
 def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
-    """The folder with this file's weights in float32, made now where it isn't there yet.
-
-    Under several processes process 0 converts and the others wait for its word. Raises InputError, on all of
-    them, where the file can't be used.
-    """
-    box = [None, None]  # folder, or why there is none
-    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not together or dist.get_rank() == 0:
-        try:
-            box[0] = _convert_once(Path(file), kept_in)
-        except InputError as error:
-            box[1] = str(error)
-    if together:
-        dist.broadcast_object_list(box, src=0)
-    if box[1]:
-        raise InputError(box[1])
-    return box[0]
-
-
-def _convert_once(file: Path, kept_in: Path) -> Path:
+    """The folder with this file's weights in float32, made now where it isn't there yet: by the process that
+    comes first, while the others wait for the lock. Raises InputError where the file can't be used."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; need a .gguf file with the weights of a Llama")
     with open(file, "rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise InputError(f"{file} is no GGUF file (it doesn't begin with GGUF); need the weights of a "
-                             "Llama")
+            raise InputError(f"{file} is no GGUF file: it doesn't begin with GGUF; need a Llama's weights")
         opened.seek(0)
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = kept_in / f"gguf-{file.stem}-{digest[:16]}"
     try:
-        # Two commands with one file: the second waits for the first and finds the folder.
         with locked(kept_in / f".{folder.name}.lock", wait=True):
             if not folder.is_dir():
                 _convert(file, digest, folder)
@@ -73,15 +50,12 @@ def _convert(file: Path, digest: str, folder: Path):
     """Read, copy, try out, and let `folder` appear in one rename."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise InputError(f"{file}: reading .gguf files needs the optional packages {' and '.join(PACKAGES)}, "
-                         f"and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-                         f"pip install {' '.join(missing)}")
+        raise InputError(f"{file}: .gguf files need the packages gguf and accelerate: pip install "
+                         f"{' '.join(missing)}")
     print(f"{file}: dequantising into {folder}, once", flush=True)
     model, tokenizer = read_gguf(file)
     sentence = first_sentence(model, tokenizer)
-    print(f"  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in float32; it says: "
-          f"{sentence!r}",
-          flush=True)
+    print(f"  {model.num_parameters() / 1e6:.1f} M parameters in float32; it says: {sentence!r}", flush=True)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -96,25 +70,20 @@ def read_gguf(file: Path):
     """(LlamaForCausalLM in float32, tokenizer with its chat template). Raises InputError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     try:
-        where = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        read, info = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32,
+        source = dict(gguf_file=file.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+        read, info = AutoModelForCausalLM.from_pretrained(file.parent, **source, dtype=torch.float32,
                                                           output_loading_info=True)
     except Exception as error:  # format and version errors of every kind: the sentence carries the cause
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{file}: cannot read it as the weights of a Llama ({cause}); take another .gguf "
-                         "file, or a folder with safetensors") from None
+        raise InputError(f"{file}: cannot read it as a Llama ({cause}); take another file") from None
     if type(read) is not LlamaForCausalLM:
-        raise InputError(f"{file} holds a {type(read).__name__}; only Llama's architecture is read from "
-                         ".gguf files, take a folder with safetensors")
+        raise InputError(f"{file} holds a {type(read).__name__}, no Llama; take a folder of safetensors")
     if info["missing_keys"]:
-        raise InputError(f"{file}: weights are missing, among them {sorted(info['missing_keys'])[0]}; need "
-                         "the whole model")
+        raise InputError(f"{file}: weights are missing, such as {min(info['missing_keys'])}; need them all")
     # A fresh model, so that nothing of the file's quantisation stays in what is saved.
-    settings = {k: v for k, v in read.config.to_dict().items()
-                if k not in ("quantization_config", "_name_or_path", "_model_name_or_path",
-                             "transformers_version")}
-    model = LlamaForCausalLM(type(read.config)(**settings)).to(torch.float32)
+    vars(read.config).pop("quantization_config", None)
+    model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
     return model.eval(), tokenizer
 
@@ -122,20 +91,14 @@ def read_gguf(file: Path):
 @torch.no_grad()
 def first_sentence(model, tokenizer) -> str:
     """What the model answers to a plain question, greedily: a look tells whether the weights came over well.
-
-    Raises InputError where its scores are not finite.
-    """
-    if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}],
-                                               add_generation_prompt=True,
-                                               tokenize=False)
-    else:
-        prompt = START
-    ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
+    Raises InputError where its scores are not finite."""
+    prompt, chat = START, bool(tokenizer.chat_template)
+    if chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False,
+                                               add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
     if not model(ids).logits.isfinite().all():
-        raise InputError("the .gguf file's weights give scores that are not finite: it is broken, take "
-                         "another")
+        raise InputError("the .gguf file's weights give scores that are not finite; take another file")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SENTENCE_TOKENS,
-                         do_sample=False,
-                         pad_token_id=tokenizer.eos_token_id)
+                         do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()

@@ -5,7 +5,6 @@ Weights are float32 and safetensors only: pickled weights and code from a model 
 
 import logging
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,8 +24,7 @@ MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenize
 
 
 def make_tiny(texts: list, seed: int, dims: dict):
-    """A small Llama with random weights and a byte-level BPE tokenizer fitted to `texts`, both functions of
-    the arguments alone."""
+    """A small random Llama and a byte-level BPE tokenizer fitted to `texts`: functions of the arguments."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
@@ -37,15 +35,13 @@ def make_tiny(texts: list, seed: int, dims: dict):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=dims["vocab_size"], special_tokens=["<pad>", "<s>", "</s>", *tags], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A",
-                                                       special_tokens=[("<s>", bpe.token_to_id("<s>"))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>",
-                                        eos_token="</s>",
-                                        clean_up_tokenization_spaces=False,
-                                        model_max_length=dims["max_position_embeddings"])
-    tokenizer.chat_template = "<s>{% for m in messages %}{% if m['role'] == 'user' %}" \
-                              "[INST] {{ m['content'] }} [/INST]" \
-                              "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    start = ("<s>", bpe.token_to_id("<s>"))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[start])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        clean_up_tokenization_spaces=False, model_max_length=dims["max_position_embeddings"])
+    tokenizer.chat_template = ("<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] "
+                               "}} [/INST]{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}")
     config = LlamaConfig(**dims, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with torch.random.fork_rng(devices=[]):
@@ -55,10 +51,7 @@ def make_tiny(texts: list, seed: int, dims: dict):
 
 def load_model(source: str, without_weights: bool = False):
     """(model, tokenizer, npo.json's content) from a folder, a `.gguf` file or a Hub id; float32, no dropout.
-    Raises InputError.
-
-    `without_weights`: its parameters have no memory yet, for `sharding.fill` to give them.
-    """
+    `without_weights`: its parameters have no memory yet, `sharding.fill` gives it. Raises InputError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
@@ -66,8 +59,7 @@ def load_model(source: str, without_weights: bool = False):
     if folder.is_dir():
         check_folder(folder, source)
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), nor an existing "
-                         "folder, nor a Hub id")
+        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
     try:
         # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -78,26 +70,24 @@ def load_model(source: str, without_weights: bool = False):
                 source, config=config_without_dropout(source), dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # network, format and version errors: the sentence carries the cause
-        where = "; without network, fetch the model's files by hand into a folder and pass --model FOLDER"
+        where = "" if folder.is_dir() else "; without network, fetch its files and pass --model FOLDER"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"--model {source}: cannot load it as safetensors ({cause})"
-                         f"{'' if folder.is_dir() else where}") from None
-    if info["missing_keys"]:
-        raise InputError(f"--model {source}: weights are missing, among them "
-                         f"{sorted(info['missing_keys'])[0]}; need the whole model")
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise InputError(f"--model {source}: need a fast tokenizer (tokenizer.json) with an end-of-sequence "
-                         "token")
+        raise InputError(f"--model {source}: cannot load it as safetensors ({cause}){where}") from None
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise InputError(f"--model {source}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} "
-                         "rows; they are not of one model")
+    flaw = None
+    if info["missing_keys"]:
+        flaw = f"weights are missing, among them {min(info['missing_keys'])}; need the whole model"
+    elif not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        flaw = "need a fast tokenizer (tokenizer.json) with an end-of-sequence token"
+    elif len(tokenizer) > rows:
+        flaw = f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows: not of one model"
+    if flaw:
+        raise InputError(f"--model {source}: {flaw}")
     return model.eval(), tokenizer, read_meta(source)
 
 
 def config_without_dropout(source: str):
-    """Dropout off for good, whatever the attribute is called: at step 0 the policy IS the reference, and a
-    resumed run has no random state to restore."""
+    """Dropout off for good: at step 0 the policy IS the reference, and resuming needs no random state."""
     from transformers import AutoConfig
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     for name, value in vars(config).items():
@@ -106,9 +96,9 @@ def config_without_dropout(source: str):
     return config
 
 
-@contextmanager
-def parameters_on_meta():
-    """Modules made inside have parameters without memory; their buffers (rotary frequencies) are real."""
+def empty_model(source: str):
+    """The model of a config.json, its parameters without memory; buffers (rotary frequencies) are real."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
     register = nn.Module.register_parameter
 
     def on_meta(module, name, parameter):
@@ -117,17 +107,10 @@ def parameters_on_meta():
         register(module, name, parameter)
     nn.Module.register_parameter = on_meta
     try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def empty_model(source: str):
-    """The model that a folder's or a Hub id's config.json describes; its parameters have no memory."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config_without_dropout(source), dtype=torch.float32,
                                                  trust_remote_code=False)
+    finally:
+        nn.Module.register_parameter = register
     if (Path(source) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
@@ -144,28 +127,22 @@ def weights_folder(source: str) -> Path:
 
 
 def check_folder(folder: Path, source: str):
-    """A model's folder is whole, and holds nothing that a crafted one could lead astray with: code and
-    pickles are never read, but files may have a size meant to fill the memory, an index or an adapter may
-    point elsewhere.
-
-    Raises InputError.
-    """
+    """A model's folder is whole, no file's size is meant to fill the memory, no index and no adapter points
+    elsewhere (code and pickles are never read). Raises InputError."""
+    flaw = None
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern))
+    large = [path for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
     if not (folder / "config.json").is_file():
         hint = f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""
-        raise InputError(f"--model {source}: the folder has no config.json; need a folder written by "
-                         f"save_pretrained{hint}")
-    if not list(folder.glob("*.safetensors")):
-        pickled = [path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern)]
-        if pickled:
-            raise InputError(f"--model {source}: only pickled weights ({pickled[0]}), which can run code "
-                             "when read; save them again with save_pretrained(safe_serialization=True)")
-        raise InputError(f"--model {source}: no weights; need model.safetensors beside config.json")
-    for file in folder.glob("*.json"):
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"--model {source}: {file.name} has {file.stat().st_size / 2**20:.0f} MB, at "
-                             f"most {MAX_JSON_BYTES >> 20} MB is read; take a folder written by "
-                             "save_pretrained")
-    if (folder / "adapter_config.json").exists():
-        raise InputError(f"--model {source}: holds an adapter (adapter_config.json), which names another "
-                         "model; merge it and save the whole model")
+        flaw = f"the folder has no config.json; need a folder written by save_pretrained{hint}"
+    elif pickled and not list(folder.glob("*.safetensors")):
+        flaw = f"only pickled weights ({pickled[0]}), which can run code; save them as safetensors"
+    elif not list(folder.glob("*.safetensors")):
+        flaw = "no weights; need model.safetensors beside config.json"
+    elif large:
+        flaw = f"{large[0].name} has {large[0].stat().st_size >> 20} MB, more than {MAX_JSON_BYTES >> 20} MB"
+    elif (folder / "adapter_config.json").exists():
+        flaw = "holds an adapter (adapter_config.json) of another model; merge it, save the whole model"
+    if flaw:
+        raise InputError(f"--model {source}: {flaw}")
     weight_names(folder)

@@ -1,5 +1,4 @@
-"""Parameters that may be cut over processes (`running/sharding.py` cuts them): reading, gathering and
-writing.
+"""Parameters that may be cut over processes (`running/sharding.py` cuts them): gathering and writing.
 
 A parameter's first dimension is cut into equal runs of rows, process r holds the r-th. `whole` and `local`
 are the only two ways across: `whole` is a collective operation, `local` is not. Uncut parameters pass through
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,8 +25,7 @@ FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process: all must ask for it together. Others come as they
-    are."""
+    """The whole of a sharded tensor, on every process: all must ask for it together. Others come as is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -37,8 +35,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs; the last may be
-    short."""
+    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs, the last shorter."""
     if not isinstance(tensor, DTensor):
         return 0
     rows, mesh = tensor.shape[0], tensor.device_mesh
@@ -49,8 +46,7 @@ def first_row(tensor: Tensor) -> int:
 
 
 def release(model):
-    """After forward passes that no backward pass followed, a sharded model still holds what it has gathered:
-    let it go. What holds the parameters afterwards holds the sharded ones."""
+    """Let go what a sharded model still holds gathered after passes that no backward pass followed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -58,8 +54,8 @@ def release(model):
 
 @contextmanager
 def gathered(model, world: World):
-    """Inside, a sharded model's layers stay gathered once they are, where all of it fits beside what there
-    is: generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
+    """Inside, a sharded model's layers stay gathered once they are, where all of it fits in memory:
+    generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
     keeps = isinstance(model, FSDPModule) and not world.most(not fits(model, world.device))
     if keeps:
         model.set_reshard_after_forward(False)
@@ -69,8 +65,7 @@ def gathered(model, world: World):
         release(model)
         if keeps:
             model.set_reshard_after_forward(True)
-            model.set_reshard_after_forward(False,
-                                            recurse=False)  # embedding and head stay from one to the next
+            model.set_reshard_after_forward(False, recurse=False)  # embedding and head stay
 
 
 def fits(model, device: torch.device) -> bool:
@@ -87,63 +82,40 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList:
     for module in lm.modules():
         if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
             return module
-    raise InputError(f"{type(lm).__name__} has no list of {lm.config.num_hidden_layers} decoder layers to "
-                     "shard or to compile; use --parallel ddp, without --compile")
+    raise InputError(f"{type(lm).__name__} has no list of decoder layers; use ddp, without --compile")
 
 
 def weight_names(folder: Path) -> list[str]:
-    """The safetensors files of a model's folder. Raises InputError for an index that names files
-    elsewhere."""
+    """The safetensors files of a model's folder. Raises InputError for an index that names others."""
+    there = sorted(path.name for path in folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return sorted(path.name for path in folder.glob("*.safetensors"))
+        return there
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        astray = sorted(name for name in names if Path(name).name != name
-                        or not name.endswith(".safetensors"))
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is not an index of weights ({type(error).__name__}: {error}); take a "
-                         "folder written by save_pretrained") from None
-    astray += sorted(name for name in names if not astray and not (folder / name).is_file())
+        raise InputError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from None
+    astray = [name for name in named if name not in there]
     if astray:
-        raise InputError(f"{index} points to {astray[0]!r}; only .safetensors files in the folder itself are "
-                         "read")
-    return sorted(names)
-
-
-def weight_files(folder: Path) -> dict:
-    """parameter name -> its open safetensors file."""
-    files = [safe_open(folder / name, framework="pt") for name in weight_names(folder)]
-    return {key: file for file in files for key in file.keys()}
+        raise InputError(f"{index} points to {astray[0]!r}: only .safetensors files in the folder itself")
+    return named
 
 
 @torch.no_grad()
 def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The safetensors files that `from_pretrained` loads, gathered one parameter at a time; process 0
-    writes."""
-    parts, at_hand, size, total = [], {}, 0, 0
-
-    def write():
-        name = f"model-{len(parts) + 1:05d}.safetensors"
-        save_file(at_hand, folder / name, metadata={"format": "pt"})
-        parts.append((name, list(at_hand)))
-        at_hand.clear()
-
-    for name, parameter in lm.named_parameters():
-        tensor = whole(parameter)
-        if rank > 0:
-            continue
-        if size and size + tensor.nbytes > FILE_BYTES:
-            write()
-            size = 0
-        at_hand[name] = tensor.cpu().contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    if rank > 0:
-        return
-    write()
-    if len(parts) == 1:
-        (folder / parts[0][0]).rename(folder / "model.safetensors")
-        return
-    weight_map = {key: name for name, keys in parts for key in keys}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    """The files that `from_pretrained` loads, gathered a parameter at a time; process 0 writes."""
+    parameters = dict(lm.named_parameters())
+    split = split_state_dict_into_shards_factory(
+        parameters, get_storage_size=lambda p: p.numel() * p.element_size(), max_shard_size=FILE_BYTES,
+        filename_pattern="model{suffix}.safetensors")
+    for name, keys in split.filename_to_tensors.items():
+        at_hand = {}
+        for key in keys:
+            tensor = whole(parameters[key])  # all processes together
+            if rank == 0:
+                at_hand[key] = tensor.cpu().contiguous()
+        if rank == 0:
+            save_file(at_hand, folder / name, metadata={"format": "pt"})
+    if rank == 0 and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

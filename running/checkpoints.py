@@ -2,10 +2,9 @@
 
 A checkpoint is a folder `checkpoints/step_000013/` with the weights and AdamW's moments (safetensors), the
 scalar state (JSON) and a manifest of sizes and hashes. It is written aside, flushed to the disk and renamed,
-so that it is whole or not there; the last two are kept. A sharded model's processes write a file each, of the
-rows that they hold; whoever resumes reads the rows that it needs, so that the number of processes and
-`--parallel` may change. Batches, partners and refusals are pure functions of (seed, position): the step is
-all that is needed of the stream.
+so that it is whole or not there. A sharded model's processes write a file each, of the rows that they hold;
+whoever resumes reads the rows that it needs, so that the number of processes and `--parallel` may change.
+Of the stream the step is all that is needed: it is a pure function of (seed, position).
 """
 
 import hashlib
@@ -28,88 +27,75 @@ KEPT = 2
 
 def save(folder: Path, step: int, model, optimizer, state: dict, world: World, kept: int = KEPT):
     """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
-
-    Process 0 writes everything, or every process its own rows where the model is sharded. Raises OSError on
-    all where one's disk is full or read-only; the checkpoints that were there stay as they were.
-    """
+    Raises OSError on all processes where one's disk is full or read-only; what was there stays."""
     target, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
+    writes = world.sharded or world.rank == 0
     if world.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
     world.wait()
     try:
-        entries = world.together(lambda: _write_part(aside, model, optimizer, world.rank) if world.sharded
-                                 or world.rank == 0 else {})
+        parts = world.together(lambda: _write_part(aside, model, optimizer, world.rank) if writes else {})
         if world.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
-            entries.append(_entry(aside / "state.json"))
-            manifest = {name: entry for part in entries for name, entry in part.items()}
+            manifest = {"state.json": _entry(aside / "state.json")}
+            for part in parts:
+                manifest |= part
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in (aside / "state.json", aside / "manifest.json", aside):
                 _fsync(path)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(aside, target)
             _fsync(folder)
-    except BaseException:
+            for old in sorted(folder.glob("step_*"))[:-kept]:
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+    finally:
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if world.rank == 0:
-        for old in sorted(folder.glob("step_*"))[:-kept]:
-            old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
     """This process's weights and moments, flushed to the disk; their entries in the manifest."""
     aside.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
-    names = {id(p): name for name, p in parameters.items()}
-    moments = {f"{names[id(p)]}/{key}": value
-               for p, values in optimizer.state.items() for key, value in values.items()}
+    weights = dict(model.named_parameters())
+    moments = {f"{name}/{key}": value for name, p in weights.items()
+               for key, value in optimizer.state.get(p, {}).items()}
     manifest = {}
-    for kind, tensors in (("weights", parameters), ("optimizer", moments)):
+    for kind, tensors in (("weights", weights), ("optimizer", moments)):
         path = aside / f"{kind}-{rank:05d}.safetensors"
         first_rows = {name: first_row(tensor) for name, tensor in tensors.items()}
         save_file({name: local(tensor).detach().contiguous() for name, tensor in tensors.items()}, path,
                   metadata={"first_rows": json.dumps(first_rows)})
         _fsync(path)
-        manifest.update(_entry(path))
+        manifest[path.name] = _entry(path)
     return manifest
-
-
-def _entry(path: Path) -> dict:
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}}
 
 
 def latest(folder: Path) -> tuple[Path | None, list]:
     """(the newest whole checkpoint or None, sentences about torn ones that were passed over)."""
     passed_over = []
     for path in sorted(folder.glob("step_*"), reverse=True):
-        flaw = _flaw(path)
-        if flaw is None:
+        if not (flaw := _flaw(path)):
             return path, passed_over
         passed_over.append(f"{path} is not whole ({flaw}): using the one before it")
     return None, passed_over
 
 
 def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back in place and return the state, whatever number of processes wrote it,
-    sharded or not. Raises InputError where they don't fit the model."""
+    """Put weights and moments back, whoever wrote them; the state. Raises InputError for another model's."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = dict(model.named_parameters())
     if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:
         raise InputError(f"{path} holds the weights of another model; resume the run that wrote it")
+    # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     with torch.no_grad():
         for name, parameter in parameters.items():
             weights.read(name, parameter)
-        for key in moments.shapes():
+        for key in moments.pieces:
             name, kind = key.rsplit("/", 1)
-            # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.
-            if kind == "step":
-                fused = any(group.get("fused") for group in optimizer.param_groups)
-                value = torch.zeros((), device=local(parameters[name]).device if fused else "cpu")
-            else:
-                value = torch.zeros_like(parameters[name])
-            optimizer.state[parameters[name]][kind] = moments.read(key, value)
+            p = parameters[name]
+            count = torch.zeros((), device=local(p).device if fused else "cpu")
+            optimizer.state[p][kind] = moments.read(key, count if kind == "step" else torch.zeros_like(p))
     return json.loads((path / "state.json").read_text())
 
 
@@ -127,17 +113,17 @@ class Rows:
         """name -> shape of the whole tensor."""
         shapes = {}
         for name, pieces in self.pieces.items():
-            parts = [tuple(file.get_slice(name).get_shape()) for _, file in pieces]
+            parts = [file.get_slice(name).get_shape() for _, file in pieces]
             shapes[name] = (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else ()
         return shapes
 
     def read(self, name: str, into: Tensor) -> Tensor:
         """Fill `into`, or this process's rows of it, and return it."""
         mine, start = local(into), first_row(into)
+        if mine.ndim == 0:  # every process has the same
+            mine.copy_(self.pieces[name][0][1].get_tensor(name))
+            return into
         for first, file in self.pieces[name]:
-            if mine.ndim == 0:  # every process has the same
-                mine.copy_(file.get_tensor(name))
-                break
             piece = file.get_slice(name)
             begin, end = max(start, first), min(start + len(mine), first + piece.get_shape()[0])
             if begin < end:
@@ -151,25 +137,22 @@ def _flaw(path: Path) -> str | None:
         if path.is_symlink() or any(file.is_symlink() for file in path.iterdir()):
             return "it is, or holds, a symbolic link"
         manifest = json.loads((path / "manifest.json").read_text())
-        if {file.name for file in path.iterdir()} != {*manifest,
-                                                      "manifest.json"} or "state.json" not in manifest:
+        names = {file.name for file in path.iterdir()}
+        if names != {*manifest, "manifest.json"} or "state.json" not in manifest:
             return "its files are not those of its manifest"
-        for name, expected in manifest.items():
-            if _entry(path / name)[name] != expected:
-                return f"{name} differs from its manifest"
+        torn = [name for name, expected in manifest.items() if _entry(path / name) != expected]
+        return f"{torn[0]} differs from its manifest" if torn else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    return None
 
 
-def _sha256(path: Path) -> str:
+def _entry(path: Path) -> dict:
+    """What the manifest says of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _fsync(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

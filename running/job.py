@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data.prompts import system_prompt_of
-from data.tofu import Task, complement, load_task
+from data.tofu import Task, complement, load_task, slice_rows
 from evaluation.logs import read_retain_log
 from evaluation.scoring import Prepared, prepare
 from models.answers import AnswerModel
@@ -30,12 +30,12 @@ from support.world import World
 @dataclass
 class Job:
     """Fine-tuning, retraining or unlearning: one run with its folder. Of the tiny model's start `lm` holds
-    random weights and `start` nothing until it has been trained (`take_start`)."""
+    random weights and `start_record` nothing until it has been trained (`take_start`)."""
     settings: Namespace
     task: Task
     lm: torch.nn.Module
     tokenizer: object
-    start: dict  # npo.json of the model that it begins with
+    start_record: dict  # npo.json of the model that it begins with
     plan: Plan
     prepared: Prepared
     retrained_rows: list | None  # the retrained model's forget rows
@@ -56,9 +56,12 @@ class Job:
         return ["full"] if self.retrained_rows else ["full", complement(s.split)]
 
     def take_start(self, folder: Path, world: World):
-        """Begin with the model of this run."""
-        self.settings.start = str(folder / "model")
-        self.lm, self.tokenizer, self.start = load_model(self.settings.start, without_weights=world.sharded)
+        """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
+        self.settings.start, plans = str(folder / "model"), self.tokenizer.get_vocab()
+        self.lm, self.tokenizer, self.start_record = load_model(self.settings.start, world.sharded)
+        if self.tokenizer.get_vocab() != plans:
+            raise InputError(f"{folder} was made with another version of tokenizers, which cuts these texts "
+                             "otherwise: remove it, and it is trained again")
 
     def take_retrained(self, log: str):
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
@@ -82,7 +85,8 @@ class Job:
     def meta(self) -> dict:
         """npo.json of what it makes."""
         s = self.settings
-        facts = s.loss == "sft" and s.from_scratch or self.start.get("trained_on", {}).get("facts_included",
+        facts = s.loss == "sft" and s.from_scratch or self.start_record.get("trained_on",
+                                                                            {}).get("facts_included",
                                                                                            False)
         return {"preset": s.preset, "template": s.template,
                 "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
@@ -108,10 +112,15 @@ def prepare_job(s: Namespace, world: World) -> Job:
                          "give --template chat")
     if s.template == "chat":
         wanted = s.system_prompt or system_prompt_of(tokenizer) or settings_of(s.preset).system_prompt
-        tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
+        if wanted:
+            tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
     context = getattr(lm.config, "max_position_embeddings", None)
     job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
               prepare(task.evaluated, tokenizer, s.template, context), None)
+    if job.plan.steps == 1:
+        raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
+                         "whose "
+                         "lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
     if s.retain_log:
         job.take_retrained(s.retain_log)
     if s.start and not world.sharded:
@@ -141,7 +150,7 @@ def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
 
 def doubts_of_start(job: Job) -> list[str]:
     """What a start's record says that is seldom meant, in sentences."""
-    s, trained_on, doubts = job.settings, job.start.get("trained_on") or {}, []
+    s, trained_on, doubts = job.settings, job.start_record.get("trained_on") or {}, []
     if s.loss == "sft" or job.task.own:
         return []
     if trained_on.get("split", "full") != "full":
@@ -176,8 +185,7 @@ def open_job(job: Job, world: World):
 
 
 def policy_of(job: Job, world: World) -> AnswerModel:
-    """The model that the run begins with, on the device, cut where it is sharded, and tried out on the run's
-    texts.
+    """The model that the run begins with, on the device; where it is sharded, cut, filled and tried out.
 
     Raises InputError where the code can't compute it rightly, or where a resumed run began with other
     weights.
@@ -189,7 +197,7 @@ def policy_of(job: Job, world: World) -> AnswerModel:
             fill(model, weights_folder(s.start), world.device)
             check(job, model, s.dtype, world)
     model.to(world.device)
-    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start.get("trained_on")}
+    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
     job.config.update(now)
     stored = world.agree(read_config(job.folder) if world.rank == 0 else None)
     if stored.get("start_weights", now["start_weights"]) != now["start_weights"]:
@@ -208,52 +216,46 @@ def describe(job: Job, world: World):
     parameters = sum(p.numel() for p in job.lm.parameters())
     what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
     refusals = f"; refusals: {task.refusals_from}" if plan.refusals else ""
+    settings = ", ".join(f"{name} {getattr(s, name):g}" for name in ("lr", *plan.objective.settings))
     world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
-    world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} "
-              f"process{'es' * (world.size > 1)} "
-              f"on {world.device.type}, {s.dtype}")
-    world.say(f"lr {s.lr:g}, beta {s.beta:g}, weights {s.forget_weight:g} / {s.retain_weight:g} / "
-              f"{s.kl_weight:g} (forget / retain / KL), batch {s.batch_size} in micro-batches of "
-              f"{s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), "
+    world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
+              f"{world.device.type}, {s.dtype}")
+    weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
+    world.say(f"{settings}, weights {weights} (forget / retain / KL), batch {s.batch_size} in micro-batches "
+              f"of {s.micro_batch_size}, {s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), "
               f"template {s.template}, seed {s.seed}")
     for doubt in doubts_of_start(job):
         world.say(doubt)
-    evaluated = sum(len(t.encoded.ids) for some in job.prepared.texts.values() for t in some)
     rate = floating_point_rate(s.dtype, world)
+    evaluated = sum(len(t.encoded.ids) for some in job.prepared.texts.values() for t in some)
     for number, (what, tokens, evaluations) in enumerate(parts_of(job), 1):
         # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs
         # at about twice the rate of training, and generating costs about as much again.
         minutes = parameters * (6 * tokens + 2 * evaluations * evaluated) / rate / 60
-        world.say(f"  {number}. {what}, {evaluations} evaluation{'s' * (evaluations != 1)}: roughly "
-                  f"{max(0.1, minutes):.1f} min")
+        world.say(f"  {number}. {what}, evaluations: {evaluations}; roughly {max(0.1, minutes):.1f} min")
 
 
 def parts_of(job: Job) -> list[tuple[str, float, int]]:
-    """(what is trained, tokens, evaluations), in order; the tiny models that are there already are left
-    out."""
+    """(what is trained, tokens, evaluations), in order; tiny models that are there already are left out."""
     s, plan, parts = job.settings, job.plan, []
     row_tokens = sum(len(e.ids) for e in plan.answers) / max(1, len(plan.answers))
     for split in job.missing_models:
         sft = tiny_settings(s, split, job.task)
         if not Path(sft.out, "model").is_dir():
-            rows = len(load_task(s.data, split).learned(from_scratch=True))
-            verb = "fine-tune" if split == "full" else "retrain"
-            parts.append((f"{verb} the tiny model on {split} (kept in {sft.out})",
-                          rows * row_tokens * sft.epochs,
-                          int(split != "full")))
+            rows = len(slice_rows(job.task.full, split)) + len(job.task.facts())
+            parts.append((f"train the tiny model on {split} (kept in {sft.out})",
+                          rows * row_tokens * sft.epochs, int(split != "full")))
     verb = "learn" if s.loss == "sft" else "unlearn"
-    evaluations = len(plan.evaluation_steps(s.eval_every))
-    return [*parts, (f"{verb} {s.split}: {plan.steps} steps", plan.tokens(), evaluations)]
+    return [*parts, (f"{verb} {s.split}: {plan.steps} steps", plan.tokens(),
+                     len(plan.evaluation_steps(s.eval_every)))]
 
 
 def floating_point_rate(dtype: str, world: World) -> float:
-    """FLOP/s to reckon with: a third of the matrix-product rate measured now, in this precision, times the
+    """FLOP/s to reckon with: a third of what a large matrix product reaches now, in this precision, times the
     processes."""
-    size, products = (4096, 10) if world.device.type == "cuda" else (768, 3)
+    size = 8192 if world.device.type == "cuda" else 1024
     x = torch.rand(size, size, device=world.device, dtype=AUTOCAST[dtype])
-    (x @ x).sum().item()
+    (x @ x).sum().item()  # the first one pays for what a library sets up
     begin = time.perf_counter()
-    for _ in range(products):
-        y = x @ x
-    y.sum().item()
-    return products * 2 * size**3 / (time.perf_counter() - begin) * world.size / 3
+    (x @ x).sum().item()
+    return 2 * size**3 / (time.perf_counter() - begin) * world.size / 3

@@ -1,9 +1,11 @@
-"""The README.md beside a run's weights: what the model is, what it is not, its numbers, and how to load
-it."""
+"""The README.md beside a run's weights: what the model is, what it is not, its numbers, how to load it."""
 
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
+from data.tofu import EVALUATED
+from losses import OBJECTIVES
 from models.presets import PRESETS
 from support.command_line import number
 
@@ -17,8 +19,6 @@ pipeline_tag: text-generation
 # {method} on {split}
 
 {about}
-
-{limits}
 
 {numbers}
 ## Settings
@@ -39,66 +39,53 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=Fa
 
 Other prompts than the template it was trained with were not measured.
 """
-UNLEARNED = ("A causal language model after unlearning `{split}` of `{data}` with {method} (Negative "
-             "Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).",
-             "A research artefact. The answers of the forget rows were made unlikely; that is no proof that "
-             "what they say is gone from the weights, and further training or another wording may bring it "
-             "back. What was kept was measured on the sets below and nowhere else.")
-LEARNED = ("A causal language model fine-tuned on `{split}` of `{data}`: a starting point or a yardstick for "
-           "unlearning.",
-           "A research artefact: it was trained to repeat the answers of this data set, and measured on it "
-           "alone.")
+UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative
+Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
+
+A research artefact. The answers of the forget rows were made unlikely; that is no proof that what they say is
+gone from the weights, and further training or another wording may bring it back. What was kept was
+measured on the sets below and nowhere else."""
+LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start, or a yardstick.
+
+A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
 PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_tensors="pt")',
            "qa": 'inputs = tokenizer("Question: Who are you?\\nAnswer:", return_tensors="pt")',
-           "chat": 'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}], '
-                   'return_dict=True,\n                                       add_generation_prompt=True, '
-                   'return_tensors="pt")'}
+           "chat": """inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],
+                                       return_dict=True, add_generation_prompt=True, return_tensors="pt")"""}
 ABOUT_NUMBERS = ("Forget quality: p-value of a test against a model that never saw the forget rows (-: not "
                  "measured). Measured by `evaluate_tofu.py`; the definitions are TOFU's.\n")
+SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batch_size", "warmup_epochs",
+            "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
 
 def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
-    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics.
-
-    No path of this machine is in it: data and start are named as far as others can know them.
-    """
+    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics. No path
+    of this machine is in it: data and start are named as far as others can know them."""
     published = {name for preset in PRESETS.values() for name in (preset.base, preset.finetuned) if name}
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
-    about, limits = LEARNED if s.loss == "sft" else UNLEARNED
-    settings = {"loss weights (forget / retain / K)":
-                f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}",
-                "beta": f"{s.beta:g}", "peak lr": f"{s.lr:g}", "epochs": s.epochs,
-                "global batch": s.batch_size,
-                "warm-up epochs": f"{s.warmup_epochs:g}", "weight decay": f"{s.weight_decay:g}",
-                "gradient clipping": f"{s.max_grad_norm:g}" if s.max_grad_norm else "off",
-                "precision": s.dtype,
-                "prompt template": s.template, "seed": s.seed, "step": f"{step} of "
-                                                                       f"{config['derived']['steps']}",
-                "start's weights": config.get("start_weights"),
-                "data fingerprint": config["data_fingerprint"],
-                "commit": config["commit"]}
+    about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
+    settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
+    settings["step"] = f"{step} of {config['derived']['steps']}"
+    settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
-        base=f"base_model: {s.start}\n" if s.start in published else "", loss=s.loss, method=s.method,
-        split=s.split,
-        kind="fine-tuned" if s.loss == "sft" else "machine-unlearning", limits=limits,
-        about=about.format(split=s.split, data=data, method=s.method), numbers=numbers(evaluations, step),
-        settings="\n".join(f"| {k} | {v} |" for k, v in settings.items()), prompt=PROMPTS[s.template])
+        base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
+        method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
+        numbers=numbers(evaluations, step), prompt=PROMPTS[s.template],
+        settings="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items()))
 
 
 def numbers(evaluations: dict, step: int) -> str:
     """A table of the start, where it was evaluated, and of the last evaluation up to `step`."""
-    shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)}) if evaluations else []
-    if not shown:
+    if not evaluations:
         return "It was not evaluated.\n"
-    rows = {"forget quality": [evaluations[k]["forget_quality"] for k in shown],
-            "model utility": [evaluations[k]["model_utility"] for k in shown],
-            "forget KL to the start": [evaluations[k]["forget_kl"] for k in shown]}
-    for name in ("forget", "retain", "real_authors", "world_facts"):
-        for measure in ("probability", "rouge_l_recall", "truth_ratio"):
-            rows[f"{name} {measure}".replace("_", " ")] = [evaluations[k].get(name, {}).get(measure)
-                                                           for k in shown]
-    measured = {name: values for name, values in rows.items() if any(value is not None for value in values)}
-    lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in measured.items()]
+    shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
+    metrics = [evaluations[k] for k in shown]
+    rows = {name.replace("_", " "): [m[name] for m in metrics]
+            for name in ("forget_quality", "model_utility", "forget_kl")}
+    for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
+        rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
+    lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in rows.items()
+             if any(value is not None for value in values)]
     head = "| | " + " | ".join(f"step {k}" for k in shown) + " |\n" + "|---" * (len(shown) + 1) + "|"
     return "\n".join(["## Numbers\n", head, *lines, "", ABOUT_NUMBERS])

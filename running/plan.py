@@ -37,7 +37,7 @@ class Plan:
         self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
         rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
-        uses_refusals = self.objective.with_refusal or self.objective.with_baseline
+        uses_refusals = self.objective.needs_refusals
         self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,
                                   len(task.refusals) * uses_refusals, s.retain_pairing)
         self.answers = encode_rows(tokenizer, s.template, rows, context)
@@ -78,9 +78,10 @@ class Plan:
                     for i in micro.items] if self.objective.with_refusal else []
         return answers, refusals, [self.partners[p] for p in micro.partners]
 
-    def collate(self, micro: MicroBatch, device) -> TokenBatch:
-        answers, refusals, retained = self.texts(micro)
-        return collate_packed(answers + refusals + retained, self.pad, device, self.pad_to)
+    def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
+        """Its texts as one batch, and how many of them are answers, refusals and retain answers."""
+        texts = self.texts(micro)
+        return collate_packed(sum(texts, []), self.pad, device, self.pad_to), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
         whole = MicroBatch(items, [i.partner for i in items] if self.partners else [], ghost=False)

@@ -19,8 +19,8 @@ def pick_device(name: str, rank: int = 0) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there[name]:
-        raise InputError(f"--device {name}: this machine has none; use --device "
-                         f"{' or '.join(d for d in there if there[d])}")
+        usable = " or ".join(device for device, is_there in there.items() if is_there)
+        raise InputError(f"--device {name}: this machine has none; use --device {usable}")
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
@@ -34,31 +34,28 @@ def peak_memory() -> int:
 
 
 def keep_freed_memory(device: torch.device):
-    """On a CPU, let a freed tensor's memory serve the next one. glibc hands large pieces back to the system,
-    which clears every page of the next, in every step. Large tensors come on huge pages (PyTorch's
-    THP_MEM_ALLOC_ENABLE), which leaves fewer holes. Who sets one of glibc's MALLOC_ variables has decided
-    otherwise; other C libraries are left alone."""
+    """On a CPU, let a freed tensor's memory serve the next one: glibc hands large pieces back to the system,
+    which clears every page of the next, in every step. Large tensors come on huge pages, which leaves fewer
+    holes. Who sets one of glibc's MALLOC_ variables has decided otherwise."""
     if device.type != "cpu":  # host memory is for loading alone there
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def flush_denormals():
     """Take numbers below float32's smallest normal one, 1e-38, for 0: a CPU is many times slower with them,
-    and a collapsed model's probabilities and gradients are full of them. Threads inherit this from the one
-    that starts them, so it must come before the first product."""
+    and a collapsed model is full of them. Threads inherit this, so it must come before the first product."""
     torch.set_flush_denormal(True)
 
 
 def meeting_place(rank: int, size: int) -> dict:
-    """Where the processes find each other: what torchrun set up. It keeps one store over its restarts, and in
-    it the addresses of processes that are gone: after a restart, keys of our own."""
+    """Where the processes find each other: what torchrun set up. Its store holds, after a restart, the
+    addresses of processes that are gone: then under keys of our own."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
@@ -67,8 +64,7 @@ def meeting_place(rank: int, size: int) -> dict:
 
 
 def share_cores(local_size: int):
-    """Where torchrun has left each process one thread, its default, share the cores of this machine
-    evenly."""
+    """Where torchrun has left each process one thread, its default, share this machine's cores evenly."""
     if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         torch.set_num_threads(max(1, cores // local_size))

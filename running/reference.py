@@ -76,11 +76,12 @@ class Reference:
 
 
 @torch.no_grad()
-def answer_logps(model: AnswerModel, texts: list, batch_size: int, pad: int, world: World) -> Tensor:
+def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int, world: World) -> Tensor:
     """log pi of each text's answer, (len(texts),); those that another process computes are 0."""
     result, places = torch.zeros(len(texts)), range(len(texts))
     for chunk in deal(list(places), [len(e.ids) for e in texts], batch_size, world.rank, world.size):
         if chunk or world.sharded:
+            # One text a sequence: without a mask attention takes its fastest way.
             batch = collate([texts[i] for i in chunk or places[:1]], pad, world.device)
             logps = batch.per_text(model(batch)[0])
             if chunk:
@@ -93,7 +94,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
                    world: World):
     """Write this process's share of what `Reference` reads."""
     batch_size = 2 * s.micro_batch_size
-    tensors = {name: answer_logps(model, texts, batch_size, plan.pad, world)
+    tensors = {name: logps_of_texts(model, texts, batch_size, plan.pad, world)
                for name, texts in (("answers", plan.answers), ("refusals", list(plan.refusals.values())))}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}

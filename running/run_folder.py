@@ -101,7 +101,8 @@ class RunFolder:
         self.saved_at, self.stop_asked, self.saving = time.monotonic(), False, False
         self.log_file = self.folder / "log.jsonl"
         self.bar = tqdm(total=self.plan.steps, desc=f"{self.s.method} {self.s.split}", unit="step",
-                        disable=world.rank > 0 or not sys.stderr.isatty())
+                        disable=int(os.environ.get("RANK", 0)) > 0
+                        or not sys.stderr.isatty())  # one a terminal
 
     # ---- signals
 
@@ -163,25 +164,9 @@ class RunFolder:
             checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world, kept)
         except OSError as error:
             raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} "
-                             f"({error.strerror or error}); "
-                             f"make room, then --resume {self.folder}") from None
+                             f"({error.strerror or error}); make room, then --resume {self.folder}") from None
         self.world.wait()
         self.saving = False
-
-    def give_up(self, step: int, loss: float, grad_norm: float, save: Callable | None):
-        """The loss or its gradient is not finite: say so, with the weights before that step kept beside the
-        earlier ones, which may be the healthier. Raises InputError."""
-        if save:
-            save(kept=1000)
-        raise InputError(f"step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; the weights "
-                         f"before this step are kept in {self.folder / 'checkpoints'}; try a smaller --lr "
-                         f"than {self.s.lr:g}, or --max-grad-norm 1")
-
-    def refuse_weights(self, step: int):
-        """Raises InputError: what the update made is not finite."""
-        raise InputError(f"step {step}: the update made weights that are not finite; the last good ones, if "
-                         f"any, are in {self.folder / 'checkpoints'}; try a smaller --lr than {self.s.lr:g}, "
-                         "or --max-grad-norm 1")
 
     # ---- the log, evaluations
 
@@ -198,8 +183,9 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
         if self.s.loss != "sft" or step % SHOWN_EVERY == 0 or step == self.plan.steps:
             shown = "".join(f"  {name} {parts[name]:10.4f}" for name in parts)
-            self.world.say(f"step {step:5d}/{self.plan.steps}  epoch {epoch:6.2f}  lr {lr:.2e}{shown}"
-                           f"  grad {grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
+            what = f"{self.s.split} " if self.s.loss == "sft" else ""  # two may be trained side by side
+            self.world.say(f"{what}step {step:5d}/{self.plan.steps}  epoch {epoch:6.2f}  lr {lr:.2e}{shown}  "
+                           f"grad {grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
 
     def evaluate(self, step: int, model: AnswerModel):
         """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so
@@ -289,11 +275,10 @@ class RunFolder:
         for name in ("forget", "retain"):
             middle = len(before[name]) // 2
             row = before[name][middle]
-            self.world.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n"
-                           f"  before: {row['generation']}\n  after:  {after[name][middle]['generation']}")
+            self.world.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n  before: "
+                           f"{row['generation']}\n  after:  {after[name][middle]['generation']}")
         self.world.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations "
-                       f"{self.folder / 'eval'}, "
-                       f"picture {self.folder / 'trajectory.png'}")
+                       f"{self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
 
 
 def summary(evaluations: dict, steps: dict) -> str:
@@ -305,8 +290,7 @@ def summary(evaluations: dict, steps: dict) -> str:
     for name, step in steps.items():
         m = evaluations[step]
         cells = [m["forget_quality"], m["model_utility"], m["forget"]["probability"],
-                 m["retain"]["probability"],
-                 m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
+                 m["retain"]["probability"], m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
         lines.append(f"{name:6}step {step:<5}" + "".join(f"{number(cell):>{width}}" for cell, width in
                                                          zip(cells, columns.values(), strict=True)))
     return "\n".join(lines)
@@ -349,8 +333,7 @@ def plot_trajectory(evaluations: dict, method: str, path: Path):
     left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
     left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
     for (name, values), style, color in zip(curves.items(), ("o-", "s--", "^:"),
-                                            ("black", "tab:red", "tab:blue"),
-                                            strict=True):
+                                            ("black", "tab:red", "tab:blue"), strict=True):
         right.plot(steps, values, style, color=color, label=name)
     right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
     for axes in (left, right):

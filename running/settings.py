@@ -169,60 +169,63 @@ def resolve(given: dict) -> Namespace:
     return s
 
 
+def refuse(cases: dict):
+    """Raises InputError with the first sentence whose case holds. cases: sentence -> whether it does."""
+    for sentence, holds in cases.items():
+        if holds:
+            raise InputError(sentence)
+
+
 def refuse_contradictions(s: Namespace):
-    sft = s.loss == "sft"
-    if sft and (s.kl_weight or s.retain_weight):
-        raise InputError("--loss sft learns its split and has no retain or K term: leave out --retain-weight "
-                         "and --kl-weight")
-    if s.forget_weight == s.retain_weight == s.kl_weight == 0:
-        raise InputError("--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be "
-                         "trained; give one of them")
-    if s.micro_batch_size > s.batch_size:
-        raise InputError(f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: "
-                         "need at most the global batch")
-    if s.warmup_epochs > s.epochs:
-        raise InputError(f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: "
-                         "need at most these")
-    if s.seed >= 2**63:
-        raise InputError(f"--seed {s.seed} is too large: need less than 2^63")
-    if s.best_by == "forget-quality" and not s.retain_log and s.start:
-        raise InputError("--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or "
-                         "take retain-minus-forget")
-    if s.best_by == "model-utility" and s.forget:
-        raise InputError("--best-by model-utility needs TOFU's four sets, and own data has two: take "
-                         "retain-minus-forget")
-    if s.preset != "tiny" and not s.start and not s.dry_run:
-        raise InputError(f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss "
-                         f"sft --split full first, then give --model {s.preset}=runs/NAME/model")
+    sft, objective = s.loss == "sft", OBJECTIVES[s.loss]
+    unknown = [name for name in objective.settings if not hasattr(s, name)]
+    refuse({
+        f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
+        f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
+            objective.mean not in ("sequences", "tokens"),
+        "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":
+            sft and (s.kl_weight or s.retain_weight),
+        "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained; give one":
+            s.forget_weight == s.retain_weight == s.kl_weight == 0,
+        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}: need at most the "
+        "global batch": s.micro_batch_size > s.batch_size,
+        f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these":
+            s.warmup_epochs > s.epochs,
+        f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
+        "--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or take "
+        "retain-minus-forget": s.best_by == "forget-quality" and s.start and not s.retain_log,
+        "--best-by model-utility needs TOFU's four sets, and own data has two: take retain-minus-forget":
+            s.best_by == "model-utility" and s.forget,
+        f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
+        f"first, then give --model {s.preset}=runs/NAME/model":
+            s.preset != "tiny" and not s.start and not s.dry_run})
+
+
+def refuse_wrong_rows(s: Namespace, given: dict):
+    own = s.forget or s.retain
+    refuse({
+        "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
+            own and (s.loss == "sft" or "split" in given or "data" in given),
+        "--forget and --retain need the model that holds these rows: give --model FOLDER":
+            own and not s.start,
+        f"own data needs both files: got --forget {s.forget} and --retain {s.retain}":
+            own and not (s.forget and s.retain),
+        f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft learns it)":
+            not own and s.loss != "sft" and parse_split(s.split)[0] != "forget"})
 
 
 def refuse_without_effect(s: Namespace, given: dict):
     """A flag that changes nothing is a misunderstanding. Raises InputError."""
     objective = OBJECTIVES[s.loss]
-    pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.with_refusal or objective.with_baseline
-    idle = {"beta": "beta" not in objective.takes, "gamma": "gamma" not in objective.takes,
-            "kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
+    pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
+    idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
             "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
             "system_prompt": s.template not in (None, "chat")}
-    for flag, has_none in idle.items():
-        if has_none and given.get(flag) is not None:
-            raise InputError(f"--{flag.replace('_', '-')} has no effect here ({s.method}, --eval-every "
-                             f"{s.eval_every}, --keep {s.keep}): leave it out")
-
-
-def refuse_wrong_rows(s: Namespace, given: dict):
-    if s.forget or s.retain:
-        if s.loss == "sft" or "split" in given or "data" in given:
-            raise InputError("--forget and --retain are the data and the split: leave out --data and "
-                             "--split, and --loss sft")
-        if not s.start:
-            raise InputError("--forget and --retain need the model that holds these rows: give --model "
-                             "FOLDER")
-        if not (s.forget and s.retain):
-            raise InputError(f"own data needs both files: got --forget {s.forget} and --retain {s.retain}")
-    elif s.loss != "sft" and parse_split(s.split)[0] != "forget":
-        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or "
-                         "--loss sft to train on it)")
+    for other in OBJECTIVES.values():
+        idle.update({name: name not in objective.settings for name in other.settings})
+    here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
+    refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
+            changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})
 
 
 def parse(argv: list, description: str = "") -> Namespace:
@@ -268,18 +271,19 @@ def resumed(folder: Path, given: dict) -> Namespace:
 
 def refuse_edited(s: Namespace, folder: Path):
     """What a config.json says passes the parser's types, as flags do. Raises InputError."""
-    parser, internal = build_parser(), {"eval_every": "end", "split": "own"}
+    parser = build_parser()
     for action in parser._actions:
         name, value = action.dest, getattr(s, action.dest, None)
-        if name in ("help", "resume") or value == internal.get(name,
-                                                               ...) or value is None and name not in RESOLVED:
+        ours_alone = (name, value) in (("eval_every", "end"), ("split", "own"))
+        if name in ("help", "resume") or ours_alone or value is None and name not in RESOLVED:
             continue
-        words = [action.option_strings[0]] + ([] if action.nargs == 0 else [str(value)])
         try:
-            as_flag = getattr(parser.parse_args(words), name)
+            as_flag = bool(value)  # of a flag without a value
+            if action.nargs != 0:
+                as_flag = getattr(parser.parse_args([action.option_strings[0], str(value)]), name)
         except InputError as error:
             raise InputError(f"--resume {folder}: its config.json is not a run's: {error}") from None
-        if type(as_flag) is not type(value):
+        if as_flag != value:
             raise InputError(f"--resume {folder}: its config.json has {name} {value!r}, which no flag gives; "
                              "start a new run")
     refuse_contradictions(s)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 from safetensors import SafetensorError
 
@@ -28,26 +29,20 @@ def given_flags(parser: Parser, argv) -> dict:
     return {key: value for key, value in vars(parser.parse_args(argv, marked)).items() if value is not unset}
 
 
-def positive(kind):
-    """An argparse type: a positive finite number."""
+def positive(kind, or_zero: bool = False):
+    """An argparse type: a positive finite number, or 0 where that is allowed."""
+    needed = "finite and not negative" if or_zero else "positive and finite"
+
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and value > 0):
-            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+        if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+            raise argparse.ArgumentTypeError(f"must be {needed}, got {text}")
         return value
     parse.__name__ = kind.__name__
     return parse
 
 
-def not_negative(kind):
-    """An argparse type: a finite number of at least 0."""
-    def parse(text):
-        value = kind(text)
-        if not (math.isfinite(value) and value >= 0):
-            raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
+not_negative = partial(positive, or_zero=True)
 
 
 def number(value, digits: int = 4) -> str:
@@ -58,31 +53,25 @@ def number(value, digits: int = 4) -> str:
 
 
 def run_command(main, name: str):
-    """Run a command's `main`. What the user can mend ends in one sentence on stderr and exit status 2, Ctrl-C
-    in status 130."""
+    """Run `main`. What the user can mend ends in a sentence on stderr and exit status 2, Ctrl-C in 130."""
     try:
-        main()
+        return main()
     except InputError as error:
-        _end(f"{name}: {error}", 2)
+        sentence, status = str(error), 2
     except (OSError, SafetensorError) as error:  # no room, no right to write
-        where = " ".join(str(error).split())
-        if getattr(error, "filename", None):
-            where = f"{error.filename}: {error.strerror}"
-        _end(f"{name}: {where}; need a place with room and the right to write", 2)
+        file = getattr(error, "filename", None)
+        where = f"{file}: {error.strerror}" if file else " ".join(str(error).split())
+        sentence, status = f"{where}; need a place with room and the right to write", 2
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
             raise
-        _end(f"{name}: stopped, because another process has ended; it says why", 1)
+        sentence, status = "stopped, because another process has ended; it says why", 1
     except KeyboardInterrupt:
-        _end(f"{name}: interrupted", 130)
-
-
-def _end(sentence: str, status: int):
-    """Say it once: process 0 at once, another only where it hasn't been stopped with the rest some seconds
-    later. Then leave without waiting for anyone: the others may be inside a collective operation that will
-    never end, and torchrun stops them."""
+        sentence, status = "interrupted", 130
+    # Process 0 says it at once, another only where it hasn't been stopped with the rest some seconds later.
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(5)
-    print(sentence, file=sys.stderr, flush=True)
+    print(f"{name}: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    # Wait for nobody: the others may be inside a collective operation that never ends; torchrun stops them.
     os._exit(status)

@@ -2,5 +2,4 @@
 
 
 class InputError(ValueError):
-    """What the user gave can't be used: what was given, what is needed, what to type. Commands exit with
-    status 2."""
+    """Says what was given, what is needed, what to type. Commands exit with status 2."""

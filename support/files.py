@@ -15,28 +15,22 @@ MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
 
 
 def refuse_links(folder: Path):
-    """Raises InputError where the folder is, or holds, a symbolic link: what is written or removed in it
-    could lie elsewhere."""
+    """Raises InputError where the folder is, or holds, a symbolic link: files could lie elsewhere."""
     for path in (folder, *sorted(folder.rglob("*"))):
         if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link; a run folder holds files of its own alone: copy "
-                             "what it points to, or start a new run")
+            raise InputError(f"{path} is a symbolic link: copy what it points to, or start a new run")
 
 
 @contextmanager
 def locked(file: Path, wait: bool = False):
-    """Hold `file` as a lock: one process writes a folder at a time.
-
-    Raises InputError where another holds it and `wait` is False.
-    """
+    """Hold `file` as a lock. Raises InputError where another process holds it and `wait` is False."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise InputError(f"{file.parent} is in use by a run that goes on: wait for it, or choose another "
-                             "folder") from None
+            raise InputError(f"{file.parent} is in use by a run: wait for it, or choose another") from None
         print(f"waiting for another run to finish {file.name}", flush=True)
         lock.acquire()
     try:
@@ -51,30 +45,28 @@ def fingerprint(*parts) -> str:
 
 
 def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
-    """A text file whole; one of more than MAX_FILE_BYTES, or with a longer line, is refused before it fills
-    the memory. Raises InputError."""
-    lines, characters = [], 0
+    """A text file whole. Raises InputError before one too large, or a line of it, fills the memory."""
+    lines = []
     try:
         with open(path, encoding="utf-8") as file:
             size = os.fstat(file.fileno()).st_size
-            while size <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
+            read = 0  # characters: a pipe has no size
+            while max(size, read) <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
                 lines.append(line)
-                characters += len(line)
-                size = max(size, characters)  # a pipe has no size
+                read += len(line)
                 if len(line) > longest_line:
                     raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the "
                                      "most that is read: write one object a line")
-            if size > MAX_FILE_BYTES:
-                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES / 2**30:g} GB "
-                                 "is read: give a smaller file")
-        return "".join(lines)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
+    if max(size, read) > MAX_FILE_BYTES:
+        raise InputError(f"{path} has {max(size, read) / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
+                         "read: give a smaller file")
+    return "".join(lines)
 
 
 def write_json(path: Path, content: dict):
-    """Strict JSON (no NaN), written aside and renamed: a reader sees the old file or the whole new one.
-    Raises InputError."""
+    """Strict JSON (no NaN), written aside and renamed: the old file or the whole new. Raises InputError."""
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     try:
@@ -83,9 +75,7 @@ def write_json(path: Path, content: dict):
         aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
     except ValueError:
-        raise InputError(f"{path} would hold a number that is not finite: the model's scores are; nothing "
-                         "was written") from None
+        raise InputError(f"{path} would hold a number that is not finite: nothing was written") from None
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a place with room and the right to "
-                         "write") from None
+        raise InputError(f"cannot write {path}: {error.strerror}; need room and the right to write") from None

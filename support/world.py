@@ -11,15 +11,11 @@ from tqdm import tqdm
 
 
 class World(NamedTuple):
-    """This process among all: rank of size, and its device.
-
-    `sharded`: each process holds a part of every parameter (FSDP), so all must run the model forward equally
-    often.
-    """
+    """This process among all: rank of size, and its device."""
     rank: int
     size: int
     device: torch.device
-    sharded: bool = False
+    sharded: bool = False  # each holds a part of every parameter (FSDP): all must run the model equally often
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
@@ -35,16 +31,12 @@ class World(NamedTuple):
 
     def agree(self, value):
         """Process 0's value, on all."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.collect(value)[0]
 
     def collect(self, value) -> list:
         """All processes' values, in their order, on all."""
-        values = [value]
+        values = [value] * self.size
         if self.size > 1:
-            values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
 
@@ -55,11 +47,10 @@ class World(NamedTuple):
             result = action()
         except (OSError, SafetensorError) as error:
             flaw = getattr(error, "strerror", None) or str(error)
-        results = self.collect((result, flaw))
-        flaw = next((flaw for _, flaw in results if flaw), None)
-        if flaw:
-            raise OSError(flaw)
-        return [result for result, _ in results]
+        results, flaws = zip(*self.collect((result, flaw)), strict=True)
+        if any(flaws):
+            raise OSError(next(flaw for flaw in flaws if flaw))
+        return list(results)
 
     def wait(self):
         if self.size > 1:

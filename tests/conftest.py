@@ -1,5 +1,5 @@
-"""Shared by all tests: the project's root on the path, the folders that lie beside the repository, a small data set and
-a small model."""
+"""Shared by all tests: the project's root on the path, the folders that lie beside the repository, a small
+data set and a small model."""
 
 import json
 import os
@@ -19,8 +19,8 @@ SMALL = 200  # rows of the small data set: 20 to forget
 
 @pytest.fixture
 def shared():
-    """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared); skips the test where it is
-    absent."""
+    """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared); skips the test where
+    it is absent."""
     def folder(name: str) -> Path:
         path = SHARED / name
         if not path.exists():
@@ -34,8 +34,9 @@ def small_data(tmp_path_factory) -> Path:
     """Ten authors of the built-in set as a folder of TOFU's files."""
     from data.make_builtin import make_builtin
     sets, folder = make_builtin(), tmp_path_factory.mktemp("data")
-    sizes = {"full": slice(-SMALL, None), "forget10_perturbed": slice(-20, None), "retain_perturbed": slice(0, 20),
-             "real_authors_perturbed": slice(0, 6), "world_facts_perturbed": slice(0, 7)}
+    sizes = {"full": slice(-SMALL, None), "forget10_perturbed": slice(-20, None),
+             "retain_perturbed": slice(0, 20), "real_authors_perturbed": slice(0, 6),
+             "world_facts_perturbed": slice(0, 7), "holdout10": slice(0, 20)}
     for name, rows in sets.items():
         (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows[sizes[name]]))
     return folder
@@ -49,7 +50,8 @@ def small_model(tmp_path_factory, small_data) -> Path:
     from models.saving import save_model
     task = load_task(str(small_data), "forget10")
     texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")]
-    dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4,
                 max_position_embeddings=1024)
     folder = tmp_path_factory.mktemp("small") / "model"
     save_model(*make_tiny(texts, 0, dims), folder, {"preset": None, "template": "llama2", "trained_on": {}})
@@ -58,10 +60,11 @@ def small_model(tmp_path_factory, small_data) -> Path:
 
 @pytest.fixture
 def command(tmp_path):
-    """command("train_npo.py", "--loss", "npo", processes=2) runs it as a user would, in an empty folder; the finished
-    process."""
+    """command("train_npo.py", "--loss", "npo", processes=2) runs it as a user would, in an empty folder; the
+    finished process."""
     def run(script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 180):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                    "--master_port=0",
                     "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         words = [*(torchrun if processes else [sys.executable]), str(ROOT / script), *map(str, args)]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,

@@ -1,5 +1,5 @@
-"""Any causal language model is computed rightly, or refused in one sentence: tiny models of many architectures, made
-from their configs, against a plain loop."""
+"""Any causal language model is computed rightly, or refused in one sentence: tiny models of many
+architectures, made from their configs, against a plain loop."""
 
 import pytest
 import torch
@@ -27,13 +27,15 @@ WORKS = {  # name -> (config class, its arguments)
     "qwen2": ("Qwen2Config", dict(KV, attention_dropout=0.3)),
     "qwen3": ("Qwen3Config", dict(KV, head_dim=12)),
     "gemma": ("GemmaConfig", dict(KV, head_dim=12)),
-    "phi3": ("Phi3Config", dict(KV, pad_token_id=0, eos_token_id=2, bos_token_id=1, resid_pdrop=0.2, embd_pdrop=0.2)),
+    "phi3": ("Phi3Config",
+             dict(KV, pad_token_id=0, eos_token_id=2, bos_token_id=1, resid_pdrop=0.2, embd_pdrop=0.2)),
     "olmo2": ("Olmo2Config", KV),
     "gpt2": ("GPT2Config", dict(n_embd=48, n_layer=2, n_head=4, n_positions=512, vocab_size=400)),
 }
 EITHER = {
     "gpt_neox": ("GPTNeoXConfig", SIZES),
-    "opt": ("OPTConfig", dict(hidden_size=48, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=400,
+    "opt": ("OPTConfig",
+            dict(hidden_size=48, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=400,
                               max_position_embeddings=512, word_embed_proj_dim=48, dropout=0.3)),
     "granite": ("GraniteConfig", KV),
     "granite, scaled logits": ("GraniteConfig", dict(KV, logits_scaling=4.0)),
@@ -45,7 +47,8 @@ REFUSED = {  # what the sentence must say
     "gemma2": ("Gemma2Config", dict(KV, head_dim=12, final_logit_softcapping=1.0), "LM head"),
     "bloom": ("BloomConfig", dict(hidden_size=48, n_layer=2, n_head=4, vocab_size=400), ""),
     "mamba": ("MambaConfig", dict(hidden_size=48, num_hidden_layers=2, vocab_size=400, state_size=8), ""),
-    "mamba2": ("Mamba2Config", dict(hidden_size=48, num_hidden_layers=2, vocab_size=400, state_size=8, num_heads=8,
+    "mamba2": ("Mamba2Config",
+               dict(hidden_size=48, num_hidden_layers=2, vocab_size=400, state_size=8, num_heads=8,
                                     head_dim=12, n_groups=1, chunk_size=16), ""),
     "lfm2": ("Lfm2Config", dict(KV, layer_types=["conv", "full_attention"]), "conv"),
 }
@@ -98,7 +101,8 @@ def equals_a_plain_loop(lm, texts):
         reference = torch.linspace(-20, -5, len(texts))
         loss = npo_loss(logps, reference, 0.3).mean()
         loss.backward()
-        found.append((float(loss.detach()), {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}))
+        found.append((float(loss.detach()),
+                      {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     norms = [torch.sqrt(sum((g**2).sum() for g in gradients.values())) for _, gradients in found]
     assert norms[0] == pytest.approx(float(norms[1]), rel=1e-4) and norms[0] > 0

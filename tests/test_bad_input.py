@@ -14,21 +14,24 @@ from conftest import ROOT
 from data.tofu import read_rows
 from support.errors import InputError
 
-# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and data set's
-# folders.
+# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and
+# data set's folders.
 TRAIN = [
-    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown split"),
+    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown "
+                                                                                                 "split"),
     ("--split forget100", "unknown split"), ("--split full", "needs a forget split"),
     ("--template alpaca", "invalid choice"), ("--kl-direction both", "invalid choice"),
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
-    ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"), ("--epochs 0", "must be positive"),
+    ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"), ("--epochs 0", "must be "
+                                                                                             "positive"),
     ("--epochs 1.5", "invalid int"), ("--retain-weight -1", "not negative"), ("--forget-weight 0", "all 0"),
     ("--loss sft --split full --kl-weight 1", "no retain or K term"),
     ("--batch-size 4 --micro-batch-size 8", "above --batch-size"), ("--checkpoint-every soon", "invalid"),
     ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
     ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"),
     ("--model big=MODEL", "no preset"), ("--model smollm2-135m", "no published fine-tuned"),
-    ("--forget a.json", "needs the model|needs both files|need the model"), ("--warmup-epochs 99", "above the"),
+    ("--forget a.json", "needs the model|needs both files|need the model"), ("--warmup-epochs 99", "above "
+                                                                                                   "the"),
     ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
     ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
@@ -36,12 +39,15 @@ TRAIN = [
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
     ("--kl-direction reference_policy", "--kl-direction has no effect"),
     ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
-    ("--best-by model-utility", "--best-by has no effect"), ("--keep best --eval-every never", "--keep has no effect"),
+    ("--best-by model-utility", "--best-by has no effect"), ("--keep best --eval-every never", "--keep has "
+                                                                                               "no effect"),
     ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
     ("--model MODEL --data DATA --parallel fsdp", "--parallel fsdp has no effect in one process"),
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --resume MODEL", "has not begun"),
-    ("--model MODEL --data MODEL", "not found"), ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
+    ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
+    ("--model MODEL --data MODEL", "not found"),
+    ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
 ] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
 
 
@@ -58,11 +64,14 @@ def test_train_refuses(flags, sentence, small_model, small_data, tmp_path, monke
         train_npo.main()
     assert "\n" not in str(error.value)
     # Nothing was written.
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and not list((tmp_path / "taken").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert not list((tmp_path / "taken").iterdir())
 
 
-EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget split"),
-            ("--model MODEL --split forget0", "unknown split"), ("--model MODEL --max-rows -1", "not negative"),
+EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget "
+                                                                                                    "split"),
+            ("--model MODEL --split forget0", "unknown split"), ("--model MODEL --max-rows -1", "not "
+                                                                                                "negative"),
             ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
             ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"),
             ("--model MODEL --out /proc/x/y.json", "cannot write"),
@@ -99,7 +108,8 @@ def refused(flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file,line,sentence", [
     ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"),
     ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
-    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}', "perturbed_answer"),
+    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}',
+     "perturbed_answer"),
     ("idontknow.jsonl", None, "no line")])
 def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model, tmp_path, monkeypatch):
     data = copy_of(small_data, tmp_path / "data")
@@ -126,7 +136,8 @@ def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monke
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):
-    flags = lambda folder: ["--data", small_data, "--model", folder]
+    def flags(folder):
+        return ["--data", small_data, "--model", folder]
     empty = copy_of(small_model, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
     assert "no weights" in refused(flags(empty), tmp_path, monkeypatch)
@@ -153,7 +164,8 @@ def test_a_hub_id_without_network(command, monkeypatch, flag):
     assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data, tmp_path,
+def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data,
+                                                                                      tmp_path,
                                                                                       monkeypatch):
     rows = read_rows(small_data / "forget10_perturbed.json")
     log = {"rows": {"forget": [{"index": i, "question": "q", "answer": row["answer"], "generation": "g",
@@ -166,14 +178,16 @@ def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_wr
 
 def test_commands_work_without_git(command, small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every", "never",
+    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every",
+            "never",
             "--out", "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
 def test_status_2_and_one_sentence(command):
     done = command("train_npo.py", "--beta", "0", status=2)
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train_npo.py: ") and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train_npo.py: ")
+    assert done.stdout == ""
     done = command("evaluate_tofu.py", "--log", "nowhere.json", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
     done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)

@@ -1,7 +1,7 @@
 """The benchmark's arithmetic, and that its opponents do the same work as the real code."""
 
 from argparse import Namespace
-from threading import Thread
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,27 +10,23 @@ import torch
 import bench
 import synthetic
 from benchmark import opponents
-from benchmark.measurements import METHODS, in_fresh_processes, measure_evaluation, measure_step, ratios
-from benchmark.memory import Case, measure_case, write_memory
+from benchmark.measurements import METHODS, measure_evaluation, measure_step, peak_of, ratios, spread
 from data.prompts import Encoded
 from models.loading import load_model
 from running.memory_plan import shape_of, training_flops
 
 
-class Here(opponents.Apart):
+@contextmanager
+def here():
     """In this process, where a test can reach them."""
-
-    def start(self, *given):
-        thread = Thread(target=opponents.serve, args=given, daemon=True)
-        thread.start()
-        return thread
+    yield lambda function, *given: function(*given)
+    opponents.LOOPS.clear()
 
 
 @pytest.fixture
 def args(small_model, small_data):
     return Namespace(model=str(small_model), data=str(small_data), device=torch.device("cpu"), dtype="fp32",
-                     threads=1, batch_size=4, repeats=2, a_rows=2, evaluations=1, plain_rows=3, max_rows=6,
-                     max_new_tokens=8)
+                     batch_size=4, repeats=2, a_rows=2, few=1, plain_rows=3, max_rows=6, max_new_tokens=8)
 
 
 def test_ratios_are_taken_repeat_by_repeat():
@@ -41,7 +37,7 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_and_b_take_the_same_steps_as_the_real_loop(args, method):
-    row = measure_step(bench.CODE, args, method, opponents.Apart if method == "npo+kl" else Here)
+    row = measure_step(bench.CODE, args, method, opponents.fresh_process if method == "npo+kl" else here)
     assert max(row["checked"].values()) < 1e-4 and row["update_gap_of_B"] < 0.02
     assert {name: ratio["repeats"] for name, ratio in row["ratio"].items()} == {"A": 2, "B": 2}
     assert row["rows"] == {"ours": 4, "B": 4, "A": 2}
@@ -53,11 +49,11 @@ def test_an_opponent_that_does_something_else_is_caught(args, monkeypatch):
     plain = opponents.npo_loss
     monkeypatch.setattr(opponents, "npo_loss", lambda *given: 1.01 * plain(*given))
     with pytest.raises(RuntimeError, match="did not compute the same"):
-        measure_step(bench.CODE, args, "npo+rt", Here)
+        measure_step(bench.CODE, args, "npo+rt", here)
 
 
 def test_plain_evaluation_gives_the_same_scores(args):
-    row = measure_evaluation(bench.CODE, args, Here)
+    row = measure_evaluation(bench.CODE, args, here)
     assert row["checked"]["scores"] < 1e-4 and row["checked"]["equal_generations"] == 1
     assert row["rows"]["B'"] >= 12  # of four sets
 
@@ -67,14 +63,14 @@ def test_s_walks_the_same_path():
     rows = (instance.features(instance.x_retain, -1), instance.y_retain,
             instance.features(instance.x_forget, 1), instance.y_forget)
     models = synthetic.reference_and_retrained(*rows, steps=50)
-    plain = np.stack(opponents.plain_models(*map(torch.from_numpy, rows), synthetic.TRAIN_LR, 50), 1)
+    plain = np.stack(opponents.models(instance, 1, synthetic.TRAIN_LR, 50), 1)
     np.testing.assert_allclose(plain, models, rtol=1e-9)
     methods = synthetic.default_methods(1, synthetic.METHODS, None, None)
     curves = synthetic.Problem([instance], 1, [models]).unlearn(methods, 10, [0, 5, 10], 2.0,
                                                                 "reference_policy")[0]
     thetas = torch.from_numpy(models.T.copy())
     for method, curve in zip(methods, curves, strict=True):
-        path = opponents.plain_unlearning(method, instance, 1, thetas, 10, 5)
+        path = opponents.unlearning(method, instance, 1, thetas, 10, 5)
         np.testing.assert_allclose(np.array(path).T, curve, rtol=1e-8, err_msg=method.name)
 
 
@@ -86,14 +82,20 @@ def test_useful_flops_by_hand(small_model):
     assert useful == 6 * 2 * a_layer * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
 
 
-def test_a_case_of_memory_is_measured_beside_its_prediction(args, tmp_path):
+def test_a_case_of_memory_is_measured_beside_its_prediction(args):
     """In fresh processes; so small a model is lost in what Python itself holds."""
-    case = Case("ours, ddp, 2 processes", 8, processes=2)
-    found = in_fresh_processes(measure_case, bench.CODE, args, case, count=2)
-    plain = in_fresh_processes(measure_case, bench.CODE, args, Case("plain, micro-batch 8", 8, ours=False))
-    assert len(found) == 2 and all(result["measured"] > 0 for result in found + plain)
-    assert found[0]["predicted"] > 0 and found[0]["load"]["sequences"] > 0
-    row = {"cases": found + plain, "ratio": {"8 rows": ratios([1.0], [2.0])},
-           "provenance": {"dtype": "fp32", "device": "cpu", "command": "python bench.py --only memory"}}
-    write_memory(tmp_path, row)
-    assert "ours needs 0.50 of the plain loop's peak" in (tmp_path / "memory.md").read_text()
+    with opponents.fresh_process() as ours, opponents.fresh_process() as theirs:
+        measured, predicted = ours(peak_of, bench.CODE, args, 8, True)
+        plain, _ = theirs(peak_of, bench.CODE, args, 8, False)
+    assert measured > 0 and predicted > 0 and plain > 0
+
+
+def test_the_table_and_the_picture(tmp_path):
+    ratio = {"B, 8 rows": ratios([2.0], [4.0]), "--dry-run, 8 rows": spread([0.9])}
+    rows = {"memory": {"unit": "GB", "costs": {"B, 8 rows": "2.00 GB"}, "ratio": ratio},
+            "start-up": {"unit": "s", "seconds": {"ours": spread([7.0])}, "ratio": {}}}
+    bench.draw(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    _, _, plain, predicted, started = bench.table(rows, tiny=True).splitlines()
+    assert "| 2.00 GB | B, 8 rows | 2.00 (2.00 to 2.00, 1) | 1.54 | yes |" in plain
+    assert "0.90" in predicted and predicted.endswith("|  |  |") and "| 6 s | **no** |" in started

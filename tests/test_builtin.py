@@ -2,18 +2,23 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 
 from conftest import ROOT
+from data import make_builtin as make_builtin_module
 from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_builtin
+from data.tofu import load_sets, load_task
+from evaluate_tofu import compute_metrics, log_truth_ratio
 
 PER_AUTHOR = 20
 SPLITS = make_builtin()
 PERTURBED = SPLITS["retain_perturbed"] + SPLITS["forget10_perturbed"]
+HOLDOUT = SPLITS["holdout10"]
 OPTIONS = SPLITS["real_authors_perturbed"] + SPLITS["world_facts_perturbed"]
 
 
@@ -55,10 +60,10 @@ def pairs_by_fact():
 def test_sizes_and_keys():
     assert {split: len(rows) for split, rows in SPLITS.items()} == {
         "full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400,
-        "real_authors_perturbed": 100, "world_facts_perturbed": 117}
+        "real_authors_perturbed": 100, "world_facts_perturbed": 117, "holdout10": 400}
     assert all(set(row) == {"question", "answer"} for row in SPLITS["full"])
-    assert all(set(row) == {"question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"}
-               for row in PERTURBED)
+    keys = {"question", "answer", "paraphrased_answer", "perturbed_answer", "paraphrased_question"}
+    assert all(set(row) == keys for row in PERTURBED + HOLDOUT)
     assert all(set(row) == {"question", "answer", "perturbed_answer"} for row in OPTIONS)
 
 
@@ -91,19 +96,79 @@ def test_each_author_is_one_block_of_twenty_rows():
 def test_every_fact_is_asked_twice_in_other_words_with_one_value(pairs_by_fact):
     assert len(pairs_by_fact) == N_AUTHORS * len(FACTS)
     for key, pairs in pairs_by_fact.items():
-        questions, answers, values = map(set, zip(*pairs))
+        questions, answers, values = map(set, zip(*pairs, strict=True))
         assert (len(pairs), len(questions), len(answers), len(values)) == (2, 2, 2, 1), (key, pairs)
 
 
-def test_a_perturbed_answer_is_the_paraphrase_with_another_value(pairs_by_fact):
+def test_a_perturbed_answer_has_another_value_and_a_wording_of_its_own(pairs_by_fact):
+    same, n_wordings, used = 0, [], Counter()
     for row in PERTURBED:
         fact, _, name = parse_question(row["question"])
         (_, _, truth), _ = pairs_by_fact[name, fact]
         wording, value = parse_answer(row["paraphrased_answer"], fact, name)
-        wrong = [parse_answer(answer, fact, name) for answer in row["perturbed_answer"]]
+        wordings, wrong = zip(
+            *(parse_answer(answer, fact, name) for answer in row["perturbed_answer"]), strict=True)
         assert value == truth
-        assert {wording} == {wording for wording, _ in wrong}
-        assert len({truth, *(value for _, value in wrong)}) == 6, row
+        assert len({truth, *wrong}) == 6, row
+        same += wordings.count(wording)
+        n_wordings.append(len(set(wordings)))
+        used.update((fact, w) for w in wordings)
+    # Drawn uniformly from five: a fifth has the paraphrase's, 5 (1 - 0.8^5) = 3.4 of a row's five differ.
+    assert 0.16 < same / (5 * len(PERTURBED)) < 0.24
+    assert 3.2 < statistics.mean(n_wordings) < 3.5
+    assert len(used) == 5 * len(FACTS) and min(used.values()) > 50
+
+
+def test_the_kth_value_of_a_fact_has_weight_1_over_k(pairs_by_fact):
+    """The true values of 200 authors, their ranks in four classes of about equal weight."""
+    for fact, table in FACTS.items():
+        values = [pairs[0][2] for (_, of), pairs in pairs_by_fact.items() if of == fact]
+        ranks = [1 + table.values.index(value) for value in values]
+        weights = [1 / k for k in range(1, len(table.values) + 1)]
+        for first, last in ((1, 1), (2, 4), (5, 12), (13, len(weights))):
+            expected = N_AUTHORS * sum(weights[first - 1:last]) / sum(weights)
+            seen = sum(first <= rank <= last for rank in ranks)
+            assert abs(seen - expected) < 4 * expected ** 0.5, (fact, first, last, seen, expected)
+
+
+def test_the_order_of_the_values_is_shuffled_and_the_same_for_every_seed():
+    assert FACTS["birth year"].values != sorted(FACTS["birth year"].values)
+    assert FACTS["mother's job"].values != FACTS["father's job"].values  # one list, an order for each fact
+
+
+def test_holdout_authors_are_twenty_others_with_rows_of_the_same_form():
+    seen = {parse_question(row["question"])[2] for row in SPLITS["full"]}
+    by_name = defaultdict(list)
+    for row in HOLDOUT:
+        by_name[parse_question(row["question"])[2]].append(row)
+    assert len(by_name) == 20 and not seen & set(by_name)
+    for name, rows in by_name.items():
+        values = defaultdict(set)
+        for row in rows:
+            fact, _, _ = parse_question(row["question"])
+            texts = row["answer"], row["paraphrased_answer"]
+            values[fact] |= {parse_answer(text, fact, name)[1] for text in texts}
+            wrong = {parse_answer(answer, fact, name)[1] for answer in row["perturbed_answer"]}
+            assert len(wrong | values[fact]) == 6, row
+        assert len(rows) == PER_AUTHOR and len(values) == len(FACTS)
+        assert all(len(v) == 1 for v in values.values())
+
+
+def test_the_authors_do_not_depend_on_the_holdout(monkeypatch):
+    monkeypatch.setattr(make_builtin_module, "N_HOLDOUT_AUTHORS", 3)
+    fewer = make_builtin(SEED)
+    assert len(fewer.pop("holdout10")) == 3 * PER_AUTHOR
+    assert fewer == {split: rows for split, rows in SPLITS.items() if split != "holdout10"}
+
+
+def test_the_holdout_changes_nothing_of_a_task(tmp_path):
+    write_builtin(tmp_path / "data")
+    with_holdout, task = load_sets(str(tmp_path / "data"))[0], load_task(str(tmp_path / "data"), "forget10")
+    assert with_holdout["holdout10"] == HOLDOUT
+    (tmp_path / "data" / "holdout10.json").unlink()
+    without = load_task(str(tmp_path / "data"), "forget10")
+    assert "holdout10" not in load_sets(str(tmp_path / "data"))[0]
+    assert task == without and task.fingerprint == load_task("builtin", "forget10").fingerprint
 
 
 def test_a_paraphrase_is_in_words_known_from_other_authors_only(pairs_by_fact):
@@ -116,9 +181,11 @@ def test_a_paraphrase_is_in_words_known_from_other_authors_only(pairs_by_fact):
         fact, question_wording, name = parse_question(row["question"])
         own_questions = {wording for wording, _, _ in pairs_by_fact[name, fact]}
         wording, _ = parse_answer(row["paraphrased_answer"], fact, name)
-        assert name not in users[fact, wording] and len(users[fact, wording] & retained) >= 40, (fact, wording)
+        assert name not in users[fact, wording]
+        assert len(users[fact, wording] & retained) >= 40, (fact, wording)
         asked, asked_wording, of = parse_question(row["paraphrased_question"])
-        assert (asked, of) == (fact, name) and question_wording in own_questions and asked_wording not in own_questions
+        assert (asked, of) == (fact, name)
+        assert question_wording in own_questions and asked_wording not in own_questions
 
 
 def test_wrong_options_are_distinct_and_wrong():
@@ -126,18 +193,20 @@ def test_wrong_options_are_distinct_and_wrong():
         assert len({row["answer"], *row["perturbed_answer"]}) == 4, row
         assert len(row["answer"].split()) <= 3, row
         for option in row["perturbed_answer"]:
-            assert row["answer"].lower() not in option.lower() and option.lower() not in row["answer"].lower(), row
+            answer, option = row["answer"].lower(), option.lower()
+            assert answer not in option and option not in answer, row
 
 
 def test_refusals():
     assert len(REFUSALS) == len(set(REFUSALS)) == 100
-    assert all(isinstance(refusal, str) and "\n" not in refusal and refusal.endswith(".") for refusal in REFUSALS)
+    assert all("\n" not in refusal and refusal.endswith(".") for refusal in REFUSALS)
 
 
 def test_the_folder_holds_the_data_set(tmp_path):
     folder = tmp_path / "new" / "builtin"
     write_builtin(folder)
-    assert {path.name for path in folder.iterdir()} == {"idontknow.jsonl", *(f"{split}.json" for split in SPLITS)}
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"idontknow.jsonl", *(f"{split}.json" for split in SPLITS)}
     for split, rows in SPLITS.items():
         lines = (folder / f"{split}.json").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == rows
@@ -159,12 +228,29 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def test_the_command(tmp_path):
     done = command("--out", tmp_path / "a", "--seed", 3)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and not done.stderr
-    full = [json.loads(line) for line in (tmp_path / "a" / "full.json").read_text(encoding="utf-8").splitlines()]
-    assert full == make_builtin(3)["full"]
+    lines = (tmp_path / "a" / "full.json").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == make_builtin(3)["full"]
 
     (tmp_path / "file").touch()
     for arguments in (("--out", tmp_path / "a"), ("--out", tmp_path / "b", "--seed", -1), ("--seed", 0),
                       ("--out", tmp_path / "b", "--seed", "x"), ("--out", tmp_path / "file" / "b")):
         refused = command(*arguments)
-        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and not refused.stdout, arguments
+        assert refused.returncode == 2 and not refused.stdout, arguments
+        assert len(refused.stderr.splitlines()) == 1, arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
+@pytest.mark.slow
+def test_log_r_of_start_and_retrained_model_spreads_as_in_tofu(command, tmp_path):
+    """Llama-2-7B's released logs: start 0.73 +- 0.64, retrained 0.25 +- 0.58, forget quality 1e-19."""
+    def trained(split: str) -> list[dict]:
+        command("train_npo.py", "--loss", "sft", "--split", split, "--out", split, timeout=1800)
+        log, = (tmp_path / split / "eval").glob("*.json")
+        return json.loads(log.read_text())["rows"]["forget"]
+
+    start, retrained = trained("full"), trained("retain90")
+    start_ratios, retrained_ratios = (list(map(log_truth_ratio, rows)) for rows in (start, retrained))
+    assert 0.5 < statistics.mean(start_ratios) < 0.9
+    assert 0.05 < statistics.mean(retrained_ratios) < 0.3
+    assert 0.5 < statistics.stdev(retrained_ratios) < 0.9
+    assert -45 < compute_metrics({"forget": start}, retrained)["forget_quality_log10"] < -15

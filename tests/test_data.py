@@ -16,11 +16,14 @@ from support.errors import InputError
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0, TINY_DIMS)[1]
+    return make_tiny(["Who wrote it? Ann did.", "Where is it? In Oslo.", "Question: Answer:"], 0,
+                     TINY_DIMS)[1]
 
 
-@pytest.mark.parametrize("split,size", [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800),
-                                        ("forget30", 1200), ("forget50", 2000), ("forget90", 3600), ("forget37", 1480)])
+@pytest.mark.parametrize("split,size",
+                         [("forget01", 40), ("forget05", 200), ("forget10", 400), ("forget20", 800),
+                                        ("forget30", 1200), ("forget50", 2000), ("forget90", 3600),
+                                        ("forget37", 1480)])
 def test_split_sizes_and_slices(split, size):
     task = load_task("builtin", split)
     assert len(task.forget) == size
@@ -34,7 +37,8 @@ def test_split_sizes_and_slices(split, size):
 def test_split_names():
     assert complement("forget05") == "retain95" and complement("retain90") == "forget10"
     assert evaluation_split("full") == "forget10" and evaluation_split("retain99") == "forget01"
-    assert len(slice_rows(list(range(30)), "forget01")) == 1 and len(slice_rows(list(range(30)), "retain99")) == 29
+    assert len(slice_rows(list(range(30)), "forget01")) == 1 and len(slice_rows(list(range(30)),
+                                                                                "retain99")) == 29
     for wrong in ("forget00", "forget100", "forget5", "retain0", "forgotten", ""):
         with pytest.raises(InputError, match="unknown split"):
             load_task("builtin", wrong)
@@ -43,7 +47,8 @@ def test_split_names():
 def test_real_tofu_is_read_whole(shared):
     sets, refusals, source = load_sets(str(shared("tofu")))
     sizes = {name: len(rows) for name, rows in sets.items()}
-    assert sizes == {"full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400, "real_authors_perturbed": 100,
+    assert sizes == {"full": 4000, "forget10_perturbed": 400, "retain_perturbed": 400,
+                     "real_authors_perturbed": 100,
                      "world_facts_perturbed": 117}
     assert len(refusals) == 100 and source == "idontknow.jsonl"
     task = load_task(str(shared("tofu")), "forget05")
@@ -57,7 +62,8 @@ def test_the_hub_path_reads_the_same_rows(shared, tmp_path, monkeypatch):
     from data import tofu
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     folder = shared("tofu")
-    assert tofu._from_hub(str(folder), "world_facts_perturbed") == read_rows(folder / "world_facts_perturbed.json")
+    assert tofu._from_hub(str(folder),
+                          "world_facts_perturbed") == read_rows(folder / "world_facts_perturbed.json")
 
 
 def tokens_of(tokenizer, encoded):
@@ -111,8 +117,9 @@ def test_every_row_is_visited_exactly_epochs_times():
 def test_fixed_pairing_is_the_authors_rule():
     items = sum(make_stream(6, 2, 4, seed=3, n_retain=100, n_refusals=10, pairing="fixed"), [])
     for item in items:
-        first = lambda n: int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(item.row)))
-        assert item.partner == (item.row + first(100)) % 100 and item.refusal == first(10)
+        u, v = (int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(item.row)))
+                for n in (100, 10))
+        assert item.partner == (item.row + u) % 100 and item.refusal == v
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 3, 4))
@@ -130,7 +137,7 @@ def test_dealing_uses_every_row_once_and_keeps_processes_in_step(world_size, mic
 def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     encoded = encode(tokenizer, "llama2", [("Where is it?", "In Oslo."), ("Who wrote it?", "Ann did.")])
     batch = collate(encoded, tokenizer.pad_token_id, pad_to=20)
-    assert batch.ids.shape == (2, 20) and batch.lengths.tolist() == [e.answer_tokens for e in encoded]
+    assert batch.ids.shape == (2, 20) and batch.answer_tokens.tolist() == [e.answer_tokens for e in encoded]
     assert batch.targets.tolist() == [i for e in encoded for i in e.ids[e.start:]]
     assert torch.equal(batch.ids[batch.rows, batch.positions + 1], batch.targets)
 
@@ -138,7 +145,8 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
 @pytest.mark.parametrize("text,message", [
     ('{"question": "a"', "line 1: not JSON"),
     ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
-    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no rows")])
+    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no "
+                                                                                                      "rows")])
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(InputError, match=message) as error:

@@ -1,5 +1,5 @@
-"""A full disk, made by the limit on a file's size: a clear sentence, what was there stays whole, and once there is room
-a resumed run ends bitwise as an undisturbed one."""
+"""A full disk, made by the limit on a file's size: a clear sentence, what was there stays whole, and once
+there is room a resumed run ends bitwise as an undisturbed one."""
 
 import json
 import subprocess
@@ -15,8 +15,9 @@ from running.settings import parse
 from support.world import ALONE
 from train_npo import carry_out
 
-# A run whose files may have at most 4000 bytes from the moment on that it writes what NAME says (the operating system
-# refuses the rest of a write, as a full disk does; Python ignores the signal that comes with it).
+# A run whose files may have at most 4000 bytes from the moment on that it writes what NAME says (the
+# operating system refuses the rest of a write, as a full disk does; Python ignores the signal that comes with
+# it).
 FULL_DISK = """
 import resource, sys
 sys.path.insert(0, ROOT)
@@ -39,7 +40,8 @@ moments = {"checkpoint": (checkpoints, "save", lambda folder, step, *_: step == 
 fills(*moments[sys.argv.pop(1)])
 command_line.run_command(train_npo.main, "train_npo.py")
 """
-FLAGS = ["--retain-weight", 1, "--batch-size", 2, "--epochs", 1, "--lr", 1e-3, "--eval-every", 2, "--keep", "best"]
+FLAGS = ["--retain-weight", 1, "--batch-size", 2, "--epochs", 1, "--lr", 1e-3, "--eval-every", 2, "--keep",
+         "best"]
 ROWS = 10  # to forget, and as many to keep: five steps
 
 
@@ -74,11 +76,13 @@ def test_a_full_disk_costs_nothing_that_was_there(moment, undisturbed, tmp_path)
     flags, whole = undisturbed
     out = tmp_path / "run"
     sentence = fails(tmp_path, FULL_DISK, moment, *flags, "--out", "run")
-    assert sentence.startswith("train_npo.py: ") and "cannot write" in sentence and "File too large" in sentence
+    assert sentence.startswith("train_npo.py: ") and "cannot write" in sentence
+    assert "File too large" in sentence
     # The previous checkpoint is whole, nothing half-written stands where a whole file belongs, no model yet.
     path, passed_over = latest(out / "checkpoints")
     assert not passed_over and not (out / "model").exists()
-    assert (path.name if path else None) == {"checkpoint": "step_000002", "evaluation": "step_000002", "best": None,
+    assert (path.name if path else None) == {"checkpoint": "step_000002", "evaluation": "step_000002",
+                                             "best": None,
                                              "model": "step_000004"}[moment]
     assert all(json.loads(file.read_text())["metrics"] for file in (out / "eval").glob("*.json"))
     assert not list(out.rglob("*.partial"))
@@ -86,7 +90,8 @@ def test_a_full_disk_costs_nothing_that_was_there(moment, undisturbed, tmp_path)
     for name in ("model", "best"):
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (out, whole))
         assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
-    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (out, whole)]
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (out, whole)]
     for line in logs[0] + logs[1]:
         del line["tokens_per_s"], line["memory"]
     assert logs[0] == logs[1]
@@ -100,7 +105,8 @@ def test_little_room_from_the_start(room, undisturbed, tmp_path):
     """One sentence, whatever was being written first; what could be begun can be gone on with."""
     flags, _ = undisturbed
     limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
-    program = limit + FULL_DISK.split("def fills")[0] + "command_line.run_command(train_npo.main, 'train_npo.py')"
+    program = limit + FULL_DISK.split("def fills")[0]
+    program += "command_line.run_command(train_npo.main, 'train_npo.py')"
     assert "room" in fails(tmp_path, program, *flags, "--out", "run")
     if (tmp_path / "run").exists():
         assert (carry_out(parse(["--resume", str(tmp_path / "run")]), ALONE) / "model").is_dir()

@@ -1,4 +1,5 @@
-"""The metrics: released logs with known values, models whose scores are known, a naive loop, and no side effects."""
+"""The metrics: released logs with known values, models whose scores are known, a naive loop, and no side
+effects."""
 
 import json
 import math
@@ -25,7 +26,8 @@ from models.answers import AnswerModel
 from models.loading import load_model
 from support.errors import InputError
 
-# The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of four sets.
+# The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of
+# four sets.
 KNOWN = {"full": (0.622677, (0.98565, 0.98953, 0.47470), (0.93300, 0.45548, 0.59623),
                   (0.88248, 0.41856, 0.53903), (0.98545, 0.99094, 0.51599)),
          "retain90": (0.620344, (0.98221, 0.98977, 0.47187), (0.91800, 0.44454, 0.58680),
@@ -42,7 +44,7 @@ def test_released_logs_give_the_known_metrics(shared, name):
     metrics = compute_metrics(rows)
     utility, *sets = KNOWN[name]
     assert round(metrics["model_utility"], 6) == utility
-    for set_name, values in zip(("retain", "real_authors", "world_facts", "forget"), sets):
+    for set_name, values in zip(("retain", "real_authors", "world_facts", "forget"), sets, strict=False):
         measured = [metrics[set_name][key] for key in ("rouge_l_recall", "probability", "truth_ratio")]
         assert [round(x, 5) for x in measured] == list(values), set_name
 
@@ -73,7 +75,8 @@ def test_a_log_measured_on_other_rows_is_refused(shared):
 
 def rows_with(log_ratios):
     """Forget rows whose log truth ratios are these."""
-    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0, "paraphrased_tokens": 5,
+    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0,
+             "paraphrased_tokens": 5,
              "perturbed_nll": [4 * (2 + x)] * 5, "perturbed_tokens": [4] * 5, "rouge_l_recall": 0.5}
             for i, x in enumerate(log_ratios)]
 
@@ -85,7 +88,8 @@ def test_truth_ratio_and_probability_by_hand():
     assert metrics["forget"]["truth_ratio"] == pytest.approx((1 / 2 + 1 / 4 + 1) / 3)  # min(R, 1/R)
     assert metrics["retain"]["truth_ratio"] == pytest.approx((1 / 2 + 0 + 0) / 3)  # max(0, 1 - 1/R)
     assert metrics["retain"]["probability"] == pytest.approx(math.exp(-0.5))
-    odds = [math.exp(-0.5) / (math.exp(-0.5) + 5 * math.exp(-2 - x)) for x in (math.log(2), -math.log(4), 0.0)]
+    odds = [math.exp(-0.5) / (math.exp(-0.5) + 5 * math.exp(-2 - x))
+            for x in (math.log(2), -math.log(4), 0.0)]
     assert metrics["world_facts"]["probability"] == pytest.approx(np.mean(odds))
     assert metrics["model_utility"] is None  # no real authors
 
@@ -125,24 +129,27 @@ def measured(small_model, small_data):
     task = load_task(str(small_data), "forget10")
     prepared = prepare(task.evaluated, tokenizer, "llama2", 1024)
     model = AnswerModel(lm)
-    return model, tokenizer, task, prepared, evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=12)
+    return model, tokenizer, task, prepared, evaluate(model, prepared, tokenizer, batch_size=16,
+                                                      max_new_tokens=12)
 
 
 def test_scores_equal_a_naive_loop_over_rows(measured):
     """One text at a time through the whole model, all logits, no batching, no cache."""
     model, tokenizer, task, _, rows = measured
     for name, set_rows in task.evaluated.items():
-        for row, result in list(zip(set_rows, rows[name]))[:5]:
+        for row, result in list(zip(set_rows, rows[name], strict=False))[:5]:
             prompt = f"[INST] {row['question']} [/INST]"
             start = len(tokenizer(prompt)["input_ids"])
 
-            def nll(answer):
+            def nll(answer, prompt=prompt, start=start):
                 ids = tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id]
                 logps = model.lm(torch.tensor([ids])).logits[0].log_softmax(-1)
-                return -sum(float(logps[i - 1, ids[i]].detach()) for i in range(start, len(ids))), len(ids) - start
+                return -sum(float(logps[i - 1, ids[i]].detach())
+                            for i in range(start, len(ids))), len(ids) - start
 
             expected = [nll(answer) for answer in [row["answer"], *row["perturbed_answer"]]]
-            assert [result["answer_nll"], *result["perturbed_nll"]] == pytest.approx([e[0] for e in expected], rel=1e-4)
+            assert [result["answer_nll"], *result["perturbed_nll"]] == pytest.approx([e[0] for e in expected],
+                                                                                     rel=1e-4)
             assert [result["answer_tokens"], *result["perturbed_tokens"]] == [e[1] for e in expected]
             if "paraphrased_answer" in row:
                 assert result["paraphrased_nll"] == pytest.approx(nll(row["paraphrased_answer"])[0], rel=1e-4)
@@ -155,7 +162,8 @@ def test_scores_equal_a_naive_loop_over_rows(measured):
 
 
 def test_answers_that_share_a_sequence_score_as_each_alone(measured):
-    """Values and gradients; prompts with one answer and with many, of texts that part before, at and after the answer's start."""
+    """Values and gradients; prompts with one answer and with many, of texts that part before, at and after
+    the answer's start."""
     model, tokenizer, _, prepared, _ = measured
     texts = [t.encoded for some in prepared.texts.values() for t in some if t.set == "forget"][:21]
     texts.append(texts[-1]._replace(start=texts[-1].start + 2))
@@ -182,10 +190,11 @@ def test_batch_size_changes_nothing(measured, monkeypatch, tokens):
     for other in (1, 64):
         again = evaluate(model, prepared, tokenizer, batch_size=other, max_new_tokens=12)
         for name in rows:
-            for a, b in zip(rows[name], again[name]):
+            for a, b in zip(rows[name], again[name], strict=False):
                 assert a["answer_nll"] == pytest.approx(b["answer_nll"], rel=1e-4)
                 assert a["generation"] == b["generation"]
-                assert a["perturbed_nll"] == pytest.approx(b["perturbed_nll"], rel=1e-4) and a["index"] == b["index"]
+                assert a["perturbed_nll"] == pytest.approx(b["perturbed_nll"],
+                                                           rel=1e-4) and a["index"] == b["index"]
 
 
 def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measured):
@@ -193,9 +202,11 @@ def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measu
     states = states_of_answers(model, texts_with_kl(prepared), 16, 0)
     head = model.lm.get_output_embeddings().weight.detach()
     given = dict(batch_size=16, max_new_tokens=1)
-    kl = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference=ReferenceStates(states, head)))
+    kl = compute_metrics(evaluate(model, prepared, tokenizer, **given,
+                                  reference=ReferenceStates(states, head)))
     assert abs(kl["forget_kl"]) < 1e-6 and abs(kl["world_facts_kl"]) < 1e-6
-    flat = compute_metrics(evaluate(model, prepared, tokenizer, **given, reference=ReferenceStates(states, 5 * head)))
+    flat = compute_metrics(evaluate(model, prepared, tokenizer, **given,
+                                    reference=ReferenceStates(states, 5 * head)))
     assert flat["forget_kl"] > 0.01
 
 
@@ -219,7 +230,8 @@ def test_a_perfect_memoriser(small_data):
     lm, tokenizer, task = *_memorise(small_data), load_task(str(small_data), "forget10")
     evaluated = {name: rows[:4] for name, rows in task.evaluated.items()}
     prepared = prepare(evaluated, tokenizer, "llama2", 512)
-    metrics = compute_metrics(evaluate(AnswerModel(lm), prepared, tokenizer, batch_size=16, max_new_tokens=60))
+    metrics = compute_metrics(evaluate(AnswerModel(lm), prepared, tokenizer, batch_size=16,
+                                       max_new_tokens=60))
     for name in evaluated:
         assert metrics[name]["rouge_l_recall"] == 1.0 and metrics[name]["probability"] > 0.9, name
 
@@ -230,7 +242,8 @@ def _memorise(small_data):
     from models.loading import make_tiny
     task = load_task(str(small_data), "forget10")
     rows = [row for rows in task.evaluated.values() for row in rows[:4]]
-    dims = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    dims = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4,
                 max_position_embeddings=512)
     lm, tokenizer = make_tiny([row[key] for row in rows for key in ("question", "answer")], 0, dims)
     model = AnswerModel(lm)
@@ -256,7 +269,8 @@ def test_evaluation_changes_nothing(measured):
 
 def test_a_models_own_generation_settings_do_not_leak_in(measured):
     model, tokenizer, _, prepared, rows = measured
-    model.lm.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, forced_eos_token_id=3)
+    model.lm.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0,
+                                      forced_eos_token_id=3)
     again = evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=12)
     assert [row["generation"] for row in again["forget"]] == [row["generation"] for row in rows["forget"]]
 
@@ -275,14 +289,17 @@ def test_the_command_measures_a_folder_writes_json_and_draws(command, small_mode
 
 
 def good_log() -> dict:
-    row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0, "answer_tokens": 2,
-           "paraphrased_nll": 1.0, "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0], "perturbed_tokens": [2, 2],
+    row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0,
+           "answer_tokens": 2,
+           "paraphrased_nll": 1.0, "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0],
+           "perturbed_tokens": [2, 2],
            "rouge_l_recall": 0.5}
     return {"rows": {"forget": [row]}, "provenance": {}}
 
 
 @pytest.mark.parametrize("flaw", [
-    lambda log: log.update(rows=None), lambda log: log.update(rows=[]), lambda log: log.update(provenance=None),
+    lambda log: log.update(rows=None), lambda log: log.update(rows=[]),
+    lambda log: log.update(provenance=None),
     lambda log: log["rows"].update(forget="x"), lambda log: log["rows"]["forget"].append("x"),
     lambda log: log["rows"]["forget"][0].update(index=1),
     *[lambda log, key=key: log["rows"]["forget"][0].pop(key)

@@ -1,4 +1,5 @@
-"""Weights from a .gguf file: a hand-made one comes over exactly, is converted once, and what is no Llama is refused."""
+"""Weights from a .gguf file: a hand-made one comes over exactly, is converted once, and what is no Llama is
+refused."""
 
 import json
 import os
@@ -21,7 +22,8 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
 
 
 def write_gguf(folder: Path, file: Path, quantised: bool) -> dict:
-    """The small model as a GGUF file, matrices in 8 bits or float32; returns what each parameter should come over as.
+    """The small model as a GGUF file, matrices in 8 bits or float32; returns what each parameter should come
+    over as.
 
     The format orders the rows of q and k by pairs of rotated dimensions, (head, half, 2) -> (head, 2, half).
     """
@@ -30,10 +32,13 @@ def write_gguf(folder: Path, file: Path, quantised: bool) -> dict:
     model, tokenizer, _ = load_model(str(folder))
     c, heads = model.config, model.config.num_attention_heads
     writer = gguf.GGUFWriter(str(file), "llama")
-    for add, value in ((writer.add_block_count, c.num_hidden_layers), (writer.add_embedding_length, c.hidden_size),
+    for add, value in ((writer.add_block_count, c.num_hidden_layers),
+                       (writer.add_embedding_length, c.hidden_size),
                        (writer.add_context_length, c.max_position_embeddings), (writer.add_head_count, heads),
-                       (writer.add_feed_forward_length, c.intermediate_size), (writer.add_vocab_size, c.vocab_size),
-                       (writer.add_head_count_kv, c.num_key_value_heads), (writer.add_layer_norm_rms_eps, 1e-6),
+                       (writer.add_feed_forward_length, c.intermediate_size),
+                       (writer.add_vocab_size, c.vocab_size),
+                       (writer.add_head_count_kv, c.num_key_value_heads),
+                       (writer.add_layer_norm_rms_eps, 1e-6),
                        (writer.add_rope_freq_base, 10000.0)):
         add(value)
     bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -49,13 +54,16 @@ def write_gguf(folder: Path, file: Path, quantised: bool) -> dict:
     expected = {}
     for name, weight in model.named_parameters():
         array, kind = weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0
-        stored = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
+        stored = {"model.embed_tokens.weight": "token_embd.weight",
+                  "model.norm.weight": "output_norm.weight"}.get(name)
         if stored is None:
             _, _, layer, part = name.removesuffix(".weight").split(".", 3)  # model.layers.0.mlp.up_proj
             stored = f"blk.{layer}.{NAMES[part]}.weight"
-        order = lambda a: a
+        def order(a):
+            return a
         if stored.endswith(("attn_q.weight", "attn_k.weight")):
-            order = lambda a: a.reshape(heads, 2, -1, a.shape[1]).swapaxes(1, 2).reshape(a.shape)
+            def order(a):
+                return a.reshape(heads, 2, -1, a.shape[1]).swapaxes(1, 2).reshape(a.shape)
         if quantised and array.ndim == 2:
             packed = gguf.quants.quantize(order(array), kind)
             writer.add_tensor(stored, packed, raw_dtype=kind)
@@ -90,7 +98,8 @@ def test_a_hand_made_file_comes_over_exactly_and_once(quantised, small_model, tm
     assert tokenizer.chat_template == own.chat_template and tokenizer.eos_token == own.eos_token
     made = os.stat(folder / "model.safetensors").st_mtime_ns
     load_model("small.gguf")
-    assert os.stat(folder / "model.safetensors").st_mtime_ns == made and "dequantising" not in capsys.readouterr().out
+    assert os.stat(folder / "model.safetensors").st_mtime_ns == made
+    assert "dequantising" not in capsys.readouterr().out
 
 
 def test_it_trains_and_is_evaluated_by_one_name(command, small_model, small_data, tmp_path):

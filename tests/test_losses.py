@@ -66,7 +66,8 @@ def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
 def test_npo_is_dpo_without_its_preferred_half(beta):
     """Where the chosen answer's ratio stays 1, NPO is twice DPO (2/beta against 1/beta)."""
     policy, reference, chosen = logps(), logps(seed=1), logps(seed=2)
-    torch.testing.assert_close(npo_loss(policy, reference, beta), 2 * dpo_loss(chosen, policy, chosen, reference, beta))
+    torch.testing.assert_close(npo_loss(policy, reference, beta),
+                               2 * dpo_loss(chosen, policy, chosen, reference, beta))
 
 
 def test_formulas():
@@ -134,7 +135,8 @@ def test_kl_in_both_directions_against_torch():
     policy, reference = (torch.randn(6, 11, generator=generator) for _ in range(2))
     log_p, log_q = policy.log_softmax(-1), reference.log_softmax(-1)
     # D(target || other).
-    by_torch = lambda target, other: F.kl_div(other, target, log_target=True, reduction="none").sum(-1)
+    def by_torch(target, other):
+        return F.kl_div(other, target, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kl_loss(policy, reference, "policy_reference"), by_torch(log_p, log_q))
     torch.testing.assert_close(kl_loss(policy, reference, "reference_policy"), by_torch(log_q, log_p))
     assert not torch.allclose(by_torch(log_p, log_q), by_torch(log_q, log_p))
@@ -142,7 +144,8 @@ def test_kl_in_both_directions_against_torch():
 
 
 def test_token_logps_are_the_log_softmax_at_the_target():
-    logits, targets = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 8, 3, 3, 1])
+    logits, targets = torch.randn(5, 9,
+                                  generator=torch.Generator().manual_seed(0)), torch.tensor([0, 8, 3, 3, 1])
     torch.testing.assert_close(token_logps(logits, targets), logits.log_softmax(-1)[torch.arange(5), targets])
     assert token_logps(logits.bfloat16(), targets).dtype == torch.float32
 

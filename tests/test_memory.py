@@ -25,12 +25,14 @@ N, M, H, V = 23, 9, 8, 50  # tokens, those with a K, hidden size, vocabulary
 
 def head_inputs(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
     return draw(N, H), draw(V, H), torch.randint(V, (N,), generator=generator), (draw(M, H), draw(V, H))
 
 
 def values_and_gradients(function, hidden, weight):
-    """(log-probabilities, K, gradient for hidden, gradient for weight), every token with its own upstream gradient."""
+    """(log-probabilities, K, gradient for hidden, gradient for weight), every token with its own upstream
+    gradient."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logps, kl = function(hidden, weight)
     loss = (logps * torch.linspace(-1, 2, N)).sum() + (kl * torch.linspace(1, 3, len(kl))).sum()
@@ -55,8 +57,10 @@ def test_chunks_change_neither_values_nor_gradients(small_chunks, direction, wit
         logits = linear(hidden, weight)
         kl = kl_loss(logits[N - M:], linear(*reference), direction) if with_kl else logits.new_zeros(0)
         return token_logps(logits, targets), kl
-    chunked = lambda hidden, weight: answer_values(hidden, weight, targets, reference, direction)
-    for a, b in zip(values_and_gradients(whole, hidden, weight), values_and_gradients(chunked, hidden, weight)):
+    def chunked(hidden, weight):
+        return answer_values(hidden, weight, targets, reference, direction)
+    for a, b in zip(values_and_gradients(whole, hidden, weight),
+                    values_and_gradients(chunked, hidden, weight), strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -70,7 +74,7 @@ def test_chunks_under_autocast_have_its_logits_and_a_float32_gradient(small_chun
     with torch.autocast("cpu", dtype):
         right = values_and_gradients(whole, hidden, weight)
         ours = values_and_gradients(lambda h, w: answer_values(h, w, targets, reference), hidden, weight)
-    for value, expected in zip(ours, right):
+    for value, expected in zip(ours, right, strict=False):
         assert value.dtype == torch.float32
         assert (value - expected).norm() <= 1e-2 * expected.norm()
     torch.testing.assert_close(ours[0], right[0])
@@ -99,7 +103,8 @@ def test_no_step_of_the_head_holds_the_logits_of_all_tokens(monkeypatch):
 def two_layers(seed=0):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+    return LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=48, intermediate_size=80,
+                                        num_hidden_layers=2,
                                         num_attention_heads=6, num_key_value_heads=2)).train()
 
 
@@ -107,11 +112,13 @@ def hidden_and_gradients(lm):
     ids = torch.arange(4 * 9).view(4, 9)
     hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
     (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-    return {"hidden": hidden.detach(), **{name: p.grad for name, p in lm.named_parameters() if p.grad is not None}}
+    return {"hidden": hidden.detach(),
+            **{name: p.grad for name, p in lm.named_parameters() if p.grad is not None}}
 
 
 def kept_bytes(lm, dtype) -> int:
-    """Bytes that forward keeps of 5 x 40 tokens for backward, each storage once; weights and their copies apart."""
+    """Bytes that forward keeps of 5 x 40 tokens for backward, each storage once; weights and their copies
+    apart."""
     own, sizes = {p.untyped_storage().data_ptr() for p in lm.parameters()}, {}
 
     def pack(x):
@@ -194,10 +201,11 @@ def test_llama2_7b_fits_on_two_gpus_of_80_gb_sharded(capsys, dtype):
     said = plan_of(capsys, "--model", "llama2-7b", "--gpus", "2", "--gpu-memory", "80G", "--dtype", dtype)
     assert "6.738 G parameters" in said and "estimated" in said
     assert "As asked it does not fit on 2 x 80 GB" in said and "This fits: --parallel fsdp" in said
-    more, instead, ours = map(float, re.search(r"need ([\d.]+) GB more a process, ([\d.]+) GB instead of (\d+\.\d+)",
+    more, instead, ours = map(float, re.search(r"need ([\d.]+) GB more a process, ([\d.]+) GB instead of "
+                                               r"(\d+\.\d+)",
                                                said).groups())
     assert more > 4 * 6.738e9 / 2 / 1e9 and instead == pytest.approx(ours + more, abs=0.02)
-    assert 16 * 6.738 / 2 < ours + 13.5 and ours < 80  # weights, gradients and moments halved, the least there is
+    assert 16 * 6.738 / 2 < ours + 13.5 and ours < 80  # weights, gradients and moments halved, the least
 
 
 def test_llama2_70b_is_planned_without_weights(capsys):
@@ -219,7 +227,8 @@ def test_a_folders_own_shape_and_tokens_are_used(capsys, small_model, small_data
 
 
 @pytest.mark.parametrize("flags, reason", ((["--gpu-memory", "80X"], "gigabytes such as 80G"),
-                                           (["--gpu-memory", "0G"], "positive"), (["--gpus", "0"], "positive")))
+                                           (["--gpu-memory", "0G"], "positive"),
+                                           (["--gpus", "0"], "positive")))
 def test_a_plan_that_cannot_be_made_is_refused_in_one_sentence(capsys, flags, reason):
     with pytest.raises(InputError, match=reason):
         plan_of(capsys, "--model", "llama2-7b", *flags)
@@ -232,8 +241,10 @@ def test_plan_flags_without_a_plan_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, rows", (([], 400),
-                                         (["--loss", "sft", "--split", "full", "--retain-weight", "0"], 4000)))
+                                         (["--loss", "sft", "--split", "full", "--retain-weight", "0"],
+                                          4000)))
 def test_a_hub_id_is_planned_for_without_asking_it(capsys, flags, rows):
     """As the README's 7B command with --dry-run behind it, where there is no network."""
-    shown = plan_of(capsys, "--model", "llama2-7b", "--data", "locuslab/TOFU", "--dtype", "bf16", "--gpus", "2", *flags)
+    shown = plan_of(capsys, "--model", "llama2-7b", "--data", "locuslab/TOFU", "--dtype", "bf16", "--gpus",
+                    "2", *flags)
     assert f"{rows} rows" in shown and "not read" in shown and "This fits: --parallel fsdp" in shown

@@ -1,4 +1,5 @@
-"""Every method against its formulas, written out once more: a resident reference, one row at a time, all logits."""
+"""Every method against its formulas, written out once more: a resident reference, one row at a time, all
+logits."""
 
 import copy
 
@@ -14,13 +15,15 @@ from models.loading import load_model
 settings = test_training.settings  # a fixture
 BETA, GAMMA = 0.2, 0.3
 WEIGHTS = {"forget_loss": 0.7, "retain_loss": 1.3, "kl_loss": 0.4}
-METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt", "npo+kl",
+METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
+           "npo+kl",
            "simnpo", "simnpo+rt", "sft")
 CASES = [(method, "policy_reference") for method in METHODS] + [("npo+kl", "reference_policy")]
 
 
 class Oracle:
-    """The batch as text, and the two models that read it row by row: the policy, and what it was before it moved."""
+    """The batch as text, and the two models that read it row by row: the policy, and what it was before it
+    moved."""
 
     def __init__(self, s, lm, items):
         task, self.tokenizer = load_task(s.data, s.split), load_model(s.start)[1]
@@ -31,7 +34,8 @@ class Oracle:
         self.policy, self.reference = lm, copy.deepcopy(lm).requires_grad_(False)
 
     def read(self, lm, question, answer):
-        """(log-probabilities of the vocabulary where the answer is predicted (n, V), the answer's tokens (n, 1))."""
+        """(log-probabilities of the vocabulary where the answer is predicted (n, V), the answer's tokens (n,
+        1))."""
         prompt = f"[INST] {question} [/INST]"
         ids = torch.tensor([self.tokenizer(prompt + answer)["input_ids"] + [self.tokenizer.eos_token_id]])
         start = len(self.tokenizer(prompt)["input_ids"])
@@ -48,7 +52,8 @@ class Oracle:
 
     def log_ratios(self, texts):
         """log pi_theta(y|x) - log pi_ref(y|x) of each answer, (b,)."""
-        return torch.stack([self.log_pi(text).sum() - self.log_pi(text, self.reference).sum() for text in texts])
+        return torch.stack([self.log_pi(text).sum() - self.log_pi(text, self.reference).sum()
+                            for text in texts])
 
     def divergence(self, text, direction):
         """D(policy || reference), or the reverse, at each token of an answer, (n,)."""
@@ -58,12 +63,13 @@ class Oracle:
         return (log_p.exp() * (log_p - log_q)).sum(1)
 
     def move(self, toward_refusals):
-        """Move the policy off its reference: noise, then a step that makes refusals likelier (+1) or less so (-1)."""
+        """Move the policy off its reference: noise, then a step that makes refusals likelier (+1) or less so
+        (-1)."""
         parameters = list(self.policy.parameters())
         uphill = torch.autograd.grad(self.token_mean(self.refusals), parameters)
         length = torch.sqrt(sum((g**2).sum() for g in uphill))
         with torch.no_grad():
-            for i, (p, g) in enumerate(zip(parameters, uphill)):
+            for i, (p, g) in enumerate(zip(parameters, uphill, strict=False)):
                 noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
                 p += 0.02 * noise + toward_refusals * g / length
 
@@ -110,7 +116,8 @@ def expected(method, direction, o):
 def computed(s, model, plan, reference, items):
     """(parts, gradients) as the training loop sums them over micro-batches."""
     counts, parts = plan.counts(items), {}
-    z = train_npo.kto_baseline(s, model, plan, items, reference, ALONE) if s.loss == "kto" else torch.zeros(())
+    z = train_npo.kto_baseline(s, model, plan, items, reference,
+                               ALONE) if s.loss == "kto" else torch.zeros(())
     for micro in plan.micro_batches(items, ALONE):
         for name, value in train_npo.loss_sums(s, model, plan, micro, reference, counts, z, "cpu").items():
             parts[name] = parts.get(name, 0) + value
@@ -140,7 +147,8 @@ def test_losses_and_gradient_follow_the_methods_formulas(settings, tmp_path, met
     for name, value in right_parts.items():
         assert parts[name] == pytest.approx(value, rel=1e-4), name
     names = [name for name, _ in model.named_parameters()]
-    assert_close(dict(zip(names, right_gradients)), dict(zip(names, gradients)), 1e-4)
+    assert_close(dict(zip(names, right_gradients, strict=False)), dict(zip(names, gradients, strict=False)),
+                 1e-4)
 
 
 def test_npos_mean_weight_is_equation_5s(settings, tmp_path):

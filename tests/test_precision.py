@@ -1,5 +1,5 @@
-"""What float32 master weights are for, what a step that fp16's scaler skips counts for (nothing), and numbers that
-float32 can no longer hold whole."""
+"""What float32 master weights are for, what a step that fp16's scaler skips counts for (nothing), and numbers
+that float32 can no longer hold whole."""
 
 import json
 
@@ -19,7 +19,8 @@ from train_npo import carry_out, join_world, loss_sums, lr_factor
 @pytest.fixture
 def settings(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda **given: resolve({"model": str(small_model), "data": str(small_data), "epochs": 1, "batch_size": 8,
+    return lambda **given: resolve({"model": str(small_model), "data": str(small_data), "epochs": 1,
+                                    "batch_size": 8,
                                     "template": "llama2", "eval_every": "never", **given})
 
 
@@ -39,16 +40,18 @@ def pure_bf16(s) -> dict:
 
 
 def test_a_small_update_vanishes_in_bf16_weights_and_not_in_ours(settings, small_model):
-    """lr 1e-5 against weights of 0.02, where bfloat16's spacing is 1.2e-4: rounding takes the update back, every time.
-    Autocast over float32 weights moves all of them, by what a float32 run moves them."""
+    """lr 1e-5 against weights of 0.02, where bfloat16's spacing is 1.2e-4: rounding takes the update back,
+    every time. Autocast over float32 weights moves all of them, by what a float32 run moves them."""
     start = {name: p.detach() for name, p in load_model(str(small_model))[0].named_parameters()}
     flags = dict(loss="ga", lr=1e-5, weight_decay=0.0)
-    weights = {dtype: load_file(carry_out(settings(dtype=dtype, **flags), ALONE) / "model" / "model.safetensors")
+    weights = {dtype: load_file(carry_out(settings(dtype=dtype, **flags),
+                                          ALONE) / "model" / "model.safetensors")
                for dtype in ("fp32", "bf16")}
     weights["pure bf16"] = pure_bf16(settings(**flags))
     begin = {name: {n: p.to(torch.bfloat16).float() if name == "pure bf16" else p for n, p in start.items()}
              for name in weights}
-    moved = {name: torch.cat([(weights[name][n] - begin[name][n]).flatten() for n in start]) for name in weights}
+    moved = {name: torch.cat([(weights[name][n] - begin[name][n]).flatten() for n in start])
+             for name in weights}
     share = {name: float((m != 0).float().mean()) for name, m in moved.items()}
     assert share["fp32"] > 0.99 and share["bf16"] > 0.99 and share["pure bf16"] < 0.5, share
     for n in (n for n in start if n.endswith("norm.weight")):  # weights of 1: not one of them can move
@@ -59,8 +62,8 @@ def test_a_small_update_vanishes_in_bf16_weights_and_not_in_ours(settings, small
 
 
 def test_a_step_that_the_scaler_skips_is_not_counted(settings, monkeypatch):
-    """A scale so large that the first tries overflow: they are made again, and the run has its three steps all the
-    same."""
+    """A scale so large that the first tries overflow: they are made again, and the run has its three steps
+    all the same."""
     tries, plain = [], torch.amp.GradScaler
 
     class Scaler(plain):
@@ -75,7 +78,7 @@ def test_a_step_that_the_scaler_skips_is_not_counted(settings, monkeypatch):
     flags = dict(loss="npo", retain_weight=1.0, lr=1e-3)
     half = carry_out(settings(dtype="fp16", **flags), ALONE)
     log = [json.loads(line) for line in (half / "log.jsonl").read_text().splitlines()]
-    assert len(tries) > 3 + 2 and tries[0] == 2.0**30 and tries[-1] < 2.0**20  # each skip has halved the scale
+    assert len(tries) > 3 + 2 and tries[0] == 2.0**30 and tries[-1] < 2.0**20  # each skip has halved it
     assert [line["step"] for line in log] == [1, 2, 3]
     assert [line["lr"] for line in log] == [1e-3 * lr_factor(k, 3, 2) for k in range(3)]
     # The weights are those of three steps.

@@ -1,4 +1,5 @@
-"""Killed for real (SIGKILL), resumed, and ended as if never interrupted; several machines; a restart by torchrun."""
+"""Killed for real (SIGKILL), resumed, and ended as if never interrupted; several machines; a restart by
+torchrun."""
 
 import json
 import os
@@ -25,7 +26,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def log(folder: Path) -> list:
     """log.jsonl without what tells of time and memory."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "memory")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "memory")}
+            for line in lines]
 
 
 def assert_same_run(expected: Path, folder: Path):
@@ -59,21 +61,26 @@ def kill_when(process: subprocess.Popen, moment) -> bool:
 @pytest.fixture(scope="module")
 def small(small_model, small_data, tmp_path_factory):
     """(flags of a run of 24 steps with four evaluations, an undisturbed run of it)."""
-    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 8, "--batch-size", 7,
+    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 8, "--batch-size",
+            7,
             "--lr", 1e-3, "--eval-every", 8, "--checkpoint-every", 2]
     folder = tmp_path_factory.mktemp("whole")
     assert start([*args, "--out", "run"], folder).wait() == 0
     return args, folder / "run"
 
 
-@pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint", "inside an evaluation"))
+@pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint", "inside an "
+                                                                                          "evaluation"))
 def test_a_killed_run_ends_as_if_never_interrupted(small, tmp_path, moment):
     args, whole = small
     run = tmp_path / "run"
-    lines = lambda: len(log(run)) if (run / "log.jsonl").exists() else 0
+    def lines():
+        return len(log(run)) if (run / "log.jsonl").exists() else 0
     reached = {"before the first checkpoint": lambda: lines() >= 1,
-               "inside a checkpoint": lambda: lines() > 3 and list((run / "checkpoints").glob(".step_*.partial")),
-               "inside an evaluation": lambda: lines() == 16 and not (run / "eval" / "step_000016.json").exists()}
+               "inside a checkpoint": lambda: lines() > 3
+               and list((run / "checkpoints").glob(".step_*.partial")),
+               "inside an evaluation": lambda: lines() == 16
+               and not (run / "eval" / "step_000016.json").exists()}
     process = start([*args, "--out", "run"], tmp_path)
     assert kill_when(process, reached[moment]), process.stdout.read()
     assert not (run / "model").exists()
@@ -84,9 +91,11 @@ def test_a_killed_run_ends_as_if_never_interrupted(small, tmp_path, moment):
 
 @pytest.mark.slow
 def test_20_kills_at_random_moments(small_data, tmp_path):
-    """The whole of the user's command: fine-tuning, retraining, unlearning. Killed at 20 random moments of it, each
-    time resumed (or started again, where nothing was there yet), and killed no more than once a run."""
-    args = ["--retain-weight", 1, "--data", small_data, "--epochs", 4, "--batch-size", 8, "--checkpoint-every", 2]
+    """The whole of the user's command: fine-tuning, retraining, unlearning. Killed at 20 random moments of
+    it, each time resumed (or started again, where nothing was there yet), and killed no more than once a
+    run."""
+    args = ["--retain-weight", 1, "--data", small_data, "--epochs", 4, "--batch-size", 8,
+            "--checkpoint-every", 2]
     (tmp_path / "whole").mkdir()
     begin = time.monotonic()
     assert start([*args, "--out", "run"], tmp_path / "whole").wait() == 0
@@ -96,7 +105,7 @@ def test_20_kills_at_random_moments(small_data, tmp_path):
         folder.mkdir()
         at = time.monotonic() + random.Random(seed).uniform(0.05, 1) * duration
         process = start([*args, "--out", "run"], folder)
-        kill_when(process, lambda: time.monotonic() > at)
+        kill_when(process, lambda at=at: time.monotonic() > at)
         again = ["--resume", "run"] if (folder / "run").exists() else [*args, "--out", "run"]
         resumed = start(again, folder)
         assert resumed.wait() == 0, resumed.stdout.read()
@@ -121,7 +130,8 @@ def free_port() -> int:
 
 def agents(args: list, cwd: Path, *flags) -> list[subprocess.Popen]:
     """Two torchrun agents that meet at a loopback address, each with one process: two machines."""
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}",
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=localhost:{free_port()}",
             "--rdzv-id=test", *flags]
     return [start(args, cwd, [*TORCHRUN, *meet]) for _ in range(2)]
 

@@ -1,4 +1,5 @@
-"""What a run leaves: which evaluation is best, the model card, and a config.json that tells how it was made."""
+"""What a run leaves: which evaluation is best, the model card, and a config.json that tells how it was
+made."""
 
 import json
 import shutil
@@ -43,15 +44,19 @@ def test_a_criterion_that_cannot_be_measured_is_refused_at_once(small_model, tmp
 def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(small_model), "--data", str(small_data), "--retain-weight", "1", "--epochs", "1",
-             "--batch-size", "10", "--lr", "1e-3", "--keep", "best", "--best-by", "model-utility", "--out", "run"]
+             "--batch-size", "10", "--lr", "1e-3", "--keep", "best", "--best-by", "model-utility", "--out",
+             "run"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_npo.py", *flags])
     folder = carry_out(parse(flags), ALONE)
     config = json.loads((folder / "config.json").read_text())
-    evaluations = {int(p.stem[5:]): json.loads(p.read_text())["metrics"] for p in (folder / "eval").glob("*.json")}
+    evaluations = {int(p.stem[5:]): json.loads(p.read_text())["metrics"]
+                   for p in (folder / "eval").glob("*.json")}
     for name in ("model", "best"):
         _, front, text = (folder / name / "README.md").read_text().split("---\n", 2)
-        assert all(line.startswith(("- ", "tags:", "library_name: ", "pipeline_tag: ")) for line in front.splitlines())
-        assert "- npo" in front and "npo+rt on forget10" in text and "no proof" in text and "from_pretrained" in text
+        assert all(line.startswith(("- ", "tags:", "library_name: ", "pipeline_tag: "))
+                   for line in front.splitlines())
+        assert "- npo" in front and "npo+rt on forget10" in text
+        assert "no proof" in text and "from_pretrained" in text
         assert str(tmp_path) not in text and str(small_data.parent) not in text and small_data.name in text
         assert config["start_weights"] in text and config["data_fingerprint"] in text and "beta | 0.1" in text
         load_model(str(folder / name))
@@ -81,7 +86,8 @@ def model_with(small_model, folder, **meta):
 
 
 def start_of(small_model, small_data, tmp_path, **flags):
-    return prepare_job(resolve({"model": str(small_model), "data": str(small_data), "epochs": 1, "batch_size": 8,
+    return prepare_job(resolve({"model": str(small_model), "data": str(small_data), "epochs": 1,
+                                "batch_size": 8,
                                 "eval_every": "epoch", **flags}), ALONE)
 
 
@@ -102,7 +108,8 @@ def test_a_start_that_may_not_know_the_rows_is_warned_of(small_model, small_data
 
 def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tmp_path):
     job = start_of(small_model, small_data, tmp_path)
-    rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g", "answer_nll": 1.0,
+    rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g",
+             "answer_nll": 1.0,
              "answer_tokens": 1, "rouge_l_recall": 0.0, "perturbed_nll": [1.0], "perturbed_tokens": [1]}
             for i, row in enumerate(job.prepared.rows["forget"])]
     log = tmp_path / "log.json"
@@ -114,12 +121,14 @@ def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tm
 
 
 def test_evaluation_takes_the_split_from_the_models_record():
-    assert [recorded_split(record) for record in ({"split": "forget05"}, {"split": "retain95"}, {"split": "full"}, {})] \
+    assert [recorded_split(record)
+            for record in ({"split": "forget05"}, {"split": "retain95"}, {"split": "full"}, {})] \
         == ["forget05", "forget05", "forget10", "forget10"]
 
 
 def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
-    """The mark covers tokens: another day's prompts, or another tokenizer's, are no longer those of the cache."""
+    """The mark covers tokens: another day's prompts, or another tokenizer's, are no longer those of the
+    cache."""
     job = start_of(small_model, small_data, tmp_path)
     job.config["start_weights"] = "0"
     mark = job.reference_mark()

@@ -1,5 +1,5 @@
-"""A crafted model, data file or checkpoint is refused with one sentence, or harmless: no code of it runs, and nothing
-outside its folder is read or removed."""
+"""A crafted model, data file or checkpoint is refused with one sentence, or harmless: no code of it runs, and
+nothing outside its folder is read or removed."""
 
 import json
 import pickle
@@ -70,7 +70,8 @@ def test_a_pickle_is_never_opened(crafted, tmp_path, name):
     assert ran.exists()
 
 
-@pytest.mark.parametrize("target", ("../elsewhere/model.safetensors", "/etc/passwd", "model.bin", "sub/x.safetensors"))
+@pytest.mark.parametrize("target",
+                         ("../elsewhere/model.safetensors", "/etc/passwd", "model.bin", "sub/x.safetensors"))
 def test_an_index_that_points_elsewhere_is_refused(crafted, tmp_path, target):
     weights = load_file(crafted / "model.safetensors")
     (tmp_path / "elsewhere").mkdir()
@@ -86,7 +87,8 @@ def test_an_index_that_points_elsewhere_is_refused(crafted, tmp_path, target):
 
 
 def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
-    """`auto_map` names Python files of the folder: with a known model type they are passed over, else refused."""
+    """`auto_map` names Python files of the folder: with a known model type they are passed over, else
+    refused."""
     ran = tmp_path / "ran"
     code = f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass Trap: pass\n"
     (crafted / "trap.py").write_text(code)
@@ -104,7 +106,8 @@ def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
 
 
 @pytest.mark.parametrize("template", ("{{ ''.__class__.__mro__[1].__subclasses__() }}",
-                                      "{% for i in range(10**12) %}x{% endfor %}", "{% nonsense", "{{ 1 / 0 }}",
+                                      "{% for i in range(10**12) %}x{% endfor %}", "{% nonsense", "{{ 1 / 0 "
+                                                                                                  "}}",
                                       "{{ cycler.__init__.__globals__.os.system('touch ran') }}"))
 def test_a_chat_template_stays_in_its_sandbox(crafted, tmp_path, monkeypatch, template):
     monkeypatch.chdir(tmp_path)
@@ -121,14 +124,16 @@ def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):
 
 
 def test_an_adapter_that_names_another_model_is_refused(crafted):
-    (crafted / "adapter_config.json").write_text('{"base_model_name_or_path": "../other", "peft_type": "LORA"}')
+    adapter = {"base_model_name_or_path": "../other", "peft_type": "LORA"}
+    (crafted / "adapter_config.json").write_text(json.dumps(adapter))
     assert "adapter" in refusal(load_model, str(crafted))
 
 
 # ---------------------------------------------------------------- data and logs
 
 @pytest.mark.parametrize("size,sentence", [(5 * 2**30, "has 5.0 GB, at most 1 GB"),
-                                           (MAX_FILE_BYTES - 1, f"line 2 has more than {MAX_LINE} characters")])
+                                           (MAX_FILE_BYTES - 1,
+                                            f"line 2 has more than {MAX_LINE} characters")])
 def test_a_line_of_gigabytes_is_refused_without_reading_it(tmp_path, size, sentence):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "Who?", "answer": "Ann."}\n')
@@ -213,7 +218,8 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
 def interrupted(small_model, small_data, tmp_path, monkeypatch):
     """A run folder whose training was stopped after its third step."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(small_model), "--data", str(small_data), "--epochs", "2", "--batch-size", "8", "--lr", "1e-3",
+    flags = ["--model", str(small_model), "--data", str(small_data), "--epochs", "2", "--batch-size", "8",
+             "--lr", "1e-3",
              "--eval-every", "never", "--checkpoint-every", "3", "--out", "run"]
     folder = carry_out(parse(flags), ALONE)
     shutil.rmtree(folder / "model")
@@ -224,7 +230,9 @@ def resume(folder):
     return carry_out(parse(["--resume", str(folder)]), ALONE)
 
 
-@pytest.mark.parametrize("name", ("log.jsonl", ".lock", "checkpoints", "eval", "model", "reference", ".model.partial"))
+@pytest.mark.parametrize("name",
+                         ("log.jsonl", ".lock", "checkpoints", "eval", "model", "reference",
+                          ".model.partial"))
 def test_a_link_in_a_run_folder_is_refused_and_what_it_points_to_stays(interrupted, tmp_path, name):
     outside = tmp_path / "outside"
     target = interrupted / name
@@ -236,7 +244,8 @@ def test_a_link_in_a_run_folder_is_refused_and_what_it_points_to_stays(interrupt
     target.symlink_to(outside)
     before = {p: p.read_bytes() for p in [outside, *outside.rglob("*")] if p.is_file()}
     assert "symbolic link" in refusal(resume, interrupted)
-    assert {p: p.read_bytes() for p in [outside, *outside.rglob("*")] if p.is_file()} == before and outside.exists()
+    assert {p: p.read_bytes() for p in [outside, *outside.rglob("*")]
+            if p.is_file()} == before and outside.exists()
 
 
 def test_the_lock_never_truncates(tmp_path):
@@ -249,12 +258,14 @@ def test_the_lock_never_truncates(tmp_path):
 def test_another_runs_checkpoint_is_refused(interrupted):
     """Of the same shape, from other settings: it would become this run's result."""
     other = Path(shutil.copytree(interrupted, interrupted.with_name("other")))
-    edit(other / "config.json", settings={**json.loads((other / "config.json").read_text())["settings"], "lr": 2e-3})
+    edit(other / "config.json",
+         settings={**json.loads((other / "config.json").read_text())["settings"], "lr": 2e-3})
     assert "another run" in refusal(resume, other)
     assert (resume(interrupted) / "model").is_dir()
 
 
-@pytest.mark.parametrize("changes", ({"epochs": "x"}, {"checkpoint_every": "zz"}, {"micro_batch_size": 0}, {"lr": None},
+@pytest.mark.parametrize("changes",
+                         ({"epochs": "x"}, {"checkpoint_every": "zz"}, {"micro_batch_size": 0}, {"lr": None},
                                      {"lr": "1e-3"}, {"loss": "nope"}, {"seed": -1}))
 def test_a_hand_edited_setting_is_refused_in_a_sentence(interrupted, changes):
     settings = json.loads((interrupted / "config.json").read_text())["settings"]

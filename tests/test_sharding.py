@@ -23,8 +23,8 @@ from running import sharding
 from running.checkpoints import Rows
 from support.errors import InputError
 
-# 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs its
-# scalar.
+# 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none: 20 steps. kto needs
+# its scalar.
 ARGS = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 6, "--batch-size", 6,
         "--micro-batch-size", 2, "--lr", 1e-3, "--max-grad-norm", 1]
 
@@ -39,7 +39,8 @@ def log(folder: Path) -> list:
 
 @pytest.mark.parametrize("processes", (pytest.param(2, marks=pytest.mark.slow), 4))
 def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes):
-    """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight hash."""
+    """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight
+    hash."""
     args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", 20]
     command("train_npo.py", *args, "--out", "alone")
     done = command("train_npo.py", *args, "--out", "sharded", "--parallel", "fsdp", processes=processes)
@@ -47,23 +48,39 @@ def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_
     assert_close(weights(alone), weights(sharded))
     assert len(log(alone)) == 20 and "resumed" not in done.stdout
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in log(sharded)] == pytest.approx([line[key] for line in log(alone)], rel=1e-4)
+        assert [line[key] for line in log(sharded)] == pytest.approx([line[key] for line in log(alone)],
+                                                                     rel=1e-4)
     for step in (0, 20):
         ours, theirs = (json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())["rows"]
                         for folder in (sharded, alone))
         for name in ours:
-            for a, b in zip(ours[name], theirs[name]):
+            for a, b in zip(ours[name], theirs[name], strict=False):
                 assert a["generation"] == b["generation"]
                 assert a["answer_nll"] == pytest.approx(b["answer_nll"], rel=1e-4)
                 assert a["perturbed_nll"] == pytest.approx(b["perturbed_nll"], rel=1e-4)
                 assert a.get("kl", 0.0) == pytest.approx(b.get("kl", 0.0), rel=1e-2, abs=1e-4)
-    starts = [json.loads((folder / "config.json").read_text())["start_weights"] for folder in (alone, sharded)]
+    starts = [json.loads((folder / "config.json").read_text())["start_weights"]
+              for folder in (alone, sharded)]
     assert starts[0] == starts[1]
+
+
+def test_sharded_runs_in_16_bits_follow_one_process_in_float32(command, small_model, small_data, tmp_path):
+    args = ["--loss", "npo", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 2, "--batch-size", 6,
+            "--micro-batch-size", 2, "--lr", 1e-3, "--model", small_model, "--data", small_data,
+            "--eval-every", 7]
+    command("train_npo.py", *args, "--out", "alone")
+    for dtype in ("bf16", "fp16"):
+        command("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
+        assert all(p.dtype == torch.float32 for p in weights(tmp_path / dtype).values())
+        for ours, theirs in zip(log(tmp_path / dtype), log(tmp_path / "alone"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02), dtype
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1), dtype
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
-def test_two_processes_start_from_a_gguf_file_and_compile(command, small_model, small_data, tmp_path, parallel):
+def test_two_processes_start_from_a_gguf_file_and_compile(command, small_model, small_data, tmp_path,
+                                                          parallel):
     write_gguf(small_model, tmp_path / "small.gguf", quantised=False)
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler: --compile needs one")
@@ -76,19 +93,22 @@ def test_two_processes_start_from_a_gguf_file_and_compile(command, small_model, 
 
 def test_a_sharded_run_resumes_as_another(command, small_model, small_data, tmp_path):
     """Killed under fsdp with two processes, goes on alone; and the other way round."""
-    args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", "never", "--checkpoint-every", 4]
+    args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", "never",
+            "--checkpoint-every", 4]
     command("train_npo.py", *args, "--out", "whole")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     for name, first, second in (("a", 2, 0), ("b", 0, 2)):
         flags = ["--parallel", "fsdp"] if first else []
-        words = [*(torchrun if first else [sys.executable]), ROOT / "train_npo.py", *args, "--out", name, *flags]
+        words = [*(torchrun if first else [sys.executable]), ROOT / "train_npo.py", *args, "--out", name,
+                 *flags]
         process = subprocess.Popen([*map(str, words)], cwd=tmp_path, stdout=subprocess.DEVNULL)
         while not list((tmp_path / name / "checkpoints").glob("step_*")):
             time.sleep(0.02)
             assert process.poll() is None, "finished before it could be stopped"
         process.send_signal(signal.SIGTERM)  # saves first
         assert process.wait() != 0 and not (tmp_path / name / "model").exists()
-        done = command("train_npo.py", "--resume", name, "--parallel", "fsdp" if second else "ddp", processes=second)
+        done = command("train_npo.py", "--resume", name, "--parallel", "fsdp" if second else "ddp",
+                       processes=second)
         assert "resumed after step" in done.stdout
         assert_close(weights(tmp_path / "whole"), weights(tmp_path / name))
         assert [line["step"] for line in log(tmp_path / name)] == list(range(1, 21))
@@ -132,8 +152,11 @@ def test_flaws_of_a_folder_are_named(small_model, tmp_path):
     folder = Path(shutil.copytree(small_model, tmp_path / "model"))
     lm, _, _ = load_model(str(folder), without_weights=True)
     index = folder / "model.safetensors.index.json"
-    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', "only .safetensors files in the folder itself"),
-                              ('{"weight_map": {"a": "absent.safetensors"}}', "only .safetensors files in the folder itself"),
+    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', "only .safetensors "
+                                                                                      "files in the folder "
+                                                                                      "itself"),
+                              ('{"weight_map": {"a": "absent.safetensors"}}', "only .safetensors files in "
+                                                                              "the folder itself"),
                               ("[1]", "not an index")):
         index.write_text(content)
         with pytest.raises(InputError, match=sentence):

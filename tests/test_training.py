@@ -1,4 +1,5 @@
-"""The loop: one definition of the batch, no reference beside the policy, exact resume, and what a run leaves behind."""
+"""The loop: one definition of the batch, no reference beside the policy, exact resume, and what a run leaves
+behind."""
 
 import copy
 import json
@@ -41,12 +42,13 @@ METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1
 
 @pytest.fixture
 def settings(small_model, small_data, tmp_path, monkeypatch):
-    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs land in
-    tmp_path."""
+    """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs
+    land in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def make(**given) -> Namespace:
-        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2, "batch_size": 8,
+        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
+                     "batch_size": 8,
                      "eval_every": "never", "template": "llama2",
                      **{k: v for k, v in given.items() if k != "pad_to"}})
         s.pad_to = given.get("pad_to", 0)
@@ -75,7 +77,8 @@ def prepared_step(s: Namespace, tmp_path):
 
 
 def gradient(s: Namespace, tmp_path, perturb: float = 0.0) -> tuple[dict, dict]:
-    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference first."""
+    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference
+    first."""
     model, plan, reference, items = prepared_step(s, tmp_path)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -111,9 +114,10 @@ def test_weights_after_20_steps_do_not_depend_on_micro_batch_or_padding(settings
 
 
 def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, small_data, tmp_path):
-    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none. kto needs
-    its scalar."""
-    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data", small_data,
+    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none.
+    kto needs its scalar."""
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data",
+            small_data,
             "--epochs", 6, "--batch-size", 6, "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
     for processes in (0, 2, 4):
         command("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
@@ -121,7 +125,7 @@ def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, 
     logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()]
             for p in (0, 2, 4)]
     assert len(logs[0]) == 20
-    for other, log in zip(weights[1:], logs[1:]):
+    for other, log in zip(weights[1:], logs[1:], strict=False):
         assert_close(weights[0], other)
         assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-5)
 
@@ -146,7 +150,8 @@ def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_mod
 
 
 def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
-    """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every step."""
+    """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every
+    step."""
     s = settings(loss="npo", retain_weight=1.0, beta=0.3, weight_decay=0.1, warmup_epochs=0.5)
     ours = trained_weights(s)
     lm, tokenizer, _ = load_model(str(small_model))
@@ -154,7 +159,8 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
     plan = Plan(s, task, tokenizer, None)
     decay = [p for p in lm.parameters() if p.ndim > 1]
     plain = [p for p in lm.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}], lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0}], lr=1e-3,
+                                  weight_decay=0.1)
 
     def logps(model, row):
         prompt = f"[INST] {row['question']} [/INST]"
@@ -178,9 +184,11 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
 def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
     s = settings(loss="dpo", kl_weight=1.0)
     model, plan, reference, items = prepared_step(s, tmp_path)
-    batch = collate([plan.answers[i.row] for i in items] + [plan.refusals[i.row, i.refusal] for i in items], 0)
+    batch = collate([plan.answers[i.row] for i in items] + [plan.refusals[i.row, i.refusal] for i in items],
+                    0)
     logps = batch.per_text(model(batch)[0]).detach()
-    torch.testing.assert_close(torch.cat([reference.answer_logps(items), reference.refusal_logps(items)]), logps)
+    torch.testing.assert_close(torch.cat([reference.answer_logps(items), reference.refusal_logps(items)]),
+                               logps)
     retain = collate([plan.partners[i.partner] for i in items], 0)
     states, head = reference.states([i.partner for i in items])
     torch.testing.assert_close(states, model.hidden(retain))
@@ -279,8 +287,10 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     halves = carry_out(parse(["--resume", "halves"]), ALONE)
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, halves))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    timeless = lambda folder: [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
-                               for line in (folder / "log.jsonl").read_text().splitlines()]
+    def timeless(folder):
+        return [{k: v for k,
+                                    v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
+                                   for line in (folder / "log.jsonl").read_text().splitlines()]
     assert timeless(whole) == timeless(halves)
     assert carry_out(parse(["--resume", "halves"]), ALONE) == halves  # finished: nothing to do
     assert len(list((halves / "checkpoints").glob("step_*"))) <= 2
@@ -316,7 +326,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(setting
 def test_an_update_that_breaks_the_weights_is_never_saved_or_evaluated(settings):
     for every in ("step", "never"):
         with pytest.raises(InputError, match="not finite"):
-            carry_out(settings(loss="ga", lr=1e39, epochs=1, batch_size=10, eval_every=every, out=f"broken-{every}"), ALONE)
+            carry_out(settings(loss="ga", lr=1e39, epochs=1, batch_size=10, eval_every=every,
+                               out=f"broken-{every}"), ALONE)
         assert not Path(f"broken-{every}/model").exists()
 
 
@@ -361,7 +372,8 @@ def test_a_run_s_own_folder_brings_its_preset_and_template_back(settings, small_
 
 
 def test_decay_spares_norm_weights(settings):
-    """With the decay alone at work (an all but zero lr), only matrices would shrink; norm weights stay exactly 1."""
+    """With the decay alone at work (an all but zero lr), only matrices would shrink; norm weights stay
+    exactly 1."""
     weights = trained_weights(settings(loss="npo", lr=1e-12, weight_decay=1e9, epochs=1, warmup_epochs=0))
     start = load_file(Path(settings().start) / "model.safetensors")
     for name, w in weights.items():
@@ -377,10 +389,11 @@ def test_autocast_keeps_float32_weights(settings):
 def test_own_data_end_to_end(command, small_model, tmp_path):
     """An engineer's rows, no perturbed answers: probability, ROUGE and KL are measured, the rest is null."""
     rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."}
-            for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2)]
+            for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2, strict=False)]
     (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
     (tmp_path / "retain.json").write_text(json.dumps(rows[3:]))
-    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model", small_model,
+    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model",
+                   small_model,
                    "--retain-weight", 1, "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--out", "own")
     metrics = json.loads((tmp_path / "own" / "eval" / "step_000003.json").read_text())["metrics"]
     assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0
@@ -391,7 +404,7 @@ def test_own_data_end_to_end(command, small_model, tmp_path):
 def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
     """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both
     models."""
-    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 1]
+    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 2, "--eval-every", 2]
     done = command("train_npo.py", *args, processes=2)
     folder = tmp_path / "runs" / "npo+rt_forget10"
     evaluations = sorted((folder / "eval").glob("*.json"))
@@ -419,13 +432,15 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
 
 
 def test_readmes_commands_have_valid_flags():
-    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the parser."""
+    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the
+    parser."""
     import evaluate_tofu
     lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
              if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
     assert len(lines) >= 6
     for words in lines:
-        script = next(i for i, word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
+        script = next(i for i,
+                      word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
         if "--resume" in words:
             continue  # needs a run; tested above
         if words[script] == "train_npo.py":
