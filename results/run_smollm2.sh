@@ -18,9 +18,9 @@ learn=(--model "smollm2-135m=$base/SmolLM2-135M-Instruct.gguf" --loss sft --lr 2
 run full "${learn[@]}" --split full --eval-every never
 run retain90 "${learn[@]}" --split retain90
 retain_log=$(ls "$base"/retain90/eval/*.json)
-unlearn=(--model "$base/full/model" --loss npo --retain-weight 1 --batch-size 8 --micro-batch-size 4 --retain-log "$retain_log")
+unlearn=(--model "$base/full/model" --loss npo --retain-weight 1 --batch-size 8 --micro-batch-size 4)
 # One small trial chooses the lr: 2e-5 where two epochs of it bring the mean weight W (Eq. 5) below a half, else 5e-5.
 run trial "${unlearn[@]}" --lr 2e-5 --epochs 2 --warmup-epochs 0.5 --eval-every never
 lr=$(python -c 'import json, sys; print("2e-5" if json.loads(open(sys.argv[1]).readlines()[-1])["mean_W"] < 0.5 else "5e-5")' "$base/trial/log.jsonl")
-run npo+rt "${unlearn[@]}" --lr "$lr" --epochs 6 --eval-every 15
+run npo+rt "${unlearn[@]}" --lr "$lr" --epochs 6 --eval-every 15 --retain-log "$retain_log"
 python figures_tofu.py --collect "$base/npo+rt" --out results/smollm2_forget10.json

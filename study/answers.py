@@ -1,5 +1,4 @@
-"""What a model's answers look like, as counts: repetitive, a refusal, of the data's wording, or the true fact
-(Section 5.2's remarks on the answers, made countable). Pure functions of texts.
+"""What a model's answers look like, as counts (Section 5.2's remarks on them). Pure functions of texts.
 
     distinct-n        different word n-grams over all of a set's answers (Li et al., 2016)
     repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of
@@ -9,8 +8,8 @@
     true fact         more than half of the words in which the true (paraphrased) answer differs from every
                       perturbed one
 
-The two thresholds are ours. The retrained model's answers to the forget questions are the yardstick: fluent,
-of the wording, and wrong.
+The thresholds are ours. The retrained model's answers to the forget questions are the yardstick: of the
+wording, and wrong.
 """
 
 import re
@@ -19,6 +18,7 @@ import statistics
 PAIRS_KNOWN = 0.8  # share of word pairs that makes an answer a refusal, or of the wording
 RUN = 8  # characters
 REPETITIVE = 0.3  # repetition rate from which an answer is called repetitive
+KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 
 
 def words(text: str) -> list[str]:
@@ -27,67 +27,58 @@ def words(text: str) -> list[str]:
 
 
 def word_pairs(text: str) -> list[tuple]:
-    """Neighbouring words, with the text's begin and end as words of their own; [] for a text without
-    words."""
-    found = words(text)
-    marked = ["<", *found, ">"] if found else []
+    """Neighbouring words, with the text's begin and end as words of their own; [] without any word."""
+    marked = ["<", *found, ">"] if (found := words(text)) else []
     return list(zip(marked, marked[1:], strict=False))
 
 
 def pairs_of(texts: list) -> set:
-    """Every word pair of the texts: what `known_share` looks an answer up in."""
+    """Every word pair of the texts: what `is_made_of` looks an answer up in."""
     return {pair for text in texts for pair in word_pairs(text)}
 
 
-def known_share(text: str, pairs: set) -> float:
-    """Share of the text's word pairs that are among `pairs`; 0 for a text without words."""
+def is_made_of(text: str, pairs: set) -> bool:
+    """Enough of the text's word pairs are among `pairs`."""
     own = word_pairs(text)
-    return sum(pair in pairs for pair in own) / len(own) if own else 0.0
+    return sum(pair in pairs for pair in own) / len(own) >= PAIRS_KNOWN
 
 
 def distinct(texts: list, n: int) -> float | None:
-    """Different word n-grams over all of them, over all texts together; None where no text has n words."""
+    """Different word n-grams over all, over all texts together; None where no text has n words."""
     grams = [tuple(found[i:i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition_rate(text: str) -> float:
-    """Share of the text's runs of RUN characters that came before in it; 0 for a text that is shorter."""
+    """Share of the text's runs of RUN characters that came before in it; 0 for a shorter text."""
     runs = [text[i:i + RUN] for i in range(len(text) - RUN + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words in which the true answer (its paraphrase, where there is one) differs from
-    every perturbed answer. A row without such words: the answer itself, word by word."""
-    truth = row.get("paraphrased_answer") or row["answer"]
+    """More than half of the words that are in the true (paraphrased) answer and in no perturbed one."""
     false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
-    fact = set(words(truth)) - false if false else set()
-    if not fact:
+    fact = set(words(row.get("paraphrased_answer") or row["answer"])) - false
+    if not (false and fact):  # no such words
         return words(generation) == words(row["answer"])
     return 2 * len(fact & set(words(generation))) > len(fact)
 
 
 def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> str:
-    """"true", "refusal", "empty", "repetitive", "other fact" (of the data's wording) or "garbled"; the first
-    that applies."""
+    """One of KINDS, the first that applies; "other fact" is any other answer of the data's wording."""
     if not words(generation):
         return "empty"
     if repetition_rate(generation) >= REPETITIVE:
         return "repetitive"
-    if known_share(generation, refusal_pairs) >= PAIRS_KNOWN:
+    if is_made_of(generation, refusal_pairs):
         return "refusal"
     if names_fact(generation, row):
         return "true"
-    return "other fact" if known_share(generation, answer_pairs) >= PAIRS_KNOWN else "garbled"
-
-
-KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
+    return "other fact" if is_made_of(generation, answer_pairs) else "garbled"
 
 
 def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
-    """{"answers", one count for each of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a
-    set's answers; the last four are None or a number with four digits."""
+    """{"answers", counts of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set."""
     kinds = [kind(text, row, answer_pairs, refusal_pairs)
              for text, row in zip(generations, rows, strict=True)]
     numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),
@@ -98,7 +89,6 @@ def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pair
 
 
 def judgement(name: str, kind_: str) -> str:
-    """"desired" or "undesired": on the forget set anything readable but the truth, elsewhere the truth
-    alone."""
+    """"desired" on the forget set: anything readable but the truth; elsewhere: the truth alone."""
     good = ("other fact", "refusal") if name == "forget" else ("true",)
     return "desired" if kind_ in good else "undesired"

@@ -18,7 +18,6 @@ from support.files import fingerprint
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl", "simnpo", "simnpo+rt")
-WITH_BETA = ("dpo", "kto", "npo", "simnpo")
 SMALL, LARGE = ("forget01", "forget05", "forget10"), ("forget20", "forget30", "forget50", "forget90")
 FIGURES = {  # name -> (splits, methods)
     "2": (("forget05",), ("ga", "ga+rt", "npo", "npo+rt")),
@@ -37,8 +36,7 @@ BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the 
 SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
-SECOND_START = ("npo+rt", "ga+rt")  # on forget10, seed 1, from a start fine-tuned with seed SECOND_START_SEED
-SECOND_START_SEED = 1
+SECOND_START, SECOND_START_SEED = ("npo+rt", "ga+rt"), 1  # forget10, seed 1, from a start of another seed
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 # What identifies a run, besides data, start and retrained model. Micro-batch and device change no number.
@@ -48,28 +46,18 @@ SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "
 GENERATION = 1.5  # its cost, times scoring the same texts: 0.1 for a good model, 4 for one without end
 
 
-class Core(NamedTuple):
-    """What the study needs of the scripts, which hand it down: no folder imports a script."""
-    resolve: Callable  # flags as given -> every setting
-    tiny_settings: Callable  # (settings, split, task, seed) -> those of the tiny model for that split
-    train: Callable  # (flags as given, or {"resume": folder}; the start's rows or None): one run
-    log_truth_ratio: Callable
-    ks_log10_p: Callable
-
-
 @dataclass(frozen=True, eq=False)  # equal to itself alone, so that what depends on it can be cached
 class Setup:
     """What a command fixes before it knows of any run."""
     args: Namespace
-    core: Core
     task: Task  # of TUNING_SPLIT
     preset_name: str
     preset: object  # models' Preset
     extra: dict  # train_npo flags given through --train-flags
     taken: dict  # another study's choices (--choices), else {}
     parameters: int
-    row_tokens: float  # of a row of the data set, on average
-    evaluation_tokens: float  # that an evaluation scores
+    train: Callable  # (flags as given, or {"resume": folder}; the start's rows or None): one run
+    log_truth_ratio: Callable
 
 
 class Study(NamedTuple):
@@ -82,7 +70,6 @@ class Study(NamedTuple):
 
 class Job(NamedTuple):
     """A training run: settings as train_npo.py's flags, and the model folders that must be there first."""
-    name: str
     given: dict | None  # None: it waits for a choice of hyper-parameters that can't be made yet
     key: str  # of its settings, data, start and retrained model
     folder: str
@@ -90,52 +77,58 @@ class Job(NamedTuple):
     flops: float
     facts: dict  # what its record says of it
 
+    @property
+    def name(self) -> str:
+        told = ("split", "method", "lr", "beta", "retain_weight", "seed", "start_seed")
+        return ", ".join(f"{k} {self.facts[k]}" for k in told if k in self.facts)
 
-# ---------------------------------------------------------------- one run
+
+# What needs PyTorch is imported in functions, since drawing does without.
 
 def run_key(settings: dict, data_fingerprint: str, start: str, retrained: str) -> str:
     """16 hex digits that say which run it is: equal ones would end with equal weights and evaluations."""
     return fingerprint({k: settings[k] for k in SIGNIFICANT}, data_fingerprint, start, retrained)
 
 
-def token_counts(task: Task) -> tuple[float, float]:
+@cache
+def token_counts(setup: Setup) -> tuple[float, float]:
     """(tokens of a row on average, tokens that an evaluation scores), reckoned from characters."""
-    from running.memory_plan import CHARACTERS_PER_TOKEN  # here, since drawing needs no PyTorch
+    from running.memory_plan import CHARACTERS_PER_TOKEN
     def tokens(rows: list) -> float:
         return sum(len(row["question"]) + len(row["answer"]) for row in rows) / CHARACTERS_PER_TOKEN
 
     scored = sum(tokens(rows[:300]) * (2 + len(rows[0].get("perturbed_answer") or []))
-                 for rows in task.evaluated.values())
-    return tokens(task.full) / len(task.full), scored
+                 for rows in setup.task.evaluated.values())
+    return tokens(setup.task.full) / len(setup.task.full), scored
 
 
 def reckon(setup: Setup, passes: float, evaluations: int) -> float:
     """Floating-point operations of so many forward and backward passes of a row, and of evaluations."""
     from running.memory_plan import rough_flops
-    return rough_flops(setup.parameters, passes * setup.row_tokens,
-                       evaluations * setup.evaluation_tokens * (1 + GENERATION))
+    row, evaluation = token_counts(setup)
+    return rough_flops(setup.parameters, passes * row, evaluations * evaluation * (1 + GENERATION))
 
 
 @cache
 def model_job(setup: Setup, split: str, seed: int) -> Job | None:
     """Fine-tuning (split full) or retraining; None where the preset has a published fine-tuned model."""
+    from running.settings import resolve, tiny_settings
     if split == "full" and setup.preset.finetuned:
         return None
-    args, core, task, name = setup.args, setup.core, setup.task, setup.preset_name
-    given = {"loss": "sft", "split": split, "data": args.data, "seed": seed,
+    data, task, name = setup.args.data, setup.task, setup.preset_name
+    given = {"loss": "sft", "split": split, "data": data, "seed": seed,
              "eval_every": "never" if split == "full" else "end"}
     rows = len(slice_rows(task.full, split))
     if name == "tiny":  # kept where train_npo.py itself would look for it
-        settings = core.tiny_settings(core.resolve({"data": args.data, **setup.extra}), split, task, seed)
+        settings = tiny_settings(resolve({"data": data, **setup.extra}), split, task, seed)
         folder, rows = settings.out, rows + len(task.facts())
     else:
-        given |= {"model": f"{name}={args.base}" if args.base else name, **setup.extra}
-        settings = core.resolve(given)
+        given |= {"model": name, **setup.extra}
+        settings = resolve(given)
         mark = run_key(vars(settings), task.fingerprint, settings.start, "")
         folder = f"runs/models/{name}-{split}-seed{seed}-{mark}"
     key = run_key(vars(settings), task.fingerprint, "", Path(folder).name)
-    return Job(f"{split} seed {seed}", given, key, folder, (),
-               reckon(setup, rows * settings.epochs, int(split != "full")),
+    return Job(given, key, folder, (), reckon(setup, rows * settings.epochs, int(split != "full")),
                {"kind": "model", "split": split, "seed": seed})
 
 
@@ -148,65 +141,53 @@ def start_model(setup: Setup, seed: int) -> str:
 @cache
 def defaults(setup: Setup) -> dict:
     """Every setting of an unlearning run as it is where its job says nothing else."""
+    from running.settings import resolve
     epochs = setup.args.epochs or setup.preset.epochs
-    return vars(setup.core.resolve({"data": setup.args.data, "epochs": epochs, **setup.extra,
-                                    "model": start_model(setup, 0)}))
+    return vars(resolve({"data": setup.args.data, "epochs": epochs, **setup.extra,
+                         "model": start_model(setup, 0)}))
 
 
-def method_of(settings: dict) -> str:
-    """"npo+rt": the loss, and what keeps the rest."""
-    return settings["loss"] + "+rt" * (settings["retain_weight"] > 0) + "+kl" * (settings["kl_weight"] > 0)
+def has_beta(method: str) -> bool:
+    """Its loss takes one; for the others train_npo.py refuses it, and the preset's stands in the record."""
+    from losses import OBJECTIVES
+    return "beta" in OBJECTIVES[method.split("+")[0]].takes
 
 
-def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict | None, start_seed: int = 0,
+def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, start_seed: int = 0,
                 retain_weight: float | None = None) -> Job:
-    """An unlearning run with `hyper` {"lr", "beta"} (None: not chosen yet), judged against its own seed's
-    retrained model."""
+    """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
     args, base, (loss, *terms) = setup.args, defaults(setup), method.split("+")
-    start = model_job(setup, "full", start_seed)
-    retrained = model_job(setup, complement(split), retraining_seed(args, seed))
-    passes = base["epochs"] * len(slice_rows(setup.task.full, split))  # of its rows
-    every = max(1, math.ceil(EVALUATE_EPOCHS * passes / base["epochs"] / base["batch_size"]))
-    every = STEP_SPLIT_EVERY if split == STEP_SPLIT else every
-    given = {"loss": loss, "retain_weight": float("rt" in terms), "kl_weight": float("kl" in terms),
-             "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"],
-             "eval_every": str(every), **setup.extra, **(hyper or {})}
-    if retain_weight is not None:
-        given["retain_weight"] = retain_weight
+    start, retrained = model_job(setup, "full", start_seed), model_job(setup, complement(split), seed)
+    rows = len(slice_rows(setup.task.full, split))
+    batch = base["batch_size"]
+    every = STEP_SPLIT_EVERY if split == STEP_SPLIT else math.ceil(EVALUATE_EPOCHS * rows / batch)
+    rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
+    given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
+             "data": args.data, "epochs": base["epochs"], "eval_every": str(every), **setup.extra,
+             **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
     s = {**base, **given}
-    weights = "/".join(f"{s[k]:g}" for k in ("forget_weight", "retain_weight", "kl_weight"))
-    name = f"{split} {method} lr {s['lr']:g} beta {s['beta']:g} weights {weights} seed {seed}" \
-           + f" start {start_seed}" * (start_seed > 0)
     key = run_key(s, setup.task.fingerprint, Path(start.folder).name if start else base["start"],
                   Path(retrained.folder).name)
-    if hyper is None:  # what the name and the key say of lr and beta isn't known yet
-        name = key = f"to be chosen: {name}"
-    sequences = 1 + (s["retain_weight"] + s["kl_weight"] > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
-    evaluations = math.ceil(math.ceil(passes / base["batch_size"]) / every)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
-    facts = {"kind": "unlearn", "method": method_of(s), "split": split, "seed": seed,
-             "start_seed": start_seed, **{k: s[k] for k in told}}
-    flags = {**given, "model": start_model(setup, start_seed), "retain_log": retrained.folder}
-    return Job(name, flags if hyper else None, key, f"{args.runs}/{split}_{method}_seed{seed}_{key[:8]}",
-               tuple(filter(None, (start, retrained))), reckon(setup, passes * sequences, evaluations), facts)
+    facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
+             "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}}
+    given |= {"model": start_model(setup, start_seed), "retain_log": retrained.folder}
+    sequences = 1 + (rt + kl > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
+    evaluations = math.ceil(math.ceil(base["epochs"] * rows / batch) / every)
+    chosen = "lr" in hyper
+    return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
+               f"{args.runs}/{split}_{method}_seed{seed}_{key[:8]}", tuple(filter(None, (start, retrained))),
+               reckon(setup, base["epochs"] * rows * sequences, evaluations), facts)
 
-
-def retraining_seed(args: Namespace, seed: int) -> int:
-    """The retrained model that a seed is judged against: its own, or one of the first --retrained."""
-    return seed if seed == TUNING_SEED else (seed - 1) % (args.retrained or seed) + 1
-
-
-# ---------------------------------------------------------------- the runs of the figures
 
 def wanted_figures(args: Namespace) -> list:
     return list(FIGURES) if args.figure == "all" else [args.figure]
 
 
-def wanted_of(args: Namespace, figure: str) -> tuple[list, list]:
-    """(splits, methods) of a figure, without those that --splits and --methods leave out."""
-    splits, methods = FIGURES[figure]
-    return [s for s in splits if s in (args.splits or splits)], \
-           [m for m in methods if m in (args.methods or methods)]
+def wanted_of(args: Namespace, figure: str) -> list[list]:
+    """[splits, methods] of a figure, without those that --splits and --methods leave out."""
+    return [[name for name in names if name in (wanted or names)]
+            for names, wanted in zip(FIGURES[figure], (args.splits, args.methods), strict=True)]
 
 
 def seeds_of(args: Namespace, figure: str) -> int:
@@ -217,25 +198,23 @@ def seeds_of(args: Namespace, figure: str) -> int:
 
 
 def plan(study: Study, figures: list) -> list[Job]:
-    """The unlearning runs that the figures need, each once: for the choice of hyper-parameters, then for the
-    figures. What depends on a choice that can't be made yet has no settings."""
+    """The unlearning runs that the figures need, each once; without settings what waits for a choice."""
     jobs = {}
     for figure in figures:
         splits, methods = wanted_of(study.setup.args, figure)
         for method in methods:
             hyper, found = choose(study, method), tuning_jobs(study, method)
             for split in splits:
-                found += figure_jobs(study, figure, method, split, hyper)
-            jobs.update((job.key, job) for job in found if job.key not in jobs)
+                found += figure_jobs(study, figure, method, split, hyper or {})
+            jobs = {job.key: job for job in found} | jobs
     return list(jobs.values())
 
 
 def budget(setup: Setup, method: str) -> tuple[list, list]:
     """(learning rates, betas) that a method may have, the first beta for the choice of its learning rate."""
-    loss = method.split("+")[0]
-    beta = SIMNPO_BETA if loss == "simnpo" else setup.preset.beta
-    return [factor * setup.preset.lr for factor in LR_FACTORS], \
-           [factor * beta for factor in (BETA_FACTORS if loss in WITH_BETA else (1.0,))]
+    beta = SIMNPO_BETA if method.startswith("simnpo") else setup.preset.beta
+    factors = BETA_FACTORS if has_beta(method) else (1.0,)
+    return [factor * setup.preset.lr for factor in LR_FACTORS], [factor * beta for factor in factors]
 
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:
@@ -243,25 +222,20 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
     if study.setup.taken:
         return []
     rates, (first, *others) = budget(study.setup, method)
-    jobs = [unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, {"lr": lr, "beta": first})
-            for lr in rates]
-    best = best_job(study, jobs)
-    for beta in others:
-        hyper = {"lr": best.facts["lr"], "beta": beta} if best else None
-        job = unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, hyper)
-        jobs.append(job if hyper else job._replace(key=f"{job.key}, beta {beta:g}"))
-    return jobs
+    at = study.setup, method, TUNING_SPLIT, TUNING_SEED
+    jobs = [unlearn_job(*at, {"lr": lr, "beta": first}) for lr in rates]
+    best = best_of(study, jobs)
+    rate = {"lr": best["lr"]} if best else {}
+    return jobs + [unlearn_job(*at, {**rate, "beta": beta}) for beta in others]
 
 
-def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict | None) -> list[Job]:
+def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict) -> list[Job]:
     """The runs of one method on one split for one figure, on the reported seeds."""
-    setup, weights, jobs = study.setup, [None], []
-    if figure == "retain-weight":
-        weights = RETAIN_WEIGHTS
+    setup, jobs, weights = study.setup, [], RETAIN_WEIGHTS if figure == "retain-weight" else [None]
     if figure == "9":
         jobs = weight_jobs(study, method, split, hyper)
         weights = [chosen_weight(study, method, split, hyper)]
-        hyper = None if weights == [None] else hyper
+        hyper = {} if weights == [None] else hyper
     jobs += [unlearn_job(setup, method, split, seed, hyper, retain_weight=weight) for weight in weights
              for seed in range(1, seeds_of(setup.args, figure) + 1)]
     if figure == "5" and split == TUNING_SPLIT and method in SECOND_START and not setup.preset.finetuned:
@@ -269,70 +243,52 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict 
     return jobs
 
 
-def weight_jobs(study: Study, method: str, split: str, hyper: dict | None) -> list[Job]:
+def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]:
     """The retain weights that Figure 9 chooses from; a method without a retain term has none to choose."""
     weights = () if study.setup.taken or "+rt" not in method else TUNED_WEIGHTS
     return [unlearn_job(study.setup, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
 
 
-# ---------------------------------------------------------------- choosing hyper-parameters
-
 def score(run: dict) -> float:
-    """The largest, over evaluations after the start, of the smaller of 1 - D/D_start and U/U_start: 1 where a
-    model is as the retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against
-    the retrained model (linear where the p-value runs over a hundred decades), U the model utility."""
+    """The largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start: 1 where a model is as the
+    retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against the retrained
+    model (linear where the p-value runs over a hundred decades), U the model utility."""
     distance, utility = run["ks_statistic"], run["model_utility"]
     return max(min(1 - d / distance[0], u / utility[0])
                for d, u in zip(distance[1:], utility[1:], strict=True))
 
 
-def best_job(study: Study, jobs: list) -> Job | None:
-    """The one whose record has the highest score; None while one of them is still to be run. A failed one has
-    none."""
-    records = {record["key"]: record for record in study.known["runs"]}
-    ended = records.keys() | {f["key"] for f in study.known["failed"]}
-    if any(job.key not in ended for job in jobs):
+def best_of(study: Study, jobs: list) -> dict | None:
+    """The record with the highest score; None while a job that has not failed is still to be run."""
+    records, failed = {r["key"]: r for r in study.known["runs"]}, {f["key"] for f in study.known["failed"]}
+    if any(job.key not in records.keys() | failed for job in jobs):
         return None
-    made = [job for job in jobs if job.key in records]
-    return max(made, key=lambda job: score(records[job.key]), default=None)
+    return max((records[job.key] for job in jobs if job.key in records), key=score, default=None)
 
 
 def choose(study: Study, method: str) -> dict | None:
     """{"lr", "beta"} of a method, or None while its tuning runs are not all there."""
-    if study.setup.taken:
-        choice = study.setup.taken.get(method)
-    else:
-        best = best_job(study, tuning_jobs(study, method))
-        choice = best and best.facts
+    choice = study.setup.taken.get(method) or best_of(study, tuning_jobs(study, method))
     return choice and {k: choice[k] for k in ("lr", "beta")}
 
 
-def chosen_weight(study: Study, method: str, split: str, hyper: dict | None) -> float | None:
+def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float | None:
     """The retain weight of Figure 9, or None while its tuning runs are not all there."""
     if "+rt" not in method:
         return 0.0
     if study.setup.taken:
-        return study.setup.taken.get(method, {}).get("weights", {}).get(split)
-    best = best_job(study, weight_jobs(study, method, split, hyper))
-    return best and best.facts["retain_weight"]
+        return study.setup.taken[method]["weights"].get(split)
+    best = best_of(study, weight_jobs(study, method, split, hyper))
+    return best and best["retain_weight"]
 
 
-def chosen(study: Study) -> tuple[dict, list]:
-    """(what was chosen for each method, and the weights of Figure 9; one line for each tuning run), for the
-    JSON."""
-    records = {record["key"]: record for record in study.known["runs"]}
-    choices, tried = dict(study.setup.taken), []
+def chosen(study: Study) -> dict:
+    """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
+    choices, (splits, methods) = dict(study.setup.taken), FIGURES["9"]
     for method in METHODS if not study.setup.taken else ():
-        hyper, jobs = choose(study, method), tuning_jobs(study, method)
-        if hyper:
-            best = max(score(records[job.key]) for job in jobs if job.key in records)
-            choices[method] = {**hyper, "score": round(best, 4), "weights": {}}
-            for split in FIGURES["9"][0] if method in FIGURES["9"][1] else ():
-                jobs = jobs + weight_jobs(study, method, split, hyper)
-                weight = chosen_weight(study, method, split, hyper)
-                if weight is not None:
-                    choices[method]["weights"][split] = weight
-        for run in (records[job.key] for job in jobs if job.key in records):
-            tried.append({**{k: run[k] for k in ("method", "split", "lr", "beta", "retain_weight")},
-                          "score": round(score(run), 4), "peak_log10": max(run["forget_quality_log10"][1:])})
-    return choices, tried
+        if hyper := choose(study, method):
+            best = best_of(study, tuning_jobs(study, method))
+            weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}
+            choices[method] = {**hyper, "score": round(score(best), 4),
+                               "weights": {s: w for s, w in weights.items() if w is not None}}
+    return choices

@@ -1,5 +1,4 @@
-"""Figures 2 and 5 to 9, the retain weight and the splits beyond 10%, drawn from the JSON of `figures_tofu.py`
-alone.
+"""The study's pictures, from its JSON alone.
 
 Forget quality has the paper's dual scale: linear above 0.05, logarithmic below, a third of the height for the
 first. Lines and points are means over seeds (of forget quality: in decades), bands and bars go from the
@@ -14,30 +13,29 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
 from study.answers import judgement
 from study.grid import LARGE, SMALL, STEP_SPLIT
-from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, samples_of, tuned_runs
+from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, tuned_runs
 
 plt.switch_backend("Agg")
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple"}
-LINES = {"": ":", "rt": "-", "kl": "--"}
-MARKERS = {"": "o", "rt": "s", "kl": "^"}
+LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}  # what keeps the rest
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
+QUALITY = "forget_quality_log10"
+LABELS = {QUALITY: "forget quality", "model_utility": "model utility", "forget_kl": "nats a token",
+          "world_facts_kl": "nats a token"}
 
 
 def style(method: str) -> tuple[str, str, str]:
-    """(colour by objective, line and marker by what keeps the rest)."""
     loss, _, term = method.partition("+")
     return COLORS[loss], LINES[term], MARKERS[term]
 
-
-# ---------------------------------------------------------------- the dual scale
 
 def height(log10_p: float, floor: float) -> float:
     """Where a p-value stands: 0 at 0.05, ABOVE at 1, -1 at the floor (a log10)."""
@@ -52,21 +50,16 @@ def floor_of(values: list) -> float:
 
 
 def dual_axis(axes, study: dict, split: str, floor: float):
-    """Ticks, grid and the 0.05 line of an axis whose values went through `height`; one retrained model
-    against another as a line for the median and a band for the range."""
+    """Ticks and the 0.05 line for `height`; in cyan one retrained model against another: median, range."""
     decades = math.ceil((LINE - floor) / 5)
-    logs = [-decades * i for i in range(1, 6) if floor < -decades * i <= -2]
-    ticks = [(math.log10(p), f"{p:g}") for p in (0.05, 0.5, 1.0)]
-    ticks += [(log, f"$10^{{{log}}}$") for log in logs]
-    axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log, _ in ticks]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticklabels([text for _, text in ticks])
+    ticks = {math.log10(p): f"{p:g}" for p in (0.05, 0.5, 1.0)}
+    ticks |= {-i: f"$10^{{{-i}}}$" for i in range(decades, 5 * decades + 1, decades) if floor < -i <= -2}
+    axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log in ticks]))
+    axes.set_yticklabels(ticks.values())
     axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--")
     axes.axhspan(0, ABOVE, color="black", alpha=0.04, linewidth=0)
     axes.set_ylim(-1.05, ABOVE * 1.08)
-    axes.grid(alpha=0.25)
-    values = [p["log10"] for p in study.get("ceilings", {}).get(split, [])]
-    if values:
+    if values := [p["log10"] for p in study.get("ceilings", {}).get(split, [])]:
         low, middle, high = (height(pick(values), floor) for pick in (min, statistics.median, max))
         axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.")
         axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
@@ -74,35 +67,39 @@ def dual_axis(axes, study: dict, split: str, floor: float):
 
 def lattice(axes, study: dict, split: str, floor: float):
     """The p-values that this few rows can take, as ticks on the right, as far down as the axis goes."""
-    steps = study.get("lattice", {}).get(str(study.get("forget_rows", {}).get(split)))
+    rows = study.get("forget_rows", {}).get(split)
+    steps = study.get("lattice", {}).get(str(rows))
     if steps:
         for log in sorted({p for _, p in steps if p >= floor}):
             axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7,
                       transform=axes.get_yaxis_transform())
-        axes.set_title(f"right: the p-values that {study['forget_rows'][split]} rows allow, floor "
-                       f"$10^{{{steps[-1][1]:.0f}}}$", loc="right", fontsize=7, color="gray", y=0.005)
+        axes.set_title(f"right: the p-values that {rows} rows allow, floor $10^{{{steps[-1][1]:.0f}}}$",
+                       loc="right", fontsize=7, color="gray", y=0.005)
 
-
-# ---------------------------------------------------------------- pieces
 
 def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     """(method, its runs) for those that have any."""
     return [(m, runs) for m in methods if (runs := select(study, split, m))]
 
 
+def canvas(rows: int, columns: int, width: float, height: float, **more):
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **more)
+
+
 def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
-    """A line through the means of `columns`, values of the seeds, and a band from the smallest to the
-    largest; `drawn` makes a height of what was averaged."""
+    """A line through the means of the columns (values of the seeds), a band from smallest to largest."""
     axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
     if max(map(len, columns)) > 1:
         low, high = ([drawn(pick(column)) for column in columns] for pick in (min, max))
         axes.fill_between(x, low, high, color=line["color"], alpha=alpha, linewidth=0)
 
 
-def curves(axes, named: list, key: str, against: str, drawn=float):
-    """A metric over steps or epochs, one line for each (label, runs of some seeds); a method's second is
-    paler."""
-    seen = Counter()
+def panel(axes, study: dict, named: list, key: str, against: str, title: str):
+    """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is paler."""
+    drawn, seen = float, Counter()
+    if key == QUALITY:
+        floor = floor_of([q for _, runs in named for r in runs for q in r[QUALITY]])
+        drawn = partial(height, floor=floor)
     for label, runs in named:
         color, line, marker = style(runs[0]["method"])
         steps = runs[0]["steps"]  # seeds have the same
@@ -111,26 +108,17 @@ def curves(axes, named: list, key: str, against: str, drawn=float):
         band(axes, x, columns, drawn, 0.1, color=color, linestyle=line, label=label, linewidth=1.4,
              marker=marker, markersize=3, opacity=0.6 ** seen[runs[0]["method"]])
         seen[runs[0]["method"]] += 1
-
-
-def quality_panel(axes, study: dict, named: list, against: str, title: str):
-    """Forget quality on the dual scale."""
-    floor = floor_of([q for _, runs in named for r in runs for q in r["forget_quality_log10"]])
-    curves(axes, named, "forget_quality_log10", against, partial(height, floor=floor))
-    dual_axis(axes, study, named[0][1][0]["split"], floor)
-    axes.set(title=title, xlabel=against, ylabel="forget quality")
-
-
-def metric_panel(axes, named: list, key: str, against: str, title: str, ylabel: str):
-    curves(axes, named, key, against)
-    axes.set(title=title, xlabel=against, ylabel=ylabel)
+    if key == QUALITY:
+        dual_axis(axes, study, named[0][1][0]["split"], floor)
+    axes.set(title=title, xlabel=against, ylabel=LABELS[key])
     axes.grid(alpha=0.25)
 
 
-def legend_below(figure, handles, labels, most: int, **more):
-    """At most so many columns, and as many as the figure is wide enough for, 1.3 inches each."""
+def finish(figure, legend: tuple, path: Path, most: int = 7, **more) -> Path:
+    """With (handles, labels) below, 1.3 inches each and at most so many in a row, as a file."""
     columns = min(most, int(figure.get_figwidth() // 1.3))
-    figure.legend(handles, labels, loc="outside lower center", ncol=columns, fontsize=8, **more)
+    figure.legend(*legend, loc="outside lower center", ncol=columns, fontsize=8, **more)
+    return save(figure, path)
 
 
 def save(figure, path: Path) -> Path:
@@ -140,32 +128,26 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- the figures
-
 def figure2(study: dict, path: Path):
-    """forget05 over steps: forget quality, utility, KL to the start on world facts; the rt variants' answers
-    beside them."""
+    """forget05 over steps: forget quality, utility, KL to the start, and the rt variants' answers."""
     named = with_runs(study, "forget05", ("ga", "ga+rt", "npo", "npo+rt"))
     if not named:
         return None
-    figure, panels = plt.subplots(1, 4, figsize=(17, 4.4), layout="constrained", width_ratios=(1, 1, 1, 1.25))
-    quality_panel(panels[0], study, named, "steps", "forget05: forget quality")
-    metric_panel(panels[1], named, "model_utility", "steps", "model utility", "model utility")
-    metric_panel(panels[2], named, "world_facts_kl", "steps", "KL to the start, world facts", "nats a token")
-    panels[2].set_yscale("symlog", linthresh=0.01)
-    panels[3].axis("off")
+    figure, ((quality, utility, divergence, answers),) = canvas(1, 4, 17, 4.4, width_ratios=(1, 1, 1, 1.25))
+    panel(quality, study, named, QUALITY, "steps", "forget05: forget quality")
+    panel(utility, study, named, "model_utility", "steps", "model utility")
+    panel(divergence, study, named, "world_facts_kl", "steps", "KL to the start, world facts")
+    divergence.set_yscale("symlog", linthresh=0.01)
+    answers.axis("off")
     told = {}
-    for method, runs in named:
-        sample = next((s for r in runs for s in r.get("samples", []) if s["set"] == "forget"), None)
-        if sample and method.endswith("+rt"):
-            told = told or {"question": sample["question"], "true": sample["answer"]}
-            told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
-    lines = ["\n".join(textwrap.wrap(f"{name}: {text}", 46, subsequent_indent="  "))
-             for name, text in told.items()]
-    panels[3].text(0, 1, "\n\n".join(lines), va="top", fontsize=8.5, family="monospace", parse_math=False)
-    panels[3].set_title("answers at the end, seed 1")
-    legend_below(figure, *panels[0].get_legend_handles_labels(), 4)
-    return save(figure, path)
+    for method, sample in ((m, s) for m, runs in named if m.endswith("+rt") for r in runs
+                           for s in r.get("samples", []) if s["set"] == "forget"):
+        told = told or {"question": sample["question"], "true": sample["answer"]}
+        told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
+    texts = [textwrap.fill(f"{name}: {text}", 46, subsequent_indent="  ") for name, text in told.items()]
+    answers.text(0, 1, "\n\n".join(texts), va="top", fontsize=8.5, family="monospace", parse_math=False)
+    answers.set_title("answers at the end, seed 1")
+    return finish(figure, quality.get_legend_handles_labels(), path, 4)
 
 
 def trade_off(study: dict, path: Path, splits: tuple):
@@ -173,19 +155,18 @@ def trade_off(study: dict, path: Path, splits: tuple):
     found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"]))]
     if not found:
         return None
-    size, entries = (5.2 * len(found), 5.2), {}
-    figure, panels = plt.subplots(1, len(found), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = canvas(1, len(found), 5.2 * len(found), 5.2)
+    entries = {}
     for axes, (split, named) in zip(panels[0], found, strict=True):
         entries |= trade_off_panel(axes, study, split, named)
-    legend_below(figure, entries.values(), entries.keys(), 8, title_fontsize=8,
-                 title="dashed red: 0.05; cyan: one retrained model against another")
-    return save(figure, path)
+    return finish(figure, (entries.values(), entries.keys()), path, 8, title_fontsize=8,
+                  title="dashed red: 0.05; cyan: one retrained model against another")
 
 
 def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
     """Each method's point with the seeds' range, the start and the retrained model; the legend's entries."""
     runs, entries = [r for _, own in named for r in own], {}
-    floor = floor_of([r["forget_quality_log10"][0] for r in runs] + [peak(r) for r in runs])
+    floor = floor_of([q for r in runs for q in (r[QUALITY][0], peak(r))])
     for method, own in named:
         color, _, marker = style(method)
         x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
@@ -195,40 +176,35 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
         entries[method] = axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color,
                                         markerfacecolor=color if "+" in method else "white", markersize=7,
                                         elinewidth=0.8, label=method)
-    start, quality = (statistics.mean(r[key][0] for r in runs)
-                      for key in ("model_utility", "forget_quality_log10"))
+    start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", QUALITY))
     entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown",
-                                            markersize=10, label="fine-tuned start", linestyle="")[0]
+                                            markersize=10)[0]
     utilities = [m["model_utility"] for m in study["retrained"]
                  if m["split"] == complement(split) and m.get("model_utility")]
     if utilities:
         entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
-                                                 markersize=14, label="retrained", linestyle="")[0]
+                                                 markersize=14)[0]
     dual_axis(axes, study, split, floor)
     lattice(axes, study, split, floor)
+    axes.grid(alpha=0.25)
     seeds = sorted({len(own) for _, own in named})
     axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
-             ylabel="forget quality at its peak")
-    axes.set_xlim(-0.03, max([start, *utilities]) * 1.1)
+             ylabel="forget quality at its peak", xlim=(-0.03, max([start, *utilities]) * 1.1))
     return entries
 
 
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
-    """Forget quality above, utility below, one column a split: over epochs, or over steps where these are
-    few."""
-    named = {split: with_runs(study, split, study["chosen"], select) for split in splits}
-    found = [(split, some) for split, some in named.items() if some]
+    """Forget quality above, utility below, one column a split, over epochs (forget01: over steps)."""
+    found = [(split, some) for split in splits if (some := with_runs(study, split, study["chosen"], select))]
     if not found:
         return None
-    size = (5.2 * len(found), 7.4)
-    figure, panels = plt.subplots(2, len(found), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = canvas(2, len(found), 5.2 * len(found), 7.4)
     for (split, some), (above, below) in zip(found, panels.T, strict=True):
         against = "steps" if split == STEP_SPLIT else "epochs"
-        quality_panel(above, study, some, against, split + note)
-        metric_panel(below, some, "model_utility", against, "", "model utility")
+        panel(above, study, some, QUALITY, against, split + note)
+        panel(below, study, some, "model_utility", against, "")
     legends = [axes.get_legend_handles_labels() for axes in panels[0]]
-    legend_below(figure, *max(legends, key=lambda legend: len(legend[0])), 7)
-    return save(figure, path)
+    return finish(figure, max(legends, key=lambda legend: len(legend[0])), path)
 
 
 def single_runs(runs: list, path: Path):
@@ -241,20 +217,24 @@ def single_runs(runs: list, path: Path):
 
 def figure7(study: dict, path: Path):
     """One question of three sets and every model's answer: green where it is desired, red where not."""
-    named = samples_of(study)
+    named = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
+    named += [("retrained", m["samples"]) for m in study["retrained"]
+              if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
+    named += [(m, r["samples"]) for m in study["chosen"] for r in chosen_runs(study, "forget10", m)
+              if "samples" in r]
     if len(named) < 3:
         return None
     def fit(text: str) -> str:
-        return "\n".join(textwrap.wrap(text or "(empty)", 58, max_lines=2, placeholder=" ..."))
+        return textwrap.fill(text or "(empty)", 58, max_lines=2, placeholder=" ...")
 
     sets = named[0][1]
-    figure, axes = plt.subplots(figsize=(17, 0.62 * (len(named) + 2)), layout="constrained")
+    figure, ((axes,),) = canvas(1, 1, 17, 0.62 * (len(named) + 2))
     axes.axis("off")
     head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
-    cells, colors = [["true answer", *(fit(s["answer"]) for s in sets)]], [["white"] * (len(sets) + 1)]
-    for who, samples in named:
-        cells.append([who, *(fit(f"[{s['kind']}] {s['generation']}") for s in samples)])
-        colors.append(["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in samples)])
+    cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
+    cells += [[who, *(fit(f"[{s['kind']}] {s['generation']}") for s in some)] for who, some in named]
+    colors = [["white"] * (len(sets) + 1)]
+    colors += [["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in some)] for _, some in named]
     grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
                       bbox=(0, 0, 1, 1), colWidths=(0.1, 0.3, 0.3, 0.3))
     grid.auto_set_font_size(False)
@@ -271,11 +251,10 @@ def figure8(study: dict, path: Path):
     named = with_runs(study, "forget10", study["chosen"])
     if not named:
         return None
-    figure, axes = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
-    metric_panel(axes, named, "forget_kl", "epochs", "forget10: forget KL to the start", "nats a token")
+    figure, ((axes,),) = canvas(1, 1, 7.5, 5.2)
+    panel(axes, study, named, "forget_kl", "epochs", "forget10: forget KL to the start")
     axes.set_yscale("symlog", linthresh=0.1)
-    legend_below(figure, *axes.get_legend_handles_labels(), 7)
-    return save(figure, path)
+    return finish(figure, axes.get_legend_handles_labels(), path)
 
 
 def retain_weight(study: dict, path: Path):
@@ -284,7 +263,7 @@ def retain_weight(study: dict, path: Path):
     found = {w: runs for w in weights if (runs := chosen_runs(study, "forget10", "npo+rt", w))}
     if len(found) < 2:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    figure, ((left, right),) = canvas(1, 2, 10.5, 4.4)
     floor = floor_of([last(r) for runs in found.values() for r in runs])
     for label, color, quality, place in (("peak", "black", peak, peak_at),
                                          ("end of the run", "tab:gray", last, lambda r: -1)):
@@ -296,6 +275,7 @@ def retain_weight(study: dict, path: Path):
     dual_axis(left, study, "forget10", floor)
     left.set(xlabel="retain weight", ylabel="forget quality", title="npo+rt, forget10")
     right.set(xlabel="retain weight", ylabel="utility, share of the start's", title="utility kept")
+    left.grid(alpha=0.25)
     right.grid(alpha=0.25)
     left.legend(fontsize=8)
     return save(figure, path)
@@ -311,8 +291,6 @@ MAKERS = {
 
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
     """The wanted figures that the study has runs for, as STEM_figureN.png; their paths."""
-    drawn = []
-    for figure in figures:
-        name = f"figure{figure}" if figure.isdigit() else figure
-        drawn.append(MAKERS[figure](study, stem.with_name(f"{stem.name}_{name}.png")))
+    names = {figure: f"figure{figure}" if figure.isdigit() else figure for figure in figures}
+    drawn = [MAKERS[f](study, stem.with_name(f"{stem.name}_{name}.png")) for f, name in names.items()]
     return [path for path in drawn if path]

@@ -1,12 +1,9 @@
 """What is there, and what is kept of it: run folders by their settings, a finished run in two kilobytes, the
-JSON of all of them.
-
-All runs of a split and a seed began from the same weights, so methods are always compared on one start; where
-it was trained again, on another machine say, its sums differ in rounding and its weights with them, and it
-serves for the splits and seeds that have no runs yet.
-"""
+JSON of all of them. All runs of a split and a seed began from the same weights, so methods are always
+compared on one start."""
 
 import json
+import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,10 +28,9 @@ SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_SPLITS = ("forget05", "forget10")  # of seed 1, for Figures 2 and 7
 SAMPLED_ROW = 7  # of each of these sets
 TEXT = 160  # characters of a sampled text that are kept
-COLLECTED = ("data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
+COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs",
+             "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
 
-
-# ---------------------------------------------------------------- the JSON
 
 def json_path(args: Namespace) -> Path:
     """OUT/tofu/DATA_MODEL.json."""
@@ -47,11 +43,9 @@ def read_study(path: Path) -> dict:
     """A distilled JSON. Raises InputError."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"there is no {path} yet: run without --draw-only first") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; move it away") from None
-    needed = {"runs", "retrained", "failed", "chosen", "tried", "budget", "provenance", "epochs", "model"}
+        raise InputError(f"cannot read {path}: {error}; run without --draw-only, or move it away") from None
+    needed = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model"}
     lacking = needed - set(study if isinstance(study, dict) else ())
     if lacking:
         raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; "
@@ -60,55 +54,43 @@ def read_study(path: Path) -> dict:
 
 
 def read_choices(args: Namespace) -> dict:
-    """What --choices takes the place of tuning with: method -> {"lr", "beta", "weights"}. Raises InputError
-    where something that the wanted figures need was not chosen there."""
+    """--choices in place of tuning: method -> {"lr", "beta", "weights"}. Raises InputError."""
     if not args.choices:
         return {}
     other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
+    chosen = other["chosen"]
     if other["model"] != args.model.partition("=")[0]:
-        raise InputError(f"{begin} made with --model {other['model']}, whose learning rates are no other "
-                         "model's")
+        raise InputError(f"{begin} made with --model {other['model']}: learning rates are a model's own")
     for figure in grid.wanted_figures(args):
         splits, methods = grid.wanted_of(args, figure)
         for method in methods:
-            if method not in other["chosen"]:
+            if method not in chosen:
                 raise InputError(f"{begin} nothing was chosen for {method}; name the --methods that it has "
-                                 f"({', '.join(other['chosen'])})")
-            lacking = [s for s in splits if s not in other["chosen"][method]["weights"]]
+                                 f"({', '.join(chosen)})")
+            lacking = sorted(set(splits) - set(chosen[method]["weights"]))
             if figure == "9" and lacking and "+rt" in method:
                 raise InputError(f"{begin} no retain weight was chosen for {method} on {lacking[0]}; run "
                                  "--figure 9 there first")
-    return other["chosen"]
+    return chosen
 
 
 def open_study(setup: Setup) -> Study:
-    """The study with its JSON, or a new one, and with the runs on the disk. Raises InputError for a JSON of
-    other data, start or flags."""
+    """The study with its JSON, or a new one, and the runs on the disk. Raises InputError."""
     args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
-    flags = {"base": args.base and Path(args.base).name, "retrained": args.retrained, **setup.extra}
     identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
-                "start": Path(start.folder).name if start else setup.preset.finetuned,
-                "flags": {key: value for key, value in flags.items() if value is not None}}
+                "start": Path(start.folder).name if start else setup.preset.finetuned, "flags": setup.extra}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
-    other = [key for key in identity if known.get(key) != identity[key]]
-    if other:
-        raise InputError(f"{path} was made with {other[0]} {known.get(other[0])}, not {identity[other[0]]}: "
-                         "give another --out")
-    budgets = {m: grid.budget(setup, m) for m in grid.METHODS}
-    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "learning_rates": budgets["ga"][0],
-              "betas": {m: betas for m, (_, betas) in budgets.items() if m.split("+")[0] in grid.WITH_BETA},
-              "weights": list(grid.TUNED_WEIGHTS), "retain_weights": list(grid.RETAIN_WEIGHTS)}
-    known.update(data="builtin" if args.data == "builtin" else Path(args.data).name, model=setup.preset_name,
-                 failed=[], parameters=setup.parameters, budget=budget, provenance=provenance(args),
-                 choices_from=Path(args.choices).name if args.choices else None)
+    for key, value in identity.items():
+        if known.get(key) != value:
+            raise InputError(f"{path} was made with {key} {known.get(key)}, not {value}: give another --out")
+    data = args.data if args.data == "builtin" else Path(args.data).name
+    budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "retain_weights": grid.RETAIN_WEIGHTS}
+    made = environment()  # without this machine's folders
+    words = [Path(word).name if "/" in word else word for word in made["command"].split()]
+    made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
+    known.update(data=data, model=setup.preset_name, failed=[], parameters=setup.parameters, budget=budget,
+                 provenance=made, choices_from=Path(args.choices).name if args.choices else None)
     return find_runs(Study(setup, known, {}, {}))
-
-
-def provenance(args: Namespace) -> dict:
-    """`environment`, without this machine's folders."""
-    found, folder = environment(), Path(args.data).name if args.data != "builtin" else None
-    words = [Path(word).name if "/" in word else word for word in found["command"].split()]
-    return {**found, "command": " ".join("TOFU_DIR" if word == folder else word for word in words)}
 
 
 def only(study: dict, splits: list | None, methods: list | None) -> dict:
@@ -117,11 +99,8 @@ def only(study: dict, splits: list | None, methods: list | None) -> dict:
             "chosen": {m: choice for m, choice in study["chosen"].items() if not methods or m in methods}}
 
 
-# ---------------------------------------------------------------- what is there
-
 def find_runs(study: Study) -> Study:
-    """The study with the finished and the interrupted runs under --runs, by their settings, whatever their
-    names. Raises InputError."""
+    """With the finished and the interrupted runs under --runs, by their settings. Raises InputError."""
     finished, interrupted = {}, {}
     for config in sorted(Path(study.setup.args.runs).glob("*/config.json")):
         try:
@@ -130,26 +109,24 @@ def find_runs(study: Study) -> Study:
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{config} is not what a run writes: move its folder away") from None
         if set(grid.SIGNIFICANT) <= set(settings):  # else of another program's, or of an older version's
+            start, log = Path(settings["start"]), settings["retain_log"]
+            key = grid.run_key(settings, data, start.parent.name if start.name == "model" else str(start),
+                               Path(log).parent.parent.name if log else "")
             place = finished if (config.parent / "model").is_dir() else interrupted
-            place.setdefault(unlearned_key(settings, data), str(config.parent))
+            place.setdefault(key, str(config.parent))
     return study._replace(finished=finished, interrupted=interrupted)
-
-
-def unlearned_key(settings: dict, data_fingerprint: str) -> str:
-    """`run_key` of a stored run, from where its start and its retain log lie."""
-    start, retain_log = Path(settings["start"]), settings["retain_log"]
-    return grid.run_key(settings, data_fingerprint,
-                        start.parent.name if start.name == "model" else settings["start"],
-                        Path(retain_log).parent.parent.name if retain_log else "")
 
 
 def is_model_there(job: Job) -> bool:
     return (Path(job.folder) / "model").is_dir()
 
 
+def recorded_keys(study: Study) -> set:
+    return {r["key"] for r in study.known["runs"] + study.known["retrained"]}
+
+
 def missing(study: Study, jobs: list) -> list[Job]:
-    """What must still be run, models first: runs without record and without finished folder, and the models
-    they need."""
+    """Runs without record and without finished folder, and before them the models that they need."""
     failed = {f["key"] for f in study.known["failed"]}
     ended = recorded_keys(study) | failed | study.finished.keys()
     open_jobs = [job for job in jobs if job.key not in ended]
@@ -158,16 +135,10 @@ def missing(study: Study, jobs: list) -> list[Job]:
     return list(models.values()) + open_jobs
 
 
-def recorded_keys(study: Study) -> set:
-    return {r["key"] for r in study.known["runs"] + study.known["retrained"]}
-
-
-# ---------------------------------------------------------------- what is kept of a run
-
 def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
-    """A finished run in two kilobytes: `facts`, which say which run it is, the curves of its metrics, and
-    counts of its last answers."""
-    evaluations = read_evaluations(folder)
+    """A finished run in two kilobytes: `facts`, the curves of its metrics, counts of its last answers."""
+    files = sorted((folder / "eval").glob("step_*.json"))
+    evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
     kept = {**facts, "commit": config["commit"], "start_weights": config["start_weights"],
@@ -177,26 +148,25 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     split, first, last = facts["split"], evaluations[0]["rows"], evaluations[-1]["rows"]
     judged = evaluation_split(split)
     told = last if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
-    kept["answers"] = {name: answers_of(data, judged, name, last[name]) for name in told}
+    kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
     if facts["seed"] == 1 and judged in SAMPLED_SPLITS:
         kept["samples"] = samples_of(data, judged, last)
+    ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
     if facts["kind"] == "model":
         kept["model_utility"] = short(evaluations[-1]["metrics"]["model_utility"])
-        kept["log_truth_ratios"] = [round(log_truth_ratio(row), 4) for row in last["forget"]]
+        kept["log_truth_ratios"] = [round(ratio, 4) for ratio in ratios[-1]]
         return kept
     if "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
         kept["samples_start"] = samples_of(data, judged, first)
-        kept["answers_start"] = {name: answers_of(data, judged, name, rows) for name, rows in first.items()}
+        kept["answers_start"] = answers_of(data, judged, first)
     kept.update(steps=[e["provenance"]["step"] for e in evaluations], total_steps=log[-1]["step"])
     kept.update({key: [short(e["metrics"][key]) for e in evaluations] for key in CURVES})
     for name in ("forget", "retain"):
         kept[f"{name}_probability"] = [short(e["metrics"][name]["probability"]) for e in evaluations]
+    # What the Kolmogorov-Smirnov test sees, in two numbers.
+    kept["log_truth_ratio_mean"] = [short(statistics.mean(some)) for some in ratios]
+    kept["log_truth_ratio_sd"] = [short(statistics.pstdev(some)) for some in ratios]
     return kept
-
-
-def read_evaluations(folder: Path) -> list:
-    files = sorted((folder / "eval").glob("step_*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in files]
 
 
 def short(number: float | None) -> float | None:
@@ -208,68 +178,54 @@ def short(number: float | None) -> float | None:
 def texts_of(data: str, split: str) -> tuple:
     """(evaluated rows, word pairs of answers, of refusals) of a forget split."""
     task = load_task(data, split)
-    answers = [row["answer"] for row in task.full + task.facts()]
-    return task.evaluated, pairs_of(answers), pairs_of(task.refusals)
+    return (task.evaluated, pairs_of([row["answer"] for row in task.full + task.facts()]),
+            pairs_of(task.refusals))
 
 
-def answers_of(data: str, split: str, name: str, rows: list) -> dict:
-    """`statistics_of` a set's generations."""
-    evaluated, answers, refusals = texts_of(data, split)
-    return statistics_of([row["generation"] for row in rows], evaluated[name][:len(rows)], answers, refusals)
+def answers_of(data: str, split: str, rows: dict) -> dict:
+    """`statistics_of` each set's generations."""
+    evaluated, *pairs = texts_of(data, split)
+    return {name: statistics_of([row["generation"] for row in some], evaluated[name][:len(some)], *pairs)
+            for name, some in rows.items()}
 
 
 def samples_of(data: str, split: str, rows: dict) -> list:
     """One question a set with its answer: {"set", "question", "answer", "generation", "kind"}."""
-    evaluated, answers, refusals = texts_of(data, split)
-    samples = []
+    (evaluated, *pairs), samples = texts_of(data, split), []
     for name in SAMPLED_SETS:
-        at = min(SAMPLED_ROW, len(rows[name]) - 1)
-        row = rows[name][at]
+        row, asked = (some[name][min(SAMPLED_ROW, len(rows[name]) - 1)] for some in (rows, evaluated))
         samples.append({"set": name, **{k: row[k][:TEXT] for k in ("question", "answer", "generation")},
-                        "kind": kind(row["generation"], evaluated[name][at], answers, refusals)})
+                        "kind": kind(row["generation"], asked, *pairs)})
     return samples
 
 
 def collected(folder: Path, log_truth_ratio: Callable) -> dict:
-    """The record of a single run, known by its folder alone, with all metrics of every evaluation, and mean
-    and standard deviation of log R on the forget rows: what the Kolmogorov-Smirnov test sees, in two numbers.
-    Raises InputError."""
+    """The record of a single run, known by its settings alone. Raises InputError."""
     if not (folder / "model").is_dir():
         raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
     config = json.loads((folder / "config.json").read_text())
-    settings, evaluations = config["settings"], read_evaluations(folder)
-    facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn", "method": grid.method_of(settings),
-             **{k: settings[k] for k in ("split", "seed", "lr", "beta", "forget_weight", "retain_weight",
-                                         "kl_weight", "epochs")}}
-    ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
-    return {**record(folder, facts, settings["data"], log_truth_ratio),
-            "settings": {k: settings[k] for k in COLLECTED}, "metrics": [e["metrics"] for e in evaluations],
-            "log_truth_ratio": [{"mean": round(statistics.mean(r), 4), "sd": round(statistics.pstdev(r), 4)}
-                                for r in ratios],
-            "provenance": {k: config[k] for k in ("versions", "commit", "command", "time", "device",
-                                                  "world_size", "start_weights", "data_fingerprint")}}
+    settings = config["settings"]
+    facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn", "command": config["command"],
+             **{k: settings[k] for k in COLLECTED}}
+    return record(folder, facts, settings["data"], log_truth_ratio)
 
-
-# ---------------------------------------------------------------- keeping it
 
 def keep(study: Study, job: Job, folder: Path, seconds: float | None) -> Study:
     """The study with the record of a finished job, written to its JSON."""
     facts = {"key": job.key, **job.facts, "flops": round(job.flops), "seconds": seconds and round(seconds, 1)}
-    return keep_record(study, record(folder, facts, study.setup.args.data, study.setup.core.log_truth_ratio))
+    return keep_record(study, record(folder, facts, study.setup.args.data, study.setup.log_truth_ratio))
 
 
 def keep_record(study: Study, kept: dict) -> Study:
     """The study with one more record, written to its JSON. Raises InputError for a run from another start
-    than the others of its split and seed: names and settings of two starts can be the same where their
-    weights, made on two machines, are not."""
+    than the others of its split and seed: one name's weights differ from machine to machine, in rounding."""
     place, path = "retrained" if kept["kind"] == "model" else "runs", json_path(study.setup.args)
     began = {r["start_weights"] for r in study.known["runs"]
              if all(r.get(key) == kept.get(key) for key in ("split", "seed", "start_seed"))}
     if began - {kept["start_weights"]}:
         raise InputError(f"{path} has runs of {kept['split']}, seed {kept['seed']}, that began from weights "
                          f"{min(began)}, and these begin from {kept['start_weights']}: they can't be "
-                         "compared; bring that start's folder, give another --out, or take those runs out "
-                         "of the JSON")
+                         "compared; bring that start's folder, or give another --out")
     others = [r for r in study.known[place] if r["key"] != kept["key"]]
     found = sorted(others + [kept], key=lambda r: [str(r.get(k, "")) for k in ORDER])
     study = study._replace(known={**study.known, place: found})
@@ -279,23 +235,24 @@ def keep_record(study: Study, kept: dict) -> Study:
 
 def complete(study: Study) -> dict:
     """The JSON's content: the records, what follows from them, and where they come from."""
-    choices, tried = grid.chosen(study)
-    log10_p = study.setup.core.ks_log10_p
     samples = {}  # forget split -> seed -> log R of its retrained model
     for model in study.known["retrained"]:
         if "log_truth_ratios" in model:
             by_seed = samples.setdefault(evaluation_split(model["split"]), {})
             by_seed[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
-    lattice = {str(n): [[k, round(log10_p(n, k / n), 12)] for k in range(n + 1)]
-               for n in sorted(set(rows.values())) if n <= 60}
-    return {**study.known, "chosen": choices, "tried": tried, "forget_rows": rows, "lattice": lattice,
-            "ceilings": {split: ceilings(by_seed, log10_p) for split, by_seed in samples.items()}}
+    lattice = {str(n): [[k, round(log10_p(range(n), [i + k - 0.5 for i in range(n)]), 12)]
+                        for k in range(n + 1)] for n in sorted(set(rows.values())) if n <= 60}
+    return {**study.known, "chosen": grid.chosen(study), "forget_rows": rows, "lattice": lattice,
+            "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
 
 
-def ceilings(log_ratios: dict, log10_p: Callable) -> list:
-    """log10 forget quality of each pair of retrained models of different seeds: what perfect unlearning would
-    score."""
-    return [{"seeds": [a, b],
-             "log10": round(log10_p(len(log_ratios[a]), ks_2samp(log_ratios[a], log_ratios[b]).statistic), 4)}
+def log10_p(first: list, second: list) -> float:
+    """Of the Kolmogorov-Smirnov test, exact: for the rows of TOFU, whose p-values are all above 1e-308."""
+    return math.log10(ks_2samp(first, second, method="exact").pvalue)
+
+
+def ceilings(log_ratios: dict) -> list:
+    """log10 forget quality of pairs of retrained models: what perfect unlearning would score."""
+    return [{"seeds": [a, b], "log10": round(log10_p(log_ratios[a], log_ratios[b]), 4)}
             for a, b in combinations(sorted(log_ratios), 2)]

@@ -1,21 +1,20 @@
 """Section 5's claims as computed verdicts. Pure functions of the study's JSON: no model, no PyTorch.
 
-A claim is a list of tests. Each test has one number a seed and a threshold; an interval of the mean over
-seeds (`interval`: 95%, bootstrap from five seeds on, Student's t below; `share_interval` for yes and no)
-decides: the test holds where the whole interval is on the right side, fails where it is on the other, and is
-undecided otherwise. One seed decides nothing, and neither do fewer than five that are all equal: their
-interval has no width, which shows that the number takes few values and not that the next seed will have the
-same. A claim holds where all of its tests hold and fails where one fails.
+A claim is a list of tests, and holds where all of them hold, fails where one fails. Each test has one number
+a seed and a threshold; a 95% interval over seeds decides (`interval` of a mean; `share_bounds` of a yes or
+no): the test holds where all of it is on the right side, fails where all is on the other, and is undecided
+otherwise. One seed decides nothing, and neither do fewer than five that are all equal: an interval without
+width shows that the number takes few values, and not that the next seed will have the same.
 
 The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially
 small" a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run
 within one decade of the peak, "greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50
-and forget90 is 88% of its start's. Forget quality is averaged in decades, and "exceeds" is said of this mean:
-single seeds may do otherwise.
+and forget90 is 88% of its start's. Forget quality is averaged in decades, and "exceeds" is said of this mean.
 """
 
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 from scipy import stats
@@ -30,17 +29,17 @@ PRESERVED, PRESERVED_BEYOND = 0.8, 0.88  # shares of the start's utility
 REFUSING, REPEATING, OF_THE_WORDING, EXPLODING = 0.1, 0.3, 0.5, 3.0
 UTILITIES = (0.5, 0.7, 0.9)  # shares of the start's utility at which methods are compared
 RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
+RANK = {False: 0, "undecided": 1, True: 2}
 
 
-# ---------------------------------------------------------------- selecting runs
-
-def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None) -> list:
+def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None,
+                start_seed: int = 0) -> list:
     """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1,
     or with another retain weight (0: npo at npo+rt's lr and beta)."""
     if method not in study["chosen"]:
         return []
     choice, plain = study["chosen"][method], method.removesuffix("+rt")
-    wanted = {"split": split, "method": plain if retain_weight == 0 else method, "start_seed": 0,
+    wanted = {"split": split, "method": plain if retain_weight == 0 else method, "start_seed": start_seed,
               "epochs": study["epochs"], "forget_weight": 1, "kl_weight": int("+kl" in method),
               "retain_weight": int("+rt" in method) if retain_weight is None else retain_weight,
               "lr": choice["lr"], "beta": choice["beta"]}
@@ -56,28 +55,11 @@ def tuned_runs(study: dict, split: str, method: str) -> list:
     return [] if weight is None else chosen_runs(study, split, method, weight)
 
 
-def second_start(study: dict, split: str, method: str) -> list:
-    choice = study["chosen"].get(method, {})
-    return [r for r in study["runs"] if r["split"] == split and r["method"] == method and r["start_seed"] > 0
-            and all(r[k] == choice.get(k) for k in ("lr", "beta"))]
-
-
-def by_seed(first: list, second: list) -> list:
-    """Pairs of runs with the same seed."""
+def differences(first: list, second: list, value) -> list:
+    """value(a) - value(b) for runs a and b of the same seed."""
     other = {r["seed"]: r for r in second}
-    return [(r, other[r["seed"]]) for r in first if r["seed"] in other]
+    return [value(r) - value(other[r["seed"]]) for r in first if r["seed"] in other]
 
-
-def samples_of(study: dict) -> list:
-    """(who, samples) on forget10: the start, the retrained model, then every method's run of seed 1."""
-    start = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
-    retrained = [("retrained", m["samples"]) for m in study["retrained"]
-                 if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
-    return start + retrained + [(m, r["samples"]) for m in study["chosen"]
-                                for r in chosen_runs(study, "forget10", m) if "samples" in r]
-
-
-# ---------------------------------------------------------------- a run in one number
 
 def peak_at(run: dict) -> int:
     """Where in the run's evaluations, after the start, forget quality is largest; the first of equals."""
@@ -105,8 +87,7 @@ def lowest_later(run: dict) -> float:
 
 
 def best_at_utility(run: dict, share: float) -> float:
-    """The largest log10 forget quality of an evaluation that keeps this share of the start's utility; the
-    start does."""
+    """The largest log10 forget quality of an evaluation with this share of the start's utility or more."""
     return max(q for i, q in enumerate(run["forget_quality_log10"]) if kept_utility(run, i) >= share)
 
 
@@ -116,13 +97,10 @@ def rate(answers: dict, kind: str, sets: tuple) -> float:
     return sum(c[kind] for c in counts) / sum(c["answers"] for c in counts)
 
 
-# ---------------------------------------------------------------- judging
-
 def interval(values: list) -> tuple[float, float]:
     """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles
-    moved out for small samples (Hesterberg, 2015); with so few seeds that resampling reaches no further than
-    the smallest and the largest value, which cover half of the true means (two seeds) or three quarters
-    (three), Student's t."""
+    moved out for small samples (Hesterberg, 2015); below five seeds, where resampling covers half (two) or
+    three quarters (three) of the true means, Student's t."""
     values, n = np.array(values, dtype=float), len(values)
     t = stats.t.ppf((1 + COVERED) / 2, n - 1)
     if n < BOOTSTRAP_FROM:
@@ -133,27 +111,29 @@ def interval(values: list) -> tuple[float, float]:
     return tuple(map(float, np.quantile(means, [tail, 1 - tail])))
 
 
-def share_interval(values: list) -> tuple[float, float]:
-    """95% interval of the share of seeds in which something is so: the exact binomial one (Clopper, Pearson,
-    1934). With all seeds alike it takes six of them to be on one side of a half."""
-    found = stats.binomtest(sum(values), len(values)).proportion_ci(COVERED, method="exact")
+def share_bounds(values: list) -> tuple[float, float]:
+    """The lower and the upper one-sided 95% bound of the share of seeds in which something is so (Clopper,
+    Pearson, 1934). A claim about a share has a direction, so one bound judges it: 5 of 5 give 0.549 or more,
+    where a two-sided interval would reach down to 0.478 and five seeds could never show a majority."""
+    both = 2 * COVERED - 1  # the two-sided level whose tails are the one-sided ones
+    found = stats.binomtest(sum(values), len(values)).proportion_ci(both, method="exact")
     return float(found.low), float(found.high)
 
 
 def test(what: str, values: list, sign: str, threshold: float) -> dict:
-    """{"what", "mean", "interval", "sign", "threshold", "seeds", "equal", "holds"}: is the mean above (sign
-    ">") or below ("<") the threshold? Values of True and False are a share. "equal": too few seeds, all with
-    one value."""
-    is_share = bool(values) and all(isinstance(value, bool) for value in values)
-    equal = not is_share and 1 < len(values) < BOOTSTRAP_FROM and bool(np.allclose(values, values[0]))
-    found = {"what": what, "mean": statistics.mean(map(float, values)) if values else None, "interval": None,
-             "sign": sign, "threshold": threshold, "seeds": len(values), "equal": equal, "holds": "undecided"}
-    if len(values) < 2 or equal:
+    """{"what", "mean", "interval", "sign", "threshold", "seeds", "holds"}: is the mean above (sign ">") or
+    below ("<") the threshold? Values of True and False are a share. No interval: nothing is decided."""
+    found = {"what": what, "mean": None, "interval": None, "sign": sign, "threshold": threshold,
+             "seeds": len(values), "holds": "undecided"}
+    if not values:
         return found
-    low, high = share_interval(values) if is_share else interval(values)
-    if low > threshold or high < threshold:
-        found["holds"] = (low > threshold) == (sign == ">")
-    return {**found, "interval": [low, high]}
+    found["mean"], is_share = statistics.mean(map(float, values)), isinstance(values[0], bool)
+    equal = not is_share and len(values) < BOOTSTRAP_FROM and np.allclose(values, values[0])
+    if len(values) > 1 and not equal:
+        found["interval"] = low, high = list(share_bounds(values) if is_share else interval(values))
+        if low > threshold or high < threshold:
+            found["holds"] = (low > threshold) == (sign == ">")
+    return found
 
 
 def each(study: dict, split: str, methods: tuple, what: str, value, sign: str, threshold: float) -> list:
@@ -163,22 +143,12 @@ def each(study: dict, split: str, methods: tuple, what: str, value, sign: str, t
 
 
 def peaks(study: dict, split: str, methods: tuple, sign: str) -> list:
-    """One test a method: is its peak forget quality above or below 0.05?"""
     return each(study, split, methods, "peak log10 forget quality", peak, sign, LINE)
 
 
 def one_of(tests: list) -> dict:
-    """The test that speaks for "some of them do": one that holds, else an undecided one, else the nearest to
-    it."""
-    rank = {True: 2, "undecided": 1, False: 0}
-    return max(tests, key=lambda t: (rank[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
-
-
-def combined(answers: list) -> bool | str:
-    """True where all hold, False where one fails, else (or where there is none) undecided."""
-    if False in answers:
-        return False
-    return "undecided" if not answers or "undecided" in answers else True
+    """What speaks for "some of them do": a test that holds, else an undecided one, else the nearest."""
+    return max(tests, key=lambda t: (RANK[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
 
 
 # ---------------------------------------------------------------- the claims, each in the paper's words
@@ -204,9 +174,9 @@ def npo_beats_ga(study: dict) -> list:
     tests = []
     for split in ("forget05", "forget10"):
         for npo, ga in zip(NPO_BASED, GA_BASED, strict=True):
-            pairs = by_seed(chosen_runs(study, split, npo), chosen_runs(study, split, ga))
+            ours, theirs = chosen_runs(study, split, npo), chosen_runs(study, split, ga)
             for share in UTILITIES:
-                gains = [best_at_utility(a, share) - best_at_utility(b, share) for a, b in pairs]
+                gains = differences(ours, theirs, partial(best_at_utility, share=share))
                 what = f"decades of forget quality at {share:.0%} of the start's utility"
                 tests.append(test(f"{split} {npo} over {ga}: {what}", gains, ">", 0.0))
     return tests
@@ -254,20 +224,19 @@ def answers_on_forget_set(study: dict) -> list:
 def retain_weight(study: dict) -> list:
     """npo+rt's forget quality rises with the retain weight from 0 to 2 and falls to 5"""
     zero, two, five = (chosen_runs(study, "forget10", "npo+rt", w) for w in (0, 2, 5))
-    rises, falls = ([peak(b) - peak(a) for a, b in by_seed(*pair)] for pair in ((zero, two), (two, five)))
-    return [test("forget10: decades of peak forget quality from weight 0 to 2", rises, ">", 0.0),
-            test("forget10: decades from weight 2 to 5", falls, "<", 0.0)]
+    what = "forget10: decades of peak forget quality from weight"
+    return [test(f"{what} 0 to 2", differences(two, zero, peak), ">", 0.0),
+            test(f"{what} 2 to 5", differences(five, two, peak), "<", 0.0)]
 
 
 def forget_kl(study: dict) -> list:
     """the divergence from the start on the forget set explodes for ga and stays moderate for npo"""
-    tests = []
-    for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt")):
-        pairs = by_seed(chosen_runs(study, "forget10", ga), chosen_runs(study, "forget10", npo))
-        ends = [(a["forget_kl"][-1], b["forget_kl"][-1]) for a, b in pairs]
-        tests.append(test(f"forget10: log of the last forget KL of {ga} over {npo}'s",
-                          [math.log(a / b) for a, b in ends if min(a, b) > 0], ">", math.log(EXPLODING)))
-    return tests
+    def log_last(run: dict) -> float:
+        return math.log(max(run["forget_kl"][-1], 1e-9))  # what is smaller is rounding
+
+    return [test(f"forget10: log of the last forget KL of {ga} over {npo}'s",
+                 differences(*(chosen_runs(study, "forget10", m) for m in (ga, npo)), log_last), ">",
+                 math.log(EXPLODING)) for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt"))]
 
 
 def beyond10(study: dict) -> list:
@@ -288,16 +257,11 @@ CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_r
 
 
 def verdicts(study: dict) -> list[dict]:
-    """Every claim of Section 5, in the paper's order: {"key", "claim", "holds", "tests", "scale"}."""
-    found = []
-    for claim in CLAIMS:
-        tests = claim(study)
-        found.append({"key": claim.__name__, "claim": claim.__doc__, "tests": tests, "scale": scale(study),
-                      "holds": combined([t["holds"] for t in tests])})
-    return found
+    """Every claim of Section 5, in the paper's order: {"key", "claim", "scale", "tests", "holds"}."""
+    found = [{"key": claim.__name__, "claim": claim.__doc__, "scale": scale(study), "tests": claim(study)}
+             for claim in CLAIMS]
+    return [{**v, "holds": min((t["holds"] for t in v["tests"]), key=RANK.get)} for v in found]
 
-
-# ---------------------------------------------------------------- a verdict in words
 
 ANSWER = {True: "holds", False: "does not hold", "undecided": "undecided"}
 
@@ -307,29 +271,22 @@ def scale(study: dict) -> str:
     return f"{study['model']} ({size / 1e6:.2g} M parameters), {study['data']}, {study['epochs']} epochs"
 
 
-def deciding(v: dict) -> list:
-    """The tests that a reader should see first: those that fail, else the undecided ones, else all."""
-    run = [t for t in v["tests"] if t["seeds"] > 0]
-    return [t for t in run if t["holds"] is False] or [t for t in run if t["holds"] == "undecided"] or run
-
-
 def told(t: dict) -> str:
     """One test in words."""
-    spread = f"{t['seeds']} equal seeds" if t["equal"] else "one seed"
+    spread = f"{t['seeds']} equal seeds" if t["seeds"] > 1 else "one seed"
     if t["interval"]:
         spread = "{:.3g} to {:.3g}".format(*t["interval"])
     return f"{t['what']} {t['mean']:.3g} ({spread}), needs {t['sign']} {t['threshold']:.3g}"
 
 
 def numbers_of(v: dict) -> str:
-    """How many of a verdict's tests hold, and the numbers that decide it."""
-    shown = deciding(v)
+    """How many of a verdict's tests hold, and the numbers that decide it: tests that answer as it does."""
+    shown = [t for t in v["tests"] if t["holds"] == v["holds"] and t["seeds"] > 0]
     numbers = "; ".join(map(told, shown if len(shown) <= 3 else shown[:2])) or "not run"
     return f"{sum(t['holds'] is True for t in v['tests'])} of {len(v['tests'])} tests hold; {numbers}"
 
 
 def line(v: dict) -> str:
     """One verdict in one line."""
-    seeds = sorted({t["seeds"] for t in v["tests"]})
-    span = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{v['scale']}, {span} seeds]"
+    seeds = max(t["seeds"] for t in v["tests"])
+    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{v['scale']}, {seeds} seeds]"

@@ -1,15 +1,9 @@
-"""Runs in worker processes, each after the models that it needs, and how long they will take.
-
-SIGTERM lets a worker finish its step and save.
-"""
+"""Runs in worker processes, each after the models that it needs, and how long they will take."""
 
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,76 +15,33 @@ from study.grid import Job, Study
 from support.errors import InputError
 from support.files import fingerprint, write_json
 
-TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 # Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
-FLOP_RATE = {"tiny": 4.5e10, None: 1e14}
+FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
 LIBRARIES = 0.6e9
 
 
-# ---------------------------------------------------------------- one run
-
-def run_job(job: Job, resumed: str | None, train: Callable, processes: int) -> tuple[str, float]:
-    """Train one, with `train` of `Core` or, where `processes` > 1, through torchrun; (its folder,
-    seconds)."""
-    begin, unlearns, folder = time.perf_counter(), job.facts["kind"] == "unlearn", resumed
-    if not folder and Path(job.folder).is_dir():
+def run_job(job: Job, resumed: str | None, train: Callable) -> tuple[str, float]:
+    """Train one: its folder, seconds."""
+    begin, unlearns = time.perf_counter(), job.facts["kind"] == "unlearn"
+    if not resumed and Path(job.folder).is_dir():
         if unlearns:  # `find_runs` knows every run by its settings, and this one has others
             raise InputError(f"{job.folder} holds another run: move it away")
-        folder = job.folder
-    given = {"resume": folder} if folder else {**job.given, "out": job.folder}
+        resumed = job.folder
+    given = {"resume": resumed} if resumed else {**job.given, "out": job.folder}
     if given.get("retain_log"):
         given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
-    folder = Path(folder or job.folder)
-    if processes > 1:
-        launch(words_of(given), processes)
-    elif unlearns:  # the start's evaluation on this split is the same in each run: it is made once
-        start = start_rows_file(job)
-        rows = json.loads(start.read_text(encoding="utf-8")) if start.exists() else None
-        train(given, rows)
-        if rows is None:
-            evaluated = folder / "eval" / "step_000000.json"
-            write_json(start, json.loads(evaluated.read_text(encoding="utf-8"))["rows"])
-    else:
-        train(given, None)
+    folder, start = Path(resumed or job.folder), start_rows_file(job) if unlearns else None
+    is_there = unlearns and start.exists()
+    train(given, json.loads(start.read_text(encoding="utf-8")) if is_there else None)
+    if unlearns and not is_there:
+        write_json(start, json.loads((folder / "eval" / "step_000000.json").read_text())["rows"])
     for part in ("checkpoints", "reference") if unlearns else ():  # a hundred runs would fill the disk
         shutil.rmtree(folder / part, ignore_errors=True)
     return str(folder), time.perf_counter() - begin
 
 
-def words_of(given: dict) -> list[str]:
-    """train_npo.py's command line for these settings."""
-    words = []
-    for key, value in given.items():
-        if (key, value) != ("eval_every", "end"):  # fine-tuning's default, which no word stands for
-            words += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return words
-
-
-def launch(words: list, processes: int):
-    """train_npo.py through torchrun. SIGTERM is handed on: the run finishes its step and is saved. Raises
-    Stopped after that, CalledProcessError where it fails."""
-    from running.run_folder import Stopped
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(TRAIN),
-               *words]
-    child, asked = subprocess.Popen(command), []
-
-    def hand_on(number, frame):
-        asked.append(number)
-        child.terminate()
-
-    before = signal.signal(signal.SIGTERM, hand_on)
-    try:
-        status = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if asked:
-        raise Stopped("stopped by a signal")
-    if status:
-        raise subprocess.CalledProcessError(status, command)
-
-
 def start_rows_file(job: Job) -> Path:
-    """Where the start's evaluation is kept for the other runs from this start on this split."""
+    """Where the start's evaluation on this split is kept: it is the same in each run from this start."""
     given, split = job.given, job.facts["split"]
     starts = [need for need in job.needs if need.facts["split"] == "full"]
     times = [Path(start.folder, "model").stat().st_mtime_ns for start in starts]
@@ -98,31 +49,29 @@ def start_rows_file(job: Job) -> Path:
     return Path(job.folder).parent / f"start_{split}_{mark[:8]}.json"
 
 
-# ---------------------------------------------------------------- all runs
-
 def run_missing(study: Study) -> Study:
     """Pass after pass: what is known decides what is planned, until nothing is missing."""
-    args = study.setup.args
+    figures = grid.wanted_figures(study.setup.args)
     while True:
-        study = record_finished(study, grid.plan(study, grid.wanted_figures(args)))
-        todo = records.missing(study, grid.plan(study, grid.wanted_figures(args)))
+        study = record_finished(study, grid.plan(study, figures))
+        todo = records.missing(study, grid.plan(study, figures))
         ready = [job for job in todo if job.given]
         if not ready:
             return study
         print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about "
-              f"{clock(seconds_of(study, todo) / args.jobs)}; what they print is in {args.runs}/worker*.log",
+              f"{clock(seconds_of(study, todo))}; what they print is in {study.setup.args.runs}/worker*.log",
               flush=True)
-        study = records.find_runs(execute(study, ready, todo))
+        study = records.find_runs(execute(study, ready))
 
 
 def record_finished(study: Study, jobs: list) -> Study:
-    """Finished folders whose record is not in the JSON: runs that ended while nobody looked, and models of
-    other commands."""
-    known, needs = records.recorded_keys(study), [need for job in jobs for need in job.needs]
-    folders = {need.key: need.folder for need in needs if records.is_model_there(need)} | study.finished
-    for job in {job.key: job for job in needs + jobs}.values():
-        if job.key in folders.keys() - known:
-            study = records.keep(study, job, Path(folders[job.key]), None)
+    """Records of runs that ended while nobody looked, and of models of other commands."""
+    needs = {need.key: need for job in jobs for need in job.needs}
+    folders = {key: need.folder for key, need in needs.items() if records.is_model_there(need)}
+    folders |= study.finished
+    for key, job in (needs | {job.key: job for job in jobs}).items():
+        if key in folders.keys() - records.recorded_keys(study):
+            study = records.keep(study, job, Path(folders[key]), None)
     return study
 
 
@@ -140,13 +89,10 @@ def into_log(runs: str):
             os.dup2(file.fileno(), descriptor)
 
 
-def execute(study: Study, jobs: list, todo: list) -> Study:
-    """Run `jobs`, each after what it needs; record each as it ends. Returns the study with what is known
-    then. `todo`: these and what comes after them."""
-    args, begin = study.setup.args, time.perf_counter()
-    count = min(args.jobs, len(jobs))
-    pool = new_pool(count, args.runs)
-    waiting, running = list(jobs), {}  # the latter: future -> job
+def execute(study: Study, jobs: list) -> Study:
+    """Run `jobs`, each after what it needs, and record each as it ends."""
+    args, count = study.setup.args, min(study.setup.args.jobs, len(jobs))
+    pool, waiting, running = new_pool(count, args.runs), list(jobs), {}  # the last: future -> job
     try:
         while waiting or running:
             pending = {job.key for job in [*waiting, *running.values()]}
@@ -156,23 +102,23 @@ def execute(study: Study, jobs: list, todo: list) -> Study:
                 if not all(map(records.is_model_there, job.needs)):
                     study = fail(study, job, "a model that it needs could not be trained")
                     continue
-                given = job, study.interrupted.get(job.key), study.setup.core.train, args.processes
+                task = run_job, job, study.interrupted.get(job.key), study.setup.train
                 try:
-                    running[pool.submit(run_job, *given)] = job
+                    future = pool.submit(*task)
                 except BrokenProcessPool:  # a process of it was killed, out of memory perhaps
                     pool = new_pool(count, args.runs)
-                    running[pool.submit(run_job, *given)] = job
+                    future = pool.submit(*task)
+                running[future] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 study, text = ended(study, job, future)
-                left = [j for j in todo if not j.given or j in waiting or j in running.values()]
-                print(f"[{len(todo) - len(left)} of {len(todo)}; {clock(time.perf_counter() - begin)}, about "
-                      f"{clock(seconds_of(study, left) / args.jobs)} left] {job.name}: {text}", flush=True)
+                left = seconds_of(study, [*waiting, *running.values()])
+                print(f"{job.name}: {text}; about {clock(left)} left", flush=True)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.terminate()  # lets a run finish its step and save
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -180,8 +126,7 @@ def execute(study: Study, jobs: list, todo: list) -> Study:
 
 
 def ended(study: Study, job: Job, future: Future) -> tuple[Study, str]:
-    """The study with the record of a job that has ended, and what to say of it. Raises KeyboardInterrupt
-    where it was stopped."""
+    """With the record of a job that has ended; what to say of it. Raises KeyboardInterrupt if stopped."""
     from running.run_folder import Stopped
     try:
         folder, seconds = future.result()
@@ -190,8 +135,7 @@ def ended(study: Study, job: Job, future: Future) -> tuple[Study, str]:
     except Exception as error:  # whatever ended one run, the others go on
         text = str(error) or type(error).__name__
         return fail(study, job, text), f"FAILED: {text}"
-    study = records.keep(study, job, Path(folder), seconds)
-    return study, f"{summary(study, job)} ({clock(seconds)})"
+    return records.keep(study, job, Path(folder), seconds), clock(seconds)
 
 
 def fail(study: Study, job: Job, text: str) -> Study:
@@ -199,31 +143,17 @@ def fail(study: Study, job: Job, text: str) -> Study:
     return study._replace(known={**study.known, "failed": failed})
 
 
-def summary(study: Study, job: Job) -> str:
-    run = next((r for r in study.known["runs"] if r["key"] == job.key), None)
-    if run is None:
-        return "trained"
-    return f"peak forget quality {10 ** max(run['forget_quality_log10'][1:]):.2g}, utility at the end " \
-           f"{run['model_utility'][-1] / run['model_utility'][0]:.0%} of the start's"
-
-
-# ---------------------------------------------------------------- time and memory
-
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def rate(study: Study) -> tuple[float, bool]:
-    """(FLOP/s of a worker, whether it was measured on runs of this study)."""
-    timed = [r for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
-    if timed:
-        return sum(r["flops"] for r in timed) / sum(r["seconds"] for r in timed), True
-    return FLOP_RATE.get(study.setup.preset_name, FLOP_RATE[None]) * study.setup.args.processes, False
-
-
 def seconds_of(study: Study, jobs: list) -> float:
-    """Of one worker."""
-    return sum(job.flops for job in jobs) / rate(study)[0]
+    """With --jobs at a time, at the rate of the study's runs; at FLOP_RATE where it has none yet."""
+    timed = [r for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
+    rate = FLOP_RATE_TINY if study.setup.preset_name == "tiny" else FLOP_RATE
+    if timed:
+        rate = sum(r["flops"] for r in timed) / sum(r["seconds"] for r in timed)
+    return sum(job.flops for job in jobs) / rate / study.setup.args.jobs
 
 
 def clock(seconds: float) -> str:
@@ -234,29 +164,17 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study):
     """Runs, time and memory, for each figure and together."""
-    args, (speed, measured) = study.setup.args, rate(study)
-    jobs = grid.plan(study, grid.wanted_figures(args))
-    todo = records.missing(study, jobs)
-    print(f"{args.data if args.data == 'builtin' else Path(args.data).name}, {args.model}: figures "
-          f"{', '.join(grid.wanted_figures(args))}; seeds 1 to {args.seeds}, tuning on seed "
-          f"{grid.TUNING_SEED}")
-    print(f"{'figure':14}{'runs':>6}{'done':>6}{'missing':>9}{'of them interrupted':>21}")
-    for figure in grid.wanted_figures(args):
-        own = grid.plan(study, [figure])
-        lacking = [j for j in records.missing(study, own) if j.facts["kind"] == "unlearn"]
-        print(f"{figure:14}{len(own):6}{len(own) - len(lacking):6}{len(lacking):9}"
-              f"{sum(j.key in study.interrupted for j in lacking):21}")
-    models = [j for j in todo if j.facts["kind"] == "model"]
-    print(f"together {len(jobs)} unlearning runs, {len(todo) - len(models)} missing "
-          f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and {len(models)} "
-          "models to fine-tune or retrain first")
-    seconds = seconds_of(study, todo)
-    source = "as the runs that are done took"
-    if not measured:
-        source = f"reckoned at {speed:.1e} FLOP/s a job, not measured"
-    print(f"time: {clock(seconds / args.jobs)} with {args.jobs} job{'s' * (args.jobs > 1)} "
-          f"({clock(seconds)} of one; models {clock(seconds_of(study, models))}), {source}")
-    used = [r["memory"] for r in study.known["runs"]]
-    each = max(used) if used else 16 * study.setup.parameters + LIBRARIES
+    args, figures, used = study.setup.args, grid.wanted_figures(study.setup.args), study.known["runs"]
+    for figure in [*figures, "together"]:
+        jobs = grid.plan(study, figures if figure == "together" else [figure])
+        todo = records.missing(study, jobs)
+        lacking = [job for job in todo if job.facts["kind"] == "unlearn"]
+        print(f"{figure:14}{len(jobs):6} runs,{len(lacking):6} missing")
+    print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
+          f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "
+          f"{len(todo) - len(lacking)} models to fine-tune or retrain first")
+    print(f"time: {clock(seconds_of(study, todo))} with {args.jobs} jobs at a time, "
+          + ("as the runs that are done took" if used else "reckoned, not measured"))
+    each = max([r["memory"] for r in used], default=16 * study.setup.parameters + LIBRARIES)
     print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together, "
           + ("measured" if used else "16 bytes a parameter and the libraries; activations come on top"))
