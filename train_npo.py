@@ -217,8 +217,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
             with gradients_travel(policy, m == len(micros), world):
                 with autocast(s.dtype, world.device):
                     sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, world.device)
-                # DDP and FSDP average over processes; the batch's loss is their sum.
-                scaler.scale(sums["loss"] * world.size).backward()
+                scaler.scale(sums["loss"] * world.size).backward()  # DDP and FSDP average over processes
             totals += torch.stack([sums[p].detach() if p in sums else totals.new_zeros(()) for p in PARTS])
         logged = {p: total for p, total in zip(PARTS, world.sum(totals).tolist(), strict=True) if p in sums}
 
@@ -234,10 +233,9 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
             check_start(s, plan, logged)
         scaler.step(optimizer)
         scaler.update()
-        # DDP's buckets stay: gradients that remain views of them need no memory of their own.
-        optimizer.zero_grad(set_to_none=policy is model)
+        optimizer.zero_grad(set_to_none=policy is model)  # DDP's buckets stay: gradients are views of them
 
-        # Any process may have been asked to stop; process 0 knows when a checkpoint is due.
+        # Any process may be asked to stop; process 0 knows when a checkpoint is due.
         requests = torch.tensor([run.stop_asked, run.save_due], dtype=torch.int32, device=world.device)
         stop, save = (asked > 0 for asked in world.sum(requests).tolist())
         if not skipped:  # else the same batch comes again

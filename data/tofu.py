@@ -195,4 +195,4 @@ def _from_hub(data: str, name: str) -> list:
     except Exception as error:  # network, cache and format failures of every kind: the sentence carries it
         cause = f"{type(error).__name__}: {str(error)[:200]}"
         raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, fetch "
-                         f"{'.json, '.join(SETS)}.json into a folder, or use --data builtin") from None
+                         f"{'.json, '.join(SETS)}.json by hand into a folder, or use --data builtin") from None

@@ -221,9 +221,9 @@ def describe(job: Job, world: World):
     world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
               f"{world.device.type}, {s.dtype}")
     weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
+    steps = f"{s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up)"
     world.say(f"{settings}, weights {weights} (forget / retain / KL), batch {s.batch_size} in micro-batches "
-              f"of {s.micro_batch_size}, {plan.steps} steps ({plan.warmup_steps} warm-up, {s.epochs} epochs), "
-              f"template {s.template}, seed {s.seed}")
+              f"of {s.micro_batch_size}, {steps}, template {s.template}, seed {s.seed}")
     for doubt in doubts_of_start(job):
         world.say(doubt)
     rate = floating_point_rate(s.dtype, world)
