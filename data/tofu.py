@@ -192,7 +192,7 @@ def _from_hub(data: str, name: str) -> list:
     import datasets  # only a Hub id needs it, and its import takes a second
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
-    except Exception as error:  # network, cache and format failures of every kind: the sentence carries it
+    except Exception as error:  # network, cache and format failures: the sentence carries it
         cause = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, fetch "
-                         f"{'.json, '.join(SETS)}.json by hand into a folder, or use --data builtin") from None
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, bring "
+                         f"{'.json, '.join(SETS)}.json by hand into a folder, or take builtin") from None

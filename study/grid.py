@@ -87,7 +87,10 @@ class Job(NamedTuple):
 
 def run_key(settings: dict, data_fingerprint: str, start: str, retrained: str) -> str:
     """16 hex digits that say which run it is: equal ones would end with equal weights and evaluations."""
-    return fingerprint({k: settings[k] for k in SIGNIFICANT}, data_fingerprint, start, retrained)
+    told = {k: settings[k] for k in SIGNIFICANT}
+    if not has_beta(settings["loss"]):
+        told["beta"] = 0.1  # whatever the preset has: it changes nothing
+    return fingerprint(told, data_fingerprint, start, retrained)
 
 
 @cache
@@ -170,7 +173,7 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
                   Path(retrained.folder).name)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
     facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
-             "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}}
+             "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}, **hyper}
     given |= {"model": start_model(setup, start_seed), "retain_log": retrained.folder}
     sequences = 1 + (rt + kl > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
     evaluations = math.ceil(math.ceil(base["epochs"] * rows / batch) / every)

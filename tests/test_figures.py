@@ -412,8 +412,9 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     ga = [job for job in ready if job.facts["method"] == "ga"]
     s = recorded(s, *ga[:2])
     s = recorded(s, ga[2], ks=0.1)
-    assert grid.choose(s, "ga") == {"lr": ga[2].facts["lr"],
-                                            "beta": 0.1} and grid.choose(s, "npo+rt") is None
+    first = s.setup.preset.beta
+    assert grid.choose(s, "ga") == {"lr": ga[2].facts["lr"], "beta": first}
+    assert grid.choose(s, "npo+rt") is None
     jobs = grid.plan(s, ["8"])
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
     assert [job.facts["lr"] for job in chosen] == [ga[2].facts["lr"]] * 2
@@ -421,7 +422,7 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     s = recorded(recorded(s, *rates[1:]), rates[0], utility=0.2)
     assert grid.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
     beta = grid.tuning_jobs(s, "npo+rt")[-1]
-    assert beta.facts["beta"] == pytest.approx(0.2) and beta.facts["lr"] == rates[1].facts["lr"]
+    assert beta.facts["beta"] == pytest.approx(2 * first) and beta.facts["lr"] == rates[1].facts["lr"]
     assert grid.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"],
                                                                         "beta": beta.facts["beta"]}
 
@@ -478,6 +479,14 @@ def test_other_data_another_start_or_another_retrained_model_make_another_run(st
               grid.unlearn_job(s.setup, "npo+rt", "forget10", 2, hyper),
               grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
     assert len({job.key, *(o.key for o in others)}) == 4
+
+
+def test_a_beta_without_effect_makes_no_other_run(study):
+    s = study("--figure", "8")
+    for method, same in (("ga", True), ("npo", False)):
+        one, other = (grid.unlearn_job(s.setup, method, "forget10", 1, {"lr": 1e-3, "beta": beta})
+                      for beta in (0.1, 0.2))
+        assert (one.key == other.key) is same and other.facts["beta"] == 0.2
 
 
 def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
