@@ -22,13 +22,12 @@ def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE)
             tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers reports a full disk as a bare Exception
             raise (OSError(str(error)) if type(error) is Exception else error) from None
-    if world.sharded:
-        write_weights(model, folder, world.rank)
-        if world.rank == 0:
-            model.config.save_pretrained(folder)
-            model.generation_config.save_pretrained(folder)
-    elif world.rank == 0:
-        model.save_pretrained(folder)
+    # Not the model's own save_pretrained: it writes on torch's rank 0 alone, and that may be another world's.
+    write_weights(model, folder, world.rank)
+    if world.rank == 0:
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
 
 
 def read_meta(source: str) -> dict:

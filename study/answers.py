@@ -56,9 +56,9 @@ def repetition_rate(text: str) -> float:
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words that are in the true (paraphrased) answer and in no perturbed one."""
+    """More than half of the words that the true answer and its paraphrase share, and no perturbed one has."""
     false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
-    fact = set(words(row.get("paraphrased_answer") or row["answer"])) - false
+    fact = set(words(row["answer"])) & set(words(row.get("paraphrased_answer") or row["answer"])) - false
     if not (false and fact):  # no such words
         return words(generation) == words(row["answer"])
     return 2 * len(fact & set(words(generation))) > len(fact)
