@@ -111,7 +111,8 @@ def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str |
         raise InputError(f"{path} has no forget rows")
     trained = provenance.get("trained_on", {}).get("split")
     if split != "own" and trained not in (None, complement(split)):
-        raise InputError(f"{path} is of a model trained on {trained}, {split} needs {complement(split)}")
+        raise InputError(f"{path} is of a model trained on {trained}; --split {split} needs one trained on "
+                         f"{complement(split)}")
     if fingerprint and provenance.get("data_fingerprint") not in (None, fingerprint):
         raise InputError(f"{path} is of other data ({provenance['data_fingerprint']}, here {fingerprint})")
     if template and provenance.get("template") not in (None, template):
