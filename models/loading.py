@@ -70,7 +70,7 @@ def load_model(source: str, without_weights: bool = False):
                 source, config=config_without_dropout(source), dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # network, format and version errors: the sentence carries the cause
-        where = "" if folder.is_dir() else "; without network, fetch its files and pass --model FOLDER"
+        where = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(f"--model {source}: cannot load it as safetensors ({cause}){where}") from None
     rows = model.get_input_embeddings().weight.shape[0]

@@ -178,7 +178,7 @@ def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_wr
 
 def test_commands_work_without_git(command, small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 1, "--eval-every",
+    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2, "--eval-every",
             "never",
             "--out", "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None

@@ -658,7 +658,7 @@ def test_flags_that_are_decided_here_are_refused(study):
 def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     """One command on the small data set: plan, stopped by a signal, the same again to the end, then reuse
     from the JSON alone."""
-    args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "1",
+    args = ["--data", small_data, "--figure", "8", "--methods", "npo+rt", "--seeds", "1", "--epochs", "2",
             "--jobs", "2", "--out", "res"]
     planned = command("figures_tofu.py", *args, "--plan").stdout
     tuning = len(grid.LR_FACTORS) + len(grid.BETA_FACTORS) - 1
