@@ -354,8 +354,9 @@ def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, t
     shutil.rmtree(folder / "model")
     with locked(folder / ".lock"), pytest.raises(InputError, match="in use"):
         carry_out(parse(["--resume", "run"]), ALONE)
-    text = (data / "full.json").read_text()
-    (data / "full.json").write_text(text.replace("born", "raised"))
+    first, *others = (data / "full.json").read_text().splitlines()
+    changed = {**json.loads(first), "answer": "Nobody knows."}
+    (data / "full.json").write_text("\n".join([json.dumps(changed), *others]) + "\n")
     with pytest.raises(InputError, match="have changed"):
         carry_out(parse(["--resume", "run"]), ALONE)
 
