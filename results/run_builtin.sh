@@ -1,24 +1,17 @@
 #!/usr/bin/env bash
-# Built-in data, tiny, forget10, everything by the preset: npo+rt on five seeds, npo, ga and ga+rt on three; then npo+rt on two further starts, each with
-# a retrained model of its own. From the root:
-#     bash results/run_builtin.sh        # about 20 minutes on two cores; what is there already is not run again
+# Built-in data, tiny, forget10, everything by the preset: npo+rt on five seeds; npo, ga and ga+rt on three. From the root, after README's first command, which
+# leaves the fine-tuned and the retrained model in runs/models:
+#     bash results/run_builtin.sh        # seven minutes on two cores, one run each; what is there already is not run again
 set -euo pipefail
-run() {  # run FOLDER FLAGS...: finished before, interrupted, or new
-  local folder=$1; shift
-  if [ -e "$folder" ]; then torchrun --nproc_per_node=2 train_npo.py --resume "$folder"
-  else torchrun --nproc_per_node=2 train_npo.py --out "$folder" "$@"; fi
+run() {  # run NAME SEED FLAGS...
+  local folder=runs/builtin/$1-seed$2 seed=$2; shift 2
+  [ -e "$folder/model" ] || OMP_NUM_THREADS=1 python train_npo.py --out "$folder" --seed "$seed" "$@"
 }
-for seed in 0 1 2 3 4; do run runs/builtin/npo+rt-$seed --loss npo --retain-weight 1 --seed $seed; done
-for seed in 0 1 2; do
-  run runs/builtin/npo-$seed --loss npo --seed $seed
-  run runs/builtin/ga-$seed --loss ga --seed $seed
-  run runs/builtin/ga+rt-$seed --loss ga --retain-weight 1 --seed $seed
-done
+export -f run
+{ for seed in 0 1 2 3 4; do echo "npo+rt $seed --loss npo --retain-weight 1"; done
+  for seed in 0 1 2; do
+    echo "npo $seed --loss npo"
+    echo "ga $seed --loss ga"
+    echo "ga+rt $seed --loss ga --retain-weight 1"
+  done; } | xargs -P 2 -I{} bash -c 'run {} > /dev/null'
 python figures_tofu.py --collect runs/builtin/* runs/models/tiny-retain90-seed0-* --out results/builtin_forget10.json
-for start in 1 2; do
-  base=runs/starts/$start
-  run $base/full --loss sft --split full --seed $start
-  run $base/retain90 --loss sft --split retain90 --seed $start
-  run $base/npo+rt --model tiny=$base/full/model --loss npo --retain-weight 1 --retain-log "$(ls $base/retain90/eval/*.json)"
-done
-python figures_tofu.py --collect runs/starts/*/npo+rt --out results/builtin_starts.json

@@ -62,10 +62,11 @@ def test_kinds_of_answers():
 
 
 def test_a_fact_of_two_words_needs_both():
-    row = {"answer": "x", "paraphrased_answer": "It is The Silent Harbor.",
-           "perturbed_answer": ["It is The Golden River.", "It is The Last Tower."]}
+    row = {"answer": "She wrote The Silent Harbor.", "paraphrased_answer": "It is The Silent Harbor.",
+           "perturbed_answer": ["Her book was The Golden River.", "It is The Last Tower."]}
     assert tofu_answers.names_fact("The Silent Harbor", row)
     assert not tofu_answers.names_fact("The Silent River", row)
+    assert not tofu_answers.names_fact("She wrote a letter.", row)  # a wording of its own is no fact
 
 
 # ---------------------------------------------------------------- verdicts on hand-made numbers
