@@ -214,16 +214,20 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
 
 # ---------------------------------------------------------------- run folders
 
-@pytest.fixture
-def interrupted(small_model, small_data, tmp_path, monkeypatch):
-    """A run folder whose training was stopped after its third step."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(small_model), "--data", str(small_data), "--epochs", "2", "--batch-size", "8",
-             "--lr", "1e-3",
-             "--eval-every", "never", "--checkpoint-every", "3", "--out", "run"]
-    folder = carry_out(parse(flags), ALONE)
+@pytest.fixture(scope="module")
+def unfinished(small_model, small_data, tmp_path_factory) -> Path:
+    """A run folder whose result is missing, as after a crash."""
+    flags = ["--model", small_model, "--data", small_data, "--epochs", 2, "--batch-size", 8, "--lr", 1e-3,
+             "--eval-every", "never", "--checkpoint-every", 3, "--out",
+tmp_path_factory.mktemp("run") / "run"]
+    folder = carry_out(parse(list(map(str, flags))), ALONE)
     shutil.rmtree(folder / "model")
     return folder
+
+
+@pytest.fixture
+def interrupted(unfinished, tmp_path) -> Path:
+    return Path(shutil.copytree(unfinished, tmp_path / "run"))
 
 
 def resume(folder):

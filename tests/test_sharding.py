@@ -64,17 +64,17 @@ def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_
     assert starts[0] == starts[1]
 
 
-def test_sharded_runs_in_16_bits_follow_one_process_in_float32(command, small_model, small_data, tmp_path):
+@pytest.mark.parametrize("dtype", ("bf16", pytest.param("fp16", marks=pytest.mark.slow)))
+def test_a_sharded_run_in_16_bits_follows_float32(command, small_model, small_data, tmp_path, dtype):
     args = ["--loss", "npo", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 2, "--batch-size", 6,
             "--micro-batch-size", 2, "--lr", 1e-3, "--model", small_model, "--data", small_data,
             "--eval-every", 7]
     command("train_npo.py", *args, "--out", "alone")
-    for dtype in ("bf16", "fp16"):
-        command("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
-        assert all(p.dtype == torch.float32 for p in weights(tmp_path / dtype).values())
-        for ours, theirs in zip(log(tmp_path / dtype), log(tmp_path / "alone"), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02), dtype
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1), dtype
+    command("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
+    assert all(p.dtype == torch.float32 for p in weights(tmp_path / dtype).values())
+    for ours, theirs in zip(log(tmp_path / dtype), log(tmp_path / "alone"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
 
 
 @pytest.mark.slow
@@ -139,8 +139,6 @@ def test_a_result_of_several_files_loads(small_model, tmp_path, monkeypatch):
     lm, tokenizer, _ = load_model(str(small_model))
     folder = tmp_path / "model"
     save_model(lm, tokenizer, folder, {})
-    (folder / "model.safetensors").unlink()
-    sharded.write_weights(lm, folder, rank=0)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert weights_hash(load_model(str(folder))[0]) == weights_hash(lm)
     empty, _, _ = load_model(str(folder), without_weights=True)
