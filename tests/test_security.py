@@ -218,8 +218,8 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
 def unfinished(small_model, small_data, tmp_path_factory) -> Path:
     """A run folder whose result is missing, as after a crash."""
     flags = ["--model", small_model, "--data", small_data, "--epochs", 2, "--batch-size", 8, "--lr", 1e-3,
-             "--eval-every", "never", "--checkpoint-every", 3, "--out",
-tmp_path_factory.mktemp("run") / "run"]
+             "--eval-every", "never", "--checkpoint-every", 3,
+             "--out", tmp_path_factory.mktemp("run") / "run"]
     folder = carry_out(parse(list(map(str, flags))), ALONE)
     shutil.rmtree(folder / "model")
     return folder
