@@ -208,9 +208,12 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 
 def single_runs(runs: list, path: Path):
-    """Records of any settings, a line each, with its place among them."""
-    named = {f"{place}: {r['method']} lr {r['lr']:g} beta {r['beta']:g} seed {r['seed']}": r
-             for place, r in enumerate(runs, 1)}
+    """Records of any settings, a line each, named by what differs; by their place too where nothing does."""
+    differ = [key for key in ("lr", "beta", "seed") if len({r[key] for r in runs}) > 1]
+    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in differ)]) for r in runs]
+    if len(set(names)) < len(names):
+        names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
+    named = dict(zip(names, runs, strict=True))
     return evolution({"chosen": named}, path, ("forget quality",),
                      select=lambda _study, _split, name: [named[name]])
 
