@@ -91,6 +91,7 @@ def test_two_processes_start_from_a_gguf_file_and_compile(command, small_model, 
     assert "forget quality" in (tmp_path / parallel / "model" / "README.md").read_text().lower()
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_as_another(command, small_model, small_data, tmp_path):
     """Killed under fsdp with two processes, goes on alone; and the other way round."""
     args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", "never",
