@@ -203,8 +203,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="folder, .gguf file or Hub id of the model to judge, or PRESET=PATH")
-    source.add_argument("--log", help="judge an existing per-row log instead: our JSON, or a released TOFU "
-                                      "log")
+    source.add_argument("--log",
+                        help="judge an existing per-row log instead: our JSON, or a released TOFU log")
     add("--data",
         help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else "
              "builtin)")

@@ -283,9 +283,8 @@ class RunFolder:
 
 def summary(evaluations: dict, steps: dict) -> str:
     """A table of the steps (name -> step)."""
-    columns = {"forget quality": 15, "model utility": 15, "forget prob": 13, "retain prob": 13, "forget "
-                                                                                                "ROUGE": 14,
-               "retain ROUGE": 14}
+    columns = {"forget quality": 15, "model utility": 15, "forget prob": 13, "retain prob": 13,
+               "forget ROUGE": 14, "retain ROUGE": 14}
     lines = [f"\n{'':16}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for name, step in steps.items():
         m = evaluations[step]

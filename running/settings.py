@@ -54,16 +54,16 @@ def add_objective(add):
         help="objective on the forget rows; sft fine-tunes (default: npo)")
     add("--split", default="forget10",
         help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
-    add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss (default: "
-                                                                       "1)")
+    add("--forget-weight", type=not_negative(float), default=1.0,
+        help="weight of the forget loss (default: 1)")
     add("--retain-weight", type=not_negative(float), default=0.0,
         help="weight of RT, the loss on retain rows (default: 0)")
     add("--kl-weight", type=not_negative(float), default=0.0,
         help="weight of K, the divergence from the reference on retain rows (default: 0)")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
         help="K's order (default: policy_reference, the paper's)")
-    add("--beta", type=positive(float), help="inverse temperature of npo, dpo, kto, simnpo (default: the "
-                                             "preset's)")
+    add("--beta", type=positive(float),
+        help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
@@ -80,8 +80,8 @@ def add_data_and_model(add):
              "--split")
     add("--retain", help="own rows to keep, with --forget")
     add("--template", choices=TEMPLATES, help="prompt template (default: the model's own, else the preset's)")
-    add("--system-prompt", help="with --template chat: a system turn before the question; kept with the "
-                                "model")
+    add("--system-prompt",
+        help="with --template chat: a system turn before the question; kept with the model")
     add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget "
                              "quality (tiny: made on the spot)")
 
@@ -127,8 +127,8 @@ def add_run(add):
     add("--dry-run", action="store_true", default=None,
         help="say what the run will need (memory by part, operations, time), and do nothing; loads no "
              "weights")
-    add("--gpus", type=positive(int), help="for --dry-run: processes, one a GPU (default: this command's own "
-                                           "number)")
+    add("--gpus", type=positive(int),
+        help="for --dry-run: processes, one a GPU (default: this command's own number)")
     add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
     add("--tflops", type=positive(float),
         help="for --dry-run: TFLOP/s that a process reaches, for the time (default: 200, half of an H100's "
