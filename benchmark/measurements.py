@@ -29,8 +29,8 @@ from models.answers import AnswerModel
 from models.loading import load_model, make_tiny
 from models.presets import PRESETS, autocast, settings_of
 from models.saving import save_model
-from running.memory_plan import GB, Load, memory, shape_of, training_flops
-from running.plan import MicroBatch, Plan
+from running.memory_plan import GB, Load, Shape, memory, shape_of
+from running.plan import Plan
 from running.processes import peak_memory
 from running.reference import Reference, reference_pass
 from running.settings import resolve
@@ -140,11 +140,6 @@ class Side:
         items = chain(*self.plan.stream)
         self.stream = [[next(items) for _ in range(size)] for size in batches]
 
-    def rows(self, items: list) -> tuple[list, list, list]:
-        """Forget, refusal and retain rows of stream places."""
-        partners = [i.partner for i in items] if self.plan.partners else []
-        return self.plan.texts(MicroBatch(items, partners, ghost=False))
-
     def refer(self, folder: str, model: AnswerModel) -> tuple[Reference, float]:
         """The reference's cache, and the seconds of the pass that makes it, for a use of a forget row."""
         s, plan, world, folder = self.s, self.plan, self.world, Path(folder)
@@ -173,7 +168,7 @@ def measure_step(code: Namespace, args: Namespace, method: str, process=plain.fr
     with tempfile.TemporaryDirectory() as folder, process() as there:
         def turn(step: int, lr: float):
             for name in losses:
-                rows = side.rows(side.stream[step - 1][:rows_of[name]])
+                rows = side.plan.whole_batch(side.stream[step - 1][:rows_of[name]])
                 loss, passes, update = there(plain.step, side.s, args.device, name, lr, *rows)
                 seconds[name].append(passes / rows_of[name] + update / args.batch_size)
                 losses[name].append(loss)
@@ -230,6 +225,12 @@ def matmul_rate(device) -> float:
     return 2 * 2048**3 / min(timer.blocked_autorange(min_run_time=0.5).times)
 
 
+def training_flops(x: Shape, tokens: int, answer_tokens: int) -> float:
+    """Floating-point operations to train on one text: 2 a parameter and token forward, 4 backward, causal
+    attention, and the head at the answer's tokens alone."""
+    return 6 * x.layers * (x.layer + tokens * x.hidden) * tokens + 6 * x.vocabulary * x.hidden * answer_tokens
+
+
 def measure_arithmetic(code: Namespace, args: Namespace) -> dict:
     """Useful FLOP/s of npo+rt's steps over a large matrix product's, measured before and after each."""
     side = Side(code, args, METHODS["npo+rt"], [args.batch_size] * (1 + args.repeats))
@@ -237,8 +238,8 @@ def measure_arithmetic(code: Namespace, args: Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         reference, _ = side.refer(folder, model)
         seconds, *_ = side.train(model, reference, lambda *_: rates.append(matmul_rate(args.device)))
-    useful = [sum(training_flops(shape, len(e.ids), len(e.ids), e.answer_tokens)
-                  for e in chain(*side.rows(items))) for items in side.stream]
+    useful = [sum(training_flops(shape, len(e.ids), e.answer_tokens)
+                  for e in chain(*side.plan.whole_batch(items))) for items in side.stream]
     reached = [flops / taken for flops, taken in zip(useful, seconds, strict=True)][1:]
     shares = [rate / max(around) for rate, around in zip(reached, pairwise(rates), strict=True)]
     return {"unit": "of the rate", "ratio": {"matmul": spread(shares)},
@@ -292,7 +293,7 @@ def peak_of(code: Namespace, args: Namespace, micro_batch: int, ours: bool) -> t
     else:
         loop, side.lm = plain.PlainLoop(side.s, args.device, 0, micro_batch), None
         for items in side.stream:
-            loop.step(side.s.lr, *side.rows(items))
+            loop.step(side.s.lr, *side.plan.whole_batch(items))
     on_gpu = args.device.type == "cuda"
     return (torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before) / GB, predicted
 

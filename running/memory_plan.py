@@ -11,20 +11,19 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from data.prompts import encode
-from data.tofu import complement, load_task, parse_split, slice_rows
+from data.tofu import Task, complement, load_task, parse_split, slice_rows
+from losses import OBJECTIVES
 from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
 from models.presets import PRESETS, tiny_dims
 from models.saving import read_meta
 from models.sharded import decoder_layers
+from running.plan import Plan
 from support.errors import InputError
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
-TEMPLATE_TOKENS = 12  # beside question and answer
 TOFU_ROWS = 4000
 TOFU_CHARACTERS = (70, 169), (201, 418)  # question and answer, on average and of the longest row
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's, the allocator's gaps and the collectives'
@@ -134,52 +133,39 @@ def memory(x: Shape, load: Load) -> dict:
     return {**parts, "peak": sum(parts.values())}
 
 
+class CharacterTokenizer:
+    """Stands in where no tokenizer is at hand: a token every CHARACTERS_PER_TOKEN."""
+    eos_token_id = pad_token_id = 0
+
+    def __call__(self, texts: list, **_) -> dict:
+        counts = [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts]
+        return {"input_ids": [[1] * n for n in counts],
+                "offset_mapping": [[(k * CHARACTERS_PER_TOKEN, None) for k in range(n)] for n in counts]}
+
+
 class Work(NamedTuple):
-    """A run's counts; `estimated` where no tokenizer was at hand."""
+    """A run's counts."""
     rows: int
     steps: int
     tokens: float  # of a global batch, without padding
     answer_tokens: float  # of them
     sequences: int  # that a row of the stream becomes: itself, its partner, its refusal
-    width: int  # the longest row's tokens
-    estimated: bool
+    width: int  # the longest text's tokens
 
 
-def count_work(s: Namespace, task) -> Work:
-    """Rows and tokens of the run that the settings describe."""
-    rows, texts = task.forget or task.retain, 1 + (s.loss == "dpo")
-    with_partner = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
+def count_work(s: Namespace, task: Task) -> tuple[Work, bool]:
+    """(counts of the run that the settings describe, whether they are estimated from characters)."""
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
-    own = text_lengths(s, rows, estimated)
-    partners = text_lengths(s, task.retain, estimated) if with_partner else np.zeros((1, 2))
-    width, steps = max(own[:, 0].max(), partners[:, 0].max()), s.epochs * len(rows) / s.batch_size
-    return Work(len(rows), math.ceil(steps), *(s.batch_size * (texts * own.mean(0) + partners.mean(0))),
-                texts + with_partner, math.ceil(width), estimated)
-
-
-def text_lengths(s: Namespace, rows: list, estimated: bool) -> np.ndarray:
-    """(rows, 2): tokens, answer tokens; from the characters, or by the tokenizer in the model's folder."""
-    if estimated:
-        return np.array([(len(row["question"] + row["answer"]), len(row["answer"])) for row in rows]
-                        ) / CHARACTERS_PER_TOKEN + (TEMPLATE_TOKENS, 1)
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True)
-    template = s.template or read_meta(s.start).get("template") or "llama2"
-    encoded = encode(tokenizer, template, [(row["question"], row["answer"]) for row in rows])
-    return np.array([(len(e.ids), e.answer_tokens) for e in encoded])
-
-
-def training_flops(x: Shape, tokens: float, width: float, answer_tokens: float, passes: int = 3) -> float:
-    """Floating-point operations to train on so many tokens, in texts `width` tokens long: 2 a parameter and
-    token forward, 4 backward (2 more, a fourth pass, where activations are computed again), causal attention,
-    and the head at the answers' tokens alone."""
-    in_layers = 2 * x.layers * (x.layer + width * x.hidden) * tokens
-    return passes * in_layers + 6 * x.vocabulary * x.hidden * answer_tokens
-
-
-def rough_flops(parameters: int, trained: float, scored: float) -> float:
-    """The same before anything is tokenised: 6 a parameter and trained token, 2 a scored one."""
-    return parameters * (6 * trained + 2 * scored)
+    tokenizer, template = CharacterTokenizer(), "llama2"
+    if not estimated:
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True)
+        template = s.template or read_meta(s.start).get("template") or template
+    plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, None)
+    texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
+    return Work(plan.rows, plan.steps, sum(len(e.ids) for e in texts) / plan.steps,
+                sum(e.answer_tokens for e in texts) / plan.steps, len(texts) // (plan.rows * s.epochs),
+                max(len(e.ids) for e in texts)), estimated
 
 
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
@@ -198,41 +184,41 @@ def suggest(s: Namespace, x: Shape, work: Work, processes: int, room: float) -> 
     return next((load for load in loads if memory(x, load)["peak"] <= room), None)
 
 
-def as_published(s: Namespace) -> Namespace:
+def as_published(s: Namespace) -> Task:
     """A Hub id is not asked for, there may be no network: as many rows as TOFU's full.json has, as long."""
     row, longest = ({"question": "?" * q, "answer": "!" * a} for q, a in TOFU_CHARACTERS)
     full = [longest, *[row] * (TOFU_ROWS - 2), longest]
     forgets = parse_split(s.split)[0] == "forget"
-    return Namespace(source=f"{s.data} (not read: TOFU's published number and lengths of rows)", full=full,
-                     forget=slice_rows(full, s.split) if forgets else [],
-                     retain=slice_rows(full, complement(s.split) if forgets else s.split))
+    return Task(f"{s.data} (not read: TOFU's published number and lengths of rows)", s.split, full,
+                slice_rows(full, s.split) if forgets else [],
+                slice_rows(full, complement(s.split) if forgets else s.split), {}, [row["answer"]], "", "")
 
 
 def dry_run(s: Namespace, processes: int, say=print):
-    """Print the plan: counts, the settings as asked and as suggested, what a reference model would add."""
+    """Print the plan: counts, memory as asked and as suggested, what a reference model would add."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
-    x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
+    x, (work, estimated), room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
     asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
     best = suggest(s, x, work, processes, room)
-    suggested = {"suggested": best} if best not in (None, asked) else {}
     say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
         f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
-        f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest row "
-        f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}\n")
-    say_columns(s, x, work, {"as asked": asked, **suggested}, say)
+        f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
+        f"{work.width}{' (estimated: no tokenizer at hand)' * estimated}")
+    say_memory("as asked", memory(x, asked), say)
     fits = memory(x, asked)["peak"] <= room
-    say(f"\nAs asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
+    say(f"As asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
         f"({USABLE:.0%} of it usable).")
     if best is None:
         enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, room)), None)
         say("Nothing fits; " + (f"the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}"
                                 if enough else "no number of such GPUs up to the batch size is enough"))
-    elif suggested:
+    elif best != asked:
+        say_memory("as suggested", memory(x, best), say)
         say(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
             f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
-    if s.loss in ("npo", "dpo", "kto") or s.kl_weight > 0:
+    if "reference_logps" in OBJECTIVES[s.loss].takes or s.kl_weight > 0:
         load = best or asked
         more, peak = 4 * x.parameters, memory(x, load)["peak"]
         if load.sharded:  # its root and the layers in passage, too
@@ -241,20 +227,7 @@ def dry_run(s: Namespace, processes: int, say=print):
             f"{(peak + more) / GB:.2f} GB instead of {peak / GB:.2f}.")
 
 
-def say_columns(s: Namespace, x: Shape, work: Work, columns: dict, say):
-    """The ways to cut the run (name -> Load) side by side, then the time of each."""
-    loads, teraflops = columns.values(), s.tflops or 200.0
-    plans = [memory(x, load) for load in loads]
-    table = {"parallel": [load.parallel for load in loads],
-             "micro-batch, rows": [load.sequences // work.sequences for load in loads],
-             "activation checkpointing": ["yes" if load.checkpointing else "no" for load in loads]}
-    for part in [*dict.fromkeys(part for plan in plans for part in plan if part != "peak"), "peak"]:
-        table[part] = [f"{plan.get(part, 0) / GB:.2f}" for plan in plans]
-    say(f"{'memory of one process at its peak, GB':40}" + "".join(f"{name:>12}" for name in columns))
-    for what, values in table.items():
-        say(f"  {what:38}" + "".join(f"{value:>12}" for value in values))
-    for name, load in columns.items():
-        step = training_flops(x, work.tokens, work.width, work.answer_tokens, 4 if load.checkpointing else 3)
-        hours = step * work.steps / (teraflops * 1e12 * load.processes) / 3600
-        say(f"{name}: {step / 1e12:,.1f} TFLOP a step; {hours:.2f} h for {work.steps} steps at {teraflops:g} "
-            "TFLOP/s a process, evaluations apart")
+def say_memory(how: str, parts: dict, say):
+    say(f"\nmemory of one process at its peak, {how}, GB")
+    for part, size in parts.items():
+        say(f"  {part:44}{size / GB:8.2f}")

@@ -70,22 +70,23 @@ class Plan:
         return [MicroBatch(own or items[:1], kept or partners[:1], ghost=not own)
                 for own, kept in zip(mine, retain, strict=True)][::-1]
 
-    def texts(self, micro: MicroBatch) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
-        """(answers, refusals, retain answers) that the policy reads, each empty where the objective has
-        none."""
-        answers = [self.answers[i.row] for i in micro.items] if self.objective.with_answer else []
-        refusals = [self.refusals[i.row, i.refusal]
-                    for i in micro.items] if self.objective.with_refusal else []
-        return answers, refusals, [self.partners[p] for p in micro.partners]
+    def texts(self, items: list[Item], partners: list[int]) -> list[list[Encoded]]:
+        """[answers, refusals, retain answers] that the policy reads, empty where the objective has none."""
+        answers = [self.answers[i.row] for i in items] if self.objective.with_answer else []
+        refusals = [self.refusals[i.row, i.refusal] for i in items] if self.objective.with_refusal else []
+        return [answers, refusals, [self.partners[p] for p in partners]]
+
+    def whole_batch(self, items: list[Item]) -> list[list[Encoded]]:
+        """The texts of a global batch, each row with its own partner."""
+        return self.texts(items, [i.partner for i in items] if self.partners else [])
 
     def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
         """Its texts as one batch, and how many of them are answers, refusals and retain answers."""
-        texts = self.texts(micro)
+        texts = self.texts(micro.items, micro.partners)
         return collate_packed(sum(texts, []), self.pad, device, self.pad_to), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
-        whole = MicroBatch(items, [i.partner for i in items] if self.partners else [], ghost=False)
-        texts = self.texts(whole)
+        texts = self.whole_batch(items)
         return Counts(rows=len(items), forget_tokens=sum(self.of_loss(i).answer_tokens for i in items),
                       retain_tokens=sum(e.answer_tokens for e in texts[2]),
                       tokens=sum(len(e.ids) for some in texts for e in some))

@@ -18,7 +18,7 @@ from support.errors import InputError
 from support.files import fingerprint, refuse_links
 
 RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "micro_batch_size", "eval_every")  # what a preset gives
-DRY_RUN = ("dry_run", "gpus", "gpu_memory", "tflops")
+DRY_RUN = ("dry_run", "gpus", "gpu_memory")
 NOT_STORED = ("resume", "from_scratch", *DRY_RUN)  # of no meaning for a run folder
 
 
@@ -125,14 +125,10 @@ def add_run(add):
     add("--resume", metavar="DIR",
         help="go on with an interrupted run; its settings hold, and flags that differ are refused")
     add("--dry-run", action="store_true", default=None,
-        help="say what the run will need (memory by part, operations, time), and do nothing; loads no "
-             "weights")
+        help="say what the run will need (steps, tokens, memory by part), and do nothing; loads no weights")
     add("--gpus", type=positive(int),
         help="for --dry-run: processes, one a GPU (default: this command's own number)")
     add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
-    add("--tflops", type=positive(float),
-        help="for --dry-run: TFLOP/s that a process reaches, for the time (default: 200, half of an H100's "
-             "in bf16)")
 
 
 def method_name(s: Namespace) -> str:
@@ -234,7 +230,7 @@ def parse(argv: list, description: str = "") -> Namespace:
     given = given_flags(build_parser(description), argv)
     dry = {key: given.pop(key) for key in DRY_RUN if key in given}
     if dry and "dry_run" not in dry:
-        raise InputError("--gpus, --gpu-memory and --tflops belong to --dry-run: add it, or leave them out")
+        raise InputError("--gpus and --gpu-memory belong to --dry-run: add it, or leave them out")
     if dry and "resume" in given:
         raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
     if "resume" in given:

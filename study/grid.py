@@ -107,9 +107,8 @@ def token_counts(setup: Setup) -> tuple[float, float]:
 
 def reckon(setup: Setup, passes: float, evaluations: int) -> float:
     """Floating-point operations of so many forward and backward passes of a row, and of evaluations."""
-    from running.memory_plan import rough_flops
     row, evaluation = token_counts(setup)
-    return rough_flops(setup.parameters, passes * row, evaluations * evaluation * (1 + GENERATION))
+    return setup.parameters * (6 * passes * row + 2 * evaluations * evaluation * (1 + GENERATION))
 
 
 @cache

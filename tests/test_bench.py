@@ -10,10 +10,18 @@ import torch
 import bench
 import synthetic
 from benchmark import opponents
-from benchmark.measurements import METHODS, measure_evaluation, measure_step, peak_of, ratios, spread
+from benchmark.measurements import (
+    METHODS,
+    measure_evaluation,
+    measure_step,
+    peak_of,
+    ratios,
+    spread,
+    training_flops,
+)
 from data.prompts import Encoded
 from models.loading import load_model
-from running.memory_plan import shape_of, training_flops
+from running.memory_plan import shape_of
 
 
 @contextmanager
@@ -76,7 +84,7 @@ def test_useful_flops_by_hand(small_model):
     lm, _, _ = load_model(str(small_model))  # 2 layers, hidden 32, MLP 64, 4 heads, vocabulary 400, tied
     a_layer = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32
     row = Encoded(list(range(10)), 7)
-    useful = training_flops(shape_of(lm), len(row.ids), len(row.ids), row.answer_tokens)
+    useful = training_flops(shape_of(lm), len(row.ids), row.answer_tokens)
     assert useful == 6 * 2 * a_layer * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
 
 
