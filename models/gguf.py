@@ -22,7 +22,6 @@ from support.files import locked
 
 KEPT_IN = Path("runs/models")
 PACKAGES = ("gguf", "accelerate")
-QUESTION, START, SENTENCE_TOKENS = "What is the capital of France?", "The capital of France is", 24
 
 
 def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
@@ -47,20 +46,17 @@ def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
 
 
 def _convert(file: Path, digest: str, folder: Path):
-    """Read, copy, try out, and let `folder` appear in one rename."""
+    """Read, copy, and let `folder` appear in one rename."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(f"{file}: .gguf files need the packages gguf and accelerate: pip install "
                          f"{' '.join(missing)}")
     print(f"{file}: dequantising into {folder}, once", flush=True)
     model, tokenizer = read_gguf(file)
-    sentence = first_sentence(model, tokenizer)
-    print(f"  {model.num_parameters() / 1e6:.1f} M parameters in float32; it says: {sentence!r}", flush=True)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest,
-                                                                "sentence": sentence}})
+        save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest}})
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -86,19 +82,3 @@ def read_gguf(file: Path):
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
     return model.eval(), tokenizer
-
-
-@torch.no_grad()
-def first_sentence(model, tokenizer) -> str:
-    """What the model answers to a plain question, greedily: a look tells whether the weights came over well.
-    Raises InputError where its scores are not finite."""
-    prompt, chat = START, bool(tokenizer.chat_template)
-    if chat:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False,
-                                               add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=not chat, return_tensors="pt").input_ids
-    if not model(ids).logits.isfinite().all():
-        raise InputError("the .gguf file's weights give scores that are not finite; take another file")
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=SENTENCE_TOKENS,
-                         do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
