@@ -128,13 +128,13 @@ def small_start(args: Namespace) -> str:
 def build_parser() -> Parser:
     parser = Parser(prog="bench.py", description=__doc__)
     add = parser.add_argument
-    add("--model", default="tiny", help="tiny, or PRESET=FOLDER, or a folder (default: tiny)")
-    add("--data", default="builtin", help="builtin, or a folder with TOFU's files (default: builtin)")
+    add("--model", default="tiny", help="tiny, or PRESET=FOLDER, or a folder")
+    add("--data", default="builtin", help="builtin, or a folder with TOFU's files")
     add("--only", action="append", choices=ROWS, help="measure this row only; may be given again")
     add("--repeats", type=positive(int), help="timed steps a side (default: tiny 5, else 2)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
-    add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision of both sides (default: fp32)")
-    add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default: runs/bench)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs")
+    add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision of both sides")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     parser.set_defaults(batch_size=32, a_rows=4, plain_rows=40, max_rows=300, max_new_tokens=200,
                         synthetic_steps=100)
     return parser

@@ -30,14 +30,14 @@ DECIDED_HERE = {"loss", "split", "model", "data", "seed", "epochs", "out", "resu
 def build_parser() -> Parser:
     parser = Parser(prog="figures_tofu.py", description=__doc__)
     add = parser.add_argument
-    add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to make (default: all)")
+    add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to make")
     add("--seeds", type=positive(int), default=5,
         help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(grid.FEWER_SEEDS)} have at "
-        f"most {grid.ALL_SEEDS} (default: 5)")
+        f"most {grid.ALL_SEEDS}")
     add("--methods", nargs="+", choices=grid.METHODS, metavar="METHOD", help="only these")
     add("--splits", nargs="+", choices=grid.SMALL + grid.LARGE, metavar="SPLIT", help="only these")
-    add("--model", default="tiny", help="preset, or PRESET=FOLDER (default: tiny)")
-    add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id (default: builtin)")
+    add("--model", default="tiny", help="preset, or PRESET=FOLDER")
+    add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
     add("--choices", metavar="FILE", help="take hyper-parameters and weights from another study's JSON")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
     add("--train-flags", default="", help="further flags of train_npo.py, such as \"--dtype bf16\"")
@@ -46,9 +46,9 @@ def build_parser() -> Parser:
     add("--draw-only", action="store_true", help="draw and judge from the JSON alone")
     add("--collect", nargs="+", type=Path, metavar="FOLDER",
         help="finished run folders: write their records to --out, a table and a picture beside it")
-    add("--runs", default="runs/tofu", help="where run folders are (default: runs/tofu)")
+    add("--runs", default="runs/tofu", help="where run folders are")
     add("--out", default="results",
-        help="where tofu/*.json, its pictures and tofu.md go; with --collect the JSON (default: results)")
+        help="where tofu/*.json, its pictures and tofu.md go; with --collect the JSON")
     return parser
 
 

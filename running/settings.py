@@ -50,62 +50,55 @@ def build_parser(description: str = "") -> Parser:
 
 
 def add_objective(add):
-    add("--loss", default="npo", choices=OBJECTIVES,
-        help="objective on the forget rows; sft fine-tunes (default: npo)")
+    add("--loss", default="npo", choices=OBJECTIVES, help="objective on the forget rows; sft fine-tunes")
     add("--split", default="forget10",
-        help="rows to unlearn: forget01 to forget99; with sft full or retainNN (default: forget10)")
-    add("--forget-weight", type=not_negative(float), default=1.0,
-        help="weight of the forget loss (default: 1)")
+        help="rows to unlearn: forget01 to forget99; with sft full or retainNN")
+    add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss")
     add("--retain-weight", type=not_negative(float), default=0.0,
-        help="weight of RT, the loss on retain rows (default: 0)")
+        help="weight of RT, the loss on retain rows")
     add("--kl-weight", type=not_negative(float), default=0.0,
-        help="weight of K, the divergence from the reference on retain rows (default: 0)")
+        help="weight of K, the divergence from the reference on retain rows")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
-        help="K's order (default: policy_reference, the paper's)")
+        help="K's order; policy_reference is the paper's")
     add("--beta", type=positive(float),
         help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
-    add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
+    add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
-        help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
+        help="retain partners: a new one each epoch, or the authors' fixed rule")
 
 
 def add_data_and_model(add):
     add("--model", default="tiny",
-        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=PATH, a folder or FILE.gguf "
-             "(default: tiny)")
+        help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=PATH, a folder or FILE.gguf")
     add("--data", default="builtin",
-        help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU (default: builtin)")
-    add("--forget",
-        help="own rows to unlearn: JSON or JSON lines with question and answer, in place of --data and "
-             "--split")
+        help="builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU")
+    add("--forget", help="own rows to unlearn: JSON or JSON lines with question and answer, in place of "
+                         "--data and --split")
     add("--retain", help="own rows to keep, with --forget")
     add("--template", choices=TEMPLATES, help="prompt template (default: the model's own, else the preset's)")
-    add("--system-prompt",
-        help="with --template chat: a system turn before the question; kept with the model")
+    add("--system-prompt", help="with --template chat: system turn before the question, kept with the model")
     add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget "
                              "quality (tiny: made on the spot)")
 
 
 def add_training(add):
     add("--epochs", type=positive(int), help="passes over the forget rows (default: the preset's)")
-    add("--batch-size", type=positive(int), default=32, help="global batch, rows (default: 32)")
+    add("--batch-size", type=positive(int), default=32, help="global batch, rows")
     add("--micro-batch-size", type=positive(int),
         help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
     add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
     add("--weight-decay", type=not_negative(float), default=0.01,
-        help="AdamW's, not on norm weights and biases (default: 0.01)")
+        help="AdamW's, not on norm weights and biases")
     add("--warmup-epochs", type=not_negative(float),
         help="linear warm-up, epochs, at least 1 step (default: the preset's)")
-    add("--max-grad-norm", type=not_negative(float), default=0.0,
-        help="clip the gradient's norm, 0 = off (default: 0)")
+    add("--max-grad-norm", type=not_negative(float), default=0.0, help="clip the gradient's norm; 0: off")
     add("--seed", type=not_negative(int), default=0,
-        help="of batches, partners, refusals, and a new model's weights (default: 0)")
+        help="of batches, partners, refusals, and a new model's weights")
     add("--dtype", default="fp32", choices=AUTOCAST,
-        help="autocast precision; weights and AdamW stay float32 (default: fp32)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(default: auto)")
+        help="autocast precision; weights and AdamW stay float32")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where it runs")
     add("--parallel", default="ddp", choices=("ddp", "fsdp"),
-        help="with several processes: each holds the model (ddp), or a part of every parameter (fsdp; "
-             "default: ddp)")
+        help="with several processes: each holds the model (ddp), or a part of every parameter (fsdp)")
     add("--activation-checkpointing", action="store_true",
         help="keep only each layer's input for the backward pass: less memory, a forward pass more")
     add("--compile", action="store_true", help="compile each layer (needs a C++ compiler)")
@@ -115,12 +108,12 @@ def add_run(add):
     add("--eval-every", type=evaluation_interval,
         help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
     add("--keep", default="last", choices=("last", "best"),
-        help="best: also keep the weights of the best evaluation, in best/ (default: last)")
+        help="best: also keep the weights of the best evaluation, in best/")
     add("--best-by", choices=BEST_BY,
         help="what best means (default: forget-quality where there is a retain log, else "
              "retain-minus-forget, the difference of the two probabilities, which needs no retrained model)")
     add("--checkpoint-every", type=checkpoint_interval, default="10m",
-        help="besides at evaluations: minutes (10m), epoch, or steps (default: 10m)")
+        help="besides at evaluations: minutes (10m), epoch, or steps")
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
     add("--resume", metavar="DIR",
         help="go on with an interrupted run; its settings hold, and flags that differ are refused")

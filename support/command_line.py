@@ -12,11 +12,20 @@ from safetensors import SafetensorError
 from support.errors import InputError
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and behind a flag's help its default, unless the help names it."""
+
+    def _get_help_string(self, action):
+        has_none = action.default is False or action.default in (None, "", argparse.SUPPRESS)
+        told = has_none or "default" in action.help
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one sentence, and no abbreviations."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
