@@ -44,12 +44,12 @@ from models.answers import AnswerModel
 from models.layers import prepare_layers
 from models.presets import autocast
 from models.sharded import local, whole
-from running.job import Job, describe, open_job, policy_of, prepare_job
+from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
 from running.plan import Counts, MicroBatch, Plan
 from running.processes import flush_denormals, keep_freed_memory, meeting_place, pick_device, share_cores
 from running.reference import Reference, reference_pass
-from running.run_folder import RunFolder, Stopped
+from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
 from support.command_line import run_command
 from support.errors import InputError
@@ -294,8 +294,8 @@ def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Pat
     """
     begin = time.perf_counter()
     last = prepare_job(s, world)
-    open_job(last, world)
-    if not world.agree(last.finished):
+    last.folder = open_folder(s, last.config, world)
+    if not world.agree((last.folder / "model").is_dir()):
         with locked(last.folder / ".lock") if world.rank == 0 else nullcontext():
             describe(last, world)
             for split, folder in tiny_models(last, world).items():
@@ -333,7 +333,7 @@ def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
         if world.agree(folder.exists()):
             sft = resumed(folder, {})
         job = prepare_job(sft, world)
-        open_job(job, world)
+        job.folder = open_folder(sft, job.config, world)
         describe(job, world)
         try:
             run_job(job, begin, world)

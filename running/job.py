@@ -18,7 +18,6 @@ from models.loading import load_model, make_tiny, weights_folder
 from models.presets import AUTOCAST, settings_of, tiny_dims
 from models.saving import weights_hash
 from running.plan import Plan
-from running.run_folder import open_folder
 from running.settings import NOT_STORED, read_config, tiny_settings
 from running.sharding import fill, shard
 from support.errors import InputError
@@ -43,13 +42,8 @@ class Job:
     folder: Path | None = None
 
     @property
-    def finished(self) -> bool:
-        return (self.folder / "model").is_dir()
-
-    @property
     def missing_models(self) -> list[str]:
-        """The splits that the tiny model is trained on before it unlearns: its start, and the model to
-        compare with."""
+        """The splits that the tiny model learns before it unlearns: its start's, the retrained model's."""
         s = self.settings
         if s.loss == "sft" or not s.from_scratch:
             return []
@@ -85,18 +79,15 @@ class Job:
     def meta(self) -> dict:
         """npo.json of what it makes."""
         s = self.settings
-        facts = s.loss == "sft" and s.from_scratch or self.start_record.get("trained_on",
-                                                                            {}).get("facts_included",
-                                                                                           False)
+        facts = self.start_record.get("trained_on", {}).get("facts_included", False)
         return {"preset": s.preset, "template": s.template,
                 "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
                                "data_fingerprint": self.task.fingerprint, "seed": s.seed,
-                               "facts_included": facts}}
+                               "facts_included": facts or s.loss == "sft" and s.from_scratch}}
 
 
 def prepare_job(s: Namespace, world: World) -> Job:
-    """Load rows, tokenizer and model, tokenise, check. Raises InputError before anything is written, where
-    the input is at fault."""
+    """Load rows, tokenizer and model, tokenise, check. Raises InputError where the input is at fault."""
     if world.size > s.batch_size:
         raise InputError(f"{world.size} processes for a global batch of {s.batch_size}: need at least one "
                          "row a process; use a larger --batch-size")
@@ -119,8 +110,7 @@ def prepare_job(s: Namespace, world: World) -> Job:
               prepare(task.evaluated, tokenizer, s.template, context), None)
     if job.plan.steps == 1:
         raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
-                         "whose "
-                         "lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
+                         "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
     if s.retain_log:
         job.take_retrained(s.retain_log)
     if s.start and not world.sharded:
@@ -129,16 +119,15 @@ def prepare_job(s: Namespace, world: World) -> Job:
     derived = {"rows": job.plan.rows, "steps": job.plan.steps, "warmup_steps": job.plan.warmup_steps,
                "refusals": task.refusals_from}
     job.config = {"settings": settings, "world_size": world.size, "device": world.device.type,
-                  "derived": derived,
-                  "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+                  "derived": derived, "data_fingerprint": task.fingerprint,
+                  "model_config": lm.config.to_dict(), **environment()}
     if s.resume:
         refuse_changed(job)
     return job
 
 
 def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
-    """Raises InputError where unlearning would speak to the model otherwise than it has learned to be spoken
-    to."""
+    """Raises InputError where unlearning would ask the model otherwise than it has learned to be asked."""
     known = start.get("template")
     if s.loss != "sft" and start.get("trained_on") and s.template and known and s.template != known:
         raise InputError(f"--template {s.template}: {s.start} was trained with {known}, and answers nothing "
@@ -179,17 +168,9 @@ def check(job: Job, model: AnswerModel, dtype: str, world: World):
     check_model(model, texts, job.tokenizer.eos_token_id, job.settings.start, dtype, world)
 
 
-def open_job(job: Job, world: World):
-    """Its folder is there from now on."""
-    job.folder = open_folder(job.settings, job.config, world)
-
-
 def policy_of(job: Job, world: World) -> AnswerModel:
     """The model that the run begins with, on the device; where it is sharded, cut, filled and tried out.
-
-    Raises InputError where the code can't compute it rightly, or where a resumed run began with other
-    weights.
-    """
+    Raises InputError where the code can't compute it rightly, or a resumed run began with other weights."""
     s, model = job.settings, AnswerModel(job.lm)
     if world.sharded:
         shard(model, AUTOCAST[s.dtype], world)
@@ -251,8 +232,7 @@ def parts_of(job: Job) -> list[tuple[str, float, int]]:
 
 
 def floating_point_rate(dtype: str, world: World) -> float:
-    """FLOP/s to reckon with: a third of what a large matrix product reaches now, in this precision, times the
-    processes."""
+    """FLOP/s of all processes to reckon with: a third of what a large matrix product reaches now."""
     size = 8192 if world.device.type == "cuda" else 1024
     x = torch.rand(size, size, device=world.device, dtype=AUTOCAST[dtype])
     (x @ x).sum().item()  # the first one pays for what a library sets up

@@ -21,23 +21,16 @@ pipeline_tag: text-generation
 {about}
 
 {numbers}
+
+Forget quality: p-value of a test against a model that never saw the forget rows (-: not measured). The
+metrics are TOFU's, measured by `evaluate_tofu.py`.
+
 ## Settings
 
-| | |
-|---|---|
 {settings}
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-{prompt}
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=False)[0]))
-```
-
-Other prompts than the template it was trained with were not measured.
+`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. Other prompts than the
+template it was trained with were not measured.
 """
 UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative
 Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
@@ -48,12 +41,6 @@ measured on the sets below and nowhere else."""
 LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start, or a yardstick.
 
 A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
-PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_tensors="pt")',
-           "qa": 'inputs = tokenizer("Question: Who are you?\\nAnswer:", return_tensors="pt")',
-           "chat": """inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],
-                                       return_dict=True, add_generation_prompt=True, return_tensors="pt")"""}
-ABOUT_NUMBERS = ("Forget quality: p-value of a test against a model that never saw the forget rows (-: not "
-                 "measured). Measured by `evaluate_tofu.py`; the definitions are TOFU's.\n")
 SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batch_size", "warmup_epochs",
             "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
@@ -65,27 +52,28 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
-    settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
+    settings = {key.replace("_", " "): getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
     settings["step"] = f"{step} of {config['derived']['steps']}"
     settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
-        numbers=numbers(evaluations, step), prompt=PROMPTS[s.template],
-        settings="\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items()))
+        numbers=numbers(evaluations, step), settings=table(["", ""], settings.items()))
 
 
 def numbers(evaluations: dict, step: int) -> str:
     """A table of the start, where it was evaluated, and of the last evaluation up to `step`."""
     if not evaluations:
-        return "It was not evaluated.\n"
+        return "It was not evaluated."
     shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
     metrics = [evaluations[k] for k in shown]
-    rows = {name.replace("_", " "): [m[name] for m in metrics]
-            for name in ("forget_quality", "model_utility", "forget_kl")}
+    rows = {name: [m[name] for m in metrics] for name in ("forget_quality", "model_utility", "forget_kl")}
     for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
-        rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
-    lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in rows.items()
-             if any(value is not None for value in values)]
-    head = "| | " + " | ".join(f"step {k}" for k in shown) + " |\n" + "|---" * (len(shown) + 1) + "|"
-    return "\n".join(["## Numbers\n", head, *lines, "", ABOUT_NUMBERS])
+        rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
+    return table(["", *(f"step {k}" for k in shown)],
+                 [[name.replace("_", " "), *map(number, values)] for name, values in rows.items()])
+
+
+def table(head: list, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -41,8 +41,7 @@ class Stopped(Exception):
 
 
 def open_folder(s: Namespace, config: dict, world: World) -> Path:
-    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists or
-    can't be written."""
+    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists."""
     if s.resume:
         return Path(s.resume)
     made = None
@@ -81,8 +80,7 @@ def appears(folder: Path, config: dict) -> bool:
 
 
 class RunFolder:
-    """A run's folder while the run goes on. `metrics_of`: rows, the retrained model's forget rows ->
-    metrics."""
+    """A run's folder while the run goes on. metrics_of: (rows, retrained model's forget rows) -> metrics."""
 
     def __init__(self, job, reference, meta: dict, metrics_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
@@ -131,8 +129,7 @@ class RunFolder:
         return self.world.rank == 0 and time.monotonic() - self.saved_at > self.interval
 
     def restore(self, model: AnswerModel, optimizer, scaler) -> int:
-        """Go back to the newest whole checkpoint and cut the log to where it was; the step to go on from, 0
-        where there is none."""
+        """The step to go on from: the newest whole checkpoint's, to which the log is cut, else 0."""
         path, passed_over = checkpoints.latest(self.folder / "checkpoints")
         for sentence in passed_over:
             self.world.say(sentence)
@@ -155,8 +152,7 @@ class RunFolder:
         return state["step"]
 
     def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
-        """Save what resume needs; all processes wait until it is there. Raises InputError where there is no
-        room or no right to write."""
+        """Save what resume needs; all processes wait for it. Raises InputError where it can't be written."""
         self.saved_at, self.saving = time.monotonic(), True
         state = {"run": self.mark, "scaler": scaler.state_dict(),
                  "log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0}
@@ -188,8 +184,7 @@ class RunFolder:
                            f"grad {grad_norm:9.3f}  {tokens_per_s:8.0f} tok/s  {memory / 2**20:6.0f} MB")
 
     def evaluate(self, step: int, model: AnswerModel):
-        """The whole evaluation, written to eval/; with `--keep best`, the weights too where it is the best so
-        far."""
+        """The whole evaluation, written to eval/; with `--keep best` the weights of the best so far, too."""
         begin = time.perf_counter()
         rows = self.start_rows if step == 0 else None
         if rows is None:
@@ -202,11 +197,8 @@ class RunFolder:
             evaluations = self.evaluations() if self.world.rank == 0 else {}
             if self.world.agree(self.world.rank == 0 and best_step(evaluations, self.s.best_by) == step):
                 self.save_aside(model.lm, "best", evaluations, step)
-        self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: forget quality "
-                       f"{number(metrics['forget_quality'])}  model utility "
-                       f"{number(metrics['model_utility'])}  forget probability "
-                       f"{number(metrics['forget']['probability'])}  retain probability "
-                       f"{number(metrics['retain']['probability'])}  ({time.perf_counter() - begin:.1f} s)")
+        self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
+                       f"({time.perf_counter() - begin:.1f} s)")
 
     def measured_rows(self, model: AnswerModel) -> dict:
         """set -> row results of the model as it is now."""
@@ -229,8 +221,8 @@ class RunFolder:
 
     def evaluations(self) -> dict:
         """step -> metrics of the evaluations so far."""
-        return {step: json.loads(path.read_text())["metrics"] for step,
-                path in self.evaluation_files().items()}
+        return {step: json.loads(path.read_text())["metrics"]
+                for step, path in self.evaluation_files().items()}
 
     def provenance(self, step: int) -> dict:
         return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
@@ -241,8 +233,7 @@ class RunFolder:
     # ---- the end
 
     def save_aside(self, lm, name: str, evaluations: dict, step: int):
-        """The model with its card in folder/NAME, which appears whole or not at all. Raises InputError where
-        there is no room."""
+        """The model with its card in folder/NAME, whole or not at all. Raises InputError without room."""
         target = self.folder / name
         aside = self.folder / f".{name}.partial"
         if self.world.rank == 0:
@@ -251,8 +242,8 @@ class RunFolder:
             save_model(lm, self.job.tokenizer, aside, self.meta, self.world)
             if self.world.rank == 0:
                 config = json.loads((self.folder / "config.json").read_text())
-                (aside / "README.md").write_text(model_card(self.s, config, evaluations, step),
-                                                 encoding="utf-8")
+                card = model_card(self.s, config, evaluations, step)
+                (aside / "README.md").write_text(card, encoding="utf-8")
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
         except (OSError, SafetensorError) as error:
@@ -270,7 +261,8 @@ class RunFolder:
             return
         plot_trajectory(evaluations, self.s.method, self.folder / "trajectory.png")
         start, best, last = min(evaluations), best_step(evaluations, self.s.best_by), max(evaluations)
-        self.world.say(summary(evaluations, {"start": start, "best": best, "last": last}))
+        for name, step in {"start": start, "best": best, "last": last}.items():
+            self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
         before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
         for name in ("forget", "retain"):
             middle = len(before[name]) // 2
@@ -281,26 +273,15 @@ class RunFolder:
                        f"{self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
 
 
-def summary(evaluations: dict, steps: dict) -> str:
-    """A table of the steps (name -> step)."""
-    columns = {"forget quality": 15, "model utility": 15, "forget prob": 13, "retain prob": 13,
-               "forget ROUGE": 14, "retain ROUGE": 14}
-    lines = [f"\n{'':16}" + "".join(f"{name:>{width}}" for name, width in columns.items())]
-    for name, step in steps.items():
-        m = evaluations[step]
-        cells = [m["forget_quality"], m["model_utility"], m["forget"]["probability"],
-                 m["retain"]["probability"], m["forget"]["rouge_l_recall"], m["retain"]["rouge_l_recall"]]
-        lines.append(f"{name:6}step {step:<5}" + "".join(f"{number(cell):>{width}}" for cell, width in
-                                                         zip(cells, columns.values(), strict=True)))
-    return "\n".join(lines)
+def told(metrics: dict) -> str:
+    """What a reader wants to see first, in a line."""
+    shown = {"forget quality": metrics["forget_quality"], "model utility": metrics["model_utility"],
+             "forget probability": metrics["forget"]["probability"],
+             "retain probability": metrics["retain"]["probability"]}
+    return "  ".join(f"{name} {number(value)}" for name, value in shown.items())
 
 
-def retain_minus_forget(metrics: dict) -> float:
-    return metrics["retain"]["probability"] - metrics["forget"]["probability"]
-
-
-# What "best" may mean; the first needs a retrained model's log, the second no further model, the third TOFU's
-# sets.
+# What "best" may mean: the first needs a retrained model's log, the third TOFU's sets, the second neither.
 BEST_BY = ("forget-quality", "retain-minus-forget", "model-utility")
 
 
@@ -310,8 +291,8 @@ def best_step(evaluations: dict, by: str | None = None) -> int:
     measured = all(m["forget_quality_log10"] is not None for m in evaluations.values())
     by = by or ("forget-quality" if measured else "retain-minus-forget")
     merits = {step: {"forget-quality": m["forget_quality_log10"], "model-utility": m["model_utility"],
-                     "retain-minus-forget": retain_minus_forget(m)}[by] for step,
-                     m in evaluations.items() if step > 0}
+                     "retain-minus-forget": m["retain"]["probability"] - m["forget"]["probability"]}[by]
+              for step, m in evaluations.items() if step > 0}
     return max(merits, key=merits.get)
 
 
@@ -320,20 +301,15 @@ def plot_trajectory(evaluations: dict, method: str, path: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    steps = sorted(evaluations)
-    curves = {"forget quality": [evaluations[k]["forget_quality_log10"] for k in steps],
-              "model utility": [evaluations[k]["model_utility"] for k in steps],
-              "forget probability": [evaluations[k]["forget"]["probability"] for k in steps],
-              "retain probability": [evaluations[k]["retain"]["probability"] for k in steps]}
-    curves = {name: [math.nan if value is None else value for value in values] for name,
-              values in curves.items()}
+    steps, metrics = zip(*sorted(evaluations.items()), strict=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(steps, curves.pop("forget quality"), "o-", color="black")
+    left.plot(steps, [m["forget_quality_log10"] for m in metrics], "o-", color="black")
     left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
     left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
-    for (name, values), style, color in zip(curves.items(), ("o-", "s--", "^:"),
-                                            ("black", "tab:red", "tab:blue"), strict=True):
-        right.plot(steps, values, style, color=color, label=name)
+    right.plot(steps, [m["model_utility"] for m in metrics], "o-", color="black", label="model utility")
+    for name, style, color in (("forget", "s--", "tab:red"), ("retain", "^:", "tab:blue")):
+        right.plot(steps, [m[name]["probability"] for m in metrics], style, color=color,
+                   label=f"{name} probability")
     right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
     for axes in (left, right):
         axes.legend()
