@@ -51,7 +51,7 @@ def make_tiny(texts: list, seed: int, dims: dict):
 
 def load_model(source: str, without_weights: bool = False):
     """(model, tokenizer, npo.json's content) from a folder, a `.gguf` file or a Hub id; float32, no dropout.
-    `without_weights`: its parameters have no memory yet, `sharding.fill` gives it. Raises InputError."""
+    `without_weights`: its parameters have no memory yet, `sharded.fill` gives it. Raises InputError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))

@@ -17,9 +17,9 @@ from models.checks import check_model
 from models.loading import load_model, make_tiny, weights_folder
 from models.presets import AUTOCAST, settings_of, tiny_dims
 from models.saving import weights_hash
+from models.sharded import fill, shard
 from running.plan import Plan
 from running.settings import NOT_STORED, read_config, tiny_settings
-from running.sharding import fill, shard
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment

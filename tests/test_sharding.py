@@ -19,7 +19,6 @@ from models import sharded
 from models.answers import AnswerModel
 from models.loading import load_model
 from models.saving import save_model, weights_hash
-from running import sharding
 from running.checkpoints import Rows
 from support.errors import InputError
 
@@ -128,7 +127,7 @@ def test_weights_are_read_without_a_whole_model(small_model, tmp_path):
     expected, _, _ = load_model(str(small_model))
     lm, _, _ = load_model(str(small_model), without_weights=True)
     assert all(p.is_meta for p in lm.parameters()) and not any(b.is_meta for b in lm.buffers())
-    sharding.fill(AnswerModel(lm), small_model, "cpu")
+    sharded.fill(AnswerModel(lm), small_model, "cpu")
     assert weights_hash(lm) == weights_hash(expected)
     ids = torch.arange(3, 30).unsqueeze(0)
     assert torch.equal(lm(ids).logits, expected(ids).logits)  # the rotary frequencies are there too
@@ -143,7 +142,7 @@ def test_a_result_of_several_files_loads(small_model, tmp_path, monkeypatch):
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert weights_hash(load_model(str(folder))[0]) == weights_hash(lm)
     empty, _, _ = load_model(str(folder), without_weights=True)
-    sharding.fill(AnswerModel(empty), folder, "cpu")
+    sharded.fill(AnswerModel(empty), folder, "cpu")
     assert weights_hash(empty) == weights_hash(lm)
 
 
@@ -159,17 +158,17 @@ def test_flaws_of_a_folder_are_named(small_model, tmp_path):
                               ("[1]", "not an index")):
         index.write_text(content)
         with pytest.raises(InputError, match=sentence):
-            sharding.fill(AnswerModel(lm), folder, "cpu")
+            sharded.fill(AnswerModel(lm), folder, "cpu")
     index.unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 72}))
     wider, _, _ = load_model(str(folder), without_weights=True)
     with pytest.raises(InputError, match="config.json says"):
-        sharding.fill(AnswerModel(wider), folder, "cpu")
+        sharded.fill(AnswerModel(wider), folder, "cpu")
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     deeper, _, _ = load_model(str(folder), without_weights=True)
     with pytest.raises(InputError, match="weights are missing, among them model.layers.2"):
-        sharding.fill(AnswerModel(deeper), folder, "cpu")
+        sharded.fill(AnswerModel(deeper), folder, "cpu")
 
 
 def test_rows_of_a_checkpoint_are_found_whoever_wrote_them(tmp_path):
