@@ -37,7 +37,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batches import TokenBatch, collate, deal
 from evaluate_tofu import compute_metrics
 from losses import nll_loss
 from models.answers import AnswerModel
@@ -48,7 +47,7 @@ from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
 from running.plan import Counts, MicroBatch, Plan
 from running.processes import flush_denormals, keep_freed_memory, meeting_place, pick_device, share_cores
-from running.reference import Reference, reference_pass
+from running.reference import Reference, logps_of_texts, reference_pass
 from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
 from support.command_line import run_command
@@ -104,18 +103,10 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
 @torch.no_grad()
 def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, reference: Reference,
                  world: World) -> Tensor:
-    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): a pass without
-    gradient, one scalar reduced."""
-    total = torch.zeros((), device=world.device)
-    lengths = [len(plan.refusals[i.row, i.refusal].ids) for i in items]
-    for chunk in deal(items, lengths, 2 * s.micro_batch_size, world.rank, world.size):
-        if chunk or world.sharded:
-            refusals = [plan.refusals[i.row, i.refusal] for i in chunk or items[:1]]
-            batch: TokenBatch = collate(refusals, plan.pad, world.device, s.pad_to)
-            logps = batch.per_text(model(batch)[0])
-        if chunk:
-            total += (logps - reference.refusal_logps(chunk)).sum()
-    return (world.sum(total) / len(items)).clamp(min=0)
+    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): no gradient."""
+    refusals = [plan.refusals[i.row, i.refusal] for i in items]
+    logps = logps_of_texts(model, refusals, 2 * s.micro_batch_size, plan.pad, world)  # this process's share
+    return (world.sum(logps.to(world.device)) - reference.refusal_logps(items)).mean().clamp(min=0)
 
 
 # ---------------------------------------------------------------- processes, optimizer, schedule
