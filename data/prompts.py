@@ -12,7 +12,6 @@ from support.errors import InputError
 TEMPLATES = ("llama2", "qa", "chat")
 TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
 SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
-SAME_DAY = "{%- macro strftime_now(format) -%}" + TODAY + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):

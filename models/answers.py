@@ -29,11 +29,8 @@ class AnswerModel(nn.Module):
 
     def forward(self, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
                 direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
-        """log pi of each answer token (N,), and K of the last M (M,), empty without `kl_states`.
-
-        `kl_states` holds the reference's hidden states at these M tokens (M, H) and its LM head's weight (V,
-        H).
-        """
+        """log pi of each answer token (N,), and K of the last M (M,), empty without `kl_states`: the
+        reference's hidden states at these M tokens (M, H) and its LM head's weight (V, H)."""
         return self.token_values(self.hidden(batch), batch, kl_states, direction)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
@@ -49,13 +46,11 @@ class AnswerModel(nn.Module):
         return answer_values(hidden, head, batch.targets, kl_states, direction)
 
     def next_logits(self, **inputs) -> Tensor:
-        """Logits of the token that follows each sequence, (S, V), as the language model itself computes them;
-        `inputs` are its own."""
+        """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
         return self.lm(**inputs, logits_to_keep=1).logits[:, -1]
 
     def all_logits(self, **inputs) -> Tensor:
-        """Logits at every position, (S, T, V), as the language model itself computes them: for checks
-        alone."""
+        """Logits at every position, (S, T, V), as the model itself computes them: for checks alone."""
         return self.lm(**inputs, use_cache=False).logits
 
 

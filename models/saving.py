@@ -46,8 +46,7 @@ def read_meta(source: str) -> dict:
 
 
 def weights_hash(model) -> str:
-    """16 hex digits over names, shapes, types and bytes of all parameters; where the model is sharded, all
-    processes must ask together."""
+    """16 hex digits over names, shapes, types and bytes of all parameters; all processes ask together."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(model.state_dict().items()):
         tensor = whole(tensor)

@@ -1,5 +1,4 @@
-"""What a run will compute, before anything is: its rows as tokens, its global batches, and what follows from
-these."""
+"""What a run will compute, before anything is: rows as tokens, global batches, what follows from these."""
 
 import math
 from argparse import Namespace
@@ -15,9 +14,7 @@ class MicroBatch(NamedTuple):
     """What goes through one forward pass, as places in the stream and in `Plan.partners`."""
     items: list[Item]
     partners: list[int]
-    # This process has no row left: it computes one with weight 0, to meet the others in the last backward
-    # pass.
-    ghost: bool
+    ghost: bool  # no row is left: one is computed with weight 0, to meet the others in the last backward pass
 
 
 class Counts(NamedTuple):
@@ -56,8 +53,7 @@ class Plan:
         return self.answers[item.row] if self.objective.with_answer else self.refusals[item.row, item.refusal]
 
     def micro_batches(self, items: list[Item], world: World) -> list[MicroBatch]:
-        """This process's share of a global batch; forget and retain rows are ordered by length each on their
-        own."""
+        """This process's share of a global batch; forget and retain rows are each ordered by length."""
         lengths = [len(self.of_loss(i).ids) for i in items]
         mine = deal(items, lengths, self.micro_batch_size, world.rank, world.size)
         partners, retain = [], [[] for _ in mine]
@@ -65,8 +61,7 @@ class Plan:
             partners = [i.partner for i in items]
             lengths = [len(self.partners[p].ids) for p in partners]
             retain = deal(partners, lengths, self.micro_batch_size, world.rank, world.size)
-        # The longest first: its activations meet no gradients yet, and what follows fits into the memory it
-        # leaves.
+        # The longest first: its activations meet no gradients yet, and the next fit into what it leaves.
         return [MicroBatch(own or items[:1], kept or partners[:1], ghost=not own)
                 for own, kept in zip(mine, retain, strict=True)][::-1]
 
@@ -94,15 +89,12 @@ class Plan:
     # ---- the run
 
     def evaluation_steps(self, every: str) -> set:
-        """Steps after which the model is evaluated (0: before the first); `every` is epoch, step, never, end
-        or a number."""
-        if every == "never":
-            return set()
-        if every == "end":
-            return {self.steps}
-        inner = self.epoch_ends if every == "epoch" else range(0, self.steps,
-                                                               1 if every == "step" else int(every))
-        return {0, self.steps, *inner}
+        """Steps after which it is evaluated (0: before the first): epoch, step, never, end, or N."""
+        if every in ("never", "end"):
+            return {self.steps} if every == "end" else set()
+        if every == "epoch":
+            return {0, *self.epoch_ends}
+        return {*range(0, self.steps, 1 if every == "step" else int(every)), self.steps}
 
     def tokens(self) -> int:
         """Tokens of the whole run that pass forward and backward."""
@@ -110,5 +102,5 @@ class Plan:
 
 
 def encode_rows(tokenizer, template: str, rows: list, context: int | None) -> list[Encoded]:
-    return encode(tokenizer, template, [(row["question"], row["answer"]) for row in rows],
-                  context) if rows else []
+    pairs = [(row["question"], row["answer"]) for row in rows]
+    return encode(tokenizer, template, pairs, context) if rows else []

@@ -1,8 +1,8 @@
 """The reference model without a reference model in memory.
 
-The policy IS the reference until its first step. One pass before that step keeps what the objectives and the
-evaluations will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the
-last hidden states at the answers' tokens, from which the frozen LM head gives the exact logits again.
+The policy IS the reference until its first step. One pass before it keeps what objectives and evaluations
+will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the last hidden
+states at the answers' tokens, from which the frozen LM head gives the exact logits again.
 """
 
 import os
@@ -25,13 +25,9 @@ from support.world import World
 
 
 class Reference:
-    """log pi_ref of every answer in the stream, and the reference's hidden states for K and for the KL
-    metrics.
-
-    Made by one pass of the policy before its first step, kept in `runs/NAME/reference/` (one file a process),
-    and read back memory-mapped. The mark covers weights, texts, precision and stream; a file with another one
-    is refused (InputError).
-    """
+    """log pi_ref of every answer in the stream, and its hidden states, in `runs/NAME/reference/`: one file a
+    process, read memory-mapped. The mark covers weights, texts, precision and stream; a file with another
+    one is refused (InputError)."""
 
     def __init__(self, folder: Path, mark: str, plan: Plan, device):
         self.device, self.file_of, parts = device, {}, {"answers": [], "refusals": []}
@@ -60,8 +56,7 @@ class Reference:
         return sent(self.refusals[[self.refusal_place[i.row, i.refusal] for i in items]], self.device)
 
     def states(self, partners: list[int]) -> tuple[Tensor, Tensor]:
-        """The reference's hidden states at these retain answers' tokens (M, H), and its head (V, H): together
-        its exact logits."""
+        """Hidden states at these retain answers' tokens (M, H), the head (V, H): together exact logits."""
         return sent(torch.cat([self[f"retain/{p}"] for p in partners]), self.device), self.head
 
     @cached_property

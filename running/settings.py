@@ -1,5 +1,4 @@
-"""A run's settings: every flag with its type, default, unit and one sentence; what a preset adds; what is
-refused."""
+"""A run's settings: every flag with type, default, unit and one sentence; what a preset adds; refusals."""
 
 import argparse
 import json
@@ -130,10 +129,7 @@ def method_name(s: Namespace) -> str:
 
 
 def resolve(given: dict) -> Namespace:
-    """Flags as given -> every setting: the parser's defaults, then the preset's, then the flags.
-
-    Raises InputError for contradictions.
-    """
+    """Flags as given -> every setting: the parser's defaults, the preset's, the flags. Raises InputError."""
     s = Namespace(**{**vars(build_parser().parse_args([])), **given})
     preset_name, path = split_model(s.model)
     # A folder that one of our runs wrote says which preset it is of.
@@ -197,8 +193,6 @@ def refuse_wrong_rows(s: Namespace, given: dict):
             own and (s.loss == "sft" or "split" in given or "data" in given),
         "--forget and --retain need the model that holds these rows: give --model FOLDER":
             own and not s.start,
-        f"own data needs both files: got --forget {s.forget} and --retain {s.retain}":
-            own and not (s.forget and s.retain),
         f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft learns it)":
             not own and s.loss != "sft" and parse_split(s.split)[0] != "forget"})
 
