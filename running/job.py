@@ -1,7 +1,6 @@
 """A run that is ready to begin: everything is checked, and nothing is written."""
 
 import json
-import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.prompts import system_prompt_of
-from data.tofu import Task, complement, load_task, slice_rows
+from data.tofu import Task, complement, load_task
 from evaluation.logs import read_retain_log
 from evaluation.scoring import Prepared, prepare
 from models.answers import AnswerModel
@@ -189,10 +188,8 @@ def policy_of(job: Job, world: World) -> AnswerModel:
     return model
 
 
-# ---------------------------------------------------------------- said before it begins
-
 def describe(job: Job, world: World):
-    """Say what is about to be done, with what, and roughly how long each part takes."""
+    """Say what is about to be done, and with what."""
     s, plan, task = job.settings, job.plan, job.task
     parameters = sum(p.numel() for p in job.lm.parameters())
     what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
@@ -202,40 +199,13 @@ def describe(job: Job, world: World):
     world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
               f"{world.device.type}, {s.dtype}")
     weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
-    steps = f"{s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up)"
+    steps = (f"{s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), "
+             f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
     world.say(f"{settings}, weights {weights} (forget / retain / KL), batch {s.batch_size} in micro-batches "
               f"of {s.micro_batch_size}, {steps}, template {s.template}, seed {s.seed}")
     for doubt in doubts_of_start(job):
         world.say(doubt)
-    rate = floating_point_rate(s.dtype, world)
-    evaluated = sum(len(t.encoded.ids) for some in job.prepared.texts.values() for t in some)
-    for number, (what, tokens, evaluations) in enumerate(parts_of(job), 1):
-        # A step costs 6 FLOPs a parameter and token. An evaluation is a forward pass over its texts, 2 FLOPs
-        # at about twice the rate of training, and generating costs about as much again.
-        minutes = parameters * (6 * tokens + 2 * evaluations * evaluated) / rate / 60
-        world.say(f"  {number}. {what}, evaluations: {evaluations}; roughly {max(0.1, minutes):.1f} min")
-
-
-def parts_of(job: Job) -> list[tuple[str, float, int]]:
-    """(what is trained, tokens, evaluations), in order; tiny models that are there already are left out."""
-    s, plan, parts = job.settings, job.plan, []
-    row_tokens = sum(len(e.ids) for e in plan.answers) / max(1, len(plan.answers))
     for split in job.missing_models:
-        sft = tiny_settings(s, split, job.task)
-        if not Path(sft.out, "model").is_dir():
-            rows = len(slice_rows(job.task.full, split)) + len(job.task.facts())
-            parts.append((f"train the tiny model on {split} (kept in {sft.out})",
-                          rows * row_tokens * sft.epochs, int(split != "full")))
-    verb = "learn" if s.loss == "sft" else "unlearn"
-    return [*parts, (f"{verb} {s.split}: {plan.steps} steps", plan.tokens(),
-                     len(plan.evaluation_steps(s.eval_every)))]
-
-
-def floating_point_rate(dtype: str, world: World) -> float:
-    """FLOP/s of all processes to reckon with: a third of what a large matrix product reaches now."""
-    size = 8192 if world.device.type == "cuda" else 1024
-    x = torch.rand(size, size, device=world.device, dtype=AUTOCAST[dtype])
-    (x @ x).sum().item()  # the first one pays for what a library sets up
-    begin = time.perf_counter()
-    (x @ x).sum().item()
-    return 2 * size**3 / (time.perf_counter() - begin) * world.size / 3
+        folder = Path(tiny_settings(s, split, task).out)
+        if not (folder / "model").is_dir():
+            world.say(f"first the tiny model learns {split} (kept in {folder})")

@@ -96,10 +96,6 @@ class Plan:
             return {0, *self.epoch_ends}
         return {*range(0, self.steps, 1 if every == "step" else int(every)), self.steps}
 
-    def tokens(self) -> int:
-        """Tokens of the whole run that pass forward and backward."""
-        return sum(self.counts(items).tokens for items in self.stream)
-
 
 def encode_rows(tokenizer, template: str, rows: list, context: int | None) -> list[Encoded]:
     pairs = [(row["question"], row["answer"]) for row in rows]
