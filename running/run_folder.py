@@ -195,7 +195,7 @@ class RunFolder:
                        {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
         if self.s.keep == "best" and step > 0:
             evaluations = self.evaluations() if self.world.rank == 0 else {}
-            if self.world.agree(self.world.rank == 0 and best_step(evaluations, self.s.best_by) == step):
+            if self.world.agree(self.world.rank == 0 and best_step(evaluations) == step):
                 self.save_aside(model.lm, "best", evaluations, step)
         self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
                        f"({time.perf_counter() - begin:.1f} s)")
@@ -260,7 +260,7 @@ class RunFolder:
             self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
             return
         plot_trajectory(evaluations, self.s.method, self.folder / "trajectory.png")
-        start, best, last = min(evaluations), best_step(evaluations, self.s.best_by), max(evaluations)
+        start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
         for name, step in {"start": start, "best": best, "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
         before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
@@ -281,18 +281,13 @@ def told(metrics: dict) -> str:
     return "  ".join(f"{name} {number(value)}" for name, value in shown.items())
 
 
-# What "best" may mean: the first needs a retrained model's log, the third TOFU's sets, the second neither.
-BEST_BY = ("forget-quality", "retain-minus-forget", "model-utility")
-
-
-def best_step(evaluations: dict, by: str | None = None) -> int:
-    """The step after the start that is best by one of BEST_BY, the first of equals. Without `by`: forget
-    quality where it was measured, else retain less forget probability."""
-    measured = all(m["forget_quality_log10"] is not None for m in evaluations.values())
-    by = by or ("forget-quality" if measured else "retain-minus-forget")
-    merits = {step: {"forget-quality": m["forget_quality_log10"], "model-utility": m["model_utility"],
-                     "retain-minus-forget": m["retain"]["probability"] - m["forget"]["probability"]}[by]
-              for step, m in evaluations.items() if step > 0}
+def best_step(evaluations: dict) -> int:
+    """The step after the start with the best forget quality, or where that was not measured, the largest
+    retain less forget probability; the first of equals."""
+    later = {step: m for step, m in evaluations.items() if step > 0}
+    merits = {step: m["forget_quality_log10"] for step, m in later.items()}
+    if None in merits.values():
+        merits = {step: m["retain"]["probability"] - m["forget"]["probability"] for step, m in later.items()}
     return max(merits, key=merits.get)
 
 

@@ -11,7 +11,7 @@ from data.tofu import parse_split
 from losses import KL_DIRECTIONS, OBJECTIVES
 from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
 from models.saving import read_meta
-from running.run_folder import BEST_BY, folder_names
+from running.run_folder import folder_names
 from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint, refuse_links
@@ -107,10 +107,8 @@ def add_run(add):
     add("--eval-every", type=evaluation_interval,
         help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
     add("--keep", default="last", choices=("last", "best"),
-        help="best: also keep the weights of the best evaluation, in best/")
-    add("--best-by", choices=BEST_BY,
-        help="what best means (default: forget-quality where there is a retain log, else "
-             "retain-minus-forget, the difference of the two probabilities, which needs no retrained model)")
+        help="best: also keep, in best/, the weights of the evaluation with the best forget quality or, "
+             "without a retain log, the largest retain less forget probability")
     add("--checkpoint-every", type=checkpoint_interval, default="10m",
         help="besides at evaluations: minutes (10m), epoch, or steps")
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
@@ -177,10 +175,6 @@ def refuse_contradictions(s: Namespace):
         f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run: need at most these":
             s.warmup_epochs > s.epochs,
         f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
-        "--best-by forget-quality needs a retrained model's log: give --retain-log FILE, or take "
-        "retain-minus-forget": s.best_by == "forget-quality" and s.start and not s.retain_log,
-        "--best-by model-utility needs TOFU's four sets, and own data has two: take retain-minus-forget":
-            s.best_by == "model-utility" and s.forget,
         f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
         f"first, then give --model {s.preset}=runs/NAME/model":
             s.preset != "tiny" and not s.start and not s.dry_run})
@@ -201,7 +195,7 @@ def refuse_without_effect(s: Namespace, given: dict):
     """A flag that changes nothing is a misunderstanding. Raises InputError."""
     objective = OBJECTIVES[s.loss]
     pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
-    idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs, "best_by": s.keep != "best",
+    idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs,
             "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
             "system_prompt": s.template not in (None, "chat")}
     for other in OBJECTIVES.values():

@@ -39,8 +39,7 @@ TRAIN = [
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
     ("--kl-direction reference_policy", "--kl-direction has no effect"),
     ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
-    ("--best-by model-utility", "--best-by has no effect"), ("--keep best --eval-every never", "--keep has "
-                                                                                               "no effect"),
+    ("--keep best --eval-every never", "--keep has no effect"),
     ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
     ("--model MODEL --data DATA --parallel fsdp", "--parallel fsdp has no effect in one process"),
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),

@@ -24,28 +24,18 @@ def metrics(quality, utility, forget, retain):
 
 
 def test_what_best_means():
-    """Step 0 is the start and never the best; step 5 has collapsed, and only the utility shows it."""
+    """Step 0 is the start and never the best; of equals the first is."""
     curve = {0: metrics(0.0, 0.9, 0.9, 0.9), 1: metrics(-9.0, 0.8, 0.6, 0.9), 3: metrics(-2.0, 0.7, 0.1, 0.8),
              5: metrics(-1.0, 0.0, 0.0, 0.0), 6: metrics(-1.0, 0.1, 0.0, 0.1)}
-    assert best_step(curve) == best_step(curve, "forget-quality") == 5
-    assert best_step(curve, "retain-minus-forget") == 3
-    assert best_step(curve, "model-utility") == 1
+    assert best_step(curve) == 5
     without = {step: {**m, "forget_quality_log10": None} for step, m in curve.items()}
     assert best_step(without) == 3
-
-
-def test_a_criterion_that_cannot_be_measured_is_refused_at_once(small_model, tmp_path):
-    with pytest.raises(InputError, match="--retain-log"):
-        resolve({"model": str(small_model), "best_by": "forget-quality"})
-    with pytest.raises(InputError, match="two"):
-        resolve({"model": str(small_model), "forget": "a", "retain": "b", "best_by": "model-utility"})
 
 
 def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(small_model), "--data", str(small_data), "--retain-weight", "1", "--epochs", "1",
-             "--batch-size", "10", "--lr", "1e-3", "--keep", "best", "--best-by", "model-utility", "--out",
-             "run"]
+             "--batch-size", "10", "--lr", "1e-3", "--keep", "best", "--out", "run"]
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_npo.py", *flags])
     folder = carry_out(parse(flags), ALONE)
     config = json.loads((folder / "config.json").read_text())
