@@ -18,13 +18,10 @@ from pathlib import Path
 
 from data.tofu import load_task
 from study import grid, pages, pictures, records, verdicts, workers
-from support.command_line import Parser, given_flags, positive, run_command
+from support.command_line import Parser, positive, run_command
 from support.errors import InputError
 from support.files import locked, write_json
 from support.provenance import environment
-
-DECIDED_HERE = {"loss", "split", "model", "data", "seed", "epochs", "out", "resume", "lr", "beta",
-                "eval_every", "retain_log", "template"}
 
 
 def build_parser() -> Parser:
@@ -40,7 +37,6 @@ def build_parser() -> Parser:
     add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
     add("--choices", metavar="FILE", help="take hyper-parameters and weights from another study's JSON")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
-    add("--train-flags", default="", help="further flags of train_npo.py, such as \"--dtype bf16\"")
     add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
     add("--plan", action="store_true", help="print runs, time and memory, and stop")
     add("--draw-only", action="store_true", help="draw and judge from the JSON alone")
@@ -61,21 +57,17 @@ def train(given: dict, start_rows: dict | None):
 
 
 def open_study(args: Namespace) -> grid.Study:
-    """Everything that planning depends on. Raises InputError, also for a JSON of other data or flags."""
+    """Everything that planning depends on. Raises InputError, also for a JSON of other data."""
     from evaluate_tofu import log_truth_ratio
     from models.presets import PRESETS
     from running.memory_plan import read_shape
-    from running.settings import build_parser as train_parser
     name, _, path = args.model.partition("=")
     if name not in PRESETS:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
                          "PRESET=FOLDER: retraining needs to know the base model and its settings")
-    extra = given_flags(train_parser(), args.train_flags.split())
-    for flag in sorted(DECIDED_HERE & set(extra)):
-        raise InputError(f"--train-flags: --{flag.replace('_', '-')} is decided here; leave it out")
     task = load_task(args.data, grid.TUNING_SPLIT)
     shape = read_shape(Namespace(preset=name, start=path, model=args.model), task.full)
-    return records.open_study(grid.Setup(args, task, name, PRESETS[name], extra, records.read_choices(args),
+    return records.open_study(grid.Setup(args, task, name, PRESETS[name], records.read_choices(args),
                                          shape.parameters, train, log_truth_ratio))
 
 

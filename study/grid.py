@@ -53,7 +53,6 @@ class Setup:
     task: Task  # of TUNING_SPLIT
     preset_name: str
     preset: object  # models' Preset
-    extra: dict  # train_npo flags given through --train-flags
     taken: dict  # another study's choices (--choices), else {}
     parameters: int
     train: Callable  # (flags as given, or {"resume": folder}; the start's rows or None): one run
@@ -122,10 +121,10 @@ def model_job(setup: Setup, split: str, seed: int) -> Job | None:
              "eval_every": "never" if split == "full" else "end"}
     rows = len(slice_rows(task.full, split))
     if name == "tiny":  # kept where train_npo.py itself would look for it
-        settings = tiny_settings(resolve({"data": data, **setup.extra}), split, task, seed)
+        settings = tiny_settings(resolve({"data": data}), split, task, seed)
         folder, rows = settings.out, rows + len(task.facts())
     else:
-        given |= {"model": name, **setup.extra}
+        given["model"] = name
         settings = resolve(given)
         mark = run_key(vars(settings), task.fingerprint, settings.start, "")
         folder = f"runs/models/{name}-{split}-seed{seed}-{mark}"
@@ -145,8 +144,7 @@ def defaults(setup: Setup) -> dict:
     """Every setting of an unlearning run as it is where its job says nothing else."""
     from running.settings import resolve
     epochs = setup.args.epochs or setup.preset.epochs
-    return vars(resolve({"data": setup.args.data, "epochs": epochs, **setup.extra,
-                         "model": start_model(setup, 0)}))
+    return vars(resolve({"data": setup.args.data, "epochs": epochs, "model": start_model(setup, 0)}))
 
 
 def has_beta(method: str) -> bool:
@@ -165,7 +163,7 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
     every = STEP_SPLIT_EVERY if split == STEP_SPLIT else math.ceil(EVALUATE_EPOCHS * rows / batch)
     rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
     given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
-             "data": args.data, "epochs": base["epochs"], "eval_every": str(every), **setup.extra,
+             "data": args.data, "epochs": base["epochs"], "eval_every": str(every),
              **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
     s = {**base, **given}
     key = run_key(s, setup.task.fingerprint, Path(start.folder).name if start else base["start"],

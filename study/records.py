@@ -78,7 +78,7 @@ def open_study(setup: Setup) -> Study:
     """The study with its JSON, or a new one, and the runs on the disk. Raises InputError."""
     args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
     identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
-                "start": Path(start.folder).name if start else setup.preset.finetuned, "flags": setup.extra}
+                "start": Path(start.folder).name if start else setup.preset.finetuned}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:

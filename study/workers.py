@@ -45,7 +45,7 @@ def start_rows_file(job: Job) -> Path:
     given, split = job.given, job.facts["split"]
     starts = [need for need in job.needs if need.facts["split"] == "full"]
     times = [Path(start.folder, "model").stat().st_mtime_ns for start in starts]
-    mark = fingerprint(given["model"], split, given["data"], given.get("dtype"), times)
+    mark = fingerprint(given["model"], split, given["data"], times)
     return Path(job.folder).parent / f"start_{split}_{mark[:8]}.json"
 
 

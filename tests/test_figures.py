@@ -499,8 +499,7 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
 
 
-@pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5},
-                                     {"flags": {"dtype": "bf16"}}))
+@pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5}))
 def test_a_json_of_another_study_is_refused_and_kept(study, changed):
     s = study("--figure", "8")
     path = records.json_path(s.setup.args)
@@ -645,12 +644,9 @@ def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
         study(*words)
 
 
-def test_flags_that_are_decided_here_are_refused(study):
-    with pytest.raises(InputError, match="--lr is decided here"):
-        study("--train-flags", "--lr 1")
+def test_a_model_that_is_no_preset_is_refused(study):
     with pytest.raises(InputError, match="PRESET"):
         study("--model", "unknown/model")
-    assert study("--train-flags", "--dtype bf16").setup.extra == {"dtype": "bf16"}
 
 
 # ---------------------------------------------------------------- the whole path
