@@ -1,13 +1,10 @@
 """Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3, 5).
 
-    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1
-        # unlearn forget10; from a laptop on, no download
-    python train_npo.py --loss sft --split full
-        # fine-tune (or --split retain90: retrain)
+    torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1    # unlearn forget10; no download
+    python train_npo.py --loss sft --split full                  # fine-tune (or --split retain90: retrain)
 
     minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
-    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))
-                                                                              (Eq. 3, losses.npo_loss)
+    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))   (losses, Eq. 3)
 
 It reads from top to bottom: the objective, the processes and the optimizer, the loop (`train`), the runs. A
 global batch is defined without regard to processes: each takes its share of the rows, losses are SUMS that
@@ -69,9 +66,8 @@ def forget_loss(plan: Plan, known: dict) -> Tensor:
 
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
               counts: Counts, kl_baseline: Tensor, device) -> dict:
-    """This micro-batch's summands of the global batch's losses: {"loss", "forget_loss", "retain_loss",
-    "kl_loss", "mean_W"}, each already divided by the whole batch's count, so that they add up over
-    micro-batches and processes."""
+    """This micro-batch's summands of the global batch's losses (names: PARTS), each already divided by the
+    whole batch's count, so that they add up over micro-batches and processes."""
     objective = plan.objective
     batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
     kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
@@ -112,8 +108,7 @@ def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, refe
 # ---------------------------------------------------------------- processes, optimizer, schedule
 
 def join_world(device: str, parallel: str = "ddp") -> World:
-    """The processes that torchrun started (gloo on a CPU, nccl on GPUs), or this one alone, which has nothing
-    to shard."""
+    """The processes that torchrun started, or this one alone, which has nothing to shard."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -134,8 +129,7 @@ def replicated(model: AnswerModel, world: World):
     """The model whose gradients are averaged over processes: DDP's, unless it is sharded or alone."""
     if world.size == 1 or world.sharded:
         return model
-    # Only gradients travel: buffers are the same everywhere. (The flag's name has changed with torch's
-    # versions.)
+    # Only gradients travel: buffers are the same everywhere. The flag's name changed with torch's versions.
     has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
     return DistributedDataParallel(model, **sync, gradient_as_bucket_view=True)
@@ -160,8 +154,7 @@ def adamw(model: AnswerModel, s: Namespace) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Hugging Face's linear schedule: the k-th of T updates (k from 0) has k/w while k < w, then (T - k)/(T -
-    w), times the peak lr."""
+    """Hugging Face's linear schedule, a factor: update k (from 0) of T has k/w, then (T - k)/(T - w)."""
     if step < warmup_steps:
         return step / warmup_steps
     return (steps - step) / max(1, steps - warmup_steps)
@@ -174,12 +167,8 @@ PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "mean_W")
 
 def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | None, run: RunFolder,
           world: World):
-    """From the policy's present weights to the end of the stream. `run` (a RunFolder) evaluates, saves and
-    logs.
-
-    Raises InputError where the loss is not finite (the weights before that step are saved), Stopped where a
-    signal asked for the end.
-    """
+    """From the policy's present weights to the end of the stream. Raises InputError where the loss is not
+    finite (the weights before that step are saved), Stopped where a signal asked for the end."""
     prepare_layers(model.lm, s.activation_checkpointing, s.compile)
     optimizer = adamw(model, s)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -256,12 +245,8 @@ def give_up(step: int, what: str, run, s: Namespace):
 
 
 def check_start(s: Namespace, plan: Plan, logged: dict):
-    """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta) ln
-    2, K = 0.
-
-    Raises RuntimeError otherwise: then the reference isn't this policy's, and nothing that follows would mean
-    what it says.
-    """
+    """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta)
+    ln 2, K = 0. Raises RuntimeError otherwise: then nothing that follows would mean what it says."""
     nats = 1e-3 if s.dtype == "fp32" else 0.5  # of a log-ratio; in 16 bits kernels differ by tenths
     expected = {"mean_W": (1.0, max(1e-4, s.beta * nats)), "kl_loss": (0.0, nats)}
     if plan.objective.at_reference is not None:
@@ -276,12 +261,10 @@ def check_start(s: Namespace, plan: Plan, logged: dict):
 # ---------------------------------------------------------------- from settings to finished runs
 
 def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Path:
-    """Fine-tune, retrain, unlearn: those of them that the settings need, in this order. Returns the last
-    one's folder.
+    """Fine-tune, retrain, unlearn: those of them that the settings need. Returns the last one's folder.
 
     start_rows: the start's evaluation on these rows, where another run of the same start has made it. Raises
-    InputError before anything is written where the input is at fault, Stopped where a signal ended a
-    training.
+    InputError before anything is written where the input is at fault, Stopped where a signal ended it.
     """
     begin = time.perf_counter()
     last = prepare_job(s, world)
@@ -314,8 +297,7 @@ def tiny_models(last: Job, world: World) -> dict[str, Path]:
 
 def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
     """The folder of the tiny model that these settings make: an earlier run's, or made now (an interrupted
-    one goes on). Two commands that need the same model: the second waits for the first and finds it
-    finished."""
+    one goes on). Of two commands that need the same model the second waits for the first."""
     folder = Path(sft.out)
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True) if world.rank == 0 else nullcontext():
         if world.agree((folder / "model").is_dir()):

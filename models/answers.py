@@ -62,12 +62,9 @@ def chunk_tokens(vocabulary: int) -> int:
 def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
                   kl_states: tuple[Tensor, Tensor] | None = None,
                   direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
-    """log pi(target) of each token (N,), and K of the last M (M,), in nats, float32.
-
-    hidden (N, H), weight (V, H), targets (N,); `kl_states` holds the reference's hidden states (M, H) and
-    head (V, H). Under autocast the logits are products in its precision, as any linear layer's are.
-    """
-    if torch.is_autocast_enabled(hidden.device.type):
+    """log pi(target) of each token (N,), and K of the last M (M,), in nats, float32. hidden (N, H), weight
+    (V, H), targets (N,), kl_states: reference's hidden states (M, H), head (V, H)."""
+    if torch.is_autocast_enabled(hidden.device.type):  # logits in its precision, as any linear layer's are
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     reference_hidden, reference_weight = kl_states or (hidden[:0].detach(), weight.detach())  # M = 0: no K

@@ -47,11 +47,9 @@ def generate(model: AnswerModel, tokenizer, prompts: list, max_new_tokens: int, 
 
 @torch.no_grad()
 def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, world: World) -> list[list[int]]:
-    """Each prompt's greedy continuation, up to and with the token `end`. Padding stands on the left.
-
-    Rows that have ended leave the batch: a model that has collapsed on a few prompts runs on for those alone.
-    Where the model is sharded, a process that is done goes on with one token for nothing until all are.
-    """
+    """Each prompt's greedy continuation, up to and with the token `end`; padding on the left. Rows that have
+    ended leave the batch. Where the model is sharded, a process that is done goes on with one token for
+    nothing until all are."""
     width, device = max(map(len, prompts)), world.device
     context = getattr(model.lm.config, "max_position_embeddings", None) or width + max_new_tokens
     room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own, whoever shares the batch

@@ -1,8 +1,5 @@
 """What decoder layers keep for the backward pass, and whether they are compiled: speed and memory, never a
-number.
-
-A module's code stays its own: its forward pass is run again in the backward pass (torch.utils.checkpoint).
-"""
+number. A module's code stays its own: its forward pass is run again (torch.utils.checkpoint)."""
 
 from functools import partial
 
@@ -16,13 +13,10 @@ SMALL_HIDDEN = 512  # below this hidden size nothing is recomputed: a fifth of a
 
 
 def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compile: bool = False):
-    """Make `lm` ready for training, in place.
-
-    Norms keep their input alone and MLPs their wide products, the rest is computed again (not in a small
-    model): a third less memory, for no matrix product. With `activation_checkpointing` a layer keeps its
-    input and all else is computed again, a forward pass more. `compile` compiles each layer for training,
-    once for all lengths; evaluations, whose cache grows in place, run as they are written.
-    """
+    """Make `lm` ready for training, in place. Norms keep their input alone and MLPs their wide products, the
+    rest is computed again (not in a small model): a third less memory, for no matrix product. With
+    `activation_checkpointing` a layer keeps its input alone, a forward pass more. `compile` compiles each
+    layer for training, once for all lengths; evaluations, whose cache grows in place, run as written."""
     for layer in decoder_layers(lm):
         if activation_checkpointing:
             recompute(layer)

@@ -9,17 +9,13 @@ from support.errors import InputError
 
 @dataclass(frozen=True)
 class Preset:
-    """A model's checkpoints, dimensions and settings; a flag wins over each setting. The defaults are the
-    paper's.
-
-    lr and epochs are for unlearning, sft_* for fine-tuning and retraining.
-    """
+    """A model's checkpoints, dimensions and settings; a flag wins over each. The defaults are the paper's."""
     dims: dict  # the Llama's dimensions
     base: str = ""  # where fine-tuning starts ("": made from scratch)
     finetuned: str = ""  # where unlearning starts ("": trained first)
     template: str = "llama2"
     system_prompt: str | None = None  # of the chat template: what the fine-tuned checkpoints learned with
-    lr: float = 1e-5
+    lr: float = 1e-5  # of unlearning; sft_lr of fine-tuning and retraining
     epochs: int = 10
     beta: float = 0.1
     sft_lr: float = 1e-5
@@ -88,14 +84,11 @@ def settings_of(preset: str | None) -> Preset:
 
 
 def split_model(model: str) -> tuple[str | None, str]:
-    """`--model`'s value -> (preset or None, folder, file or Hub id or ""): "smollm2-135m=PATH" has both.
-
-    Raises InputError where what stands before the = is no preset.
-    """
+    """`--model`'s value -> (preset or None, folder, file or Hub id or ""); PRESET=PATH has both, or
+    InputError."""
     name, _, path = model.partition("=")
     if path and name not in PRESETS:
-        raise InputError(f"--model {model}: {name} is no preset; need one of {', '.join(PRESETS)} before the "
-                         "=")
+        raise InputError(f"--model {model}: {name} is no preset; need one of {', '.join(PRESETS)}")
     return (name, path) if name in PRESETS else (None, model)
 
 

@@ -98,8 +98,7 @@ def token_bytes(x: Shape, load: Load) -> int:
     """What one decoder layer keeps of each token for the backward pass, bytes. Float32: the residual stream
     twice, what the two norms return, queries, the attention's result, keys, values, gate and up: 4 (6 H + 2 K
     + 2 I); norms' insides and the gated product are computed again (`layers.py`), a small model keeps them: 2
-    H + 2 I more. Autocast keeps float32 streams and a 16-bit copy for each product that reads them; sharded,
-    all of it has 16 bits."""
+    H + 2 I more. Autocast keeps float32 streams and a 16-bit copy a product; sharded, all has 16 bits."""
     element, autocast = load.element, load.dtype != "fp32" and load.parallel == "ddp"
     if load.checkpointing:
         return x.hidden * (element if load.parallel == "fsdp" else 4)

@@ -206,8 +206,8 @@ def refuse_without_effect(s: Namespace, given: dict):
 
 
 def parse(argv: list, description: str = "") -> Namespace:
-    """The command line's settings. A resumed run takes them from its folder; where torchrun has started all
-    processes anew after a failure (`--max-restarts`), the run that it was goes on. Raises InputError."""
+    """The command line's settings; a resumed run's from its folder, also where torchrun has started all
+    processes anew after a failure (`--max-restarts`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
     dry = {key: given.pop(key) for key in DRY_RUN if key in given}
     if dry and "dry_run" not in dry:
