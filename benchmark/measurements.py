@@ -119,9 +119,6 @@ class Turns:
     def checkpoint(self, *_, **__):
         """Nothing is kept, not even before a step that `train` refuses."""
 
-    def refuse_weights(self, step: int):
-        raise RuntimeError(f"step {step} made weights that are not finite")
-
 
 class Side:
     """A method as the real code takes it: settings, model, plan; and its rows as the opponents take them.

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from data.tofu import Task, complement, load_task, parse_split, slice_rows
-from losses import OBJECTIVES
 from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
 from models.presets import PRESETS, tiny_dims
@@ -194,7 +193,7 @@ def as_published(s: Namespace) -> Task:
 
 
 def dry_run(s: Namespace, processes: int, say=print):
-    """Print the plan: counts, memory as asked and as suggested, what a reference model would add."""
+    """Print the plan: counts, memory as asked and as suggested."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
@@ -217,13 +216,6 @@ def dry_run(s: Namespace, processes: int, say=print):
         say_memory("as suggested", memory(x, best), say)
         say(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
             f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
-    if "reference_logps" in OBJECTIVES[s.loss].takes or s.kl_weight > 0:
-        load = best or asked
-        more, peak = 4 * x.parameters, memory(x, load)["peak"]
-        if load.sharded:  # its root and the layers in passage, too
-            more = more / processes + load.element * (x.root + 2 * x.layer)
-        say(f"A reference model kept beside the policy would need {more / GB:.2f} GB more a process, "
-            f"{(peak + more) / GB:.2f} GB instead of {peak / GB:.2f}.")
 
 
 def say_memory(how: str, parts: dict, say):

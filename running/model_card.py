@@ -32,15 +32,11 @@ metrics are TOFU's, measured by `evaluate_tofu.py`.
 `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. Other prompts than the
 template it was trained with were not measured.
 """
-UNLEARNED = """A causal language model after unlearning `{split}` of `{data}` with {method} (Negative
-Preference Optimization and its baselines, Zhang, Lin, Bai, Mei, 2024).
-
-A research artefact. The answers of the forget rows were made unlikely; that is no proof that what they say is
-gone from the weights, and further training or another wording may bring it back. What was kept was
-measured on the sets below and nowhere else."""
-LEARNED = """A causal language model fine-tuned on `{split}` of `{data}`: a start, or a yardstick.
-
-A research artefact: it was trained to repeat the answers of this data set, and measured on it alone."""
+UNLEARNED = """A language model after unlearning `{split}` of `{data}` with {method} (Zhang et al., 2024). The
+answers of the forget rows were made unlikely; that is no proof that what they say is gone from the weights,
+and further training or another wording may bring it back. What was kept was measured on the sets below and
+nowhere else."""
+LEARNED = "A language model fine-tuned to repeat the answers of `{split}` of `{data}`, and measured on them."
 SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batch_size", "warmup_epochs",
             "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
@@ -52,13 +48,13 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
-    settings = {key.replace("_", " "): getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
+    settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
     settings["step"] = f"{step} of {config['derived']['steps']}"
     settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
-        numbers=numbers(evaluations, step), settings=table(["", ""], settings.items()))
+        numbers=numbers(evaluations, step), settings=table(["setting", ""], settings.items()))
 
 
 def numbers(evaluations: dict, step: int) -> str:
@@ -71,7 +67,8 @@ def numbers(evaluations: dict, step: int) -> str:
     for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
         rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
     return table(["", *(f"step {k}" for k in shown)],
-                 [[name.replace("_", " "), *map(number, values)] for name, values in rows.items()])
+                 [[name.replace("_", " "), *map(number, values)] for name, values in rows.items()
+                  if any(value is not None for value in values)])
 
 
 def table(head: list, rows) -> str:

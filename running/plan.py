@@ -2,6 +2,7 @@
 
 import math
 from argparse import Namespace
+from itertools import zip_longest
 from typing import NamedTuple
 
 from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
@@ -56,14 +57,12 @@ class Plan:
         """This process's share of a global batch; forget and retain rows are each ordered by length."""
         lengths = [len(self.of_loss(i).ids) for i in items]
         mine = deal(items, lengths, self.micro_batch_size, world.rank, world.size)
-        partners, retain = [], [[] for _ in mine]
-        if self.partners:
-            partners = [i.partner for i in items]
-            lengths = [len(self.partners[p].ids) for p in partners]
-            retain = deal(partners, lengths, self.micro_batch_size, world.rank, world.size)
+        partners = self.partners_of(items)
+        lengths = [len(self.partners[p].ids) for p in partners]
+        retain = deal(partners, lengths, self.micro_batch_size, world.rank, world.size)
         # The longest first: its activations meet no gradients yet, and the next fit into what it leaves.
         return [MicroBatch(own or items[:1], kept or partners[:1], ghost=not own)
-                for own, kept in zip(mine, retain, strict=True)][::-1]
+                for own, kept in zip_longest(mine, retain, fillvalue=[])][::-1]
 
     def texts(self, items: list[Item], partners: list[int]) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads, empty where the objective has none."""
@@ -71,9 +70,12 @@ class Plan:
         refusals = [self.refusals[i.row, i.refusal] for i in items] if self.objective.with_refusal else []
         return [answers, refusals, [self.partners[p] for p in partners]]
 
+    def partners_of(self, items: list[Item]) -> list[int]:
+        return [i.partner for i in items] if self.partners else []
+
     def whole_batch(self, items: list[Item]) -> list[list[Encoded]]:
         """The texts of a global batch, each row with its own partner."""
-        return self.texts(items, [i.partner for i in items] if self.partners else [])
+        return self.texts(items, self.partners_of(items))
 
     def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
         """Its texts as one batch, and how many of them are answers, refusals and retain answers."""

@@ -201,11 +201,8 @@ def test_llama2_7b_fits_on_two_gpus_of_80_gb_sharded(capsys, dtype):
     said = plan_of(capsys, "--model", "llama2-7b", "--gpus", "2", "--gpu-memory", "80G", "--dtype", dtype)
     assert "6.738 G parameters" in said and "estimated" in said
     assert "As asked it does not fit on 2 x 80 GB" in said and "This fits: --parallel fsdp" in said
-    more, instead, ours = map(float, re.search(r"need ([\d.]+) GB more a process, ([\d.]+) GB instead of "
-                                               r"(\d+\.\d+)",
-                                               said).groups())
-    assert more > 4 * 6.738e9 / 2 / 1e9 and instead == pytest.approx(ours + more, abs=0.02)
-    assert 16 * 6.738 / 2 < ours + 13.5 and ours < 80  # weights, gradients and moments halved, the least
+    suggested = float(re.search(r"as suggested.*?peak +([\d.]+)", said, re.DOTALL)[1])
+    assert 16 * 6.738 / 2 - 13.5 < suggested < 80  # weights, gradients and moments halved, the least
 
 
 def test_llama2_70b_is_planned_without_weights(capsys):
