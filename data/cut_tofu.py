@@ -19,29 +19,23 @@ from support.errors import InputError  # noqa: E402
 AUTHOR = 20  # rows
 
 
-def cut(sets: dict, rows: int, retain_rows: int, fact_rows: int) -> dict:
-    """The five sets of TOFU, cut. Raises InputError where there are fewer rows, or no whole authors."""
-    forget, most = rows // 10, len(sets["full"])
-    if forget % AUTHOR or rows % AUTHOR or not 0 < rows <= most or forget > len(sets["forget10_perturbed"]):
-        raise InputError(f"--rows {rows}: need a multiple of {10 * AUTHOR} (whole authors) up to {most}")
-    most = min(rows - forget, len(sets["retain_perturbed"]))
-    if retain_rows > most:
-        raise InputError(f"--retain-rows {retain_rows}: at most {most}")
-    kept = {"forget10_perturbed": slice(-forget, None), "retain_perturbed": slice(retain_rows),
-            "real_authors_perturbed": slice(fact_rows), "world_facts_perturbed": slice(fact_rows)}
-    return {"full": sets["full"][:rows - forget] + sets["full"][-forget:],
-            **{name: sets[name][which] for name, which in kept.items()}}
-
-
 def main():
     parser = Parser(prog="cut_tofu.py", description=__doc__)
     parser.add_argument("data", help="folder with TOFU's published files")
     parser.add_argument("out", type=Path, help="folder to write, must not exist")
     for flag, rows, of in (("--rows", 400, "of full"), ("--retain-rows", 30, "to keep that are evaluated"),
                            ("--fact-rows", 30, "of real authors and of world facts")):
-        parser.add_argument(flag, type=positive(int), default=rows, help=f"rows {of} (default: {rows})")
+        parser.add_argument(flag, type=positive(int), default=rows, help=f"rows {of}")
     args = parser.parse_args()
-    sets = cut(load_sets(args.data)[0], args.rows, args.retain_rows, args.fact_rows)
+    sets, forget = load_sets(args.data)[0], args.rows // 10
+    if args.rows % (10 * AUTHOR) or args.rows > len(sets["full"]) or args.retain_rows > args.rows - forget:
+        raise InputError(f"--rows {args.rows}: need a multiple of {10 * AUTHOR} (whole authors) up to "
+                         f"{len(sets['full'])}, and at most its 90% as --retain-rows")
+    sets = {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
+            "forget10_perturbed": sets["forget10_perturbed"][-forget:],
+            "retain_perturbed": sets["retain_perturbed"][:args.retain_rows],
+            **{name: sets[name][:args.fact_rows] for name in ("real_authors_perturbed",
+                                                              "world_facts_perturbed")}}
     if args.out.exists():
         raise InputError(f"{args.out} exists: choose another folder, or remove it")
     args.out.mkdir(parents=True)

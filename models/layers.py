@@ -21,18 +21,15 @@ def prepare_layers(lm: nn.Module, activation_checkpointing: bool = False, compil
         if activation_checkpointing:
             recompute(layer)
         elif lm.config.hidden_size >= SMALL_HIDDEN:
-            recompute_between_products(layer)
+            for module in layer.modules():
+                kind = type(module).__name__
+                if kind.endswith("RMSNorm"):
+                    recompute(module)
+                elif kind.endswith("MLP"):
+                    keep = partial(create_selective_checkpoint_contexts, keep_wide_products)
+                    recompute(module, context_fn=keep)
         if compile:
             layer.forward = in_training(torch.compile(layer.forward, dynamic=True), layer.forward)
-
-
-def recompute_between_products(layer: nn.Module):
-    for module in layer.modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            recompute(module)
-        elif kind.endswith("MLP"):
-            recompute(module, context_fn=partial(create_selective_checkpoint_contexts, keep_wide_products))
 
 
 def recompute(module: nn.Module, **how):

@@ -98,9 +98,8 @@ class RunFolder:
             self.checkpoint_steps = set(range(0, self.plan.steps, int(every)))
         self.saved_at, self.stop_asked, self.saving = time.monotonic(), False, False
         self.log_file = self.folder / "log.jsonl"
-        self.bar = tqdm(total=self.plan.steps, desc=f"{self.s.method} {self.s.split}", unit="step",
-                        disable=int(os.environ.get("RANK", 0)) > 0
-                        or not sys.stderr.isatty())  # one a terminal
+        hidden = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()  # one a terminal
+        self.bar = tqdm(total=self.plan.steps, desc=f"{self.s.method} {self.s.split}", disable=hidden)
 
     # ---- signals
 
@@ -191,8 +190,12 @@ class RunFolder:
             rows = self.measured_rows(model)
         metrics = self.metrics_of(rows, self.job.retrained_rows)
         if self.world.rank == 0:
-            write_json(self.evaluation_file(step),
-                       {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
+            provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
+                          "split": self.job.task.judged_split, "data": self.s.data,
+                          "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
+                          "dtype": self.s.dtype, **environment()}
+            content = {"metrics": metrics, "rows": rows, "provenance": provenance}
+            write_json(self.evaluation_file(step), content)
         if self.s.keep == "best" and step > 0:
             evaluations = self.evaluations() if self.world.rank == 0 else {}
             if self.world.agree(self.world.rank == 0 and best_step(evaluations) == step):
@@ -223,12 +226,6 @@ class RunFolder:
         """step -> metrics of the evaluations so far."""
         return {step: json.loads(path.read_text())["metrics"]
                 for step, path in self.evaluation_files().items()}
-
-    def provenance(self, step: int) -> dict:
-        return {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
-                "split": self.job.task.judged_split, "data": self.s.data,
-                "data_fingerprint": self.meta["trained_on"]["data_fingerprint"], "template": self.s.template,
-                "dtype": self.s.dtype, **environment()}
 
     # ---- the end
 

@@ -121,11 +121,6 @@ def add_run(add):
     add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
 
 
-def method_name(s: Namespace) -> str:
-    """"npo+rt": the loss, and what keeps the rest."""
-    return s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
-
-
 def resolve(given: dict) -> Namespace:
     """Flags as given -> every setting: the parser's defaults, the preset's, the flags. Raises InputError."""
     s = Namespace(**{**vars(build_parser().parse_args([])), **given})
@@ -141,7 +136,7 @@ def resolve(given: dict) -> Namespace:
         if getattr(s, key) is None:
             setattr(s, key, value)
     s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
-    s.method = method_name(s)
+    s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)
     s.from_scratch = s.preset == "tiny" and not s.start
     refuse_contradictions(s)
