@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from data.prompts import encode, encode_prompts, pad_id
+from data.prompts import encode, encode_prompts
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models.loading import load_model
 from models.presets import autocast
@@ -55,7 +55,7 @@ class PlainLoop:
         self.s, self.device, self.rows_at_once = s, device, rows_at_once
         self.reference, tokenizer, _ = load_model(s.start)
         self.reference.to(device).eval()
-        self.padding, self.policy = (pad_id(tokenizer), pad_to), copy.deepcopy(self.reference).train()
+        self.padding, self.policy = (tokenizer.eos_token_id, pad_to), copy.deepcopy(self.reference).train()
         decay = {True: s.weight_decay, False: 0.0}  # norm weights and biases are vectors
         groups = [{"params": [p for p in self.policy.parameters() if (p.ndim >= 2) == matrix],
                    "weight_decay": value} for matrix, value in decay.items()]
@@ -150,7 +150,7 @@ def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> lis
     """One set the plain way: a pass for the answers, one for the paraphrases, one for each place among the
     perturbed answers, then `generate`. Of each row {"nll": [..], "generation", "rouge_l_recall"}."""
     from rouge_score import rouge_scorer
-    pad, scorer = pad_id(tokenizer), rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    pad, scorer = tokenizer.eos_token_id, rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     answers = [known_answers(row, "answer", "paraphrased_answer", "perturbed_answer") for row in rows]
     results = [{"nll": []} for _ in rows]
     for place in range(max(map(len, answers))):

@@ -81,8 +81,3 @@ def _tokens(tokenizer, template: str, texts: list) -> list:
     made = tokenizer(texts, add_special_tokens=template != "chat", return_offsets_mapping=True)
     return [(ids[:-1], offsets[:-1]) if ids and ids[-1] == tokenizer.eos_token_id else (ids, offsets)
             for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)]
-
-
-def pad_id(tokenizer) -> int:
-    """Any id will do for padding, since nothing looks at it; the tokenizer's own where it has one."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

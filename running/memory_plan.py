@@ -133,7 +133,7 @@ def memory(x: Shape, load: Load) -> dict:
 
 class CharacterTokenizer:
     """Stands in where no tokenizer is at hand: a token every CHARACTERS_PER_TOKEN."""
-    eos_token_id = pad_token_id = 0
+    eos_token_id = 0
 
     def __call__(self, texts: list, **_) -> dict:
         counts = [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts]

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
-from data.prompts import Encoded, encode, pad_id
+from data.prompts import Encoded, encode
 from losses import OBJECTIVES
 from support.world import World
 
@@ -31,7 +31,7 @@ class Plan:
     retain rows; refusals: (row, refusal line) -> Encoded. Empty where the objective uses none."""
 
     def __init__(self, s: Namespace, task, tokenizer, context: int | None):
-        self.objective, self.pad = OBJECTIVES[s.loss], pad_id(tokenizer)
+        self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id  # nothing looks at padding
         self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
         rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)

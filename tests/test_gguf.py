@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from data.prompts import TEMPLATES, encode
-from models import gguf as gguf_weights
-from models.gguf import converted
-from models.loading import load_model
+from models import loading
+from models.loading import converted, load_model
 from models.presets import PRESETS
 from running.settings import resolve
 from support.errors import InputError
@@ -127,7 +126,7 @@ def test_what_cannot_be_converted_is_refused(small_model, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="no GGUF file"):
         converted(Path("page.gguf"))
     Path("torn.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
-    monkeypatch.setattr(gguf_weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install gguf accelerate"):
         converted(Path("torn.gguf"))
     monkeypatch.undo()
@@ -147,7 +146,7 @@ def test_the_real_file_comes_over(tmp_path, monkeypatch):
     file = os.environ.get("NPO_SMOLLM2")
     if not file or not Path(file).is_file():
         pytest.skip("set NPO_SMOLLM2 to the .gguf file of SmolLM2-135M-Instruct")
-    for name in gguf_weights.PACKAGES:
+    for name in loading.PACKAGES:
         pytest.importorskip(name, reason=f"the optional package {name} is not installed")
     monkeypatch.chdir(tmp_path)
     s = resolve({"model": f"smollm2-135m={file}", "loss": "sft", "split": "full"})
