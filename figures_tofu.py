@@ -48,12 +48,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def train(given: dict, start_rows: dict | None):
+def train(given: dict):
     """One run of train_npo.py in this process: flags as given, or {"resume": folder}."""
     from running.settings import resolve, resumed
     from train_npo import carry_out, join_world
     s = resumed(Path(given["resume"]), {}) if "resume" in given else resolve(given)
-    carry_out(s, join_world(s.device), start_rows)
+    carry_out(s, join_world(s.device))
 
 
 def open_study(args: Namespace) -> grid.Study:

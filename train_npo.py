@@ -260,12 +260,9 @@ def check_start(s: Namespace, plan: Plan, logged: dict):
 
 # ---------------------------------------------------------------- from settings to finished runs
 
-def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Path:
-    """Fine-tune, retrain, unlearn: those of them that the settings need. Returns the last one's folder.
-
-    start_rows: the start's evaluation on these rows, where another run of the same start has made it. Raises
-    InputError before anything is written where the input is at fault, Stopped where a signal ended it.
-    """
+def carry_out(s: Namespace, world: World) -> Path:
+    """Fine-tune, retrain, unlearn: what of it the settings need. Returns the last one's folder. Raises
+    InputError before anything is written where the input is at fault, Stopped where a signal ended it."""
     begin = time.perf_counter()
     last = prepare_job(s, world)
     last.folder = open_folder(s, last.config, world)
@@ -277,7 +274,7 @@ def carry_out(s: Namespace, world: World, start_rows: dict | None = None) -> Pat
                     last.take_start(folder, world)
                 else:
                     last.take_retrained(str(max((folder / "eval").glob("step_*.json"))))
-            run_job(last, begin, world, start_rows)
+            run_job(last, begin, world)
     else:
         world.say(f"{last.folder} is there, finished")
     return last.folder
@@ -315,7 +312,7 @@ def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
     return folder
 
 
-def run_job(job: Job, begin: float, world: World, start_rows: dict | None = None):
+def run_job(job: Job, begin: float, world: World):
     """Pass the reference, train, evaluate, save."""
     s, model = job.settings, policy_of(job, world)
     reference = None
@@ -332,7 +329,6 @@ def run_job(job: Job, begin: float, world: World, start_rows: dict | None = None
                 (folder / "done").touch()
         reference = Reference(folder, job.reference_mark(), job.plan, world.device)
     with RunFolder(job, reference, job.meta(), compute_metrics, world) as run:
-        run.start_rows = start_rows
         train(s, job.plan, model, reference, run, world)
         run.finish(model, time.perf_counter() - begin)
 

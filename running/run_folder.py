@@ -86,7 +86,6 @@ class RunFolder:
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
         self.reference, self.meta, self.metrics_of, self.world = reference, meta, metrics_of, world
         self.mark = job.run_mark()
-        self.start_rows = None  # the start's evaluation, where another run has made it
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
         every = self.s.checkpoint_every
         self.checkpoint_steps, self.interval = set(), math.inf
@@ -185,9 +184,10 @@ class RunFolder:
     def evaluate(self, step: int, model: AnswerModel):
         """The whole evaluation, written to eval/; with `--keep best` the weights of the best so far, too."""
         begin = time.perf_counter()
-        rows = self.start_rows if step == 0 else None
-        if rows is None:
-            rows = self.measured_rows(model)
+        with autocast(self.s.dtype, self.world.device):
+            rows = evaluate(model, self.job.prepared, self.job.tokenizer, world=self.world,
+                            batch_size=settings_of(self.s.preset).eval_batch_size,
+                            reference=self.reference and self.reference.evaluation())
         metrics = self.metrics_of(rows, self.job.retrained_rows)
         if self.world.rank == 0:
             provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
@@ -202,13 +202,6 @@ class RunFolder:
                 self.save_aside(model.lm, "best", evaluations, step)
         self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
                        f"({time.perf_counter() - begin:.1f} s)")
-
-    def measured_rows(self, model: AnswerModel) -> dict:
-        """set -> row results of the model as it is now."""
-        with autocast(self.s.dtype, self.world.device):
-            return evaluate(model, self.job.prepared, self.job.tokenizer, world=self.world,
-                            batch_size=settings_of(self.s.preset).eval_batch_size,
-                            reference=self.reference and self.reference.evaluation())
 
     def evaluation_file(self, step: int) -> Path:
         return self.folder / "eval" / f"step_{step:06d}.json"

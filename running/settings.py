@@ -139,8 +139,7 @@ def resolve(given: dict) -> Namespace:
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)
     s.from_scratch = s.preset == "tiny" and not s.start
-    refuse_contradictions(s)
-    refuse_wrong_rows(s, given)
+    refuse_contradictions(s, given)
     refuse_without_effect(s, given)
     if s.forget:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
@@ -154,8 +153,8 @@ def refuse(cases: dict):
             raise InputError(sentence)
 
 
-def refuse_contradictions(s: Namespace):
-    sft, objective = s.loss == "sft", OBJECTIVES[s.loss]
+def refuse_contradictions(s: Namespace, given: dict):
+    sft, own, objective = s.loss == "sft", s.forget or s.retain, OBJECTIVES[s.loss]
     unknown = [name for name in objective.settings if not hasattr(s, name)]
     refuse({
         f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
@@ -172,18 +171,13 @@ def refuse_contradictions(s: Namespace):
         f"--seed {s.seed} is too large: need less than 2^63": s.seed >= 2**63,
         f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
         f"first, then give --model {s.preset}=runs/NAME/model":
-            s.preset != "tiny" and not s.start and not s.dry_run})
-
-
-def refuse_wrong_rows(s: Namespace, given: dict):
-    own = s.forget or s.retain
-    refuse({
+            s.preset != "tiny" and not s.start and not s.dry_run,
         "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
-            own and (s.loss == "sft" or "split" in given or "data" in given),
+            own and (sft or "split" in given or "data" in given),
         "--forget and --retain need the model that holds these rows: give --model FOLDER":
             own and not s.start,
         f"--split {s.split}: unlearning needs a forget split, forget01 to forget99 (or --loss sft learns it)":
-            not own and s.loss != "sft" and parse_split(s.split)[0] != "forget"})
+            not own and not sft and parse_split(s.split)[0] != "forget"})
 
 
 def refuse_without_effect(s: Namespace, given: dict):
@@ -258,20 +252,18 @@ def refuse_edited(s: Namespace, folder: Path):
         if as_flag != value:
             raise InputError(f"--resume {folder}: its config.json has {name} {value!r}, which no flag gives; "
                              "start a new run")
-    refuse_contradictions(s)
+    refuse_contradictions(s, {})
 
 
 def read_config(folder: Path) -> dict:
     """A run folder's config.json. Raises InputError where it isn't one of ours."""
-    advice = "need a run folder, such as runs/NAME"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        missing = {"loss", "method", "model", "start", "split", "data"} - set(config["settings"])
+        if missing := {"loss", "method", "model", "start", "split", "data"} - set(config["settings"]):
+            raise KeyError(", ".join(sorted(missing)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: "
-                         f"{error}); {advice}") from None
-    if missing:
-        raise InputError(f"--resume {folder}: its config.json lacks {', '.join(sorted(missing))}; {advice}")
+                         f"{error}); need a run folder, such as runs/NAME") from None
     return config
 
 

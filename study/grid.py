@@ -55,7 +55,7 @@ class Setup:
     preset: object  # models' Preset
     taken: dict  # another study's choices (--choices), else {}
     parameters: int
-    train: Callable  # (flags as given, or {"resume": folder}; the start's rows or None): one run
+    train: Callable  # (flags as given, or {"resume": folder}): one run
     log_truth_ratio: Callable
 
 

@@ -1,6 +1,5 @@
 """Runs in worker processes, each after the models that it needs, and how long they will take."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from study import grid, records
 from study.grid import Job, Study
 from support.errors import InputError
-from support.files import fingerprint, write_json
 
 # Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
 FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
@@ -30,23 +28,11 @@ def run_job(job: Job, resumed: str | None, train: Callable) -> tuple[str, float]
     given = {"resume": resumed} if resumed else {**job.given, "out": job.folder}
     if given.get("retain_log"):
         given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
-    folder, start = Path(resumed or job.folder), start_rows_file(job) if unlearns else None
-    is_there = unlearns and start.exists()
-    train(given, json.loads(start.read_text(encoding="utf-8")) if is_there else None)
-    if unlearns and not is_there:
-        write_json(start, json.loads((folder / "eval" / "step_000000.json").read_text())["rows"])
+    train(given)
+    folder = Path(resumed or job.folder)
     for part in ("checkpoints", "reference") if unlearns else ():  # a hundred runs would fill the disk
         shutil.rmtree(folder / part, ignore_errors=True)
     return str(folder), time.perf_counter() - begin
-
-
-def start_rows_file(job: Job) -> Path:
-    """Where the start's evaluation on this split is kept: it is the same in each run from this start."""
-    given, split = job.given, job.facts["split"]
-    starts = [need for need in job.needs if need.facts["split"] == "full"]
-    times = [Path(start.folder, "model").stat().st_mtime_ns for start in starts]
-    mark = fingerprint(given["model"], split, given["data"], times)
-    return Path(job.folder).parent / f"start_{split}_{mark[:8]}.json"
 
 
 def run_missing(study: Study) -> Study:

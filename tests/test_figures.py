@@ -539,7 +539,7 @@ def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
         records.find_runs(s)
 
 
-def stand_in_train(given: dict, start_rows: dict | None):
+def stand_in_train(given: dict):
     """In a worker, in place of a run: it is killed, or it asks the command to stop and ends all the same, or
     it ends."""
     if given["fate"] == "killed":
@@ -548,8 +548,7 @@ def stand_in_train(given: dict, start_rows: dict | None):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes when the run has just ended
         os.kill(os.getppid(), signal.SIGINT)
         time.sleep(1)
-    (Path(given["out"]) / "eval").mkdir(parents=True)
-    (Path(given["out"]) / "eval" / "step_000000.json").write_text('{"rows": {}}')
+    Path(given["out"]).mkdir(parents=True)
 
 
 @pytest.fixture
@@ -598,21 +597,6 @@ def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
         return {figure: grid.seeds_of(args, figure) for figure in "59"}
 
     assert seeds("--seeds", "5") == {"5": 5, "9": 3} and seeds("--figure", "9", "--seeds", "5")["9"] == 5
-
-
-def test_the_starts_rows_are_kept_for_one_start_on_one_split(study):
-    s = study("--figure", "9")
-
-    def job(split: str, **more) -> grid.Job:
-        return grid.unlearn_job(s.setup, "npo", split, 1, {"lr": 1e-3, "beta": 0.1}, **more)
-
-    for seed in (0, 1):
-        Path(grid.model_job(s.setup, "full", seed).folder, "model").mkdir(parents=True)
-    jobs = job("forget10"), job("forget05"), job("forget10", start_seed=1)
-    files = [workers.start_rows_file(j) for j in jobs]
-    assert len(set(files)) == 3
-    os.utime(Path(job("forget10").needs[0].folder, "model"), (1, 1))  # the start was trained again
-    assert workers.start_rows_file(job("forget10")) not in files
 
 
 def test_a_ceiling_compares_different_retrained_models():
@@ -697,29 +681,6 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert files[0].read_bytes() == before[0]
     page = files[1].read_text()
     assert "Figure 8" in page and "## " in page
-
-
-def test_the_starts_evaluation_is_shared_and_equals_its_own(small_model, small_data, tmp_path, monkeypatch):
-    """A run that is given the start's rows writes the same evaluations as one that measures them."""
-    from running.run_folder import RunFolder
-    from running.settings import resolve
-    from support.world import ALONE
-    from train_npo import carry_out
-    monkeypatch.chdir(tmp_path)
-    given = {"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 1, "batch_size": 10,
-             "template": "llama2"}
-    measured, plain = [], RunFolder.measured_rows
-    monkeypatch.setattr(RunFolder, "measured_rows",
-                        lambda self, model: measured.append(1) or plain(self, model))
-    own = carry_out(resolve({**given, "out": "own"}), ALONE)
-
-    def read(folder: Path, step: int) -> dict:
-        found = json.loads((folder / "eval" / f"step_{step:06d}.json").read_text())
-        return {k: v for k, v in found.items() if k != "provenance"}
-
-    shared = carry_out(resolve({**given, "out": "shared"}), ALONE, read(own, 0)["rows"])
-    assert len(measured) == 2 + 1
-    assert read(own, 0) == read(shared, 0) and read(own, 2) == read(shared, 2)
 
 
 def test_the_documents_commands_have_valid_flags():
