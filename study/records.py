@@ -78,7 +78,8 @@ def open_study(setup: Setup) -> Study:
     """The study with its JSON, or a new one, and the runs on the disk. Raises InputError."""
     args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
     identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
-                "start": Path(start.folder).name if start else setup.preset.finetuned}
+                "start": Path(start.folder).name if start else setup.preset.finetuned,
+                "flags": {}}  # of a study that was given further ones nothing is taken over
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:

@@ -499,7 +499,8 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
 
 
-@pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5}))
+@pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5},
+                                     {"flags": {"dtype": "bf16"}}))
 def test_a_json_of_another_study_is_refused_and_kept(study, changed):
     s = study("--figure", "8")
     path = records.json_path(s.setup.args)
