@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.tofu import Task, complement, load_task, parse_split, slice_rows
@@ -132,13 +133,13 @@ def memory(x: Shape, load: Load) -> dict:
 
 
 class CharacterTokenizer:
-    """Stands in where no tokenizer is at hand: a token every CHARACTERS_PER_TOKEN."""
+    """Stands in where no tokenizer is at hand: a token every CHARACTERS_PER_TOKEN, one at the last."""
     eos_token_id = 0
 
     def __call__(self, texts: list, **_) -> dict:
-        counts = [math.ceil(len(text) / CHARACTERS_PER_TOKEN) for text in texts]
-        return {"input_ids": [[1] * n for n in counts],
-                "offset_mapping": [[(k * CHARACTERS_PER_TOKEN, None) for k in range(n)] for n in counts]}
+        begins = [[*np.arange(0, len(text), CHARACTERS_PER_TOKEN), len(text) - 1] for text in texts]
+        return {"input_ids": [[1] * len(some) for some in begins],
+                "offset_mapping": [[(begin, None) for begin in some] for some in begins]}
 
 
 class Work(NamedTuple):

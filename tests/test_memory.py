@@ -1,5 +1,6 @@
 """Memory and its plan: logits in chunks, what --dry-run predicts, and switches that change no number."""
 
+import json
 import re
 import shutil
 
@@ -216,6 +217,15 @@ def test_llama2_70b_is_planned_without_weights(capsys):
 def test_todays_models_are_planned_without_network(capsys, preset, parameters):
     said = plan_of(capsys, "--model", preset, "--data", "locuslab/TOFU", "--dtype", "bf16")
     assert parameters in said and "400 rows" in said
+
+
+def test_answers_shorter_than_a_token_are_planned(capsys, tmp_path):
+    for name in ("forget", "retain"):
+        rows = [{"question": f"What is {k}?", "answer": str(k)} for k in range(9)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = ["--forget", str(tmp_path / "forget.json"), "--retain", str(tmp_path / "retain.json")]
+    said = plan_of(capsys, "--model", "llama2-7b", *files)
+    assert "9 rows" in said and "estimated" in said
 
 
 def test_a_folders_own_shape_and_tokens_are_used(capsys, small_model, small_data):
