@@ -223,7 +223,6 @@ class Objective(NamedTuple):
     weight: Callable[..., Tensor] | None = None  # W, 1 at the reference: of the same arguments as the loss
     published: dict[str, float] = {}  # settings that win over the preset's where no flag gives them
     skips: int = 0  # an answer's first tokens that the loss passes over
-    alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -233,12 +232,22 @@ class Objective(NamedTuple):
     @property
     def with_answer(self) -> bool:
         """The policy runs forward on the row's own answer."""
-        return "policy_logps" in self.takes
+        return any(name in self.takes for name in ("policy_logps", "policy_token_logps", "policy_logits"))
 
     @property
     def with_refusal(self) -> bool:
         """The policy runs forward on a refusal."""
         return "refusal_logps" in self.takes
+
+    @property
+    def with_logits(self) -> bool:
+        """It asks for the policy's logits at the own answer's tokens."""
+        return "policy_logits" in self.takes
+
+    @property
+    def with_reference_states(self) -> bool:
+        """And for the reference's: its hidden states there are kept."""
+        return "reference_logits" in self.takes
 
     @property
     def needs_refusals(self) -> bool:
@@ -257,4 +266,12 @@ OBJECTIVES = {
     "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),
                      weight=npo_weight),
     "simnpo": Objective(simnpo_loss, ("policy_logps", "answer_lengths", "beta", "gamma")),
+    "wga": Objective(wga_loss, ("policy_token_logps", "beta"), mean="tokens", published={"beta": 1.0}),
+    "satimp": Objective(satimp_loss, ("policy_token_logps", "beta", "beta2"), mean="tokens",
+                        published={"beta": 5.0, "beta2": 1.0}),
+    "tnpo": Objective(tnpo_loss, ("policy_token_logps", "reference_token_logps", "beta"), mean="tokens",
+                      weight=npo_weight, published={"beta": 4.0}),
+    "ceu": Objective(ceu_loss, ("policy_logits", "targets"), mean="tokens", skips=1),
+    "undial": Objective(undial_loss, ("policy_logits", "reference_logits", "targets", "beta"), mean="tokens",
+                        published={"beta": 10.0}),
 }

@@ -30,6 +30,7 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.batches import TokenBatch, collate, deal
 from evaluate_tofu import compute_metrics
 from losses import nll_loss
-from models.answers import AnswerModel
+from models.answers import NOTHING, AnswerModel, OnLogits
 from models.layers import prepare_layers
 from models.presets import autocast
 from models.sharded import local, whole
@@ -62,10 +63,18 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 # ---------------------------------------------------------------- the objective
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
-    """L_forget of each sequence, (B,): what the objective takes of what is `known` of the batch."""
+    """L_forget of each sequence, (B,), or answer token, (N,): what the objective takes of what is `known` of
+    the batch."""
     values = plan.objective.loss(*(known[name] for name in plan.objective.takes))
-    assert values.ndim == 1, "a loss returns one value a sequence, not their mean"
+    assert values.ndim == 1, "a loss returns one value a sequence or token, not their mean"
     return values
+
+
+def forget_loss_of_logits(plan: Plan, settings: dict, policy_logits: Tensor, reference_logits: Tensor,
+                          targets: Tensor) -> Tensor:
+    """The same of some of the tokens, (n,): logits (n, V) are never held of all."""
+    return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
+                              "targets": targets, **settings})
 
 
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
@@ -76,18 +85,27 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     objective = plan.objective
     batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
     kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
-    token_logps, token_kl = policy(batch, kl_states, s.kl_direction)
-    answer_logps, refusal_logps, retain_logps = batch.per_text(token_logps).split(sizes)
+    settings = {name: getattr(s, name) for name in objective.settings}
+    tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
+    on_logits = NOTHING
+    if objective.with_logits:
+        states = reference.answer_states(micro.items) if objective.with_reference_states else None
+        on_logits = OnLogits(tokens, partial(forget_loss_of_logits, plan, settings), states)
+    token_values, token_kl = policy(batch, kl_states, s.kl_direction, on_logits)
+    answer_logps, refusal_logps, retain_logps = batch.per_text(token_values).split(sizes)
 
     known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
-             "answer_lengths": batch.answer_tokens[:len(answer_logps)], "kl_baseline": kl_baseline,
-             **{name: getattr(s, name) for name in objective.settings}}
+             "policy_token_logps": token_values[:tokens], "kl_baseline": kl_baseline,
+             "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
+    if "reference_token_logps" in objective.takes:
+        known["reference_token_logps"] = reference.answer_token_logps(micro.items)
     if "reference_logps" in objective.takes:
         known["reference_logps"] = reference.answer_logps(micro.items)
     if "reference_refusal_logps" in objective.takes:
         known["reference_refusal_logps"] = reference.refusal_logps(micro.items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
-    sums = {"forget_loss": forget_loss(plan, known).sum() / count}
+    values = token_values[:tokens] if objective.with_logits else forget_loss(plan, known)
+    sums = {"forget_loss": values.sum() / count}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:
         sums["retain_loss"] = nll_loss(retain_logps).sum() / counts.retain_tokens  # nats a token
@@ -96,8 +114,8 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
         sums["kl_loss"] = token_kl.sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
-        weights = objective.weight(answer_logps.detach(), known["reference_logps"], s.beta)
-        sums["mean_W"] = weights.sum() / counts.rows
+        weights = objective.weight(*(known[name] for name in objective.takes))
+        sums["mean_W"] = weights.detach().sum() / count
     return {name: value * (0.0 if micro.ghost else 1.0) for name, value in sums.items()}
 
 

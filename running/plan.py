@@ -40,7 +40,8 @@ class Plan:
         uses_refusals = self.objective.needs_refusals
         self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,
                                   len(task.refusals) * uses_refusals, s.retain_pairing)
-        self.answers = encode_rows(tokenizer, s.template, rows, context)
+        self.answers = [e._replace(start=e.start + self.objective.skips)
+                        for e in encode_rows(tokenizer, s.template, rows, context)]
         self.partners = encode_rows(tokenizer, s.template, task.retain if uses_partners else [], context)
         met = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusals else []
         refused = [{"question": rows[row]["question"], "answer": task.refusals[line]} for row, line in met]

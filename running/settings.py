@@ -62,8 +62,11 @@ def add_objective(add):
         help="weight of K, the divergence from the reference on retain rows (default: 0)")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
         help="K's order (default: policy_reference, the paper's)")
+    published = {name: objective.published for name, objective in OBJECTIVES.items() if objective.published}
+    of_beta = ", ".join(f"{name} {settings['beta']:g}" for name, settings in published.items())
     add("--beta", type=positive(float),
-        help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
+        help=f"inverse temperature (default: the preset's for npo, dpo, kto, simnpo; {of_beta})")
+    add("--beta2", type=positive(float), help="satimp's power of 1 - p (default: 1)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin (default: 0)")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule (default: stream)")
@@ -154,7 +157,7 @@ def resolve(given: dict) -> Namespace:
     for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
                        "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
                        "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
-                       "eval_every": "end" if sft else "epoch"}.items():
+                       "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
     s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
@@ -178,7 +181,7 @@ def refuse(cases: dict):
 
 def refuse_contradictions(s: Namespace):
     sft, objective = s.loss == "sft", OBJECTIVES[s.loss]
-    unknown = [name for name in objective.settings if not hasattr(s, name)]
+    unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
         f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":

@@ -37,6 +37,8 @@ TRAIN = [
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
     ("--resume nowhere", "no config.json"), ("--model DATA --data DATA", "no config.json"),
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
+    ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
+    ("--loss satimp --beta2 0", "must be positive"),
     ("--kl-direction reference_policy", "--kl-direction has no effect"),
     ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
     ("--best-by model-utility", "--best-by has no effect"), ("--keep best --eval-every never", "--keep has "
