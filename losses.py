@@ -223,6 +223,7 @@ class Objective(NamedTuple):
     weight: Callable[..., Tensor] | None = None  # W, 1 at the reference: of the same arguments as the loss
     published: dict[str, float] = {}  # settings that win over the preset's where no flag gives them
     skips: int = 0  # an answer's first tokens that the loss passes over
+    alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -260,7 +261,7 @@ OBJECTIVES = {
     "idk": Objective(nll_loss, ("refusal_logps",), mean="tokens"),
     "dpo": Objective(dpo_loss,
                      ("refusal_logps", "policy_logps", "reference_refusal_logps", "reference_logps", "beta"),
-                     at_reference=math.log(2)),
+                     at_reference=math.log(2), alternatives=True),
     "kto": Objective(kto_loss, ("policy_logps", "reference_logps", "kl_baseline", "beta"),
                      at_reference=2 * math.log(2)),
     "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),

@@ -2,7 +2,9 @@
 logits."""
 
 import copy
+import json
 import math
+import shutil
 
 import pytest
 import test_training
@@ -170,6 +172,29 @@ def test_losses_and_gradient_follow_the_methods_formulas(settings, tmp_path, met
     names = [name for name, _ in model.named_parameters()]
     assert_close(dict(zip(names, right_gradients, strict=False)), dict(zip(names, gradients, strict=False)),
                  1e-4)
+
+
+@pytest.mark.parametrize("loss", ("dpo", "kto"))
+def test_dpos_chosen_side_is_the_rows_alternative_answer(settings, small_data, tmp_path, loss):
+    """AltPO: DPO against the row's own other answer. KTO keeps its refusals, here as without alternatives."""
+    rows = [json.loads(line) for line in (small_data / "full.json").read_text().splitlines()]
+    with_alternatives = [{**row, "alternative_answer": f"Perhaps {row['answer'][::-1]}"} for row in rows]
+    data = shutil.copytree(small_data, tmp_path / "data")
+    (data / "full.json").write_text("\n".join(map(json.dumps, with_alternatives)))
+    s = settings_of(settings, loss)
+    s.data = str(data)
+    model, plan, reference, items = prepared_step(s, tmp_path)
+    oracle = Oracle(s, model.lm, items)
+    forget = load_task(s.data, s.split).forget
+    if loss == "dpo":
+        assert plan.refusals_from == "each row's alternative_answer" and len(plan.refusals) == len(forget)
+        oracle.refusals = [(forget[i.row]["question"], forget[i.row]["alternative_answer"]) for i in items]
+    oracle.move(toward_refusals=1)
+    parts, gradients = computed(s, model, plan, reference, items)
+    right_parts, right_gradients = expected(loss, "policy_reference", oracle)
+    assert parts["forget_loss"] == pytest.approx(right_parts["forget_loss"], rel=1e-4)
+    for ours, right in zip(gradients, right_gradients, strict=True):
+        assert (ours - right).norm() <= 1e-4 * right.norm()
 
 
 def test_npos_mean_weight_is_equation_5s(settings, tmp_path):
