@@ -175,10 +175,8 @@ def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: f
 
 def ceu_loss(policy_logits: Tensor, targets: Tensor) -> Tensor:
     """-sum_v r_v log p_v, (N, V) and (N,) -> (N,), r the softmax of the policy's own logits with the target's
-    at -infinity (CE-U, Yang 2025, arXiv 2503.01224).
-
-    The first token of every answer is skipped, as published: by who calls this (`Objective.skips`).
-    """
+    at -infinity (CE-U, Yang 2025, arXiv 2503.01224). That an answer's first token is skipped, as published,
+    is the caller's (`Objective.skips`): here every token has a value."""
     assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
     return _cross_entropy(policy_logits, policy_logits.detach().scatter(-1, targets.unsqueeze(-1), -math.inf))
 

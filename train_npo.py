@@ -18,7 +18,8 @@ Where this departs from the paper or from the authors' code: no reference model 
 the reference until its first step, so one pass before it keeps log pi_ref(y|x) of every answer that will be
 used, and for K and the KL metrics the last hidden states. RT and GA are means over the batch's answer tokens
 and NPO, DPO, KTO, SimNPO means over sequences, as in the authors' code; K, idk+rt and DPO follow the paper's
-text (docs/departures.md). Dropout is off: at step 0 the policy must equal the reference, and that is checked.
+text (docs/departures.md; newer objectives: docs/beyond.md). Dropout is off: at step 0 the policy must equal
+the reference, and that is checked.
 """
 
 import inspect
