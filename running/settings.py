@@ -17,7 +17,8 @@ from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint, refuse_links
 
-RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "micro_batch_size", "eval_every")  # what a preset gives
+RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "weight_decay", "micro_batch_size",
+            "eval_every")  # what a preset gives
 DRY_RUN = ("dry_run", "gpus", "gpu_memory", "tflops")
 NOT_STORED = ("resume", "from_scratch", *DRY_RUN)  # of no meaning for a run folder
 
@@ -95,8 +96,8 @@ def add_training(add):
     add("--micro-batch-size", type=positive(int),
         help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
     add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
-    add("--weight-decay", type=not_negative(float), default=0.01,
-        help="AdamW's, not on norm weights and biases (default: 0.01)")
+    add("--weight-decay", type=not_negative(float),
+        help="AdamW's, spares norm weights and biases (default: the preset's)")
     add("--warmup-epochs", type=not_negative(float),
         help="linear warm-up, epochs, at least 1 step (default: the preset's)")
     add("--max-grad-norm", type=not_negative(float), default=0.0,
@@ -156,6 +157,7 @@ def resolve(given: dict) -> Namespace:
     preset, sft = settings_of(s.preset), s.loss == "sft"
     for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
                        "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
+                       "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay,
                        "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
                        "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
         if getattr(s, key) is None:
