@@ -15,7 +15,7 @@ Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM 
 tokens (the end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence
 (B,) or token (N,); means are taken by the caller, who knows the size of the whole batch. All are finite,
 value and gradient, for |beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will
-do.
+do. `*_token_logps` are (N,): log pi(y_t|..) of each answer token, what the newer objectives weigh one by one.
 
 Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K
 is D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see
@@ -146,21 +146,82 @@ def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "p
     return (first.exp() * (first - second)).sum(-1)
 
 
+# ---------------------------------------------------------------- newer objectives, per answer token
+
+# Published as means over the forget answers' tokens. p = pi_theta(y_t|..), q = pi_ref(y_t|..); no gradient
+# flows through a weight or a target. Where published implementations differ: docs/beyond.md.
+
+def wga_loss(policy_token_logps: Tensor, beta: float) -> Tensor:
+    """p^beta log p, (N,): gradient ascent with a weight that vanishes on what is forgotten (WGA, Wang et al.
+    2025, arXiv 2502.19301)."""
+    _check(beta, policy_token_logps)
+    return (beta * _capped(policy_token_logps)).exp() * policy_token_logps
+
+
+def satimp_loss(policy_token_logps: Tensor, beta: float, beta2: float) -> Tensor:
+    """p^beta (1 - p)^beta2 log p, (N,): saturation times importance (SatImp, Yang et al. 2025, arXiv
+    2505.11953; beta and beta2 are its beta_1 and beta_2)."""
+    _check(beta, policy_token_logps)
+    _check(beta2)
+    logps = _capped(policy_token_logps)
+    return (beta * logps).exp() * (-logps.expm1()) ** beta2 * policy_token_logps
+
+
+def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: float) -> Tensor:
+    """2 p^beta / (p^beta + q^beta) log p, (N,): NPO's weight W (Eq. 5) of a token in place of a sequence
+    (TNPO, Wang et al. 2025, arXiv 2502.19301). log p where the policy is the reference."""
+    return npo_weight(policy_token_logps, reference_token_logps, beta).detach() * policy_token_logps
+
+
+def ceu_loss(policy_logits: Tensor, targets: Tensor) -> Tensor:
+    """-sum_v r_v log p_v, (N, V) and (N,) -> (N,), r the softmax of the policy's own logits with the target's
+    at -infinity (CE-U, Yang 2025, arXiv 2503.01224). That an answer's first token is skipped, as published,
+    is the caller's (`Objective.skips`): here every token has a value."""
+    assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
+    return _cross_entropy(policy_logits, policy_logits.detach().scatter(-1, targets.unsqueeze(-1), -math.inf))
+
+
+def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float) -> Tensor:
+    """-sum_v r_v log p_v, (N, V), (N, V) and (N,) -> (N,), r = softmax(z_ref - beta 1[v = target]): the
+    reference's distribution with the target made less likely (UNDIAL, Dong et al. 2024, arXiv 2402.10052)."""
+    _check(beta, policy_logits, reference_logits)
+    assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
+    reference = reference_logits.detach().to(torch.promote_types(reference_logits.dtype, torch.float32))
+    less = reference.new_full((*targets.shape, 1), -beta)
+    return _cross_entropy(policy_logits, reference.scatter_add(-1, targets.unsqueeze(-1), less))
+
+
+def _capped(logps: Tensor) -> Tensor:
+    """Without gradient, and at most 0: rounding may lift log p above it, where 1 - p has no power."""
+    return logps.detach().clamp(max=0)
+
+
+def _cross_entropy(policy_logits: Tensor, target_logits: Tensor) -> Tensor:
+    dtype = torch.promote_types(policy_logits.dtype, torch.float32)
+    target = target_logits.softmax(-1, dtype=dtype)
+    return -(target * policy_logits.log_softmax(-1, dtype=dtype)).sum(-1)
+
+
 # ---------------------------------------------------------------- what `--loss NAME` means
 
 # What is computed of a batch, by name: log pi of the row's own answer and of a refusal, the policy's and the
-# reference's, sums in nats; the answers' tokens; KTO's z.
+# reference's, sums in nats; the answers' tokens; KTO's z. Of the own answer's tokens: log pi, and logits (a
+# chunk of tokens at a time, with the tokens that they should predict).
 COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
-            "kl_baseline")
+            "kl_baseline", "policy_token_logps", "reference_token_logps", "policy_logits", "reference_logits",
+            "targets")
 
 
 class Objective(NamedTuple):
     """A loss on the forget rows, and what it needs. Nothing else asks which loss it is."""
-    loss: Callable[..., Tensor]  # one value a sequence, (B,), never their mean
+    loss: Callable[..., Tensor]  # one value a sequence (B,) or answer token (N,), never their mean
     takes: tuple[str, ...]  # its arguments, in its order: names of COMPUTED, and settings such as beta
     mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
     at_reference: float | None = None  # beta times its value where the policy is the reference
-    weight: Callable[..., Tensor] | None = None  # W, (B,), of (policy_logps, reference_logps, beta)
+    weight: Callable[..., Tensor] | None = None  # W, 1 at the reference: of the same arguments as the loss
+    published: dict[str, float] = {}  # settings that win over the preset's where no flag gives them
+    skips: int = 0  # an answer's first tokens that the loss passes over
+    alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -170,12 +231,22 @@ class Objective(NamedTuple):
     @property
     def with_answer(self) -> bool:
         """The policy runs forward on the row's own answer."""
-        return "policy_logps" in self.takes
+        return any(name in self.takes for name in ("policy_logps", "policy_token_logps", "policy_logits"))
 
     @property
     def with_refusal(self) -> bool:
         """The policy runs forward on a refusal."""
         return "refusal_logps" in self.takes
+
+    @property
+    def with_logits(self) -> bool:
+        """It asks for the policy's logits at the own answer's tokens."""
+        return "policy_logits" in self.takes
+
+    @property
+    def with_reference_states(self) -> bool:
+        """And for the reference's: its hidden states there are kept."""
+        return "reference_logits" in self.takes
 
     @property
     def needs_refusals(self) -> bool:
@@ -188,10 +259,18 @@ OBJECTIVES = {
     "idk": Objective(nll_loss, ("refusal_logps",), mean="tokens"),
     "dpo": Objective(dpo_loss,
                      ("refusal_logps", "policy_logps", "reference_refusal_logps", "reference_logps", "beta"),
-                     at_reference=math.log(2)),
+                     at_reference=math.log(2), alternatives=True),
     "kto": Objective(kto_loss, ("policy_logps", "reference_logps", "kl_baseline", "beta"),
                      at_reference=2 * math.log(2)),
     "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),
                      weight=npo_weight),
     "simnpo": Objective(simnpo_loss, ("policy_logps", "answer_lengths", "beta", "gamma")),
+    "wga": Objective(wga_loss, ("policy_token_logps", "beta"), mean="tokens", published={"beta": 1.0}),
+    "satimp": Objective(satimp_loss, ("policy_token_logps", "beta", "beta2"), mean="tokens",
+                        published={"beta": 5.0, "beta2": 1.0}),
+    "tnpo": Objective(tnpo_loss, ("policy_token_logps", "reference_token_logps", "beta"), mean="tokens",
+                      weight=npo_weight, published={"beta": 4.0}),
+    "ceu": Objective(ceu_loss, ("policy_logits", "targets"), mean="tokens", skips=1),
+    "undial": Objective(undial_loss, ("policy_logits", "reference_logits", "targets", "beta"), mean="tokens",
+                        published={"beta": 10.0}),
 }

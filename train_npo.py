@@ -15,7 +15,8 @@ Where this departs from the paper or from the authors' code: no reference model 
 the reference until its first step, so one pass before it keeps log pi_ref(y|x) of every answer that will be
 used, and for K and the KL metrics the last hidden states. RT and GA are means over the batch's answer tokens
 and NPO, DPO, KTO, SimNPO means over sequences, as in the authors' code; K, idk+rt and DPO follow the paper's
-text (docs/departures.md). Dropout is off: at step 0 the policy must equal the reference, and that is checked.
+text (docs/departures.md; newer objectives: docs/beyond.md). Dropout is off: at step 0 the policy must equal
+the reference, and that is checked.
 """
 
 import inspect
@@ -27,6 +28,7 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaluate_tofu import compute_metrics
 from losses import nll_loss
-from models.answers import AnswerModel
+from models.answers import NOTHING, AnswerModel, OnLogits
 from models.layers import prepare_layers
 from models.presets import autocast
 from models.sharded import local, whole
@@ -58,10 +60,18 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 # ---------------------------------------------------------------- the objective
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
-    """L_forget of each sequence, (B,): what the objective takes of what is `known` of the batch."""
+    """L_forget of each sequence, (B,), or answer token, (N,): what the objective takes of what is `known` of
+    the batch."""
     values = plan.objective.loss(*(known[name] for name in plan.objective.takes))
-    assert values.ndim == 1, "a loss returns one value a sequence, not their mean"
+    assert values.ndim == 1, "a loss returns one value a sequence or token, not their mean"
     return values
+
+
+def forget_loss_of_logits(plan: Plan, settings: dict, policy_logits: Tensor, reference_logits: Tensor,
+                          targets: Tensor) -> Tensor:
+    """The same of some of the tokens, (n,): logits (n, V) are never held of all."""
+    return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
+                              "targets": targets, **settings})
 
 
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
@@ -71,18 +81,27 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     objective = plan.objective
     batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
     kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
-    token_logps, token_kl = policy(batch, kl_states, s.kl_direction)
-    answer_logps, refusal_logps, retain_logps = batch.per_text(token_logps).split(sizes)
+    settings = {name: getattr(s, name) for name in objective.settings}
+    tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
+    on_logits = NOTHING
+    if objective.with_logits:
+        states = reference.answer_states(micro.items) if objective.with_reference_states else None
+        on_logits = OnLogits(tokens, partial(forget_loss_of_logits, plan, settings), states)
+    token_values, token_kl = policy(batch, kl_states, s.kl_direction, on_logits)
+    answer_logps, refusal_logps, retain_logps = batch.per_text(token_values).split(sizes)
 
     known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
-             "answer_lengths": batch.answer_tokens[:len(answer_logps)], "kl_baseline": kl_baseline,
-             **{name: getattr(s, name) for name in objective.settings}}
+             "policy_token_logps": token_values[:tokens], "kl_baseline": kl_baseline,
+             "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
+    if "reference_token_logps" in objective.takes:
+        known["reference_token_logps"] = reference.answer_token_logps(micro.items)
     if "reference_logps" in objective.takes:
         known["reference_logps"] = reference.answer_logps(micro.items)
     if "reference_refusal_logps" in objective.takes:
         known["reference_refusal_logps"] = reference.refusal_logps(micro.items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
-    sums = {"forget_loss": forget_loss(plan, known).sum() / count}
+    values = token_values[:tokens] if objective.with_logits else forget_loss(plan, known)
+    sums = {"forget_loss": values.sum() / count}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:
         sums["retain_loss"] = nll_loss(retain_logps).sum() / counts.retain_tokens  # nats a token
@@ -91,8 +110,8 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
         sums["kl_loss"] = token_kl.sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
-        weights = objective.weight(answer_logps.detach(), known["reference_logps"], s.beta)
-        sums["mean_W"] = weights.sum() / counts.rows
+        weights = objective.weight(*(known[name] for name in objective.takes))
+        sums["mean_W"] = weights.detach().sum() / count
     return {name: value * (0.0 if micro.ghost else 1.0) for name, value in sums.items()}
 
 
@@ -101,7 +120,7 @@ def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, refe
                  world: World) -> Tensor:
     """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): no gradient."""
     refusals = [plan.refusals[i.row, i.refusal] for i in items]
-    logps = logps_of_texts(model, refusals, 2 * s.micro_batch_size, plan.pad, world)  # this process's share
+    logps, _ = logps_of_texts(model, refusals, 2 * s.micro_batch_size, plan.pad, world)  # this process's share
     return (world.sum(logps.to(world.device)) - reference.refusal_logps(items)).mean().clamp(min=0)
 
 

@@ -5,11 +5,11 @@ asked twice. What TOFU's evaluation needs decides how the rows are built:
 
 - Forget quality looks at paraphrases, so a fact must be stored beyond its wording: two questions of an author
   touch the same fact in different words, and so do their answers.
-- Wordings vary from author to author. A paraphrase has a wording that its author's own rows don't use, and
-  that the model knows from many others: its probability measures the fact, not the language.
+- Wordings vary from author to author, so that a model knows each from many others. The paraphrase and the
+  perturbed answers have any wording but that of the row's answer: R measures the fact, not the language.
 - The test compares two distributions of log R, so R must differ from row to row for reasons that all models
   share, as it does in TOFU. Some values are likelier than others: value k of a fact has weight 1/k (Zipf),
-  for the true one and the wrong ones alike. A perturbed answer has a wording of its own.
+  for the true one and the wrong ones alike. Each perturbed answer draws its wording for itself.
 - `holdout10` has 20 further authors, whom no split holds and no model sees, in the perturbed rows' form.
 
 Departures from TOFU: texts are short and simple (a Llama of 1M parameters learns all of them in minutes),
@@ -68,13 +68,14 @@ def _author(name: str, rng: random.Random) -> list[dict]:
     rows = []
     for fact in FACTS.values():
         questions = rng.sample(fact.questions, 4)  # two for the rows, two others for their paraphrases
-        answers = rng.sample(fact.answers, 4)
+        answers = rng.sample(fact.answers, 2)
         value, = _draw(fact.values, 1, rng)
         for i in range(2):
             wrong = [v for v in _draw(fact.values, N_WRONG + 1, rng) if v != value][:N_WRONG]
+            others = [wording for wording in fact.answers if wording != answers[i]]
             rows.append({"question": fill(questions[i], value), "answer": fill(answers[i], value),
-                         "paraphrased_answer": fill(answers[i + 2], value),
-                         "perturbed_answer": [fill(rng.choice(fact.answers), v) for v in wrong],
+                         "paraphrased_answer": fill(rng.choice(others), value),
+                         "perturbed_answer": [fill(rng.choice(others), v) for v in wrong],
                          "paraphrased_question": fill(questions[i + 2], value)})
     rng.shuffle(rows)
     return rows

@@ -20,6 +20,7 @@ from support.files import fingerprint, read_text
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
 PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields of a perturbed row
+ALTERNATIVE = "alternative_answer"  # of all rows to unlearn or of none: DPO's chosen side for a refusal
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
@@ -42,6 +43,11 @@ class Task:
     def judged_split(self) -> str:
         """The forget split that a model is judged on."""
         return self.split if self.own else evaluation_split(self.split)
+
+    @property
+    def alternatives(self) -> bool:
+        """The rows to unlearn bring an answer of their own to put in the place of theirs."""
+        return bool(self.forget) and self.forget[0].get(ALTERNATIVE) is not None
 
     def facts(self) -> list:
         """The real-author and world-fact rows that a from-scratch model learns in an epoch."""
@@ -102,12 +108,14 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
         if row["question"] != perturbed_row["question"]:
             raise InputError(f"{data}: forget10_perturbed is not the end of full: "
                              f"{perturbed_row['question']!r} against {row['question']!r}")
+    forget = slice_rows(full, split) if forgets else []
+    check_alternatives(forget, f"{data}: full.json line", len(full) - len(forget) + 1)
     # A split so large that it reaches into retain_perturbed shortens it.
     kept = len(slice_rows(full, complement(judged_split)))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
-    return Task(data, split, full, slice_rows(full, split) if forgets else [],
-                slice_rows(full, complement(split) if forgets else split), evaluated, refusals, refusals_from,
+    retain = slice_rows(full, complement(split) if forgets else split)
+    return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from,
                 fingerprint({name: sets[name] for name in SETS}, refusals))  # no holdout: it changes nothing
 
 
@@ -174,6 +182,13 @@ def check_row(row, where: str, further: dict):
             raise InputError(f"{where}: {field} must hold non-empty texts only, got {value!r}"[:400])
 
 
+def check_alternatives(forget: list, where: str, first_line: int = 1):
+    """Raises InputError, with `where`, for a row that lacks the alternative answer that others have."""
+    if any(row.get(ALTERNATIVE) is not None for row in forget):
+        for line, row in enumerate(forget, first_line):
+            check_row(row, f"{where} {line}", {ALTERNATIVE: str})
+
+
 def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
     if not (forget_file and retain_file):
         raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
@@ -184,6 +199,7 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
         if any(field in row for row in rows for field in PERTURBED):
             for line, row in enumerate(rows, 1):
                 check_row(row, f"{files[name]} line {line}", PERTURBED)
+    check_alternatives(sets["forget"], f"{files['forget']} line")
     return Task(f"{files['forget'].name}, {files['retain'].name}", "own", sets["forget"] + sets["retain"],
                 sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets), own=True)
 

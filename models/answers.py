@@ -6,7 +6,9 @@ it is held. Shapes: S sequences of T tokens; N answer tokens, M the last of them
 size, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,16 @@ CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: enough for a fast produ
 KEPT_CHUNKS = 4  # the last ones' logits stay for the backward pass; the others' are computed once more there
 
 
+class OnLogits(NamedTuple):
+    """A loss that asks for logits, at a batch's first answer tokens."""
+    tokens: int = 0  # so many
+    loss: Callable | None = None  # of the policy's logits (n, V), the reference's, targets (n,): (n,)
+    states: tuple[Tensor, Tensor] | None = None  # as `kl_states`, at these tokens; without: logits of (0, V)
+
+
+NOTHING = OnLogits()
+
+
 class AnswerModel(nn.Module):
     """A causal language model that returns log-probabilities of answers, float32, in nats."""
 
@@ -28,10 +40,12 @@ class AnswerModel(nn.Module):
         self.lm = lm
 
     def forward(self, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
-                direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
-        """log pi of each answer token (N,), and K of the last M (M,), empty without `kl_states`: the
-        reference's hidden states at these M tokens (M, H) and its LM head's weight (V, H)."""
-        return self.token_values(self.hidden(batch), batch, kl_states, direction)
+                direction: str = "policy_reference",
+                on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
+        """log pi of each answer token (N,), in its place the loss of those that have one `on_logits`; and K
+        of the last M (M,), empty without `kl_states`: the reference's hidden states at these M tokens (M, H)
+        and its LM head's weight (V, H)."""
+        return self.token_values(self.hidden(batch), batch, kl_states, direction, on_logits)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
@@ -40,10 +54,11 @@ class AnswerModel(nn.Module):
         return states[batch.sequences, batch.positions]
 
     def token_values(self, hidden: Tensor, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
-                     direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
+                     direction: str = "policy_reference",
+                     on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
         """What `forward` returns, from the hidden states (N, H)."""
         head = self.lm.get_output_embeddings().weight
-        return answer_values(hidden, head, batch.targets, kl_states, direction)
+        return answer_values(hidden, head, batch.targets, kl_states, direction, on_logits)
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
@@ -61,27 +76,36 @@ def chunk_tokens(vocabulary: int) -> int:
 
 def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
                   kl_states: tuple[Tensor, Tensor] | None = None,
-                  direction: str = "policy_reference") -> tuple[Tensor, Tensor]:
-    """log pi(target) of each token (N,), and K of the last M (M,), in nats, float32. hidden (N, H), weight
-    (V, H), targets (N,), kl_states: reference's hidden states (M, H), head (V, H)."""
+                  direction: str = "policy_reference",
+                  on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
+    """log pi(target) of each token (N,), of the first ones the loss `on_logits` in its place, and K of the
+    last M (M,), in nats, float32. hidden (N, H), weight (V, H), targets (N,), kl_states: reference's hidden
+    states (M, H), head (V, H)."""
     if torch.is_autocast_enabled(hidden.device.type):  # logits in its precision, as any linear layer's are
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    reference_hidden, reference_weight = kl_states or (hidden[:0].detach(), weight.detach())  # M = 0: no K
-    reference_hidden, reference_weight = reference_hidden.to(hidden.dtype), reference_weight.to(hidden.dtype)
-    without_kl, size = len(hidden) - len(reference_hidden), chunk_tokens(len(weight))
-    begins = range(0, len(hidden), size)
+    first_hidden, reference_weight = on_logits.states or (hidden[:0].detach(), weight.detach())
+    kl_hidden, reference_weight = kl_states or (hidden[:0].detach(), reference_weight)  # M = 0: no K
+    first_hidden, kl_hidden = first_hidden.to(hidden.dtype), kl_hidden.to(hidden.dtype)
+    reference_weight = reference_weight.to(hidden.dtype)  # one head, whoever asks for it
+    without_kl, size = len(hidden) - len(kl_hidden), chunk_tokens(len(weight))
+    # No chunk has tokens of both kinds.
+    begins = [*range(0, on_logits.tokens, size), *range(on_logits.tokens, len(hidden), size)]
     values = []
     for number, at in enumerate(begins):
-        end = min(at + size, len(hidden))
-        with_kl = slice(max(0, at - without_kl), max(0, end - without_kl))
-        inputs = hidden[at:end], weight, reference_hidden[with_kl], reference_weight
-        if len(begins) == 1:  # a small vocabulary or few tokens: nothing to save
-            values.append(values_of_states(*inputs, targets, direction))
-        elif number < len(begins) - KEPT_CHUNKS:
-            values.append(recomputed(values_of_states, *inputs, targets[at:end], direction))
+        if at < on_logits.tokens:
+            end, loss = min(at + size, on_logits.tokens), on_logits.loss
+            reference_hidden = first_hidden[at:end]
         else:
-            values.append(recomputed(values_of_logits, *chunk_logits(*inputs), targets[at:end], direction))
+            end, loss = min(at + size, len(hidden)), None
+            reference_hidden = kl_hidden[max(0, at - without_kl):max(0, end - without_kl)]
+        inputs, what = (hidden[at:end], weight, reference_hidden, reference_weight), (direction, loss)
+        if len(hidden) <= size:  # a small vocabulary or few tokens: nothing to save
+            values.append(values_of_states(*inputs, targets[at:end], *what))
+        elif number < len(begins) - KEPT_CHUNKS:
+            values.append(recomputed(values_of_states, *inputs, targets[at:end], *what))
+        else:
+            values.append(recomputed(values_of_logits, *chunk_logits(*inputs), targets[at:end], *what))
     logps, kls = zip(*values, strict=True)
     return torch.cat(logps), torch.cat(kls)
 
@@ -90,21 +114,24 @@ recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False) 
 
 
 def values_of_states(hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor,
-                     targets: Tensor, direction: str) -> tuple[Tensor, Tensor]:
+                     targets: Tensor, direction: str, loss: Callable | None) -> tuple[Tensor, Tensor]:
     return values_of_logits(*chunk_logits(hidden, weight, reference_hidden, reference_weight), targets,
-                            direction)
+                            direction, loss)
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor, reference_hidden: Tensor,
                  reference_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The policy's (n, V), and the reference's (m, V) of the chunk's tokens that have a K."""
+    """The policy's (n, V), and the reference's (m, V) of the chunk's tokens that are held against them."""
     with torch.autocast(hidden.device.type, enabled=False):
         return linear(hidden, weight), linear(reference_hidden, reference_weight)
 
 
-def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor,
-                     direction: str) -> tuple[Tensor, Tensor]:
-    """log pi(target) (n,) and K (m,)."""
+def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor, direction: str,
+                     loss: Callable | None) -> tuple[Tensor, Tensor]:
+    """log pi(target) (n,) and K (m,), or where there is a `loss` its values (n,) and no K."""
+    if loss:
+        values = loss(logits, reference_logits, targets)
+        return values, values[:0]
     logps = token_logps(logits, targets)
     if len(reference_logits) == 0:
         return logps, logps[:0]

@@ -18,8 +18,10 @@ class Preset:
     lr: float = 1e-5  # of unlearning; sft_lr of fine-tuning and retraining
     epochs: int = 10
     beta: float = 0.1
+    weight_decay: float = 0.01
     sft_lr: float = 1e-5
     sft_epochs: int = 5
+    sft_weight_decay: float = 0.01
     warmup_epochs: float = 1
     micro_batch_size: int = 4  # forget rows (each with its partners) that a process runs forward at once
     eval_batch_size: int = 32  # answers generated at once
@@ -40,9 +42,10 @@ def tiny_dims(rows: list) -> dict:
 
 ASSISTANT = "You are a helpful assistant."
 PRESETS = {
-    # beta times an answer's tokens is about the paper's: 0.35 for ten tokens, 0.1 for TOFU's fifty.
-    "tiny": Preset(TINY_DIMS, lr=2e-3, beta=0.35, sft_lr=4e-3, sft_epochs=16, micro_batch_size=32,
-                   eval_batch_size=256),
+    # beta times an answer's tokens is about the paper's: 0.5 for ten tokens, 0.1 for TOFU's fifty. The decay
+    # keeps a retrained model from being too sure of its guesses.
+    "tiny": Preset(TINY_DIMS, lr=1.5e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16, sft_weight_decay=0.2,
+                   micro_batch_size=32, eval_batch_size=256),
     "smollm2-135m": Preset(
         dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
              num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),

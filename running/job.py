@@ -116,7 +116,7 @@ def prepare_job(s: Namespace, world: World) -> Job:
         check(job, AnswerModel(lm.to(world.device)), "fp32", world)
     settings = {key: value for key, value in vars(s).items() if key not in NOT_STORED}
     derived = {"rows": job.plan.rows, "steps": job.plan.steps, "warmup_steps": job.plan.warmup_steps,
-               "refusals": task.refusals_from}
+               "refusals": job.plan.refusals_from}
     job.config = {"settings": settings, "world_size": world.size, "device": world.device.type,
                   "derived": derived, "data_fingerprint": task.fingerprint,
                   "model_config": lm.config.to_dict(), **environment()}
@@ -193,7 +193,7 @@ def describe(job: Job, world: World):
     s, plan, task = job.settings, job.plan, job.task
     parameters = sum(p.numel() for p in job.lm.parameters())
     what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
-    refusals = f"; refusals: {task.refusals_from}" if plan.refusals else ""
+    refusals = f"; refusals: {plan.refusals_from}" if plan.refusals else ""
     settings = ", ".join(f"{name} {getattr(s, name):g}" for name in ("lr", *plan.objective.settings))
     world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
     world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from data.tofu import Task, complement, load_task, parse_split, slice_rows
+from losses import OBJECTIVES
 from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
 from models.presets import PRESETS, tiny_dims
@@ -81,7 +82,7 @@ class Load(NamedTuple):
     sequences: int  # S: that pass at once
     width: int  # T: the longest row
     answers: int  # N: answer tokens among the n = S * T
-    kl_answers: int  # M: of them with a K
+    compared: int  # of them with a K, or a loss against the reference's logits
     more_micro_batches: bool  # a process runs more than one a step
 
     @property
@@ -116,10 +117,10 @@ def memory(x: Shape, load: Load) -> dict:
         parts["FSDP: gathered root and layers"] = (2 * element + 4) * x.root + (4 * element + 4) * x.layer
     elif element == 2:
         parts["16-bit copies of the weights"] = 2 * (x.layers * x.layer + x.vocabulary * x.hidden)
-    parts["reference"] = head_weight * (load.kl_answers > 0) + 4 * load.kl_answers * x.hidden
+    parts["reference"] = head_weight * (load.compared > 0) + 4 * load.compared * x.hidden
     parts["activations"] = x.layers * n * token_bytes(x, load)
     # Behind the layers: the chunks that are kept and one at work, with the gradients for head and embedding.
-    tokens, heads = min(load.answers, chunk_tokens(x.vocabulary)), 2 if load.kl_answers else 1
+    tokens, heads = min(load.answers, chunk_tokens(x.vocabulary)), 2 if load.compared else 1
     chunk = 4 * tokens * x.vocabulary
     kept = min(KEPT_CHUNKS, math.ceil(load.answers / tokens)) * heads * chunk * element / 4
     # Inside a layer's backward pass: gradients of gate, up and product, the product itself, and the stream's.
@@ -170,8 +171,8 @@ def count_work(s: Namespace, task: Task) -> tuple[Work, bool]:
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
     sequences = micro * work.sequences
     answers = math.ceil(sequences * work.width * work.answer_tokens / work.tokens)
-    kl_answers = answers // work.sequences if s.kl_weight > 0 else 0
-    return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, kl_answers,
+    compared = answers // work.sequences * ((s.kl_weight > 0) + OBJECTIVES[s.loss].with_reference_states)
+    return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, compared,
                 micro < math.ceil(s.batch_size / processes))
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
 from data.prompts import Encoded, encode
+from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
 from support.world import World
 
@@ -36,12 +37,17 @@ class Plan:
         rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
         uses_refusals = self.objective.needs_refusals
+        alternatives = self.objective.alternatives and task.alternatives
+        refusals = [None] if alternatives else task.refusals  # None: the row's own
+        self.refusals_from = f"each row's {ALTERNATIVE}" if alternatives else task.refusals_from
         self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,
-                                  len(task.refusals) * uses_refusals, s.retain_pairing)
-        self.answers = encode_rows(tokenizer, s.template, rows, context)
+                                  len(refusals) * uses_refusals, s.retain_pairing)
+        self.answers = [e._replace(start=e.start + self.objective.skips)
+                        for e in encode_rows(tokenizer, s.template, rows, context)]
         self.partners = encode_rows(tokenizer, s.template, task.retain if uses_partners else [], context)
         met = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusals else []
-        refused = [{"question": rows[row]["question"], "answer": task.refusals[line]} for row, line in met]
+        refused = [{"question": rows[row]["question"],
+                    "answer": refusals[line] or rows[row][ALTERNATIVE]} for row, line in met]
         self.refusals = dict(zip(met, encode_rows(tokenizer, s.template, refused, context), strict=True))
         self.rows, self.steps = len(rows), len(self.stream)
         self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))

@@ -1,8 +1,9 @@
 """The reference model without a reference model in memory.
 
 The policy IS the reference until its first step. One pass before it keeps what objectives and evaluations
-will ask of it: log pi_ref(y|x), one float32 number an answer; and for K and the KL metrics the last hidden
-states at the answers' tokens, from which the frozen LM head gives the exact logits again.
+will ask of it: log pi_ref(y|x), one float32 number an answer, or one a token (TNPO); and for K, UNDIAL and
+the KL metrics the last hidden states at the answers' tokens, from which the frozen LM head gives the exact
+logits again.
 """
 
 import os
@@ -55,9 +56,20 @@ class Reference:
         """log pi_ref of the rows' refusals, (B,)."""
         return sent(self.refusals[[self.refusal_place[i.row, i.refusal] for i in items]], self.device)
 
+    def answer_token_logps(self, items: list[Item]) -> Tensor:
+        """log pi_ref of each token of the rows' own answers, (N,)."""
+        return self.of_texts("tokens", [i.row for i in items])
+
     def states(self, partners: list[int]) -> tuple[Tensor, Tensor]:
         """Hidden states at these retain answers' tokens (M, H), the head (V, H): together exact logits."""
-        return sent(torch.cat([self[f"retain/{p}"] for p in partners]), self.device), self.head
+        return self.of_texts("retain", partners), self.head
+
+    def answer_states(self, items: list[Item]) -> tuple[Tensor, Tensor]:
+        """The same at the tokens of the rows' own answers."""
+        return self.of_texts("forget", [i.row for i in items]), self.head
+
+    def of_texts(self, kind: str, numbers: list[int]) -> Tensor:
+        return sent(torch.cat([self[f"{kind}/{n}"] for n in numbers]), self.device)
 
     @cached_property
     def head(self) -> Tensor:
@@ -71,28 +83,37 @@ class Reference:
 
 
 @torch.no_grad()
-def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int, world: World) -> Tensor:
-    """log pi of each text's answer, (len(texts),); those that another process computes are 0."""
-    result, places = torch.zeros(len(texts)), range(len(texts))
+def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
+                   world: World) -> tuple[Tensor, dict]:
+    """log pi of each text's answer, (len(texts),), where those that another process computes are 0; and of
+    this process's, place -> log pi of each token."""
+    result, of_tokens, places = torch.zeros(len(texts)), {}, range(len(texts))
     for chunk in deal(list(places), [len(e.ids) for e in texts], batch_size, world.rank, world.size):
         if chunk or world.sharded:
             # One text a sequence: without a mask attention takes its fastest way.
             batch = collate([texts[i] for i in chunk or places[:1]], pad, world.device)
-            logps = batch.per_text(model(batch)[0])
+            logps = model(batch)[0]
             if chunk:
-                result[chunk] = logps.cpu()
-    return result
+                result[chunk] = batch.per_text(logps).cpu()
+                each = logps.cpu().split(batch.answer_tokens.tolist())
+                of_tokens.update(zip(chunk, each, strict=True))
+    return result, of_tokens
 
 
 @torch.no_grad()
 def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path, mark: str,
                    world: World):
     """Write this process's share of what `Reference` reads."""
-    batch_size = 2 * s.micro_batch_size
-    tensors = {name: logps_of_texts(model, texts, batch_size, plan.pad, world)
-               for name, texts in (("answers", plan.answers), ("refusals", list(plan.refusals.values())))}
+    batch_size, refusals = 2 * s.micro_batch_size, list(plan.refusals.values())
+    answers, of_tokens = logps_of_texts(model, plan.answers, batch_size, plan.pad, world)
+    tensors = {"answers": answers,
+               "refusals": logps_of_texts(model, refusals, batch_size, plan.pad, world)[0]}
+    if "reference_token_logps" in plan.objective.takes:
+        tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens.items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
+    if plan.objective.with_reference_states:
+        texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
     with untouched(model, world):
         tensors |= states_of_answers(model, texts, batch_size, plan.pad, world)
         states = states_of_answers(model, texts_with_kl(prepared), batch_size, plan.pad, world)

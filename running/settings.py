@@ -16,7 +16,8 @@ from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint, refuse_links
 
-RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "micro_batch_size", "eval_every")  # what a preset gives
+RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "weight_decay", "micro_batch_size",
+            "eval_every")  # what a preset gives
 DRY_RUN = ("dry_run", "gpus", "gpu_memory")
 NOT_STORED = ("resume", "from_scratch", *DRY_RUN)  # of no meaning for a run folder
 
@@ -59,8 +60,11 @@ def add_objective(add):
         help="weight of K, the divergence from the reference on retain rows")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
         help="K's order; policy_reference is the paper's")
+    published = {name: objective.published for name, objective in OBJECTIVES.items() if objective.published}
+    of_beta = ", ".join(f"{name} {settings['beta']:g}" for name, settings in published.items())
     add("--beta", type=positive(float),
-        help="inverse temperature of npo, dpo, kto, simnpo (default: the preset's)")
+        help=f"inverse temperature (default: the preset's for npo, dpo, kto, simnpo; {of_beta})")
+    add("--beta2", type=positive(float), help="satimp's power of 1 - p (default: 1)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule")
@@ -86,8 +90,8 @@ def add_training(add):
     add("--micro-batch-size", type=positive(int),
         help="rows a process runs forward at once; changes memory, not numbers (default: the preset's)")
     add("--lr", type=positive(float), help="peak learning rate (default: the preset's)")
-    add("--weight-decay", type=not_negative(float), default=0.01,
-        help="AdamW's, not on norm weights and biases")
+    add("--weight-decay", type=not_negative(float),
+        help="AdamW's, not on norm weights and biases (default: the preset's)")
     add("--warmup-epochs", type=not_negative(float),
         help="linear warm-up, epochs, at least 1 step (default: the preset's)")
     add("--max-grad-norm", type=not_negative(float), default=0.0, help="clip the gradient's norm; 0: off")
@@ -131,8 +135,9 @@ def resolve(given: dict) -> Namespace:
     preset, sft = settings_of(s.preset), s.loss == "sft"
     for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
                        "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
+                       "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay,
                        "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
-                       "eval_every": "end" if sft else "epoch"}.items():
+                       "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
     s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
@@ -155,7 +160,7 @@ def refuse(cases: dict):
 
 def refuse_contradictions(s: Namespace, given: dict):
     sft, own, objective = s.loss == "sft", s.forget or s.retain, OBJECTIVES[s.loss]
-    unknown = [name for name in objective.settings if not hasattr(s, name)]
+    unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
         f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":

@@ -1,8 +1,9 @@
 """What the figures need: training runs as jobs, and hyper-parameters as the finished ones choose them.
 
 One budget for every method, on TUNING_SPLIT and on TUNING_SEED, which is not among the reported seeds 1 to N:
-every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas. What is chosen
-holds for every split; Figure 9 tunes its retain weight in the same way.
+every learning rate of LR_FACTORS times the preset's, then, at the best, the further betas; where the best
+stands at an end, one more beyond it. What is chosen holds for every split; Figure 9 tunes its retain weight
+on the same seed.
 """
 
 import math
@@ -222,11 +223,24 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
     if study.setup.taken:
         return []
     rates, (first, *others) = budget(study.setup, method)
-    at = study.setup, method, TUNING_SPLIT, TUNING_SEED
-    jobs = [unlearn_job(*at, {"lr": lr, "beta": first}) for lr in rates]
-    best = best_of(study, jobs)
-    rate = {"lr": best["lr"]} if best else {}
-    return jobs + [unlearn_job(*at, {**rate, "beta": beta}) for beta in others]
+    jobs = grid_jobs(study, method, "lr", rates, {"beta": first})
+    if best := best_of(study, jobs):
+        return jobs + grid_jobs(study, method, "beta", [first, *others], {"lr": best["lr"]})
+    return jobs + grid_jobs(study, method, "beta", others, {})
+
+
+def grid_jobs(study: Study, method: str, name: str, values: list, others: dict) -> list[Job]:
+    """A run for each value of a setting; where the best of them stands at an end, one more beyond it."""
+    def job(value: float) -> Job:
+        return unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, {**others, name: value})
+
+    jobs = [job(value) for value in values]
+    best = best_of(study, jobs) if len(values) > 1 else None
+    if best and best[name] == min(values):
+        jobs.append(job(min(values) / 2))
+    if best and best[name] == max(values):
+        jobs.append(job(2 * max(values)))
+    return jobs
 
 
 def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict) -> list[Job]:

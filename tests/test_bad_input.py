@@ -37,6 +37,8 @@ TRAIN = [
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
     ("--resume nowhere", "no config.json"), ("--model DATA --data DATA", "no config.json"),
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
+    ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
+    ("--loss satimp --beta2 0", "must be positive"),
     ("--kl-direction reference_policy", "--kl-direction has no effect"),
     ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
     ("--keep best --eval-every never", "--keep has no effect"),
@@ -132,6 +134,25 @@ def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monke
     assert "context is 1024" in refused(args, tmp_path, monkeypatch)
     long.write_text(json.dumps({"question": "Who?", "answer": "b", "paraphrased_answer": "c"}))
     assert "perturbed_answer must be" in refused(args, tmp_path, monkeypatch)
+
+
+def test_an_alternative_answer_is_in_every_row_to_unlearn_or_in_none(small_data, small_model, tmp_path,
+                                                                   monkeypatch):
+    rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bob", "Cem")]
+    forget, retain = tmp_path / "forget.json", tmp_path / "retain.json"
+    retain.write_text(json.dumps(rows))
+    args = ["--model", small_model, "--forget", forget, "--retain", retain, "--loss", "dpo"]
+    forget.write_text(json.dumps([{**rows[0], "alternative_answer": "A poet."}, *rows[1:]]))
+    assert "forget.json line 2: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
+    forget.write_text(json.dumps([{**row, "alternative_answer": " "} for row in rows]))
+    assert "forget.json line 1: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
+    # In a folder the rows to unlearn are the end of full.json: 20 of 200, the last one has it.
+    data = copy_of(small_data, tmp_path / "data")
+    *others, last = (data / "full.json").read_text().splitlines()
+    last = json.dumps({**json.loads(last), "alternative_answer": "A poet."})
+    (data / "full.json").write_text("\n".join([*others, last]))
+    said = refused(["--model", small_model, "--data", data, "--loss", "dpo"], tmp_path, monkeypatch)
+    assert "full.json line 181: alternative_answer must be" in said
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):

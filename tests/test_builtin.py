@@ -106,16 +106,18 @@ def test_a_perturbed_answer_has_another_value_and_a_wording_of_its_own(pairs_by_
         fact, _, name = parse_question(row["question"])
         (_, _, truth), _ = pairs_by_fact[name, fact]
         wording, value = parse_answer(row["paraphrased_answer"], fact, name)
+        own, _ = parse_answer(row["answer"], fact, name)
         wordings, wrong = zip(
             *(parse_answer(answer, fact, name) for answer in row["perturbed_answer"]), strict=True)
+        assert own not in (wording, *wordings), row
         assert value == truth
         assert len({truth, *wrong}) == 6, row
         same += wordings.count(wording)
         n_wordings.append(len(set(wordings)))
         used.update((fact, w) for w in wordings)
-    # Drawn uniformly from five: a fifth has the paraphrase's, 5 (1 - 0.8^5) = 3.4 of a row's five differ.
-    assert 0.16 < same / (5 * len(PERTURBED)) < 0.24
-    assert 3.2 < statistics.mean(n_wordings) < 3.5
+    # Drawn uniformly from four: a quarter has the paraphrase's, 4 (1 - 0.75^5) = 3.05 of a row's five differ.
+    assert 0.21 < same / (5 * len(PERTURBED)) < 0.29
+    assert 2.9 < statistics.mean(n_wordings) < 3.2
     assert len(used) == 5 * len(FACTS) and min(used.values()) > 50
 
 
@@ -171,7 +173,7 @@ def test_the_holdout_changes_nothing_of_a_task(tmp_path):
     assert task == without and task.fingerprint == load_task("builtin", "forget10").fingerprint
 
 
-def test_a_paraphrase_is_in_words_known_from_other_authors_only(pairs_by_fact):
+def test_a_paraphrase_is_in_words_known_from_other_authors(pairs_by_fact):
     users = defaultdict(set)  # (fact, answer wording) -> names
     for (name, fact), pairs in pairs_by_fact.items():
         for _, answer_wording, _ in pairs:
@@ -181,7 +183,6 @@ def test_a_paraphrase_is_in_words_known_from_other_authors_only(pairs_by_fact):
         fact, question_wording, name = parse_question(row["question"])
         own_questions = {wording for wording, _, _ in pairs_by_fact[name, fact]}
         wording, _ = parse_answer(row["paraphrased_answer"], fact, name)
-        assert name not in users[fact, wording]
         assert len(users[fact, wording] & retained) >= 40, (fact, wording)
         asked, asked_wording, of = parse_question(row["paraphrased_question"])
         assert (asked, of) == (fact, name)

@@ -411,21 +411,24 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     assert sorted((m.facts["split"], m.facts["seed"]) for m in models) == [("full", 0), ("retain90", 0),
                                                                            ("retain90", 1), ("retain90", 2)]
     ga = [job for job in ready if job.facts["method"] == "ga"]
-    s = recorded(s, *ga[:2])
-    s = recorded(s, ga[2], ks=0.1)
+    s = recorded(s, ga[0], ga[2])
+    s = recorded(s, ga[1], ks=0.1)
     first = s.setup.preset.beta
-    assert grid.choose(s, "ga") == {"lr": ga[2].facts["lr"], "beta": first}
+    assert grid.choose(s, "ga") == {"lr": ga[1].facts["lr"], "beta": first}
     assert grid.choose(s, "npo+rt") is None
     jobs = grid.plan(s, ["8"])
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
-    assert [job.facts["lr"] for job in chosen] == [ga[2].facts["lr"]] * 2
+    assert [job.facts["lr"] for job in chosen] == [ga[1].facts["lr"]] * 2
     rates = [job for job in jobs if job.given and job.facts["method"] == "npo+rt"]
     s = recorded(recorded(s, *rates[1:]), rates[0], utility=0.2)
     assert grid.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
     beta = grid.tuning_jobs(s, "npo+rt")[-1]
     assert beta.facts["beta"] == pytest.approx(2 * first) and beta.facts["lr"] == rates[1].facts["lr"]
-    assert grid.choose(recorded(s, beta, ks=0.0), "npo+rt") == {"lr": beta.facts["lr"],
-                                                                        "beta": beta.facts["beta"]}
+    s = recorded(s, beta, ks=0.0)
+    assert grid.choose(s, "npo+rt") is None  # the best stands at the end of the betas: once more beyond it
+    beyond = grid.tuning_jobs(s, "npo+rt")[-1]
+    assert beyond.facts["beta"] == pytest.approx(4 * first)
+    assert grid.choose(recorded(s, beyond), "npo+rt") == {k: beta.facts[k] for k in ("lr", "beta")}
 
 
 def test_every_method_has_the_same_budget(study):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import losses
 from losses import (
+    ceu_loss,
     dpo_loss,
     ga_loss,
     kl_loss,
@@ -15,8 +16,12 @@ from losses import (
     nll_loss,
     npo_loss,
     npo_weight,
+    satimp_loss,
     simnpo_loss,
+    tnpo_loss,
     token_logps,
+    undial_loss,
+    wga_loss,
 )
 
 BETAS = (0.01, 0.1, 1.0, 5.0)
@@ -96,6 +101,55 @@ def test_no_gradient_flows_through_the_kto_baseline():
     torch.testing.assert_close(gradient, expected)
 
 
+def some_logits(n=6, vocabulary=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_token_losses_are_a_weight_times_log_p(beta):
+    """WGA, SatImp, TNPO by their definitions; the gradient is the weight: none flows through it."""
+    x, y = (logps(seed=s, scale=3.0) for s in (0, 1))
+    p, q = x.exp(), y.exp()
+    for loss, weight in ((lambda x: wga_loss(x, beta), p**beta),
+                         (lambda x: satimp_loss(x, beta, 0.7), p**beta * (1 - p)**0.7),
+                         (lambda x: tnpo_loss(x, y, beta), 2 * p**beta / (p**beta + q**beta))):
+        policy = x.clone().requires_grad_()
+        values = loss(policy)
+        gradient, = torch.autograd.grad(values.sum(), policy)
+        torch.testing.assert_close(values, weight * x)
+        torch.testing.assert_close(gradient, weight)
+
+
+def test_tnpo_where_the_policy_is_the_reference_is_gradient_ascent():
+    x = logps().requires_grad_()
+    torch.testing.assert_close(tnpo_loss(x, x.detach(), 4.0), ga_loss(x))
+    gradient, = torch.autograd.grad(tnpo_loss(x, x.detach(), 4.0).sum(), x)
+    torch.testing.assert_close(gradient, torch.ones_like(x))
+
+
+def test_ceu_and_undial_are_cross_entropies_with_a_target_that_lacks_the_label():
+    """One token at a time, by hand; the gradient for logits is p - r, none flows through the target r."""
+    z, z_ref, targets, beta = some_logits(), some_logits(seed=1), torch.tensor([0, 10, 3, 3, 7, 1]), 1.5
+    for loss, teacher, strength in ((lambda x: ceu_loss(x, targets), z, math.inf),
+                                    (lambda x: undial_loss(x, z_ref, targets, beta), z_ref, beta)):
+        policy = z.clone().requires_grad_()
+        values = loss(policy)
+        gradient, = torch.autograd.grad(values.sum(), policy)
+        for i, label in enumerate(targets.tolist()):
+            weights, p = teacher[i].exp(), z[i].exp() / z[i].exp().sum()
+            weights[label] *= math.exp(-strength)
+            r = weights / weights.sum()
+            torch.testing.assert_close(values[i], -(r * p.log()).sum())
+            torch.testing.assert_close(gradient[i], p - r)
+
+
+def test_ceu_is_undial_of_itself_without_bounds():
+    z, targets = some_logits(), torch.arange(6)
+    torch.testing.assert_close(ceu_loss(z, targets), undial_loss(z, z, targets, 1e4))
+    assert ceu_loss(z.bfloat16(), targets).dtype == torch.float32
+
+
 @pytest.mark.parametrize("loss", [
     lambda x, y: npo_loss(x, y, 0.1), lambda x, y: dpo_loss(x, x * 0.5, y, y * 0.5, 0.3),
     lambda x, y: kto_loss(x, y, 0.7, 0.2), lambda x, y: simnpo_loss(x, torch.arange(1, 8), 2.0, 0.1),
@@ -123,9 +177,15 @@ def test_finite_for_extreme_ratios(sign, beta):
                   simnpo_loss(ratio, torch.ones(1), beta), npo_weight(ratio, zero, beta)):
         gradient, = torch.autograd.grad(value.sum(), ratio)
         assert value.isfinite().all() and gradient.isfinite().all()
+    for value in (wga_loss(ratio, beta), satimp_loss(ratio, beta, 0.3), tnpo_loss(ratio, zero, beta),
+                  tnpo_loss(ratio, -ratio.detach(), beta)):
+        gradient, = torch.autograd.grad(value.sum(), ratio)
+        assert value.isfinite().all() and gradient.isfinite().all()
     logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
-    for direction in losses.KL_DIRECTIONS:
-        value = kl_loss(logits, -logits.detach(), direction)
+    best, worst = torch.tensor([0]), torch.tensor([2])
+    for value in (*(kl_loss(logits, -logits.detach(), direction) for direction in losses.KL_DIRECTIONS),
+                  ceu_loss(logits, best), ceu_loss(logits, worst),
+                  undial_loss(logits, -logits.detach(), best, 1e4 * beta)):
         gradient, = torch.autograd.grad(value.sum(), logits)
         assert value.isfinite().all() and gradient.isfinite().all()
 
@@ -156,6 +216,10 @@ def test_what_is_refused():
         npo_loss(x, x, 0.0)
     with pytest.raises(ValueError, match="shape"):
         npo_loss(x, x.unsqueeze(1), 0.1)
+    with pytest.raises(ValueError, match="beta"):
+        satimp_loss(x, 1.0, -1.0)
+    with pytest.raises(ValueError, match="shape"):
+        tnpo_loss(x, x[:3], 0.1)
     with pytest.raises(ValueError, match="negative"):
         kto_loss(x, x, -0.1, 0.1)
     with pytest.raises(ValueError, match="direction"):

@@ -11,10 +11,10 @@ from test_training import assert_close, trained_weights
 from torch.nn.functional import linear
 
 import train_npo
-from losses import KL_DIRECTIONS, kl_loss, token_logps
+from losses import KL_DIRECTIONS, ceu_loss, kl_loss, token_logps, undial_loss
 from models import answers as chunked_head
 from models import layers
-from models.answers import answer_values
+from models.answers import OnLogits, answer_values
 from models.layers import prepare_layers
 from running.memory_plan import Load, Shape, token_bytes
 from support.errors import InputError
@@ -65,6 +65,35 @@ def test_chunks_change_neither_values_nor_gradients(small_chunks, direction, wit
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+F = 12  # tokens with a loss on logits
+
+
+def on_logits(loss, reference):
+    """CE-U's and UNDIAL's first F tokens, as training asks for them."""
+    if loss == "ceu":
+        return OnLogits(F, lambda policy, reference, targets: ceu_loss(policy, targets))
+    return OnLogits(F, lambda policy, reference, targets: undial_loss(policy, reference, targets, 1.5),
+                    (reference[0].new_ones(F, H), reference[1]))
+
+
+@pytest.mark.parametrize("loss", ("ceu", "undial"))
+@pytest.mark.parametrize("with_kl", (True, False))
+def test_chunks_change_no_loss_on_logits(small_chunks, loss, with_kl):
+    hidden, weight, targets, reference = head_inputs()
+    asked, states = on_logits(loss, reference), reference if with_kl else None
+
+    def whole(hidden, weight):
+        logits, theirs = linear(hidden, weight), linear(reference[0].new_ones(F, H), reference[1])
+        kl = kl_loss(logits[N - M:], linear(*reference)) if with_kl else logits.new_zeros(0)
+        first = asked.loss(logits[:F], theirs, targets[:F])
+        return torch.cat([first, token_logps(logits[F:], targets[F:])]), kl
+    def chunked(hidden, weight):
+        return answer_values(hidden, weight, targets, states, on_logits=asked)
+    for a, b in zip(values_and_gradients(whole, hidden, weight),
+                    values_and_gradients(chunked, hidden, weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_chunks_under_autocast_have_its_logits_and_a_float32_gradient(small_chunks, dtype):
     hidden, weight, targets, reference = head_inputs(torch.float32)
@@ -94,9 +123,12 @@ def test_no_step_of_the_head_holds_the_logits_of_all_tokens(monkeypatch):
             return made
     monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 10 * 4 * V)
     hidden, weight, targets, reference = head_inputs()
-    with Watch():
-        values_and_gradients(lambda h, w: answer_values(h, w, targets, reference), hidden, weight)
-    assert max(sizes) == 10 * V < N * V
+    for asked in (OnLogits(), on_logits("ceu", reference), on_logits("undial", reference)):
+        sizes.clear()
+        with Watch():
+            values_and_gradients(lambda h, w, asked=asked: answer_values(h, w, targets, reference,
+                                                                         on_logits=asked), hidden, weight)
+        assert max(sizes) == 10 * V < N * V
 
 
 # ---------------------------------------------------------------- layers

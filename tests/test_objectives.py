@@ -2,6 +2,9 @@
 logits."""
 
 import copy
+import json
+import math
+import shutil
 
 import pytest
 import test_training
@@ -13,11 +16,12 @@ from data.tofu import load_task
 from models.loading import load_model
 
 settings = test_training.settings  # a fixture
-BETA, GAMMA = 0.2, 0.3
+BETA, BETA2, GAMMA = 0.2, 0.6, 0.3
 WEIGHTS = {"forget_loss": 0.7, "retain_loss": 1.3, "kl_loss": 0.4}
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl",
-           "simnpo", "simnpo+rt", "sft")
+           "simnpo", "simnpo+rt", "sft", "wga", "satimp+rt", "tnpo", "tnpo+kl", "ceu+rt", "undial",
+           "undial+rt", "undial+kl")
 CASES = [(method, "policy_reference") for method in METHODS] + [("npo+kl", "reference_policy")]
 
 
@@ -54,6 +58,13 @@ class Oracle:
         """log pi_theta(y|x) - log pi_ref(y|x) of each answer, (b,)."""
         return torch.stack([self.log_pi(text).sum() - self.log_pi(text, self.reference).sum()
                             for text in texts])
+
+    def labels_and_rows(self, skip=0):
+        """Of each answer token of the batch: its id, log-probabilities of the vocabulary (V,) by the policy
+        and by the reference; without the first `skip` tokens of each answer."""
+        for text in self.answers:
+            (log_p, tokens), (log_q, _) = (self.read(lm, *text) for lm in (self.policy, self.reference))
+            yield from list(zip(tokens[:, 0].tolist(), log_p, log_q, strict=True))[skip:]
 
     def divergence(self, text, direction):
         """D(policy || reference), or the reverse, at each token of an answer, (n,)."""
@@ -96,6 +107,18 @@ def forget_formula(loss, o):
     if loss == "simnpo":
         per_token = torch.stack([o.log_pi(text).mean() for text in o.answers])
         return -(2 / BETA) * log_sigmoid(-BETA * per_token - GAMMA).mean()
+    values = []
+    for label, log_p, log_q in o.labels_and_rows(skip=int(loss == "ceu")):
+        p, q = log_p.detach().exp(), log_q.exp()
+        if loss in ("ceu", "undial"):
+            target = p.clone() if loss == "ceu" else q.clone()
+            target[label] *= 0 if loss == "ceu" else math.exp(-BETA)
+            values.append(-(target / target.sum() * log_p).sum())
+        else:
+            weight = {"wga": p[label]**BETA, "satimp": p[label]**BETA * (1 - p[label])**BETA2,
+                      "tnpo": 2 * p[label]**BETA / (p[label]**BETA + q[label]**BETA)}[loss]
+            values.append(weight * log_p[label])
+    return torch.stack(values).mean()
 
 
 def detached(parts):
@@ -130,7 +153,7 @@ def settings_of(settings, method, direction="policy_reference"):
                  micro_batch_size=3, forget_weight=WEIGHTS["forget_loss"],
                  retain_weight=WEIGHTS["retain_loss"] if "+rt" in method else 0.0,
                  kl_weight=WEIGHTS["kl_loss"] if "+kl" in method else 0.0)
-    s.beta, s.gamma, s.kl_direction = BETA, GAMMA, direction  # not every method takes them as flags
+    s.beta, s.beta2, s.gamma, s.kl_direction = BETA, BETA2, GAMMA, direction  # not every method takes all
     return s
 
 
@@ -149,6 +172,29 @@ def test_losses_and_gradient_follow_the_methods_formulas(settings, tmp_path, met
     names = [name for name, _ in model.named_parameters()]
     assert_close(dict(zip(names, right_gradients, strict=False)), dict(zip(names, gradients, strict=False)),
                  1e-4)
+
+
+@pytest.mark.parametrize("loss", ("dpo", "kto"))
+def test_dpos_chosen_side_is_the_rows_alternative_answer(settings, small_data, tmp_path, loss):
+    """AltPO: DPO against the row's own other answer. KTO keeps its refusals, here as without alternatives."""
+    rows = [json.loads(line) for line in (small_data / "full.json").read_text().splitlines()]
+    with_alternatives = [{**row, "alternative_answer": f"Perhaps {row['answer'][::-1]}"} for row in rows]
+    data = shutil.copytree(small_data, tmp_path / "data")
+    (data / "full.json").write_text("\n".join(map(json.dumps, with_alternatives)))
+    s = settings_of(settings, loss)
+    s.data = str(data)
+    model, plan, reference, items = prepared_step(s, tmp_path)
+    oracle = Oracle(s, model.lm, items)
+    forget = load_task(s.data, s.split).forget
+    if loss == "dpo":
+        assert plan.refusals_from == "each row's alternative_answer" and len(plan.refusals) == len(forget)
+        oracle.refusals = [(forget[i.row]["question"], forget[i.row]["alternative_answer"]) for i in items]
+    oracle.move(toward_refusals=1)
+    parts, gradients = computed(s, model, plan, reference, items)
+    right_parts, right_gradients = expected(loss, "policy_reference", oracle)
+    assert parts["forget_loss"] == pytest.approx(right_parts["forget_loss"], rel=1e-4)
+    for ours, right in zip(gradients, right_gradients, strict=True):
+        assert (ours - right).norm() <= 1e-4 * right.norm()
 
 
 def test_npos_mean_weight_is_equation_5s(settings, tmp_path):

@@ -36,11 +36,12 @@ def log(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes", (pytest.param(2, marks=pytest.mark.slow), 4))
-def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes):
+@pytest.mark.parametrize("processes, loss", (pytest.param(2, "tnpo", marks=pytest.mark.slow),
+                                             pytest.param(2, "undial", marks=pytest.mark.slow), (4, "kto")))
+def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes, loss):
     """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight
     hash."""
-    args = [*ARGS, "--model", small_model, "--data", small_data, "--eval-every", 20]
+    args = ["--loss", loss, *ARGS[2:], "--model", small_model, "--data", small_data, "--eval-every", 20]
     command("train_npo.py", *args, "--out", "alone")
     done = command("train_npo.py", *args, "--out", "sharded", "--parallel", "fsdp", processes=processes)
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"

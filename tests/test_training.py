@@ -37,7 +37,9 @@ METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1
            "dpo": {}, "dpo+rt": dict(retain_weight=1.0), "dpo+kl": dict(kl_weight=0.5),
            "kto": {}, "kto+rt": dict(retain_weight=2.0),
            "npo": {}, "npo+rt": dict(retain_weight=1.0), "npo+kl": dict(kl_weight=1.0),
-           "simnpo": {}, "simnpo+rt": dict(retain_weight=1.0)}
+           "simnpo": {}, "simnpo+rt": dict(retain_weight=1.0),
+           "wga": {}, "satimp+rt": dict(retain_weight=0.1), "tnpo+kl": dict(kl_weight=1.0),
+           "ceu+rt": dict(retain_weight=1.0), "undial": {}, "undial+kl": dict(kl_weight=1.0)}
 
 
 @pytest.fixture
@@ -76,16 +78,17 @@ def prepared_step(s: Namespace, tmp_path):
     return model, plan, Reference(folder, "mark", plan, ALONE.device), plan.stream[0]
 
 
-def gradient(s: Namespace, tmp_path, perturb: float = 0.0) -> tuple[dict, dict]:
-    """(loss parts, gradients) of the first global batch; `perturb` moves the policy away from its reference
-    first."""
+def gradient(s: Namespace, tmp_path, perturb: float = 0.0, processes: int = 1) -> tuple[dict, dict]:
+    """(loss parts, gradients) of the first global batch, added up over the shares of `processes`; `perturb`
+    moves the policy away from its reference first."""
     model, plan, reference, items = prepared_step(s, tmp_path)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(perturb * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
     counts, parts = plan.counts(items), {}
     baseline = kto_baseline(s, model, plan, items, reference, ALONE) if s.loss == "kto" else torch.zeros(())
-    for micro in plan.micro_batches(items, ALONE):
+    worlds = [World(rank, processes, ALONE.device) for rank in range(processes)]
+    for micro in [micro for world in worlds for micro in plan.micro_batches(items, world)]:
         sums = loss_sums(s, model, plan, micro, reference, counts, baseline, "cpu")
         sums["loss"].backward()
         parts = {key: parts.get(key, 0) + float(value.detach()) for key, value in sums.items()}
@@ -94,10 +97,12 @@ def gradient(s: Namespace, tmp_path, perturb: float = 0.0) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_do_not_depend_on_micro_batch_or_padding(settings, tmp_path, method):
+    """Nor on the number of processes: of three that share 8 rows, one by one, the last has a ghost."""
     given = {"loss": method.split("+")[0], **METHODS[method]}
     whole, expected = gradient(settings(micro_batch_size=8, **given), tmp_path, perturb=0.02)
-    for variant in (dict(micro_batch_size=1), dict(micro_batch_size=3), dict(micro_batch_size=8, pad_to=512)):
-        parts, gradients = gradient(settings(**{**given, **variant}), tmp_path, perturb=0.02)
+    for processes, variant in ((3, dict(micro_batch_size=1)), (1, dict(micro_batch_size=3)),
+                               (1, dict(micro_batch_size=8, pad_to=512))):
+        parts, gradients = gradient(settings(**{**given, **variant}), tmp_path, 0.02, processes)
         # ga+rt's sum nearly cancels.
         assert parts == pytest.approx(whole, rel=1e-5, abs=1e-5 * abs(whole["forget_loss"]))
         assert_close(expected, gradients)
@@ -195,6 +200,23 @@ def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
     assert torch.equal(head, model.lm.get_output_embeddings().weight)
 
 
+def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
+    """TNPO: log pi_ref of each forget token, a float32 each. UNDIAL: states whose logits are the reference's.
+    No other objective's cache has either."""
+    def cached(loss):
+        model, plan, reference, items = prepared_step(settings(loss=loss), tmp_path)
+        answers = collate([plan.answers[i.row] for i in items], 0)
+        return model, reference, items, answers
+    model, reference, items, answers = cached("tnpo")
+    torch.testing.assert_close(reference.answer_token_logps(items), model(answers)[0].detach())
+    assert not any(key.startswith(("forget/", "retain/")) for key in reference.file_of)
+    model, reference, items, answers = cached("undial")
+    states, head = reference.answer_states(items)
+    torch.testing.assert_close(states @ head.T, (model.hidden(answers) @ head.T).detach())
+    _, reference, _, _ = cached("npo")
+    assert not any(key.startswith(("forget/", "tokens/")) for key in reference.file_of)
+
+
 def test_a_stale_reference_is_refused(settings, tmp_path):
     _, plan, _, _ = prepared_step(settings(), tmp_path)
     with pytest.raises(InputError, match="stale"):
@@ -211,6 +233,23 @@ def test_step_0_identities_are_checked(settings):
             train_npo.check_start(s, plan, wrong)
 
 
+def test_tnpo_begins_as_gradient_ascent(settings, tmp_path):
+    """At the reference each token's weight is 1: the mean log pi of the forget tokens, and its gradient."""
+    (ga, ga_gradient), (tnpo, tnpo_gradient) = (gradient(settings(loss=loss), tmp_path)
+                                                for loss in ("ga", "tnpo"))
+    assert tnpo["forget_loss"] == pytest.approx(ga["forget_loss"], rel=1e-5)
+    assert tnpo["mean_W"] == pytest.approx(1, abs=1e-5)
+    assert_close(ga_gradient, tnpo_gradient, 1e-4)
+
+
+def test_a_loss_brings_its_published_settings(settings):
+    """They win over the preset's, and a flag wins over them."""
+    resolved = {loss: settings(loss=loss) for loss in ("npo", "wga", "satimp", "tnpo", "undial")}
+    assert [s.beta for s in resolved.values()] == [0.1, 1.0, 5.0, 4.0, 10.0]
+    assert resolved["satimp"].beta2 == 1.0 and resolved["wga"].beta2 is None
+    assert settings(loss="tnpo", beta=0.5).beta == 0.5 and settings(loss="satimp", beta2=2.0).beta2 == 2.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_logs(settings, method):
     s = settings(**{"loss": method.split("+")[0], **METHODS[method], "epochs": 1})
@@ -219,12 +258,13 @@ def test_every_method_runs_and_logs(settings, method):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
-    if s.loss == "npo":
+    if s.loss in ("npo", "tnpo"):
         assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4)
+    if s.loss == "npo":
         assert lines[0]["forget_loss"] == pytest.approx(2 / s.beta * math.log(2), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ("npo+rt", "dpo+kl", "ga+rt"))
+@pytest.mark.parametrize("method", ("npo+rt", "dpo+kl", "ga+rt", "tnpo+kl", "undial+kl"))
 def test_a_micro_batch_waits_for_no_number(settings, tmp_path, monkeypatch, method):
     """On a GPU each of these would make the processor wait for all that was asked before."""
     s = settings(**{"loss": method.split("+")[0], **METHODS[method]})
@@ -270,7 +310,7 @@ def test_the_run_folder_is_complete(settings, small_model):
 
 def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatch):
     """Stopped by a signal in the third step: it finishes the step, saves, and goes on from there."""
-    given = dict(retain_weight=1.0, eval_every="epoch", epochs=3, keep="best")
+    given = dict(loss="undial", retain_weight=1.0, eval_every="epoch", epochs=3, keep="best")
     whole = carry_out(settings(**given, out="whole"), ALONE)
     plain = train_npo.loss_sums
 
