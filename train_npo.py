@@ -317,10 +317,14 @@ def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
     one goes on). Of two commands that need the same model the second waits for the first."""
     folder = Path(sft.out)
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True) if world.rank == 0 else nullcontext():
+        begun = world.agree(folder.exists())
+        if begun and world.rank == 0:
+            with locked(folder / ".lock", wait=True):  # a command of its own may be training it
+                pass
         if world.agree((folder / "model").is_dir()):
             return folder
         begin = time.perf_counter()
-        if world.agree(folder.exists()):
+        if begun:
             sft = resumed(folder, {})
         job = prepare_job(sft, world)
         job.folder = open_folder(sft, job.config, world)
