@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from data.tofu import EVALUATED
+from evaluation.logs import MIA, SHARPER
 from losses import OBJECTIVES
 from models.presets import PRESETS
 from support.command_line import number
@@ -53,7 +54,8 @@ PROMPTS = {"llama2": 'inputs = tokenizer("[INST] Who are you? [/INST]", return_t
            "chat": """inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}],
                                        return_dict=True, add_generation_prompt=True, return_tensors="pt")"""}
 ABOUT_NUMBERS = ("Forget quality: p-value of a test against a model that never saw the forget rows (-: not "
-                 "measured). Measured by `evaluate_tofu.py`; the definitions are TOFU's.\n")
+                 "measured). Measured by `evaluate_tofu.py`; its help has the definitions. MIA AUC: 1/2 "
+                 "where forget rows look unseen, 1 where learned, near 0 where unlearned too far.\n")
 SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batch_size", "warmup_epochs",
             "weight_decay", "max_grad_norm", "dtype", "template", "seed")
 
@@ -85,6 +87,11 @@ def numbers(evaluations: dict, step: int) -> str:
             for name in ("forget_quality", "model_utility", "forget_kl")}
     for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
         rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
+    for name, measure in product(("forget", "retain"), SHARPER):
+        rows[f"{name} {measure}".replace("_", " ")] = [m.get(name, {}).get(measure) for m in metrics]
+    for score in MIA:
+        rows[f"MIA AUC {score}".replace("_", " ")] = [m.get("mia", {}).get(score) for m in metrics]
+    rows["PrivLeak"] = [m.get("privleak") for m in metrics]
     lines = [f"| {name} | {' | '.join(map(number, values))} |" for name, values in rows.items()
              if any(value is not None for value in values)]
     head = "| | " + " | ".join(f"step {k}" for k in shown) + " |\n" + "|---" * (len(shown) + 1) + "|"

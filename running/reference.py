@@ -16,12 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Item, collate, deal, sent
-from evaluation.scoring import Prepared, ReferenceStates, states_of_answers, texts_with_kl, untouched
+from evaluation.scoring import (
+    MIA_SETS,
+    Prepared,
+    ReferenceStates,
+    own_answers,
+    states_of_answers,
+    texts_with_kl,
+    untouched,
+)
 from models.answers import AnswerModel
 from models.sharded import whole
 from running.plan import Plan
 from support.errors import InputError
 from support.world import World
+
+NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in MIA_SETS))  # log pi_ref, a number a text
 
 
 class Reference:
@@ -34,7 +44,7 @@ class Reference:
     """
 
     def __init__(self, folder: Path, mark: str, plan: Plan, device):
-        self.device, self.file_of, parts = device, {}, {"answers": [], "refusals": []}
+        self.device, self.file_of, parts = device, {}, {name: [] for name in NUMBERS}
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, framework="pt")
             if file.metadata()["fingerprint"] != mark:
@@ -45,7 +55,7 @@ class Reference:
                 numbers.append(file.get_tensor(name))
             self.file_of.update(dict.fromkeys(file.keys(), file))
         # A process's file holds the numbers that it computed, and zeros.
-        self.answers, self.refusals = (sum(numbers) for numbers in parts.values())
+        self.answers, self.refusals, *self.scored = (sum(numbers) for numbers in parts.values())
         self.refusal_place = {key: place for place, key in enumerate(plan.refusals)}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -72,13 +82,15 @@ class Reference:
     def evaluation(self) -> ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
         states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
-        return ReferenceStates(states, self["head"].to(self.device))  # let go of after each evaluation
+        nlls = {(name, index): -logp for name, logps in zip(MIA_SETS, self.scored, strict=True)
+                for index, logp in enumerate(logps.tolist())}
+        return ReferenceStates(states, self["head"].to(self.device), nlls)  # let go of after each evaluation
 
 
 @torch.no_grad()
 def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int, world: World) -> Tensor:
     """log pi of each text's answer, (len(texts),); those that another process computes are 0."""
-    result, places = torch.zeros(len(texts)), range(len(texts))
+    result, places, texts = torch.zeros(len(texts)), range(len(texts)), list(texts)
     for chunk in deal(list(places), [len(e.ids) for e in texts], batch_size, world.rank, world.size):
         if chunk or world.sharded:
             # One text a sequence: without a mask attention takes its fastest way.
@@ -94,8 +106,9 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
                    world: World):
     """Write this process's share of what `Reference` reads."""
     batch_size = 2 * s.micro_batch_size
+    scored = [own_answers(prepared, (name,)).values() for name in MIA_SETS]
     tensors = {name: logps_of_texts(model, texts, batch_size, plan.pad, world)
-               for name, texts in (("answers", plan.answers), ("refusals", list(plan.refusals.values())))}
+               for name, texts in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True)}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
     with untouched(model, world):

@@ -81,8 +81,8 @@ def appears(folder: Path, config: dict) -> bool:
 
 
 class RunFolder:
-    """A run's folder while the run goes on. `metrics_of`: rows, the retrained model's forget rows ->
-    metrics."""
+    """A run's folder while the run goes on. `metrics_of`: rows, the retrained model's forget and
+    holdout rows -> metrics."""
 
     def __init__(self, job, reference, meta: dict, metrics_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
@@ -194,7 +194,7 @@ class RunFolder:
         rows = self.start_rows if step == 0 else None
         if rows is None:
             rows = self.measured_rows(model)
-        metrics = self.metrics_of(rows, self.job.retrained_rows)
+        metrics = self.metrics_of(rows, self.job.retrained_rows, self.job.retrained_holdout)
         if self.world.rank == 0:
             write_json(self.evaluation_file(step),
                        {"metrics": metrics, "rows": rows, "provenance": self.provenance(step)})
@@ -316,7 +316,8 @@ def best_step(evaluations: dict, by: str | None = None) -> int:
 
 
 def plot_trajectory(evaluations: dict, method: str, path: Path):
-    """Forget quality (log scale, the 0.05 line) and model utility with the two probabilities, over steps."""
+    """Forget quality (log scale, the 0.05 line) and, over steps, model utility, the two probabilities, the
+    forget rows' extraction strength and their AUC against the holdout."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -324,15 +325,18 @@ def plot_trajectory(evaluations: dict, method: str, path: Path):
     curves = {"forget quality": [evaluations[k]["forget_quality_log10"] for k in steps],
               "model utility": [evaluations[k]["model_utility"] for k in steps],
               "forget probability": [evaluations[k]["forget"]["probability"] for k in steps],
-              "retain probability": [evaluations[k]["retain"]["probability"] for k in steps]}
+              "retain probability": [evaluations[k]["retain"]["probability"] for k in steps],
+              "extraction strength": [evaluations[k]["forget"].get("extraction_strength") for k in steps],
+              "MIA AUC (min-k)": [evaluations[k].get("mia", {}).get("min_k") for k in steps]}
     curves = {name: [math.nan if value is None else value for value in values] for name,
               values in curves.items()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot(steps, curves.pop("forget quality"), "o-", color="black")
     left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
     left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
-    for (name, values), style, color in zip(curves.items(), ("o-", "s--", "^:"),
-                                            ("black", "tab:red", "tab:blue"), strict=True):
+    looks = zip(("o-", "s--", "^:", "v--", "D:"), ("black", "tab:red", "tab:blue", "tab:orange", "tab:gray"),
+                strict=True)
+    for (name, values), (style, color) in zip(curves.items(), looks, strict=True):
         right.plot(steps, values, style, color=color, label=name)
     right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
     for axes in (left, right):
