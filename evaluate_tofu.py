@@ -14,6 +14,15 @@ With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss 
     probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the
                      perturbed answers'
 
+Beside these, and outside model utility (docs/beyond.md says how to read them):
+
+    exact memorisation, extraction strength   share of an answer's tokens, and of its longest suffix, that the
+                     model holds likeliest, teacher forced (Carlini et al., 2021)
+    paraphrase probability   mean exp(-loss of the paraphrased answer)
+    MIA              area under the ROC curve of forget rows (members) against a holdout that no model saw, by
+                     loss, zlib, min-k, min-k++, and loss less the reference's: 1 memorised, 1/2 unseen
+    PrivLeak         per cent by which 1 - AUC of min-k is above the retrained model's
+
 `evaluation/scoring.py` makes the rows; `train_npo.py` computes the same metrics while training. R is kept as
 its logarithm, so that a model that has collapsed gives numbers too.
 """
@@ -21,20 +30,24 @@ its logarithm, so that a model that has collapsed gives numbers too.
 import math
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
-from scipy.stats import hmean, ks_2samp
+from scipy.stats import hmean, ks_2samp, rankdata
 
 from data.prompts import TEMPLATES
-from data.tofu import EVALUATED, evaluation_split, load_task, parse_split
-from evaluation.logs import MAX_ROWS, expect_split, read_log, read_retain_log
+from data.tofu import EVALUATED, NO_HOLDOUT, evaluation_split, load_task, parse_split
+from evaluation.logs import MAX_ROWS, SHARPER, expect_split, read_log, read_retain_log, retrained_holdout
 from evaluation.scoring import (
+    HOLDOUT_SET,
     KL_SETS,
     MAX_NEW_TOKENS,
+    MIA_SETS,
     ReferenceStates,
     evaluate,
+    own_answers,
     prepare,
     states_of_answers,
     texts_with_kl,
@@ -45,6 +58,7 @@ from models.checks import check_model
 from models.loading import load_model
 from models.presets import AUTOCAST, autocast, settings_of, split_model
 from running.processes import flush_denormals, keep_freed_memory, pick_device
+from running.reference import logps_of_texts
 from support.command_line import Parser, given_flags, not_negative, number, positive, run_command
 from support.errors import InputError
 from support.files import write_json
@@ -82,7 +96,8 @@ def row_probability(row: dict, among_options: bool) -> float:
 
 
 def set_metrics(name: str, rows: list) -> dict:
-    """{"rouge_l_recall", "probability", "truth_ratio", "rows"} of a set; None where its rows can't tell."""
+    """{"rouge_l_recall", "probability", "truth_ratio", "rows", *SHARPER} of a set; None where its rows can't
+    tell."""
     log_ratios = [log_truth_ratio(row) for row in rows]
     among_options = name in ("real_authors", "world_facts")
     truth_ratio = None
@@ -94,7 +109,49 @@ def set_metrics(name: str, rows: list) -> dict:
             truth_ratio = float(np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
     return {"rouge_l_recall": float(np.mean([row["rouge_l_recall"] for row in rows])),
             "probability": float(np.mean([row_probability(row, among_options) for row in rows])),
-            "truth_ratio": truth_ratio, "rows": len(rows)}
+            "truth_ratio": truth_ratio, "rows": len(rows),
+            "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
+            "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
+            "paraphrase_probability": mean([paraphrase_probability(row) for row in rows])}
+
+
+def mean(values: list) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def paraphrase_probability(row: dict) -> float | None:
+    if row.get("paraphrased_nll") is None:
+        return None
+    return math.exp(-row["paraphrased_nll"] / row["paraphrased_tokens"])
+
+
+def mia_scores(row: dict) -> dict:
+    """What membership is guessed by, each the higher the less a row looks learned; None where it lacks."""
+    loss, reference = row["answer_nll"] / row["answer_tokens"], row.get("reference_nll")
+    return {"loss": loss, "zlib": loss / len(zlib.compress(row["answer"].encode())),
+            "min_k": row.get("min_k"), "min_k_plus_plus": row.get("min_k_plus_plus"),
+            "reference": None if reference is None else loss - reference / row["answer_tokens"]}
+
+
+def auc(members: list, others: list) -> float | None:
+    """The chance that a member scores below another, ties one half (Mann-Whitney's U over all pairs)."""
+    if None in members or None in others:
+        return None
+    ranks = rankdata(np.concatenate([members, others]))[len(members):]
+    return float((ranks.mean() - (len(others) + 1) / 2) / len(members))
+
+
+def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
+    """name of a score -> AUC of forget rows against rows that no model saw."""
+    members, others = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
+    return {name: auc(*([row[name] for row in some] for some in (members, others))) for name in members[0]}
+
+
+def privleak(auc: float | None, retrained_auc: float | None) -> float | None:
+    """100 ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), per cent (Shi et al., 2025, MUSE)."""
+    if None in (auc, retrained_auc) or retrained_auc == 1:
+        return None
+    return 100 * (retrained_auc - auc) / (1 - retrained_auc)
 
 
 def ks_log10_p(n: int, statistic: float) -> float:
@@ -111,12 +168,13 @@ def ks_log10_p(n: int, statistic: float) -> float:
     return min(0.0, float(logsumexp(terms, b=2.0 * (-1.0) ** (steps - 1))) / math.log(10))
 
 
-def compute_metrics(rows: dict, retrained_rows: list | None = None) -> dict:
+def compute_metrics(rows: dict, retrained_rows: list | None = None,
+                    retrained_holdout: list | None = None) -> dict:
     """All metrics from per-row results; `retrained_rows` are the retrained model's rows on the same forget
-    questions.
+    questions, `retrained_holdout` those of the holdout.
 
     What can't be measured is None: forget quality without them, model utility unless all nine numbers are
-    there.
+    there. "mia" and "privleak" are there where the rows have a holdout.
     """
     sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
     nine = [sets.get(name, {}).get(key)
@@ -135,19 +193,27 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None) -> dict:
         if rows.get(name) and all("kl" in row for row in rows[name]):
             nats, tokens = (sum(row[key] for row in rows[name]) for key in ("kl", "answer_tokens"))
             metrics[f"{name}_kl"] = nats / tokens
+    if rows.get(HOLDOUT_SET):
+        retrained = {"min_k": None}
+        if retrained_rows and retrained_holdout:
+            retrained = mia_aucs(retrained_rows, retrained_holdout[:len(rows[HOLDOUT_SET])])
+        metrics["mia"] = mia_aucs(rows["forget"], rows[HOLDOUT_SET])
+        metrics["privleak"] = privleak(metrics["mia"]["min_k"], retrained["min_k"])
     return {**metrics, **sets}
 
 
 # ---------------------------------------------------------------- output
 
 def metrics_table(metrics: dict) -> str:
-    """The nine numbers and what is made of them, as aligned text."""
-    lines = [f"{'':14}{'ROUGE-L':>9}{'probability':>13}{'truth ratio':>13}{'rows':>6}"]
+    """The nine numbers and what is made of them, and those beyond the paper, as aligned text."""
+    lines = [f"{'':14}{'ROUGE-L':>9}{'probability':>13}{'truth ratio':>13}{'rows':>6}"
+             f"{'exact mem.':>12}{'extraction':>12}{'paraphrase':>12}"]
     for name in EVALUATED:
         if name in metrics:
             m = metrics[name]
             lines.append(f"{name:14}{number(m['rouge_l_recall']):>9}{number(m['probability']):>13}"
-                         f"{number(m['truth_ratio']):>13}{m['rows']:>6}")
+                         f"{number(m['truth_ratio']):>13}{m['rows']:>6}"
+                         + "".join(f"{number(m[key]):>12}" for key in SHARPER))
     quality = number(metrics["forget_quality"])
     if metrics["ks_rows"]:
         measured = f"(KS statistic {metrics['ks_statistic']:.4f} over {metrics['ks_rows']} rows)"
@@ -156,6 +222,9 @@ def metrics_table(metrics: dict) -> str:
     lines.append(f"forget quality {quality} {measured}")
     lines.append(f"model utility  {number(metrics['model_utility'], 6)}   forget KL "
                  f"{number(metrics['forget_kl'])}   world-facts KL {number(metrics['world_facts_kl'])}")
+    if "mia" in metrics:
+        aucs = "   ".join(f"{name} {number(value)}" for name, value in metrics["mia"].items())
+        lines.append(f"MIA AUC        {aucs}   PrivLeak {number(metrics['privleak'])}")
     return "\n".join(lines)
 
 
@@ -253,7 +322,9 @@ def measure(args) -> tuple[dict, dict, list | None]:
               f"{template}")
     batch_size = args.batch_size or known.eval_batch_size
     context = getattr(lm.config, "max_position_embeddings", None)
-    prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows)
+    prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows, task.holdout)
+    if not task.holdout:
+        print(NO_HOLDOUT)
     retrained_rows = None
     if args.retain_log:
         retrained_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"],
@@ -289,7 +360,10 @@ def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world)
     model = AnswerModel(lm.to(world.device))
     with untouched(model):
         states = states_of_answers(model, texts_with_kl(prepared), batch_size, 0, world)
-    return ReferenceStates(states, lm.get_output_embeddings().weight.detach().clone())
+        scored = own_answers(prepared, MIA_SETS)
+        logps, _ = logps_of_texts(model, list(scored.values()), batch_size, 0, world)
+    nlls = {key: -logp for key, logp in zip(scored, logps.tolist(), strict=True)}
+    return ReferenceStates(states, lm.get_output_embeddings().weight.detach().clone(), nlls)
 
 
 def refuse_unwritable(files: list):
@@ -345,7 +419,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     picture = check_arguments(args, given_flags(build_parser(), argv))
     rows, provenance, retrained_rows = judge_log(args) if args.log else measure(args)
-    metrics = compute_metrics(rows, retrained_rows)
+    metrics = compute_metrics(rows, retrained_rows, retrained_holdout(args.retain_log))
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     print(sample_answers(rows))

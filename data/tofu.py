@@ -21,6 +21,7 @@ SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbe
 HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
 PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields of a perturbed row
 ALTERNATIVE = "alternative_answer"  # of all rows to unlearn or of none: DPO's chosen side for a refusal
+NO_HOLDOUT = f"note: the data has no {HOLDOUT}: no MIA metrics, which need rows that no model saw"
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 TINY_FACT_REPEATS = 4  # an epoch shows a from-scratch model each real-author and world-fact answer so often
 
@@ -38,6 +39,7 @@ class Task:
     refusals_from: str
     fingerprint: str  # of every row above
     own: bool = False
+    holdout: tuple | list = ()  # rows that no model sees, where the data has them
 
     @property
     def judged_split(self) -> str:
@@ -116,7 +118,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
     retain = slice_rows(full, complement(split) if forgets else split)
     return Task(data, split, full, forget, retain, evaluated, refusals, refusals_from,
-                fingerprint({name: sets[name] for name in SETS}, refusals))  # no holdout: it changes nothing
+                fingerprint({name: sets[name] for name in SETS}, refusals),  # no holdout: it changes nothing
+                holdout=sets.get(HOLDOUT, ()))
 
 
 def load_sets(data: str) -> tuple[dict, list, str]:

@@ -20,6 +20,13 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
 # The least that a row's numbers may be: sums in nats, a share, and counts of tokens.
 LEAST = {"answer_nll": 0, "rouge_l_recall": 0, "answer_tokens": 1}
 PARAPHRASE = {"paraphrased_nll": 0, "paraphrased_tokens": 1}
+# What logs of before, and rows without a reference, lack.
+FURTHER = {"exact_memorization": 0, "extraction_strength": 0, "reference_nll": 0, "min_k": -math.inf,
+           "min_k_plus_plus": -math.inf}
+UNASKED = {"rouge_l_recall", "generation"}  # what rows of the holdout lack
+# Names of what is measured of a set beside the paper's metrics, and of what membership is guessed by.
+SHARPER = ("exact_memorization", "extraction_strength", "paraphrase_probability")
+MIA = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
 
 
 def read_log(path: str) -> tuple[dict, dict]:
@@ -37,7 +44,8 @@ def read_log(path: str) -> tuple[dict, dict]:
     if not isinstance(rows, dict) or not isinstance(provenance, dict):
         raise InputError(f"{path} is no evaluation log: need rows and provenance (ours), or "
                          f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
-    return {name: check_rows(some, f"{path}: {name}") for name, some in rows.items()}, provenance
+    return {name: check_rows(some, f"{path}: {name}", UNASKED if name == "holdout" else ())
+            for name, some in rows.items()}, provenance
 
 
 def _tofu_rows(columns: dict, where: str) -> list:
@@ -61,19 +69,23 @@ def _tofu_rows(columns: dict, where: str) -> list:
     return check_rows(rows, where)
 
 
-def check_rows(rows: list, where: str) -> list:
-    """Every index once and in order, every number there and finite. Raises InputError, with `where`."""
+def check_rows(rows: list, where: str, unasked=()) -> list:
+    """Every index once and in order, every number there and finite; those named in `unasked` may lack. Raises
+    InputError, with `where`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
     if [row.get("index") for row in rows] != list(range(len(rows))):
         raise InputError(f"{where} needs every index from 0 to {len(rows) - 1} once, in order")
+    needed_texts = {"question", "answer", "generation"} - {*unasked}
     for row in rows:
         needed = LEAST if row.get("paraphrased_nll") is None else {**LEAST, **PARAPHRASE}
+        needed = {key: least for key, least in needed.items() if key not in unasked}
+        needed |= {key: least for key, least in FURTHER.items() if row.get(key) is not None}
         sums, counts = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
         numbers = [(row.get(key), least) for key, least in needed.items()]
         numbers += [(x, 0) for x in sums] + [(x, 1) for x in counts]
         whole = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
-        texts = all(isinstance(row.get(key), str) for key in ("question", "answer", "generation"))
+        texts = all(isinstance(row.get(key), str) for key in needed_texts)
         if not (whole and texts and len(sums) == len(counts)):
             raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
                              "rouge_l_recall and finite sums (.._nll) with as many token counts of "
@@ -118,6 +130,11 @@ def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str |
     if template and provenance.get("template") not in (None, template):
         raise InputError(f"{path} was measured with --template {provenance['template']}, not {template}")
     return match_retain_rows(forget_rows, rows["forget"], name, path)
+
+
+def retrained_holdout(path: str | None) -> list | None:
+    """A retrained model's rows of the holdout, None where its log has none. Raises InputError."""
+    return read_log(path)[0].get("holdout") if path else None
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):

@@ -1,12 +1,13 @@
 """A model's scores on the evaluation's rows: log-probabilities of answers, paraphrases and perturbed answers,
-greedy generations with their ROUGE-L recall, and the divergence from a reference. What they mean is
-`evaluate_tofu.py`'s.
+what memorisation and membership are told by, greedy generations with their ROUGE-L recall, and the divergence
+from a reference. What they mean is `evaluate_tofu.py`'s.
 
 Evaluation changes nothing: mode, random state and tokenizer come out as they went in.
 """
 
 import functools
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from support.world import ALONE, World
 MAX_NEW_TOKENS = 200
 SCORED_TOKENS = 1024  # of a forward pass over answers: enough for fast products, little memory
 KL_SETS = ("forget", "world_facts")
+HOLDOUT_SET = "holdout"  # rows that no model saw: their answers are scored, and nothing else is measured
+MIA_SETS = ("forget", HOLDOUT_SET)
+MIN_K = 0.4  # share of an answer's tokens, the least likely ones, that the min-k scores are means over
 ANSWER, PARAPHRASED, PERTURBED = 0, 1, 2  # slots of a row's texts; the k-th perturbed one is PERTURBED + k
 
 
@@ -43,20 +47,24 @@ class Prepared(NamedTuple):
     """The evaluation's rows and tokens, made once: tokenisation does not change while a model trains."""
     rows: dict  # set -> row dicts
     texts: dict  # (set, index) -> its Texts
-    prompts: dict  # (set, index) -> prompt ids
+    prompts: dict  # (set, index) -> prompt ids, of the rows that are asked
 
 
 class ReferenceStates(NamedTuple):
     """What KL(reference || model) needs: the reference's hidden states at the answers' tokens, and its LM
-    head."""
+    head; and for membership its -log pi of the answers."""
     states: dict  # (set, index) -> (tokens, H), on the CPU
     head: Tensor  # (V, H)
+    nlls: dict = {}  # (set, index) -> nats
 
 
 def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
-            max_rows: int = MAX_ROWS) -> Prepared:
-    """Tokenise the first `max_rows` (0: all) rows of each set. Raises InputError for a row above `context`
-    tokens."""
+            max_rows: int = MAX_ROWS, holdout=()) -> Prepared:
+    """Tokenise the first `max_rows` (0: all) rows of each set and of the holdout. Raises InputError for a row
+    above `context` tokens."""
+    if holdout:  # the answers alone
+        bare = [{key: row[key] for key in ("question", "answer")} for row in holdout]
+        evaluated = {**evaluated, HOLDOUT_SET: bare}
     rows = {name: rows[:max_rows or None] for name, rows in evaluated.items()}
     places, pairs, prompts = [], [], {}
     for name, set_rows in rows.items():
@@ -64,9 +72,10 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
             answers = [row["answer"], row.get("paraphrased_answer"), *(row.get("perturbed_answer") or [])]
             places += [(name, index, slot) for slot, answer in enumerate(answers) if answer]
             pairs += [(row["question"], answer) for answer in answers if answer]
-        prompt_ids = encode_prompts(tokenizer, template, [row["question"] for row in set_rows])
-        prompts.update({(name, index): ids for index, ids in enumerate(prompt_ids)})
-    texts = {key: [] for key in prompts}
+        if name != HOLDOUT_SET:
+            prompt_ids = encode_prompts(tokenizer, template, [row["question"] for row in set_rows])
+            prompts.update({(name, index): ids for index, ids in enumerate(prompt_ids)})
+    texts = {place[:2]: [] for place in places}
     for place, encoded in zip(places, encode(tokenizer, template, pairs, context), strict=True):
         texts[place[:2]].append(Text(*place, encoded))
     return Prepared(rows, texts, prompts)
@@ -102,9 +111,14 @@ def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int
     return states
 
 
+def own_answers(prepared: Prepared, sets: tuple) -> dict:
+    """(set, index) -> tokens of the rows' answers of these sets."""
+    return {t[:2]: t.encoded for texts in prepared.texts.values() for t in texts
+            if t.slot == ANSWER and t.set in sets}
+
+
 def texts_with_kl(prepared: Prepared) -> dict:
-    """(set, index) -> tokens of the answers that have a KL metric."""
-    return {t[:2]: t.encoded for texts in prepared.texts.values() for t in texts if t.has_kl}
+    return own_answers(prepared, KL_SETS)
 
 
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
@@ -116,24 +130,24 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     that has fewer batches fills up with ghosts, whose results go nowhere. `reference` adds KL(reference ||
     model).
     """
-    mine = list(prepared.prompts)[world.rank::world.size]
+    mine = list(prepared.texts)[world.rank::world.size]
+    asked = [key for key in mine if key in prepared.prompts]
     results = {key: {"index": key[1]} for key in mine}
-    total = sum(len(prepared.texts[key]) for key in mine) + len(mine)
+    total = sum(len(prepared.texts[key]) for key in mine) + len(asked)
     with untouched(model, world), tqdm(total=total, desc="evaluate", unit="text", leave=False,
                                 disable=not progress) as bar:
         score_answers(model, prepared, results, reference, tokenizer.eos_token_id, world, bar)
-        for keys, counts in in_step(by_prompt_length(mine, prepared, batch_size),
-                                    mine or list(prepared.prompts), world):
+        for keys, counts in in_step(by_prompt_length(asked, prepared, batch_size),
+                                    asked or list(prepared.prompts), world):
             prompts = [prepared.prompts[key] for key in keys]
             texts = generate(model, tokenizer, prompts, max_new_tokens, world)
             for key, text in zip(keys if counts else [], texts, strict=False):
-                row = prepared.rows[key[0]][key[1]]
-                results[key].update(rouge_l_recall=rouge_l_recall(row["answer"], text),
-                                    question=row["question"], answer=row["answer"], generation=text)
+                answer = prepared.rows[key[0]][key[1]]["answer"]
+                results[key].update(rouge_l_recall=rouge_l_recall(answer, text), generation=text)
             bar.update(len(keys))
     gathered = world.collect(results)
     merged = {key: row for part in gathered for key, row in part.items()}
-    assert sum(map(len, gathered)) == len(merged) == len(prepared.prompts), "every row exactly once"
+    assert sum(map(len, gathered)) == len(merged) == len(prepared.texts), "every row exactly once"
     return {name: [merged[name, index] for index in range(len(rows))] for name, rows in prepared.rows.items()}
 
 
@@ -146,7 +160,8 @@ def by_prompt_length(keys: list, prepared: Prepared, batch_size: int) -> list[li
 def score_answers(model: AnswerModel, prepared: Prepared, results: dict, reference: ReferenceStates | None,
                   pad: int, world: World, bar):
     """Add to `results`, (set, index) -> row, the sums of negative log-probabilities over each answer, nats,
-    their tokens, and KL. SCORED_TOKENS a forward pass, a question once for all of its answers."""
+    their tokens, KL and `token_measures`. SCORED_TOKENS a forward pass, a question once for all of its
+    answers."""
     keys = list(results)
     lengths = [packed_tokens([t.encoded for t in prepared.texts[key]]) for key in keys]
     batches = [[t for i in places for t in prepared.texts[keys[i]]]
@@ -154,29 +169,50 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
     ghost = next(iter(prepared.texts.values()))[:1]
     scores = {}  # Text without its tokens -> (nll, tokens)
     for texts, counts in in_step(batches, ghost, world):
-        # Texts with a KL come last, as the model wants them.
-        texts = sorted(texts, key=lambda t: t.has_kl)
+        # The rows' own answers come last, and of them those with a KL, as the model wants them.
+        texts = sorted(texts, key=lambda t: (t.slot == ANSWER, t.has_kl))
+        own = [t for t in texts if t.slot == ANSWER]
+        tokens = [t.encoded.answer_tokens for t in own]
         with_kl = [t for t in texts if t.has_kl and reference is not None and counts]
         batch = collate_packed([t.encoded for t in texts], pad, world.device)
         states = None
         if with_kl:
             known = torch.cat([reference.states[t[:2]] for t in with_kl])
             states = known.to(world.device), reference.head
-        token_logps, token_kl = model(batch, states, "reference_policy")
-        sums = batch.per_text(-token_logps).tolist()
-        kls = batch.per_text(token_kl).tolist()
+        found = model.scores(batch, sum(tokens), states)
+        sums = batch.per_text(-found.logps).tolist()
+        kls = batch.per_text(found.kls).tolist()
         if counts:
             for t, nll, kl in zip(texts, sums, kls, strict=True):
                 scores[t[:3]] = nll, t.encoded.answer_tokens
                 if t.has_kl and reference is not None:
                     results[t[:2]]["kl"] = kl
+            of_own = found.logps[len(found.logps) - sum(tokens):], found.hits, found.standardised
+            for t, *values in zip(own, *(x.cpu().split(tokens) for x in of_own), strict=True):
+                results[t[:2]].update(token_measures(*(x.tolist() for x in values)))
             bar.update(len(texts))
     for key in keys:
+        row = prepared.rows[key[0]][key[1]]
+        if reference is not None and key in reference.nlls:
+            results[key]["reference_nll"] = reference.nlls[key]
         slots = [scores[t[:3]] for t in prepared.texts[key] if t.slot >= PERTURBED]
         answer, paraphrased = scores[(*key, ANSWER)], scores.get((*key, PARAPHRASED), (None, None))
         results[key].update(answer_nll=answer[0], answer_tokens=answer[1], paraphrased_nll=paraphrased[0],
                             paraphrased_tokens=paraphrased[1], perturbed_nll=[nll for nll, _ in slots],
-                            perturbed_tokens=[tokens for _, tokens in slots])
+                            perturbed_tokens=[tokens for _, tokens in slots], rouge_l_recall=None,
+                            question=row["question"], answer=row["answer"], generation=None)
+
+
+def token_measures(logps: list, hits: list, standardised: list) -> dict:
+    """Of one answer's tokens, the end of sequence last: the share that the model holds likeliest (exact
+    memorisation) and that of the longest suffix of such (extraction strength), both without the end; minus
+    the mean of the lowest MIN_K of log pi, and of the same standardised (min-k++), both with it."""
+    right = hits[:-1] or hits
+    suffix = sum(1 for _ in takewhile(bool, reversed(right)))
+    lowest = max(1, int(MIN_K * len(logps)))
+    min_k, min_k_plus_plus = (-sum(sorted(values)[:lowest]) / lowest for values in (logps, standardised))
+    return {"exact_memorization": sum(right) / len(right), "extraction_strength": suffix / len(right),
+            "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
 
 
 def in_step(batches: list, ghost: list, world: World) -> list:

@@ -20,6 +20,16 @@ from losses import kl_loss, token_logps
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: enough for a fast product, little beside the model
 KEPT_CHUNKS = 4  # the last ones' logits stay for the backward pass; the others' are computed once more there
+LEAST_VARIANCE = 1e-6  # square nats, of log pi under the model's own distribution; min-k++ divides by it
+
+
+class AnswerScores(NamedTuple):
+    """What an evaluation measures of N answer tokens, nats, float32:
+    more of the last A than of the others, and of the last M what compares them with a reference."""
+    logps: Tensor  # (N,) log pi
+    hits: Tensor  # (A,) whether no token is likelier
+    standardised: Tensor  # (A,) log pi less its mean, over its deviation, under the model's own distribution
+    kls: Tensor  # (M,) D(pi_ref || pi)
 
 
 class OnLogits(NamedTuple):
@@ -59,6 +69,14 @@ class AnswerModel(nn.Module):
         """What `forward` returns, from the hidden states (N, H)."""
         head = self.lm.get_output_embeddings().weight
         return answer_values(hidden, head, batch.targets, kl_states, direction, on_logits)
+
+    @torch.no_grad()
+    def scores(self, batch: TokenBatch, own_tokens: int,
+               reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
+        """All that an evaluation asks, from one pass: A is `own_tokens`, `reference` as `forward`'s
+        `kl_states`."""
+        head = self.lm.get_output_embeddings().weight
+        return answer_scores(self.hidden(batch), head, batch.targets, own_tokens, reference)
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
@@ -136,3 +154,34 @@ def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor, 
     if len(reference_logits) == 0:
         return logps, logps[:0]
     return logps, kl_loss(logits[len(logits) - len(reference_logits):], reference_logits, direction)
+
+
+# ---------------------------------------------------------------- in evaluations, where nothing goes backward
+
+def answer_scores(hidden: Tensor, weight: Tensor, targets: Tensor, own_tokens: int,
+                  reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
+    """`AnswerModel.scores` from the hidden states: the head's logits are taken once, a chunk at a time."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
+    others, without_kl = len(hidden) - own_tokens, len(hidden) - len(known)
+    size, chunks = chunk_tokens(len(weight)), []
+    for at in range(0, len(hidden), size):
+        end = min(at + size, len(hidden))
+        with_kl = slice(max(0, at - without_kl), max(0, end - without_kl))
+        logits, known_logits = chunk_logits(hidden[at:end], weight, known[with_kl], known_weight)
+        own = max(0, others - at)  # where the rows' own answers begin in this chunk
+        logps = token_logps(logits, targets[at:end])
+        chunks.append((logps, *hits_and_standardised(logits[own:], targets[at:end][own:], logps[own:]),
+                       kl_loss(logits[len(logits) - len(known_logits):], known_logits, "reference_policy")))
+    return AnswerScores(*map(torch.cat, zip(*chunks, strict=True)))
+
+
+def hits_and_standardised(logits: Tensor, targets: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """`hits` and `standardised` of AnswerScores, (n,), from logits (n, V) and log pi of the targets (n,)."""
+    every = logits.float().log_softmax(-1)
+    weighted = every.exp() * every
+    mean = weighted.sum(-1)
+    variance = weighted.mul_(every).sum(-1) - mean.square()
+    return logits.argmax(-1) == targets, (logps - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()

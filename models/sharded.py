@@ -65,7 +65,7 @@ def shard(model, dtype: torch.dtype, world: World):
     for layer in decoder_layers(model.lm):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("hidden", "token_values", "next_logits", "all_logits"):  # beside its forward
+    for method in ("hidden", "token_values", "scores", "next_logits", "all_logits"):  # beside its forward
         register_fsdp_forward_method(model, method)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from data.prompts import system_prompt_of
-from data.tofu import Task, complement, load_task
-from evaluation.logs import read_retain_log
+from data.tofu import NO_HOLDOUT, Task, complement, load_task
+from evaluation.logs import read_retain_log, retrained_holdout
 from evaluation.scoring import Prepared, prepare
 from models.answers import AnswerModel
 from models.checks import check_model
@@ -37,6 +37,7 @@ class Job:
     plan: Plan
     prepared: Prepared
     retrained_rows: list | None  # the retrained model's forget rows
+    retrained_holdout: list | None = None
     config: dict = field(default_factory=dict)
     folder: Path | None = None
 
@@ -60,6 +61,7 @@ class Job:
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
         self.retrained_rows = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
                                               self.task.fingerprint, self.settings.template)
+        self.retrained_holdout = retrained_holdout(log)
 
     def run_mark(self) -> str:
         """What makes it this run: a checkpoint of another is refused. `--parallel` may change on the way."""
@@ -106,7 +108,7 @@ def prepare_job(s: Namespace, world: World) -> Job:
             tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
     context = getattr(lm.config, "max_position_embeddings", None)
     job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
-              prepare(task.evaluated, tokenizer, s.template, context), None)
+              prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout), None)
     if job.plan.steps == 1:
         raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
                          "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
@@ -205,6 +207,8 @@ def describe(job: Job, world: World):
               f"of {s.micro_batch_size}, {steps}, template {s.template}, seed {s.seed}")
     for doubt in doubts_of_start(job):
         world.say(doubt)
+    if s.loss != "sft" and not task.holdout:
+        world.say(NO_HOLDOUT)
     for split in job.missing_models:
         folder = Path(tiny_settings(s, split, task).out)
         if not (folder / "model").is_dir():

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from data.tofu import EVALUATED
+from evaluation.logs import MIA, SHARPER
 from losses import OBJECTIVES
 from models.presets import PRESETS
 from support.command_line import number
@@ -23,7 +24,8 @@ pipeline_tag: text-generation
 {numbers}
 
 Forget quality: p-value of a test against a model that never saw the forget rows (-: not measured). The
-metrics are TOFU's, measured by `evaluate_tofu.py`.
+metrics are those of `evaluate_tofu.py`, whose help defines them. MIA AUC: 1/2 where forget rows look unseen,
+1 where learned, near 0 where unlearned too far.
 
 ## Settings
 
@@ -66,6 +68,11 @@ def numbers(evaluations: dict, step: int) -> str:
     rows = {name: [m[name] for m in metrics] for name in ("forget_quality", "model_utility", "forget_kl")}
     for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
         rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
+    for name, measure in product(("forget", "retain"), SHARPER):
+        rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
+    for score in MIA:
+        rows[f"MIA AUC {score}"] = [m.get("mia", {}).get(score) for m in metrics]
+    rows["PrivLeak"] = [m.get("privleak") for m in metrics]
     return table(["", *(f"step {k}" for k in shown)],
                  [[name.replace("_", " "), *map(number, values)] for name, values in rows.items()
                   if any(value is not None for value in values)])

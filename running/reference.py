@@ -17,12 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Item, collate, deal, sent
-from evaluation.scoring import Prepared, ReferenceStates, states_of_answers, texts_with_kl, untouched
+from evaluation.scoring import (
+    MIA_SETS,
+    Prepared,
+    ReferenceStates,
+    own_answers,
+    states_of_answers,
+    texts_with_kl,
+    untouched,
+)
 from models.answers import AnswerModel
 from models.sharded import whole
 from running.plan import Plan
 from support.errors import InputError
 from support.world import World
+
+NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in MIA_SETS))  # log pi_ref, a number a text
 
 
 class Reference:
@@ -31,7 +41,7 @@ class Reference:
     one is refused (InputError)."""
 
     def __init__(self, folder: Path, mark: str, plan: Plan, device):
-        self.device, self.file_of, parts = device, {}, {"answers": [], "refusals": []}
+        self.device, self.file_of, parts = device, {}, {name: [] for name in NUMBERS}
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, framework="pt")
             if file.metadata()["fingerprint"] != mark:
@@ -42,7 +52,7 @@ class Reference:
                 numbers.append(file.get_tensor(name))
             self.file_of.update(dict.fromkeys(file.keys(), file))
         # A process's file holds the numbers that it computed, and zeros.
-        self.answers, self.refusals = (sum(numbers) for numbers in parts.values())
+        self.answers, self.refusals, *self.scored = (sum(numbers) for numbers in parts.values())
         self.refusal_place = {key: place for place, key in enumerate(plan.refusals)}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -79,7 +89,9 @@ class Reference:
     def evaluation(self) -> ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
         states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
-        return ReferenceStates(states, self["head"].to(self.device))  # let go of after each evaluation
+        nlls = {(name, index): -logp for name, logps in zip(MIA_SETS, self.scored, strict=True)
+                for index, logp in enumerate(logps.tolist())}
+        return ReferenceStates(states, self["head"].to(self.device), nlls)  # let go of after each evaluation
 
 
 @torch.no_grad()
@@ -104,12 +116,13 @@ def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
 def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path, mark: str,
                    world: World):
     """Write this process's share of what `Reference` reads."""
-    batch_size, refusals = 2 * s.micro_batch_size, list(plan.refusals.values())
-    answers, of_tokens = logps_of_texts(model, plan.answers, batch_size, plan.pad, world)
-    tensors = {"answers": answers,
-               "refusals": logps_of_texts(model, refusals, batch_size, plan.pad, world)[0]}
+    batch_size = 2 * s.micro_batch_size
+    scored = [own_answers(prepared, (name,)).values() for name in MIA_SETS]
+    tensors, of_tokens = {}, {}
+    for name, some in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True):
+        tensors[name], of_tokens[name] = logps_of_texts(model, list(some), batch_size, plan.pad, world)
     if "reference_token_logps" in plan.objective.takes:
-        tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens.items()}
+        tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens["answers"].items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
     if plan.objective.with_reference_states:

@@ -80,7 +80,8 @@ def appears(folder: Path, config: dict) -> bool:
 
 
 class RunFolder:
-    """A run's folder while the run goes on. metrics_of: (rows, retrained model's forget rows) -> metrics."""
+    """A run's folder while the run goes on. metrics_of: (rows, the retrained model's forget rows, its holdout
+    rows) -> metrics."""
 
     def __init__(self, job, reference, meta: dict, metrics_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
@@ -188,7 +189,7 @@ class RunFolder:
             rows = evaluate(model, self.job.prepared, self.job.tokenizer, world=self.world,
                             batch_size=settings_of(self.s.preset).eval_batch_size,
                             reference=self.reference and self.reference.evaluation())
-        metrics = self.metrics_of(rows, self.job.retrained_rows)
+        metrics = self.metrics_of(rows, self.job.retrained_rows, self.job.retrained_holdout)
         if self.world.rank == 0:
             provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
                           "split": self.job.task.judged_split, "data": self.s.data,
@@ -282,7 +283,8 @@ def best_step(evaluations: dict) -> int:
 
 
 def plot_trajectory(evaluations: dict, method: str, path: Path):
-    """Forget quality (log scale, the 0.05 line) and model utility with the two probabilities, over steps."""
+    """Forget quality (log scale, the 0.05 line) and, over steps, model utility, the two probabilities, the
+    forget rows' extraction strength and their AUC against the holdout."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -291,10 +293,15 @@ def plot_trajectory(evaluations: dict, method: str, path: Path):
     left.plot(steps, [m["forget_quality_log10"] for m in metrics], "o-", color="black")
     left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
     left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
-    right.plot(steps, [m["model_utility"] for m in metrics], "o-", color="black", label="model utility")
+    curves = [("model utility", [m["model_utility"] for m in metrics], "o-", "black")]
     for name, style, color in (("forget", "s--", "tab:red"), ("retain", "^:", "tab:blue")):
-        right.plot(steps, [m[name]["probability"] for m in metrics], style, color=color,
-                   label=f"{name} probability")
+        curves.append((f"{name} probability", [m[name]["probability"] for m in metrics], style, color))
+    curves += [("extraction strength", [m["forget"].get("extraction_strength") for m in metrics], "v--",
+                "tab:orange"),
+               ("MIA AUC (min-k)", [m.get("mia", {}).get("min_k") for m in metrics], "D:", "tab:gray")]
+    for name, values, style, color in curves:
+        if None not in values:
+            right.plot(steps, values, style, color=color, label=name)
     right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
     for axes in (left, right):
         axes.legend()

@@ -14,6 +14,7 @@ from pathlib import Path
 from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
+from evaluation.logs import MIA, SHARPER
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
 from study.grid import Job, Setup, Study
@@ -148,7 +149,8 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
         return kept
     split, first, last = facts["split"], evaluations[0]["rows"], evaluations[-1]["rows"]
     judged = evaluation_split(split)
-    told = last if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
+    asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
+    told = asked if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
     kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
     if facts["seed"] == 1 and judged in SAMPLED_SPLITS:
         kept["samples"] = samples_of(data, judged, last)
@@ -164,6 +166,10 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     kept.update({key: [short(e["metrics"][key]) for e in evaluations] for key in CURVES})
     for name in ("forget", "retain"):
         kept[f"{name}_probability"] = [short(e["metrics"][name]["probability"]) for e in evaluations]
+        kept.update({f"{name}_{key}": [short(e["metrics"][name].get(key)) for e in evaluations]
+                     for key in SHARPER})
+    kept["mia"] = {key: [short(e["metrics"].get("mia", {}).get(key)) for e in evaluations] for key in MIA}
+    kept["privleak"] = [short(e["metrics"].get("privleak")) for e in evaluations]
     # What the Kolmogorov-Smirnov test sees, in two numbers.
     kept["log_truth_ratio_mean"] = [short(statistics.mean(some)) for some in ratios]
     kept["log_truth_ratio_sd"] = [short(statistics.pstdev(some)) for some in ratios]

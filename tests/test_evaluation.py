@@ -7,11 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, mannwhitneyu
 
 from data.batches import collate, collate_packed
 from data.tofu import load_task
-from evaluate_tofu import compute_metrics, ks_log10_p, log_truth_ratio, plot_truth_ratios
+from evaluate_tofu import (
+    auc,
+    compute_metrics,
+    ks_log10_p,
+    log_truth_ratio,
+    mia_aucs,
+    plot_truth_ratios,
+    privleak,
+)
 from evaluation import scoring
 from evaluation.logs import expect_split, match_retain_rows, read_log, read_retain_log
 from evaluation.scoring import (
@@ -21,7 +29,9 @@ from evaluation.scoring import (
     rouge_l_recall,
     states_of_answers,
     texts_with_kl,
+    token_measures,
 )
+from models import answers
 from models.answers import AnswerModel
 from models.loading import load_model
 from support.errors import InputError
@@ -223,17 +233,22 @@ def test_uniform_logits(measured):
     assert metrics["forget"]["truth_ratio"] == pytest.approx(1, abs=1e-4)
     assert metrics["retain"]["truth_ratio"] == pytest.approx(0, abs=1e-4)
     assert metrics["world_facts"]["probability"] == pytest.approx(1 / 4, rel=1e-3)
+    assert metrics["forget"]["exact_memorization"] == metrics["forget"]["extraction_strength"] == 0
+    assert metrics["forget"]["paraphrase_probability"] == pytest.approx(1 / vocabulary, rel=1e-4)
 
 
 def test_a_perfect_memoriser(small_data):
     """A model that answers every question with its answer: ROUGE and probability 1 on all sets."""
     lm, tokenizer, task = *_memorise(small_data), load_task(str(small_data), "forget10")
     evaluated = {name: rows[:4] for name, rows in task.evaluated.items()}
-    prepared = prepare(evaluated, tokenizer, "llama2", 512)
+    prepared = prepare(evaluated, tokenizer, "llama2", 512, holdout=task.holdout[:6])
     metrics = compute_metrics(evaluate(AnswerModel(lm), prepared, tokenizer, batch_size=16,
                                        max_new_tokens=60))
     for name in evaluated:
         assert metrics[name]["rouge_l_recall"] == 1.0 and metrics[name]["probability"] > 0.9, name
+        assert metrics[name]["exact_memorization"] == metrics[name]["extraction_strength"] == 1, name
+    assert {**metrics["mia"], "reference": 1} == dict.fromkeys(metrics["mia"], 1)  # no doubt who was learned
+    assert metrics["mia"]["reference"] is None
 
 
 def _memorise(small_data):
@@ -254,6 +269,70 @@ def _memorise(small_data):
         (-model(batch)[0].sum() / len(batch.targets)).backward()
         optimizer.step()
     return lm, tokenizer
+
+
+@pytest.mark.parametrize("hits,exact,strength", [
+    ([1, 1, 1, 1], 1, 1), ([0, 1, 0, 1], 2 / 4, 1 / 4), ([1, 1, 1, 0], 3 / 4, 0),
+    ([0, 0, 1, 1], 2 / 4, 2 / 4), ([0, 0, 0, 0], 0, 0)])
+def test_memorisation_by_hand(hits, exact, strength):
+    """The end of sequence, right or wrong, is left out of both; the min-k scores have it."""
+    for end in (0, 1):
+        got = token_measures([-4.0, -1.0, -3.0, -0.5, -2.0], [*hits, end], [-0.5, 1.0, 0.0, -2.0, 2.0])
+        assert (got["exact_memorization"], got["extraction_strength"]) == (exact, strength)
+        assert (got["min_k"], got["min_k_plus_plus"]) == (3.5, 1.25)  # of 40% of five: two
+
+
+@pytest.mark.parametrize("shift", (0.0, 1.0, 30.0))
+def test_auc_is_mann_whitneys(shift):
+    generator = np.random.default_rng(0)
+    members, others = generator.integers(0, 9, 40), generator.integers(0, 9, 25) + shift  # with ties
+    expected = mannwhitneyu(others, members).statistic / (40 * 25)
+    assert auc(list(members), list(others)) == pytest.approx(expected)
+    assert auc([1.0, 2.0], [None]) is None and auc([1.0], [1.0]) == 0.5 and auc([2.0], [1.0]) == 0
+
+
+def test_membership_scores_and_privleak_by_hand():
+    def row(answer, nll, reference, min_k):
+        return {"answer": answer, "answer_nll": nll, "answer_tokens": 2, "reference_nll": reference,
+                "min_k": min_k, "min_k_plus_plus": -min_k}
+    forget, holdout = [row("a" * 300, 4.0, 1.0, 1.0)], [row("qwertyuiop", 6.0, 5.0, 2.0)]
+    assert mia_aucs(forget, holdout) == {"loss": 1, "zlib": 1, "min_k": 1, "min_k_plus_plus": 0,
+                                         "reference": 0}
+    assert privleak(0.8, 0.5) == pytest.approx(-60) and privleak(0.1, 0.5) == pytest.approx(80)
+    assert privleak(0.5, 0.5) == 0 and privleak(None, 0.5) is None and privleak(0.5, 1) is None
+    metrics = compute_metrics({"forget": rows_with([1.0])})
+    assert "mia" not in metrics and metrics["forget"]["exact_memorization"] is None  # a log of before
+    rows = {"forget": rows_with([1.0]), "holdout": holdout}
+    rows["forget"][0] |= forget[0]
+    assert compute_metrics(rows, rows["forget"], holdout)["privleak"] is None  # its AUC is 1
+    assert compute_metrics(rows, rows["forget"])["privleak"] is None
+
+
+@pytest.mark.parametrize("chunk_bytes", (answers.CHUNK_BYTES, 5 * 4 * 400))
+def test_scores_of_own_answers_equal_a_naive_loop(measured, monkeypatch, chunk_bytes):
+    """Likeliest tokens, min-k and min-k++ of forget and holdout rows; of the holdout nothing else."""
+    model, tokenizer, task, *_ = measured
+    monkeypatch.setattr(answers, "CHUNK_BYTES", chunk_bytes)
+    evaluated = {name: rows[:3] for name, rows in task.evaluated.items()}
+    prepared = prepare(evaluated, tokenizer, "llama2", 1024, holdout=task.holdout[:3])
+    states = states_of_answers(model, texts_with_kl(prepared), 16, 0)
+    known = ReferenceStates(states, model.lm.get_output_embeddings().weight.detach(), {("holdout", 1): 7.0})
+    rows = evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=known)
+    for name in ("forget", "holdout", "world_facts"):
+        for index, row in enumerate(rows[name]):
+            e = prepared.texts[name, index][0].encoded
+            logits = model.lm(torch.tensor([e.ids])).logits[0, e.start - 1:-1].double().detach()
+            every, targets = logits.log_softmax(-1), torch.tensor(e.ids[e.start:])
+            logps, probs = every[range(len(targets)), targets], every.exp()
+            mean = (probs * every).sum(-1)
+            sd = (probs * (every - mean[:, None]) ** 2).sum(-1).sqrt()
+            hits = (every.argmax(-1) == targets).tolist()
+            expected = token_measures(logps.tolist(), hits, ((logps - mean) / sd).tolist())
+            assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-3)
+            assert row["answer_nll"] == pytest.approx(float(-logps.sum()), rel=1e-4)
+            assert ("kl" in row) == (name != "holdout") and abs(row.get("kl", 0)) < 1e-5
+    assert rows["holdout"][1]["reference_nll"] == 7.0 and "reference_nll" not in rows["holdout"][0]
+    assert rows["holdout"][0]["generation"] is None and rows["holdout"][0]["perturbed_nll"] == []
 
 
 def test_evaluation_changes_nothing(measured):
@@ -284,8 +363,10 @@ def test_the_command_measures_a_folder_writes_json_and_draws(command, small_mode
     assert "model utility" in done.stdout and "true:" in done.stdout
     assert (tmp_path / "a.png").stat().st_size > 5000
     again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
-    assert json.loads((tmp_path / "b.json").read_text())["metrics"]["forget_quality"] == 1.0
-    assert "KS statistic" in again.stdout
+    metrics = json.loads((tmp_path / "b.json").read_text())["metrics"]
+    assert metrics["forget_quality"] == 1.0 and metrics["privleak"] == 0 and len(metrics["mia"]) == 5
+    assert "KS statistic" in again.stdout and "MIA AUC" in again.stdout and "note:" not in done.stdout
+    assert metrics["mia"] == result["metrics"]["mia"] and metrics["mia"]["reference"] is not None
 
 
 def good_log() -> dict:
@@ -294,7 +375,8 @@ def good_log() -> dict:
            "paraphrased_nll": 1.0, "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0],
            "perturbed_tokens": [2, 2],
            "rouge_l_recall": 0.5}
-    return {"rows": {"forget": [row]}, "provenance": {}}
+    unasked = {**row, "generation": None, "rouge_l_recall": None}
+    return {"rows": {"forget": [row], "holdout": [unasked]}, "provenance": {}}
 
 
 @pytest.mark.parametrize("flaw", [
@@ -307,7 +389,9 @@ def good_log() -> dict:
     lambda log: log["rows"]["forget"][0].update(answer_tokens=0),
     lambda log: log["rows"]["forget"][0].update(answer_nll=None),
     lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan),
-    lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2])])
+    lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2]),
+    lambda log: log["rows"]["forget"][0].update(min_k="x"),
+    lambda log: log["rows"]["holdout"][0].pop("answer_nll")])
 def test_a_log_with_a_flaw_is_refused(tmp_path, flaw):
     log = good_log()
     (tmp_path / "good.json").write_text(json.dumps(log))
