@@ -7,7 +7,7 @@ run() {  # run FOLDER SEED FLAGS...
   [ -e "runs/$1/model" ] || OMP_NUM_THREADS=1 python train_npo.py --out "runs/$1" --seed "${@:2}"
 }
 from_start() {  # from_start N: seed N throughout
-  run "starts/npo+rt-start$1" "$1" --loss npo --retain-weight 1 --model "runs/starts/full$1/model" --retain-log "runs/starts/retain90-$1"
+  run "starts/npo+rt-start$1" "$1" --loss npo --retain-weight 1 --model "runs/starts/full$1/model" --retain-log runs/starts/retain90-"$1"/eval/*.json
 }
 export -f run from_start
 { for seed in 0 1 2 3 4; do echo "run builtin/npo+rt-seed$seed $seed --loss npo --retain-weight 1"; done
