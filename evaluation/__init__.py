@@ -1,1 +1,1 @@
-"""Scoring a model's rows; logs in and out."""
+"""Scoring a model's rows; logs in and out; attacks."""

@@ -1,4 +1,4 @@
-"""Greedy answers for a batch of prompts, with a key-value cache that has room."""
+"""Answers for a batch of prompts, greedy or sampled, with a key-value cache that has room."""
 
 import inspect
 
@@ -39,17 +39,20 @@ class RoomyLayer(DynamicLayer):
         self.memory = None  # what is left has no room behind it
 
 
-def generate(model: AnswerModel, tokenizer, prompts: list, max_new_tokens: int, world: World) -> list[str]:
-    """Greedy continuations of one batch of prompts (lists of token ids), as text."""
-    answers = greedy(model, prompts, max_new_tokens, tokenizer.eos_token_id, world)
+def generate(model: AnswerModel, tokenizer, prompts: list, max_new_tokens: int, world: World,
+             generator: torch.Generator | None = None) -> list[str]:
+    """Continuations of one batch of prompts (lists of token ids), as text: greedy, or, with a generator,
+    sampled at temperature 1."""
+    answers = greedy(model, prompts, max_new_tokens, tokenizer.eos_token_id, world, generator)
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 @torch.no_grad()
-def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, world: World) -> list[list[int]]:
-    """Each prompt's greedy continuation, up to and with the token `end`; padding on the left. Rows that have
-    ended leave the batch. Where the model is sharded, a process that is done goes on with one token for
-    nothing until all are."""
+def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, world: World,
+           generator: torch.Generator | None = None) -> list[list[int]]:
+    """Each prompt's greedy continuation, up to and with the token `end`; with a generator each token is drawn
+    in place of taking the likeliest. Padding on the left. Rows that have ended leave the batch. Where the
+    model is sharded, a process that is done goes on with one token for nothing until all are."""
     width, device = max(map(len, prompts)), world.device
     context = getattr(model.lm.config, "max_position_embeddings", None) or width + max_new_tokens
     room = [min(max_new_tokens, context - len(p)) for p in prompts]  # a row's own, whoever shares the batch
@@ -64,6 +67,8 @@ def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, wor
         logits = model.next_logits(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
                                    **{name: cache})
         new = logits.argmax(-1)
+        if generator is not None:
+            new = logits.float().softmax(-1).multinomial(1, generator=generator)[:, 0]
         for row, token in zip(rows, new.tolist(), strict=True):
             if answers[row][-1:] != [end] and length <= room[row]:
                 answers[row].append(token)

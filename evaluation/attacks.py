@@ -1,0 +1,370 @@
+"""Attacks on an unlearned model: does what was forgotten come back? Their command: `robustness_tofu.py`.
+
+    relearn    fine-tune on a few of the forget rows, or for as many steps on retain rows, which say other
+               things in the same wordings: a curve over steps
+    quantize   every linear layer but the head rounded to 8 or 4 bits, a scale for 64 weights
+               (Zhang et al., 2024, "Catastrophic failure of LLM unlearning via quantization")
+    prompts    another wording of the question, an answer that has begun, retain rows with answers before it
+    sample     many answers at temperature 1 in place of the likeliest one: leak@k (2511.04934)
+
+An attack is a generator: it changes the weights or the prompts and yields, and the forget rows are measured;
+then the weights are put back. The retrained model is attacked too, since relearning teaches, and forget
+quality compares a model with the retrained one in the SAME state.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from data.batches import collate, permutations
+from data.make_builtin import FACTS
+from data.prompts import Encoded, encode
+from data.tofu import Task
+from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall, untouched
+from models.answers import AnswerModel
+from models.generation import generate
+from models.loading import load_model
+from models.presets import split_model
+from support.errors import InputError
+from support.files import fingerprint, read_text, write_json
+from support.world import World
+
+NAMES = ("retrained", "model", "start")  # in this order: the others are compared with the first
+LABELS = {"model": "unlearned", "retrained": "retrained", "start": "start"}
+MEASURES = {"extraction_strength": "extraction", "rouge_l_recall": "ROUGE-L", "probability": "probability"}
+BATCH = 32  # rows of a step of relearning
+BLOCK = 64  # weights that share a scale
+# NF4's levels: quantiles of a normal distribution, 0 among them, scaled to [-1, 1] (Dettmers et al., 2023).
+NF4 = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803,
+       0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
+LEVELS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": torch.tensor(NF4)}
+PREFIX = "Sure, here is the answer:"
+SHOTS = 4  # retain rows before the question
+STATED = 0.8  # ROUGE-L recall from which a sample states the fact, where no exact value is known
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What the attacks of one command share."""
+    task: Task
+    tokenizer: object
+    template: str
+    context: int | None
+    rows: list  # the forget rows that are measured
+    preset: object  # sizes of batches
+    world: World
+    lr: float
+    shares: tuple  # of the forget rows, per cent, to relearn on
+    samples: int
+    sample_rows: int
+    seed: int
+    metrics_of: Callable  # evaluate_tofu's compute_metrics
+    log_truth_ratio: Callable
+
+    def prepared(self, rows: list | None = None) -> Prepared:
+        return prepare({"forget": rows or self.rows}, self.tokenizer, self.template, self.context, max_rows=0)
+
+    def measured(self, model: AnswerModel, prepared: Prepared) -> dict:
+        """MEASURES, and each row's log R (None where the rows have no perturbed answers)."""
+        rows = evaluate(model, prepared, self.tokenizer, batch_size=self.preset.eval_batch_size,
+                        world=self.world)
+        metrics, ratios = self.metrics_of(rows)["forget"], map(self.log_truth_ratio, rows["forget"])
+        ratios = [ratio and round(ratio, 4) for ratio in ratios]
+        return {**{key: metrics[key] for key in MEASURES}, "log_truth_ratios": ratios}
+
+    def mark(self, attack: str, weights: list) -> str:
+        """What an attack's numbers depend on. weights: hashes."""
+        settings = {"relearn": (self.lr, self.shares), "sample": (self.samples, self.sample_rows)}
+        return fingerprint(attack, weights, settings.get(attack), self.seed, self.template,
+                           self.task.fingerprint, self.rows)
+
+
+def attacked(lab: Lab, attack: str, model: AnswerModel, start: nn.Module | None) -> list[dict]:
+    """The attack's states, with what was measured in each."""
+    return [state if prepared is None else {**state, **lab.measured(model, prepared)}
+            for state, prepared in ATTACKS[attack](lab, model, start)]
+
+
+def with_quality(states: list[dict], retrained: list[dict] | None) -> list[dict]:
+    """The states with forget quality against the retrained model's equal ones, in place of the log R."""
+    judged = []
+    for place, state in enumerate(states):
+        judged.append({key: value for key, value in state.items() if key != "log_truth_ratios"})
+        if "log_truth_ratios" in state:
+            ratios, quality = state["log_truth_ratios"], None
+            if retrained and None not in ratios:
+                quality = float(ks_2samp(ratios, retrained[place]["log_truth_ratios"]).pvalue)
+            judged[-1]["forget_quality"] = quality
+    return judged
+
+
+@contextmanager
+def put_back(model: nn.Module):
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(weights)
+
+
+# ---------------------------------------------------------------- relearning
+
+def relearn(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+    """One epoch over each share of the forget rows, then as many steps as the largest on retain rows."""
+    prepared, most = lab.prepared(), 0
+    sets = {f"forget {share:g}%": (lab.task.forget, share) for share in lab.shares}
+    for what, (rows, share) in {**sets, "retain": (lab.task.retain, None)}.items():
+        count = most if share is None else max(1, round(len(rows) * share / 100))
+        most = max(most, math.ceil(count / BATCH) * BATCH)
+        order = permutations(lab.seed, 0, len(rows), count)
+        pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]
+        with put_back(model):
+            for step in fine_tuning(lab, model, encode(lab.tokenizer, lab.template, pairs, lab.context)):
+                yield {"what": what, "step": step}, prepared
+
+
+def fine_tuning(lab: Lab, model: AnswerModel, texts: list) -> Iterator[int]:
+    """One epoch of AdamW at a constant rate on the mean over answer tokens. Yields after step 1, 2, 4, 8 ..
+    and the last."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lab.lr)
+    size, steps = lab.preset.micro_batch_size, math.ceil(len(texts) / BATCH)
+    for step in range(1, steps + 1):
+        batch = texts[(step - 1) * BATCH:step * BATCH]
+        tokens = sum(e.answer_tokens for e in batch)
+        for at in range(0, len(batch), size):
+            micro = collate(batch[at:at + size], lab.tokenizer.eos_token_id, lab.world.device)
+            (-model(micro)[0].sum() / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == steps or step & (step - 1) == 0:
+            yield step
+
+
+def add_halfway(entries: dict):
+    """To each model's relearning: how many steps take its extraction strength halfway from the retrained
+    model's (without one: from 0) to the start's, on each set of rows. None: more than there were."""
+    before = {name: entry["states"][0]["extraction_strength"] for name, entry in entries.items()}
+    if "start" in before:
+        target = (before["start"] + before.get("retrained", 0.0)) / 2
+        for entry in entries.values():
+            first, *states = entry["states"]
+            curves = {what: [first, *(s for s in states if s["what"] == what)]
+                      for what in dict.fromkeys(s["what"] for s in states)}
+            entry["halfway"] = {"extraction_strength": target,
+                                "steps": {what: steps_to(curve, target) for what, curve in curves.items()}}
+
+
+def steps_to(curve: list[dict], target: float) -> float | None:
+    """The step at which extraction strength reaches `target`, linear between the measured ones; None: never.
+    curve: states, the one before the first step among them."""
+    for (a, b) in zip(curve, curve[1:], strict=False):
+        low, high = a["extraction_strength"], b["extraction_strength"]
+        if low < target <= high:
+            return a["step"] + (target - low) / (high - low) * (b["step"] - a["step"])
+    return 0.0 if curve[0]["extraction_strength"] >= target else None
+
+
+# ---------------------------------------------------------------- quantisation
+
+def quantize(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+    """8 and 4 bits. `codes_changed`: the share of weights whose code is not the start's."""
+    prepared = lab.prepared()
+    for kind, levels in LEVELS.items():
+        starts = dict(linear_weights(start)) if start else {}
+        changed = total = 0
+        with put_back(model), torch.no_grad():
+            for name, weight in linear_weights(model.lm):
+                codes, rounded = rounded_blockwise(weight, levels)
+                if start:
+                    changed += int((codes != rounded_blockwise(starts[name].to(weight), levels)[0]).sum())
+                    total += weight.numel()
+                weight.copy_(rounded)
+            yield {"what": kind, "codes_changed": changed / total if total else None}, prepared
+
+
+def linear_weights(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of every linear layer but the head: it is often the embedding too, and libraries leave
+    it as it is as well."""
+    for name, module in lm.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not lm.get_output_embeddings():
+            yield name, module.weight
+
+
+def rounded_blockwise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, values), both of the weight's shape: places of the nearest `levels` (ascending, from -1 to 1),
+    and these times the largest absolute weight of the block, BLOCK weights in a row's order."""
+    flat, levels = weight.detach().flatten(), levels.to(weight)
+    blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(blocks / scale.clamp(min=torch.finfo(scale.dtype).tiny),
+                            (levels[1:] + levels[:-1]) / 2)
+    return tuple(x.flatten()[:len(flat)].view_as(weight) for x in (codes, levels[codes] * scale))
+
+
+# ---------------------------------------------------------------- other prompts
+
+def prompts(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+    for what, prepared in asked_otherwise(lab).items():
+        yield {"what": what}, prepared
+
+
+def asked_otherwise(lab: Lab) -> dict:
+    """name -> the forget rows with other prompts and the same answers. Raises InputError where the data can't
+    carry it, or where a text is longer than the context."""
+    if not all(row.get("paraphrased_question") for row in lab.rows):
+        raise InputError("--attacks prompts needs paraphrased_question in every forget row, and this data "
+                         "has rows without; leave prompts out")
+    begun = [{**row, "answer": f"{PREFIX} {row['answer']}",
+              "paraphrased_answer": f"{PREFIX} {row.get('paraphrased_answer', row['answer'])}",
+              "perturbed_answer": [f"{PREFIX} {text}" for text in row.get("perturbed_answer", [])]}
+             for row in lab.rows]
+    shots = [lab.task.retain[i] for i in permutations(lab.seed, 1, len(lab.task.retain), SHOTS)]
+    pairs = [(row["question"], row["answer"]) for row in shots]
+    before = [token for e in encode(lab.tokenizer, lab.template, pairs, lab.context) for token in e.ids]
+    prefixes = encode(lab.tokenizer, lab.template, [(row["question"], PREFIX) for row in lab.rows])
+    return {"paraphrased question": lab.prepared([{**row, "question": row["paraphrased_question"]}
+                                                  for row in lab.rows]),
+            "prefix": answers_begun(lab, lab.prepared(begun), [e.ids[:-1] for e in prefixes]),
+            "few-shot": questions_before(lab, lab.prepared(), before)}
+
+
+def answers_begun(lab: Lab, prepared: Prepared, asked: list) -> Prepared:
+    """The answers begin where the prompts `asked`, which have the answer's begin in them, end."""
+    texts = {key: [t._replace(encoded=Encoded(t.encoded.ids, len(ids))) for t in prepared.texts[key]]
+             for key, ids in zip(prepared.texts, asked, strict=True)}
+    return Prepared({"forget": lab.rows}, texts, dict(zip(texts, asked, strict=True)))
+
+
+def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
+    """Every text and prompt with the tokens `before` it. Raises InputError where that is too long."""
+    texts = {key: [t._replace(encoded=Encoded(before + t.encoded.ids, len(before) + t.encoded.start))
+                   for t in some] for key, some in prepared.texts.items()}
+    longest = max(len(t.encoded.ids) for some in texts.values() for t in some)
+    if lab.context and longest > lab.context:
+        raise InputError(f"--attacks prompts: a question with {SHOTS} answered ones before it takes "
+                         f"{longest} tokens, the model's context is {lab.context}; leave prompts out")
+    return Prepared(prepared.rows, texts, {key: before + ids for key, ids in prepared.prompts.items()})
+
+
+# ---------------------------------------------------------------- sampling
+
+def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+    """leak@k for k = 1, 2, 4 .. samples, the mean over the first `sample_rows` forget rows."""
+    rows, prepared = lab.rows[:lab.sample_rows], lab.prepared(lab.rows[:lab.sample_rows])
+    asked = [ids for ids in prepared.prompts.values() for _ in range(lab.samples)]
+    longest = max(texts[0].encoded.answer_tokens for texts in prepared.texts.values())
+    room = min(2 * longest, MAX_NEW_TOKENS)  # tokens: what comes later is no answer
+    generator = torch.Generator(lab.world.device).manual_seed(lab.seed)
+    texts, size = [], lab.preset.eval_batch_size
+    with untouched(model):
+        for at in range(0, len(asked), size):
+            texts += generate(model, lab.tokenizer, asked[at:at + size], room, lab.world, generator)
+    counts = [sum(stated(row, texts[at:at + lab.samples], lab.task.source))
+              for row, at in zip(rows, range(0, len(texts), lab.samples), strict=True)]
+    ks = [2**i for i in range(lab.samples.bit_length())]
+    leak = {str(k): sum(leak_at(lab.samples, c, k) for c in counts) / len(counts) for k in ks}
+    yield {"what": "sampled", "leak": leak, "rows": len(rows), "samples": lab.samples}, None
+
+
+def leak_at(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k)/C(n, k): the chance that k of n samples hold one of the c that state the fact."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def stated(row: dict, texts: list, source: str) -> list[bool]:
+    """Which texts state the row's fact: on the built-in set have its value, word for word, elsewhere at least
+    STATED of the answer's words in their order."""
+    value = built_in_value(row) if source == "builtin" else None
+    if value is None:
+        return [rouge_l_recall(row["answer"], text) >= STATED for text in texts]
+    return [value in spaced(text) for text in texts]
+
+
+def built_in_value(row: dict) -> str | None:
+    """The fact's value, spaced: the longest that answer and paraphrase have and no perturbed answer has."""
+    true, false = ([spaced(text) for text in texts] for texts in (
+        (row["answer"], row["paraphrased_answer"]), row["perturbed_answer"]))
+    values = [spaced(value) for fact in FACTS.values() for value in fact.values]
+    fitting = [value for value in values if all(value in text for text in true)
+               and not any(value in text for text in false)]
+    return max(fitting, key=len, default=None)
+
+
+def spaced(text: str) -> str:
+    """Its words, lower-case, a blank before and behind each."""
+    return " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
+
+
+ATTACKS = {"relearn": relearn, "quantize": quantize, "prompts": prompts, "sample": sample}
+
+
+# ---------------------------------------------------------------- all of them, on all models
+
+def load_models(args) -> tuple[dict, object, dict]:
+    """(name -> model, tokenizer, npo.json of the unlearned one). Raises InputError where they differ in
+    tokenizer or shape."""
+    models, first = {}, None
+    for name in ("model", "start", "retrained"):
+        source = getattr(args, name)
+        if source:
+            lm, tokenizer, meta = load_model(split_model(source)[1])
+            shapes = {key: tuple(x.shape) for key, x in lm.state_dict().items()}
+            first = first or (shapes, tokenizer, meta)
+            if tokenizer.get_vocab() != first[1].get_vocab():
+                raise InputError(f"--{name} {source} has another tokenizer than --model {args.model}: need "
+                                 "models of one fine-tuning")
+            if shapes != first[0]:
+                raise InputError(f"--{name} {source} has other shapes than --model {args.model}: need models "
+                                 "of one architecture and size")
+            models[name] = lm
+    return {name: models[name] for name in NAMES if name in models}, first[1], first[2]
+
+
+def read_result(path: Path, weights: dict) -> dict:
+    """What was found before. Raises InputError where it is of other weights."""
+    if not path.exists():
+        return {"attacks": {}, "provenance": {}}
+    try:
+        result = json.loads(read_text(path))
+        before = result["provenance"]["weights"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not what this command writes ({error}): give another --out") from None
+    for name, known in before.items():
+        if weights.get(name, known) != known:
+            raise InputError(f"{path} has attacks on another {LABELS[name]} model ({known}, here "
+                             f"{weights[name]}): give another --out")
+    return result
+
+
+def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
+    """Every attack on every model that is not in the result yet; written after each."""
+    weights = result["provenance"]["weights"]
+    for name, lm in models.items():
+        model, before = AnswerModel(lm.to(lab.world.device)), None
+        for attack in wanted:
+            mark = lab.mark(attack, [weights[k] for k in dict.fromkeys((name, "retrained", "start"))
+                                     if k in models])
+            entries = result["attacks"].setdefault(attack, {})
+            if entries.get(name, {}).get("mark") == mark:
+                print(f"{attack} of the {LABELS[name]} model: there already", flush=True)
+                continue
+            before = before or lab.measured(model, lab.prepared())
+            states = [{"what": "before", "step": 0, **before},
+                      *attacked(lab, attack, model, models.get("start"))]
+            if name != "retrained":
+                states = with_quality(states, entries.get("retrained", {}).get("states"))
+            entries[name] = {"mark": mark, "states": states}
+            if attack == "relearn":
+                add_halfway(entries)
+            write_json(path, result)
+            print(f"{attack} of the {LABELS[name]} model: done", flush=True)
+        lm.cpu()

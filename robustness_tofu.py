@@ -1,0 +1,114 @@
+"""Does it stay forgotten? Attacks on an unlearned model, with the retrained model as their control.
+
+    python robustness_tofu.py --model runs/NAME/model --start runs/models/FULL/model \
+        --retrained runs/models/RETAIN/model --out results/NAME
+
+    relearn    fine-tune on 1, 5, 20, 100% of the forget rows, and on retain rows for as many steps
+    quantize   round the linear layers' weights to 8 and 4 bits
+    prompts    paraphrased question, an answer that has begun, retain rows with answers before the question
+    sample     64 answers at temperature 1: leak@k, the chance that one of k states the fact
+
+Before and after each, extraction strength, ROUGE-L recall, probability of the forget rows and forget quality,
+which compares with the retrained model after the same attack (docs/beyond.md). It leaves OUT/robustness.json,
+.md and .png. What is in the JSON already, of the same weights, data and settings, is not done again.
+"""
+
+from pathlib import Path
+
+from data.tofu import load_task
+from evaluate_tofu import compute_metrics, log_truth_ratio, recorded_split, refuse_unwritable
+from evaluation.attack_pages import draw, table
+from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
+from models.answers import AnswerModel
+from models.checks import check_model
+from models.presets import settings_of, split_model
+from models.saving import weights_hash
+from running.processes import flush_denormals, keep_freed_memory, pick_device
+from support.command_line import Parser, not_negative, positive, run_command
+from support.errors import InputError
+from support.files import locked
+from support.provenance import environment
+from support.world import ALONE
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="robustness_tofu.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="the unlearned model, a run's model/ or best/")
+    add("--start", help="the model before unlearning: what there was to know")
+    add("--retrained", help="the model trained without the forget rows: the control, and forget quality")
+    add("--data", help="as in evaluate_tofu.py (default: what the model was trained on, else builtin)")
+    add("--split", help="forget split (default: what the model's record says, else forget10)")
+    add("--forget", help="own forget rows in place of --data")
+    add("--retain", help="own retain rows, with --forget")
+    add("--attacks", nargs="+", choices=ATTACKS, help="only these (default: all that the data can carry)")
+    add("--shares", nargs="+", type=positive(float), default=[1, 5, 20, 100], metavar="K",
+        help="relearn on K per cent of the forget rows (default: 1 5 20 100)")
+    add("--lr", type=positive(float), help="of relearning (default: the preset's)")
+    add("--samples", type=positive(int), default=64, help="answers a question (default: 64)")
+    add("--sample-rows", type=positive(int), default=40, help="forget rows that are sampled (default: 40)")
+    add("--max-rows", type=not_negative(int), default=200,
+        help="forget rows that are measured, the first ones, 0 for all (default: 200)")
+    add("--seed", type=not_negative(int), default=0, help="of rows' order and of samples (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
+    add("--out", required=True, help="folder of robustness.json, .md and .png; goes on with what is there")
+    return parser
+
+
+def make_lab(args, lm, tokenizer, meta: dict) -> Lab:
+    """What the attacks share. Raises InputError for what the data or the model can't carry."""
+    world = ALONE._replace(device=pick_device(args.device))
+    trained_on = meta.get("trained_on", {})
+    known = settings_of(split_model(args.model)[0] or meta.get("preset"))
+    task = load_task(args.data or trained_on.get("data", "builtin"), args.split or recorded_split(trained_on),
+                     args.forget, args.retain)
+    rows = task.evaluated["forget"][:args.max_rows or None]
+    lab = Lab(task, tokenizer, meta.get("template") or known.template,
+              getattr(lm.config, "max_position_embeddings", None), rows, known, world, args.lr or known.lr,
+              tuple(args.shares), args.samples, args.sample_rows, args.seed, compute_metrics, log_truth_ratio)
+    texts = [t.encoded for some in lab.prepared().texts.values() for t in some]
+    check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
+    if "prompts" in (args.attacks or ATTACKS):
+        try:
+            asked_otherwise(lab)
+        except InputError as error:
+            if args.attacks:
+                raise
+            print(f"note: prompts is left out: {error}")
+            args.attacks = [name for name in ATTACKS if name != "prompts"]
+    args.attacks = args.attacks or list(ATTACKS)
+    return lab
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    if max(args.shares) > 100:
+        raise InputError(f"--shares {max(args.shares):g}: per cent of the forget rows, at most 100")
+    out = Path(args.out)
+    refuse_unwritable([out / "robustness.json"])
+    keep_freed_memory(pick_device(args.device))
+    flush_denormals()
+    models, tokenizer, meta = load_models(args)
+    lab = make_lab(args, models["model"], tokenizer, meta)
+    weights = {name: weights_hash(lm) for name, lm in models.items()}
+    result = read_result(out / "robustness.json", weights)
+    for name, without in (("start", "no measure of what there was to know, none of changed codes"),
+                          ("retrained", "no control, no forget quality")):
+        if name not in models:
+            print(f"note: without --{name}: {without}")
+    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {lab.lr:g}")
+    weights = {**result["provenance"].get("weights", {}), **weights}
+    result["provenance"] = {**environment(), "weights": weights, "data": lab.task.source,
+                            "data_fingerprint": lab.task.fingerprint, "split": lab.task.split,
+                            "rows": len(lab.rows), "lr": lab.lr, "template": lab.template, "seed": lab.seed}
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / "robustness.lock"):
+        carry_out(lab, models, result, args.attacks, out / "robustness.json")
+    lines = table(result["attacks"])
+    (out / "robustness.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw(result["attacks"], out / "robustness.png")
+    print("\n".join(lines), f"\n{out}: robustness.json, robustness.md, robustness.png")
+
+
+if __name__ == "__main__":
+    run_command(main, "robustness_tofu.py")
