@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+from evaluation.logs import MIA
 from study import grid, verdicts
 from study.answers import KINDS
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
@@ -106,6 +107,19 @@ def single_runs_table(runs: list) -> list[str]:
     keys = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
     return runs_table([key.replace("_", " ") for key in keys],
                       [([r[key] for key in keys], [r]) for r in runs])
+
+
+def sharper_table(runs: list) -> list[str]:
+    """What forget quality can't see (docs/beyond.md), at the end of each record that has it."""
+    keys = {"extraction strength": "forget_extraction_strength",
+            "exact memorisation": "forget_exact_memorization",
+            "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak"}
+    rows = []
+    for run in runs:
+        if (run.get("forget_extraction_strength") or [None])[-1] is not None:
+            values = [run[key][-1] for key in keys.values()] + [run["mia"][name][-1] for name in MIA]
+            rows.append([run["method"], run["seed"], *("-" if v is None else f"{v:.3g}" for v in values)])
+    return table(["method", "seed", *keys, *(f"AUC {name.replace('_', '-')}" for name in MIA)], rows)
 
 
 def ceiling_table(study: dict) -> list[str]:

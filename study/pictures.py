@@ -23,8 +23,11 @@ from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at,
 plt.switch_backend("Agg")
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
-          "simnpo": "tab:purple"}
+          "simnpo": "tab:purple", "wga": "tab:brown", "satimp": "tab:pink", "tnpo": "tab:gray",
+          "ceu": "tab:olive", "undial": "tab:cyan"}
 LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}  # what keeps the rest
+SETTINGS = ("method", "split", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs", "data",
+            "model")  # of a single run; what differs in its seed alone is one line
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 QUALITY = "forget_quality_log10"
@@ -208,14 +211,18 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 
 def single_runs(runs: list, path: Path):
-    """Records of any settings, a line each, named by what differs; by their place too where nothing does."""
-    differ = [key for key in ("lr", "beta", "seed") if len({r[key] for r in runs}) > 1]
-    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in differ)]) for r in runs]
+    """Records of any settings, a line for those that differ in their seed alone, named by what differs; by
+    their place too where nothing does."""
+    alike = {}  # settings without the seed -> runs
+    for run in runs:
+        alike.setdefault((*run["steps"], *(run[key] for key in SETTINGS)), []).append(run)
+    differ = [key for key in ("lr", "beta") if len({r[key] for r in runs}) > 1]
+    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in differ)]) for r, *_ in alike.values()]
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
-    named = dict(zip(names, runs, strict=True))
+    named = dict(zip(names, alike.values(), strict=True))
     return evolution({"chosen": named}, path, ("forget quality",),
-                     select=lambda _study, _split, name: [named[name]])
+                     select=lambda _study, _split, name: named[name])
 
 
 def figure7(study: dict, path: Path):
