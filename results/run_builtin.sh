@@ -21,4 +21,4 @@ export -f run from_start
   done; } | xargs -P 2 -I{} bash -c '{} > /dev/null'
 printf '%s\n' 1 2 | xargs -P 2 -I{} bash -c 'from_start {} > /dev/null'
 python figures_tofu.py --collect runs/builtin/* runs/models/tiny-retain90-seed0-* --out results/builtin_forget10.json
-python figures_tofu.py --collect runs/builtin/npo+rt-seed0 runs/starts/npo+rt-* --out results/builtin_starts.json
+python figures_tofu.py --collect runs/builtin/npo+rt-seed0 runs/starts/npo+rt-* runs/models/tiny-retain90-seed0-* runs/starts/retain90-* --out results/builtin_starts.json
