@@ -60,8 +60,10 @@ def draw(attacks: dict, path: Path):
                         color=color, marker=marker, label=f"{LABELS[name]}, {what}")
         known = {what: s for attack in ("quantize", "prompts") if name in attacks.get(attack, {})
                  for what, s in last_states(attacks[attack][name]).items()}
-        bars.bar([places.index(what) + shift for what in known],
-                 [s["extraction_strength"] for s in known.values()], 0.25, color=color, label=LABELS[name])
+        if known:
+            bars.bar([places.index(what) + shift for what in known],
+                     [s["extraction_strength"] for s in known.values()], 0.25, color=color,
+                     label=LABELS[name])
         if name in attacks.get("sample", {}):
             leak = attacks["sample"][name]["states"][-1]["leak"]
             leaks.plot([int(k) for k in leak], list(leak.values()), color=color, marker=marker,
@@ -69,7 +71,8 @@ def draw(attacks: dict, path: Path):
     curves.set(xlabel="step of relearning", ylabel="extraction strength", title="relearning")
     bars.set(xticks=range(len(places)), title="quantised, asked otherwise")
     bars.set_xticklabels(places, rotation=30, ha="right")
-    leaks.set(xlabel="samples k", xscale="log", title="leak@k", ylim=(-0.02, 1.02))
+    leaks.set_xscale("log", base=2)
+    leaks.set(xlabel="samples k", title="leak@k", ylim=(-0.02, 1.02))
     for axes in (curves, bars, leaks):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
