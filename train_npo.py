@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from evaluate_tofu import compute_metrics
+from evaluate_tofu import compute_metrics, log_truth_ratio
 from losses import nll_loss
 from models.answers import NOTHING, AnswerModel, OnLogits
 from models.layers import prepare_layers
@@ -352,7 +352,7 @@ def run_job(job: Job, begin: float, world: World):
             if world.rank == 0:
                 (folder / "done").touch()
         reference = Reference(folder, job.reference_mark(), job.plan, world.device)
-    with RunFolder(job, reference, job.meta(), compute_metrics, world) as run:
+    with RunFolder(job, reference, job.meta(), compute_metrics, log_truth_ratio, world) as run:
         train(s, job.plan, model, reference, run, world)
         run.finish(model, time.perf_counter() - begin)
 

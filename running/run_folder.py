@@ -27,6 +27,7 @@ from models.saving import save_model
 from running import checkpoints
 from running.model_card import model_card
 from running.processes import peak_memory
+from running.trajectory import draw_trajectory, log_ratios
 from support.command_line import number
 from support.errors import InputError
 from support.files import write_json
@@ -81,11 +82,13 @@ def appears(folder: Path, config: dict) -> bool:
 
 class RunFolder:
     """A run's folder while the run goes on. metrics_of: (rows, the retrained model's forget rows, its holdout
-    rows) -> metrics."""
+    rows) -> metrics; log_ratio_of: row -> log R or None."""
 
-    def __init__(self, job, reference, meta: dict, metrics_of: Callable, world: World):
+    def __init__(self, job, reference, meta: dict, metrics_of: Callable, log_ratio_of: Callable,
+                 world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
-        self.reference, self.meta, self.metrics_of, self.world = reference, meta, metrics_of, world
+        self.reference, self.meta, self.world = reference, meta, world
+        self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
         self.mark = job.run_mark()
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
         every = self.s.checkpoint_every
@@ -250,11 +253,14 @@ class RunFolder:
         if self.world.rank > 0 or len(evaluations) < 2:
             self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
             return
-        plot_trajectory(evaluations, self.s.method, self.folder / "trajectory.png")
         start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
         for name, step in {"start": start, "best": best, "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
         before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
+        samples = log_ratios({"start": before["forget"], "retrained": self.job.retrained_rows,
+                              "unlearned": after["forget"]}, self.log_ratio_of)
+        log = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        draw_trajectory(self.s.method, evaluations, log, samples).savefig(self.folder / "trajectory.png")
         for name in ("forget", "retain"):
             middle = len(before[name]) // 2
             row = before[name][middle]
@@ -280,31 +286,3 @@ def best_step(evaluations: dict) -> int:
     if None in merits.values():
         merits = {step: m["retain"]["probability"] - m["forget"]["probability"] for step, m in later.items()}
     return max(merits, key=merits.get)
-
-
-def plot_trajectory(evaluations: dict, method: str, path: Path):
-    """Forget quality (log scale, the 0.05 line) and, over steps, model utility, the two probabilities, the
-    forget rows' extraction strength and their AUC against the holdout."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    steps, metrics = zip(*sorted(evaluations.items()), strict=True)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(steps, [m["forget_quality_log10"] for m in metrics], "o-", color="black")
-    left.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
-    left.set(xlabel="step", ylabel="log10 forget quality", title=f"{method}: forget quality")
-    curves = [("model utility", [m["model_utility"] for m in metrics], "o-", "black")]
-    for name, style, color in (("forget", "s--", "tab:red"), ("retain", "^:", "tab:blue")):
-        curves.append((f"{name} probability", [m[name]["probability"] for m in metrics], style, color))
-    curves += [("extraction strength", [m["forget"].get("extraction_strength") for m in metrics], "v--",
-                "tab:orange"),
-               ("MIA AUC (min-k)", [m.get("mia", {}).get("min_k") for m in metrics], "D:", "tab:gray")]
-    for name, values, style, color in curves:
-        if None not in values:
-            right.plot(steps, values, style, color=color, label=name)
-    right.set(xlabel="step", ylim=(-0.02, 1.02), title="what is kept and what is lost")
-    for axes in (left, right):
-        axes.legend()
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

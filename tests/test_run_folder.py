@@ -5,13 +5,16 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
-from evaluate_tofu import recorded_split
+from evaluate_tofu import log_truth_ratio, recorded_split
 from models.loading import load_model
+from running import run_folder
 from running.job import doubts_of_start, prepare_job
 from running.run_folder import best_step
 from running.settings import parse, resolve
+from running.trajectory import draw_trajectory, log_ratios
 from support import provenance
 from support.errors import InputError
 from support.world import ALONE
@@ -66,6 +69,62 @@ def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
     assert provenance.environment()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")
 
 
+# ---------------------------------------------------------------- the picture
+
+def panels(log: list, samples: dict, quality=-3.0, utility=0.5) -> dict:
+    """title -> axes of a picture with two evaluations."""
+    curve = {0: metrics(quality, utility, 0.9, 0.9), 2: metrics(quality, utility, 0.1, 0.8)}
+    return {axes.get_title(): axes for axes in draw_trajectory("npo", curve, log, samples).axes}
+
+
+def lines(axes) -> dict:
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+
+
+def test_the_picture_has_the_weight_and_every_models_truth_ratios():
+    samples = {"start": [1.0, 2.0, 2.0], "retrained": [-1.0, 0.0], "unlearned": [-1.0] * 5}
+    drawn = panels([{"step": 1, "mean_W": 1.0}, {"step": 2, "mean_W": 0.4}], samples)
+    assert list(drawn) == ["forget quality", "what is kept and what is lost",
+                           "weight on gradient ascent's gradient", "truth ratios"]
+    assert lines(drawn["forget quality"])["0.05"] == [np.log10(0.05)] * 2
+    assert lines(drawn["weight on gradient ascent's gradient"])["mean W of the batch"] == [1.0, 0.4]
+    outlines = {patch.get_label(): patch.get_data() for patch in drawn["truth ratios"].patches}
+    for name, sample in samples.items():
+        counts, edges, _ = outlines[name]
+        assert counts.sum() == len(sample) and np.array_equal(edges, outlines["start"].edges)
+        middles = (edges[:-1] + edges[1:]) / 2
+        assert np.average(middles, weights=counts) == pytest.approx(np.mean(sample), abs=edges[1] - edges[0])
+
+
+def test_a_picture_without_retain_log_perturbed_answers_or_weight_has_the_other_panels():
+    row = {"answer_nll": 1.0, "answer_tokens": 1}
+    samples = log_ratios({"start": [row], "retrained": None, "unlearned": [row]}, log_truth_ratio)
+    log = [{"step": k, "loss": 0.0, "forget_loss": -k, "retain_loss": k} for k in (1, 2)]
+    drawn = panels(log, samples, quality=None, utility=None)
+    assert list(drawn) == ["what is kept and what is lost", "parts of the loss"]
+    assert lines(drawn["parts of the loss"]) == {"forget loss": [-1, -2], "retain loss": [1, 2]}
+    assert set(lines(drawn["what is kept and what is lost"])) == {"forget probability", "retain probability"}
+
+
+def test_the_samples_are_first_and_last_evaluation_and_retain_log(small_model, small_data, tmp_path,
+                                                                  monkeypatch):
+    seen, given = [], {"model": str(small_model), "data": str(small_data), "epochs": 2, "lr": 1e-2,
+                             "batch_size": 10, "out": str(tmp_path / "run")}
+    monkeypatch.setattr(run_folder, "draw_trajectory",
+                        lambda *content: seen.append(content) or draw_trajectory(*content))
+    job = start_of(small_model, small_data, tmp_path)
+    retain_log = retain_log_of(job, tmp_path / "log.json", template="llama2")
+    folder = carry_out(resolve({**given, "retain_log": str(retain_log)}), ALONE)
+    [(_, evaluations, log, samples)] = seen
+    files = {"start": folder / "eval" / "step_000000.json", "retrained": retain_log,
+             "unlearned": folder / "eval" / "step_000004.json"}
+    expected = {name: list(map(log_truth_ratio, json.loads(path.read_text())["rows"]["forget"]))
+                for name, path in files.items()}
+    assert samples == expected and samples["start"] != samples["unlearned"]
+    assert list(evaluations) == [0, 2, 4] and [line["step"] for line in log] == [1, 2, 3, 4]
+    assert (folder / "trajectory.png").stat().st_size > 5000
+
+
 # ---------------------------------------------------------------- what fits together
 
 def model_with(small_model, folder, **meta):
@@ -79,6 +138,15 @@ def start_of(small_model, small_data, tmp_path, **flags):
     return prepare_job(resolve({"model": str(small_model), "data": str(small_data), "epochs": 1,
                                 "batch_size": 8,
                                 "eval_every": "epoch", **flags}), ALONE)
+
+
+def retain_log_of(job, path, template):
+    """A log with made-up numbers for the job's forget rows."""
+    rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g",
+             "answer_nll": 1.0, "answer_tokens": 1, "rouge_l_recall": 0.0, "perturbed_nll": [i / 10],
+             "perturbed_tokens": [1]} for i, row in enumerate(job.prepared.rows["forget"])]
+    path.write_text(json.dumps({"rows": {"forget": rows}, "provenance": {"template": template}}))
+    return path
 
 
 def test_another_template_than_the_starts_is_refused(small_model, small_data, tmp_path):
@@ -98,14 +166,9 @@ def test_a_start_that_may_not_know_the_rows_is_warned_of(small_model, small_data
 
 def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tmp_path):
     job = start_of(small_model, small_data, tmp_path)
-    rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g",
-             "answer_nll": 1.0,
-             "answer_tokens": 1, "rouge_l_recall": 0.0, "perturbed_nll": [1.0], "perturbed_tokens": [1]}
-            for i, row in enumerate(job.prepared.rows["forget"])]
-    log = tmp_path / "log.json"
-    log.write_text(json.dumps({"rows": {"forget": rows}, "provenance": {"template": "llama2"}}))
+    log = retain_log_of(job, tmp_path / "log.json", template="llama2")
     start_of(small_model, small_data, tmp_path, retain_log=str(log))
-    log.write_text(json.dumps({"rows": {"forget": rows}, "provenance": {"template": "qa"}}))
+    retain_log_of(job, log, template="qa")
     with pytest.raises(InputError, match="measured with --template qa"):
         start_of(small_model, small_data, tmp_path, retain_log=str(log))
 
