@@ -150,7 +150,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 
 
 @needs_proc
-@pytest.mark.parametrize("restarts", (0, 1))
+@pytest.mark.parametrize("restarts", (0, pytest.param(1, marks=pytest.mark.slow)))
 def test_a_killed_worker_ends_the_job_or_torchrun_starts_it_again(small, tmp_path, restarts):
     """Within 30 seconds and with the reason; with --max-restarts the run goes on from its last checkpoint."""
     args, whole = small
