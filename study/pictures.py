@@ -211,13 +211,15 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 
 def single_runs(runs: list, path: Path):
-    """Records of any settings, a line for those that differ in their seed alone, named by what differs; by
-    their place too where nothing does."""
+    """Records of any settings, a line for those that differ in their seed alone; the same method is named by
+    lr and beta, and by its place too where these are the same."""
     alike = {}  # settings without the seed -> runs
     for run in runs:
         alike.setdefault((*run["steps"], *(run[key] for key in SETTINGS)), []).append(run)
-    differ = [key for key in ("lr", "beta") if len({r[key] for r in runs}) > 1]
-    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in differ)]) for r, *_ in alike.values()]
+    firsts = [some[0] for some in alike.values()]
+    methods = [r["method"] for r in firsts]
+    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in ("lr", "beta"))])
+             if methods.count(r["method"]) > 1 else r["method"] for r in firsts]
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
     named = dict(zip(names, alike.values(), strict=True))
