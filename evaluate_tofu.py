@@ -194,10 +194,11 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
             nats, tokens = (sum(row[key] for row in rows[name]) for key in ("kl", "answer_tokens"))
             metrics[f"{name}_kl"] = nats / tokens
     if rows.get(HOLDOUT_SET):
-        retrained = {"min_k": None}
-        if retrained_rows and retrained_holdout:
-            retrained = mia_aucs(retrained_rows, retrained_holdout[:len(rows[HOLDOUT_SET])])
-        metrics["mia"] = mia_aucs(rows["forget"], rows[HOLDOUT_SET])
+        holdout, retrained = rows[HOLDOUT_SET], {"min_k": None}
+        others = (retrained_holdout or [])[:len(holdout)]
+        if retrained_rows and [row["answer"] for row in others] == [row["answer"] for row in holdout]:
+            retrained = mia_aucs(retrained_rows, others)
+        metrics["mia"] = mia_aucs(rows["forget"], holdout)
         metrics["privleak"] = privleak(metrics["mia"]["min_k"], retrained["min_k"])
     return {**metrics, **sets}
 

@@ -187,7 +187,7 @@ def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor
     _check(beta, policy_logits, reference_logits)
     assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
     reference = reference_logits.detach().to(torch.promote_types(reference_logits.dtype, torch.float32))
-    less = reference.new_full((*targets.shape, 1), -beta)
+    less = reference.new_full((*targets.shape, 1), -min(beta, torch.finfo(reference.dtype).max))
     return _cross_entropy(policy_logits, reference.scatter_add(-1, targets.unsqueeze(-1), less))
 
 

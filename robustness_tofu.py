@@ -15,7 +15,8 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 
 from pathlib import Path
 
-from data.tofu import load_task
+from data.prompts import encode
+from data.tofu import load_task, parse_split
 from evaluate_tofu import compute_metrics, log_truth_ratio, recorded_split, refuse_unwritable
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
@@ -68,6 +69,9 @@ def make_lab(args, lm, tokenizer, meta: dict) -> Lab:
               tuple(args.shares), args.samples, args.sample_rows, args.seed, compute_metrics, log_truth_ratio)
     texts = [t.encoded for some in lab.prepared().texts.values() for t in some]
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
+    if "relearn" in (args.attacks or ATTACKS):  # a text above the context is refused now, not halfway
+        pairs = [(row["question"], row["answer"]) for row in [*task.forget, *task.retain]]
+        encode(tokenizer, lab.template, pairs, lab.context)
     if "prompts" in (args.attacks or ATTACKS):
         try:
             asked_otherwise(lab)
@@ -84,6 +88,10 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     if max(args.shares) > 100:
         raise InputError(f"--shares {max(args.shares):g}: per cent of the forget rows, at most 100")
+    if args.split and not (args.forget or args.retain) and parse_split(args.split)[0] != "forget":
+        raise InputError(f"--split {args.split}: need a forget split, forget01 to forget99")
+    if args.seed >= 2**63:
+        raise InputError(f"--seed {args.seed} is too large: need less than 2^63")
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
     keep_freed_memory(pick_device(args.device))
@@ -91,7 +99,7 @@ def main(argv=None):
     models, tokenizer, meta = load_models(args)
     lab = make_lab(args, models["model"], tokenizer, meta)
     weights = {name: weights_hash(lm) for name, lm in models.items()}
-    result = read_result(out / "robustness.json", weights)
+    result = read_result(out / "robustness.json", weights, lab)
     for name, without in (("start", "no measure of what there was to know, none of changed codes"),
                           ("retrained", "no control, no forget quality")):
         if name not in models:
@@ -100,7 +108,9 @@ def main(argv=None):
     weights = {**result["provenance"].get("weights", {}), **weights}
     result["provenance"] = {**environment(), "weights": weights, "data": lab.task.source,
                             "data_fingerprint": lab.task.fingerprint, "split": lab.task.split,
-                            "rows": len(lab.rows), "lr": lab.lr, "template": lab.template, "seed": lab.seed}
+                            "template": lab.template, "rows": len(lab.rows), "lr": lab.lr,
+                            "shares": lab.shares, "samples": lab.samples, "sample_rows": lab.sample_rows,
+                            "seed": lab.seed}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
         carry_out(lab, models, result, args.attacks, out / "robustness.json")

@@ -10,6 +10,7 @@ copy in a cache; a Hub id goes through `datasets`.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,10 +144,12 @@ def load_sets(data: str) -> tuple[dict, list, str]:
                 raise InputError(f"{own} has no line: write one refusal a line, or remove the file")
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) and not folder.exists():
         sets = {name: _from_hub(data, name) for name in SETS}
+        with suppress(InputError):  # not every data set has one; whoever needs it says so
+            sets[HOLDOUT] = _from_hub(data, HOLDOUT)
     else:
         raise InputError(f"--data {data}: not 'builtin', no folder, and no Hub id such as locuslab/TOFU")
     options = {"perturbed_answer": list}  # their answer is its own paraphrase
-    further = {"full": {}, "real_authors_perturbed": options, "world_facts_perturbed": options}
+    further = {"full": {}, HOLDOUT: {}, "real_authors_perturbed": options, "world_facts_perturbed": options}
     for name, rows in sets.items():
         for line, row in enumerate(rows, 1):
             check_row(row, f"{data}: {name}.json line {line}", further.get(name, PERTURBED))

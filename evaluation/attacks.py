@@ -166,11 +166,13 @@ def add_halfway(entries: dict):
 def steps_to(curve: list[dict], target: float) -> float | None:
     """The step at which extraction strength reaches `target`, linear between the measured ones; None: never.
     curve: states, the one before the first step among them."""
+    if curve[0]["extraction_strength"] >= target:
+        return 0.0
     for (a, b) in zip(curve, curve[1:], strict=False):
         low, high = a["extraction_strength"], b["extraction_strength"]
         if low < target <= high:
             return a["step"] + (target - low) / (high - low) * (b["step"] - a["step"])
-    return 0.0 if curve[0]["extraction_strength"] >= target else None
+    return None
 
 
 # ---------------------------------------------------------------- quantisation
@@ -329,19 +331,24 @@ def load_models(args) -> tuple[dict, object, dict]:
     return {name: models[name] for name in NAMES if name in models}, first[1], first[2]
 
 
-def read_result(path: Path, weights: dict) -> dict:
-    """What was found before. Raises InputError where it is of other weights."""
+def read_result(path: Path, weights: dict, lab: Lab) -> dict:
+    """What was found before. Raises InputError where it is of other weights, rows or settings."""
     if not path.exists():
         return {"attacks": {}, "provenance": {}}
     try:
         result = json.loads(read_text(path))
-        before = result["provenance"]["weights"]
-    except (ValueError, KeyError, TypeError) as error:
+        before, entries = dict(result["provenance"]["weights"]), dict(result["attacks"])
+        settings = {name: [entry["settings"] for entry in found.values()] for name, found in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not what this command writes ({error}): give another --out") from None
     for name, known in before.items():
         if weights.get(name, known) != known:
             raise InputError(f"{path} has attacks on another {LABELS[name]} model ({known}, here "
                              f"{weights[name]}): give another --out")
+    stale = [name for name, marks in settings.items() if any(mark != lab.mark(name, []) for mark in marks)]
+    if stale:
+        raise InputError(f"{path} has {', '.join(stale)} on other rows or with other settings: give another "
+                         "--out")
     return result
 
 
@@ -362,7 +369,7 @@ def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
                       *attacked(lab, attack, model, models.get("start"))]
             if name != "retrained":
                 states = with_quality(states, entries.get("retrained", {}).get("states"))
-            entries[name] = {"mark": mark, "states": states}
+            entries[name] = {"mark": mark, "settings": lab.mark(attack, []), "states": states}
             if attack == "relearn":
                 add_halfway(entries)
             write_json(path, result)

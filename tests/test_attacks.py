@@ -168,6 +168,8 @@ def test_steps_halfway_are_linear_between_measured_ones():
     curve = [{"step": k, "extraction_strength": x} for k, x in ((0, 0.1), (1, 0.2), (4, 0.5))]
     assert steps_to(curve, 0.35) == pytest.approx(2.5) and steps_to(curve, 0.6) is None
     assert steps_to(curve, 0.05) == 0
+    dips = [{"step": k, "extraction_strength": x} for k, x in ((0, 0.9), (1, 0.3), (2, 0.6))]
+    assert steps_to(dips, 0.5) == 0
 
 
 # ---------------------------------------------------------------- the command
@@ -204,6 +206,8 @@ def test_the_command_writes_goes_on_and_refuses_other_weights(models, tmp_path, 
     before = file.read_bytes()
     with pytest.raises(InputError, match="another unlearned model"):
         run(monkeypatch, tmp_path, *flags({"model": models["start"]}, "--out", "out"))
+    with pytest.raises(InputError, match="relearn on other rows or with other settings"):
+        run(monkeypatch, tmp_path, *flags(models, "--out", "out"), "--shares", 20, 50)
     assert file.read_bytes() == before
 
 
@@ -226,7 +230,8 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     (("--shares", 0), "must be positive"), (("--shares", 101), "at most 100"), (("--samples", 0), "positive"),
     (("--attacks", "steal"), "invalid choice"), (("--start", "OTHER"), "another tokenizer"),
     (("--retrained", "LARGER"), "other shapes"), (("--start", "nowhere"), "neither a preset"),
-    (("--data", "nowhere"), "no Hub id"), (("--out", "/proc/x"), "cannot write")])
+    (("--data", "nowhere"), "no Hub id"), (("--out", "/proc/x"), "cannot write"),
+    (("--split", "retain90"), "need a forget split"), (("--seed", 2**63), "too large")])
 def test_the_command_refuses_and_writes_nothing(models, small_model, tmp_path, monkeypatch, more, sentence):
     if "LARGER" in more:
         _, tokenizer, meta = load_model(str(models["model"]))

@@ -305,6 +305,8 @@ def test_membership_scores_and_privleak_by_hand():
     rows = {"forget": rows_with([1.0]), "holdout": holdout}
     rows["forget"][0] |= forget[0]
     assert compute_metrics(rows, rows["forget"], holdout)["privleak"] is None  # its AUC is 1
+    others = [{**holdout[0], "answer": "of another holdout"}]
+    assert compute_metrics(rows, rows["forget"], others)["privleak"] is None
     assert compute_metrics(rows, rows["forget"])["privleak"] is None
 
 
