@@ -62,15 +62,14 @@ def kill_when(process: subprocess.Popen, moment) -> bool:
 def small(small_model, small_data, tmp_path_factory):
     """(flags of a run of 24 steps with four evaluations, an undisturbed run of it)."""
     args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 8, "--batch-size",
-            7,
-            "--lr", 1e-3, "--eval-every", 8, "--checkpoint-every", 2]
+            7, "--lr", 1e-3, "--eval-every", 8, "--checkpoint-every", 2]
     folder = tmp_path_factory.mktemp("whole")
     assert start([*args, "--out", "run"], folder).wait() == 0
     return args, folder / "run"
 
 
-@pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint", "inside an "
-                                                                                          "evaluation"))
+@pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint",
+                                    pytest.param("inside an evaluation", marks=pytest.mark.slow)))
 def test_a_killed_run_ends_as_if_never_interrupted(small, tmp_path, moment):
     args, whole = small
     run = tmp_path / "run"

@@ -36,8 +36,10 @@ def log(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("processes, loss", (pytest.param(2, "tnpo", marks=pytest.mark.slow),
-                                             pytest.param(2, "undial", marks=pytest.mark.slow), (4, "kto")))
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "tnpo"), (2, "undial"), (4, "kto"))]
+
+
+@pytest.mark.parametrize("processes, loss", ((2, "kto"), *SLOW))
 def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes, loss):
     """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight
     hash."""
