@@ -34,7 +34,8 @@ def draw_trajectory(method: str, evaluations: dict, log: list, samples: dict) ->
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (draw, content) in zip(grid.flat, panels.items(), strict=True):
         draw(axes, *content)
-        axes.legend(fontsize=8)
+        if not axes.get_legend():
+            axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     figure.suptitle(method)
     return figure
@@ -66,9 +67,12 @@ def draw_weight(axes, log: list):
     """The mean of Eq. 5's W over a step's batch; of a loss without a weight, its parts."""
     steps = [line["step"] for line in log]
     if "mean_W" in log[0]:
-        axes.plot(steps, [line["mean_W"] for line in log], color="black", label="mean W of the batch")
+        weights = [line["mean_W"] for line in log]
+        axes.plot(steps, weights, color="black", label="mean W of the batch")
         axes.axhline(1, color="tab:red", linestyle="--", label="gradient ascent")
-        axes.set(xlabel="step", ylabel="W", ylim=(-0.02, None), title="weight on gradient ascent's gradient")
+        axes.set(xlabel="step", ylabel="W", ylim=(-0.02, 1.05 * max(1, *weights)),
+                 title="weight on gradient ascent's gradient")
+        axes.legend(fontsize=8, loc="center right")  # it falls from 1 to 0
         return
     for part in ("forget_loss", "retain_loss", "kl_loss"):
         if part in log[0]:

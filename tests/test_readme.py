@@ -1,11 +1,17 @@
-"""README's promises: its commands parse, and its diff adds an objective that trains."""
+"""README's and the lecture's promises: commands parse, pictures exist, and the diff adds an objective that
+trains."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import evaluate_tofu
+import synthetic
 from conftest import ROOT
+from running.settings import parse
+from support.command_line import Parser
 
 
 def applied(diff: str, text: list[str]) -> list[str]:
@@ -40,3 +46,27 @@ def test_the_diff_adds_an_objective_that_trains(small_model, small_data, tmp_pat
                           cwd=tmp_path, timeout=180)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "squared+rt" in done.stdout and (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_lectures_commands_parse_and_its_pictures_are_there(tmp_path, monkeypatch):
+    """Every exercise has a command, a question, a picture of at most 150 KB and its answer in a fold."""
+    monkeypatch.chdir(tmp_path)  # where no run is
+    exercises = re.split(r"^## \d+\. ", (ROOT / "docs" / "lecture.md").read_text(), flags=re.M)[1:]
+    assert 8 <= len(exercises) <= 9
+    parsers = {"train_npo.py": parse, "synthetic.py": synthetic.parse_args,
+               "evaluate_tofu.py": evaluate_tofu.build_parser().parse_args,
+               "theory_check.py": lambda words: Parser().parse_args(words)}  # it is given none
+    shown = []
+    for exercise in exercises:
+        [block] = re.findall(r"```\n(.*?)```", exercise, re.S)
+        for line in block.splitlines():
+            python, script, *words = shlex.split(line, comments=True)
+            assert python == "python"
+            if "squared" not in words:  # README's diff, tested above
+                parsers[script](words)
+        asked, folded = exercise.split("<details>")
+        assert "**Before you run it.**" in asked and folded.strip().endswith("</details>")
+        shown += re.findall(r"!\[.+\]\(\.\./(results/.+?\.png)\)", exercise)
+    assert len(shown) >= len(exercises)
+    for picture in shown:
+        assert 10_000 < (ROOT / picture).stat().st_size <= 150_000, picture
