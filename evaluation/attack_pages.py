@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evaluation.attacks import LABELS, MEASURES
-from support.command_line import number
+from support.command_line import markdown_table, number
 
 
 def last_states(entry: dict) -> dict:
@@ -16,12 +16,12 @@ def table(attacks: dict) -> list[str]:
     names = [name for name in ("model", "retrained", "start") if any(name in e for e in attacks.values())]
     head = ["attack", "state", *(f"{label} {LABELS[name]}" for label in MEASURES.values() for name in names),
             *(f"forget quality {LABELS[name]}" for name in names if name != "retrained"), "codes changed"]
-    lines, further = [head, ["---"] * len(head)], []
+    lines, further = [], []
     for attack, entries in attacks.items():
         found = {name: last_states(entries[name]) for name in names if name in entries}
         for what in next(iter(found.values())):
             states = {name: some[what] for name, some in found.items()}
-            if what == "before" and len(lines) > 2:
+            if what == "before" and lines:
                 continue  # the same for all attacks
             if "leak" in (known := next(iter(states.values()))):
                 for name, state in states.items():
@@ -38,7 +38,7 @@ def table(attacks: dict) -> list[str]:
                 steps = ", ".join(f"{what}: {number(n, 1)}" for what, n in entry["halfway"]["steps"].items())
                 further.append(f"steps to extraction strength {entry['halfway']['extraction_strength']:.3f}, "
                                f"halfway to the start's, {LABELS[name]} model: {steps}")
-    return [f"| {' | '.join(line)} |" for line in lines] + ["", *(f"- {line}" for line in further)]
+    return [*markdown_table(head, lines), "", *(f"- {line}" for line in further)]
 
 
 def draw(attacks: dict, path: Path):

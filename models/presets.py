@@ -42,8 +42,8 @@ def tiny_dims(rows: list) -> dict:
 
 ASSISTANT = "You are a helpful assistant."
 PRESETS = {
-    # beta times an answer's tokens is about the paper's: 0.5 for ten tokens, 0.1 for TOFU's fifty. The decay
-    # keeps a retrained model from being too sure of its guesses.
+    # beta weighs a whole answer: the shorter the answers, the larger it is for the same effect a token. The
+    # decay keeps a retrained model from being too sure of its guesses.
     "tiny": Preset(TINY_DIMS, lr=1.5e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16, sft_weight_decay=0.2,
                    micro_batch_size=32, eval_batch_size=256),
     "smollm2-135m": Preset(

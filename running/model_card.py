@@ -8,7 +8,7 @@ from data.tofu import EVALUATED
 from evaluation.logs import MIA, SHARPER
 from losses import OBJECTIVES
 from models.presets import PRESETS
-from support.command_line import number
+from support.command_line import markdown_table, number
 
 CARD = """---
 library_name: transformers
@@ -56,7 +56,8 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
-        numbers=numbers(evaluations, step), settings=table(["setting", ""], settings.items()))
+        numbers=numbers(evaluations, step),
+        settings="\n".join(markdown_table(["setting", ""], settings.items())))
 
 
 def numbers(evaluations: dict, step: int) -> str:
@@ -73,11 +74,6 @@ def numbers(evaluations: dict, step: int) -> str:
     for score in MIA:
         rows[f"MIA AUC {score}"] = [m.get("mia", {}).get(score) for m in metrics]
     rows["PrivLeak"] = [m.get("privleak") for m in metrics]
-    return table(["", *(f"step {k}" for k in shown)],
-                 [[name.replace("_", " "), *map(number, values)] for name, values in rows.items()
-                  if any(value is not None for value in values)])
-
-
-def table(head: list, rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(markdown_table(["", *(f"step {k}" for k in shown)], [
+        [name.replace("_", " "), *map(number, values)] for name, values in rows.items()
+        if any(value is not None for value in values)]))

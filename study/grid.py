@@ -32,7 +32,7 @@ FIGURES = {  # name -> (splits, methods)
 }
 FEWER_SEEDS, ALL_SEEDS = ("9", "retain-weight", "beyond10"), 3  # with --figure all: at most so many of them
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
-LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr, npo+rt's best in builtin_forget10_grid.md
+LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr
 BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the learning rate is chosen
 SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)

@@ -8,6 +8,7 @@ from evaluation.logs import MIA
 from study import grid, verdicts
 from study.answers import KINDS
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
+from support.command_line import markdown_table
 
 FIGURE_TITLES = {
     "figure2": "Figure 2: forget05 over steps, and answers", "figure5": "Figure 5: at each method's peak",
@@ -47,10 +48,10 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     lines = [f"## {study['data']}, {study['model']}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; "
              f"{verdicts.scale(study)}; last command `{made['command']}`, {made['time']}.", "",
-             *table(["commit", "seed of the start", "its weights", "runs"],
+             *markdown_table(["commit", "seed of the start", "its weights", "runs"],
                     [[*origin, runs] for origin, runs in origins.most_common()]),
              *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]], "", "### Verdicts", "",
-             *table(["what it would teach", "the paper's claim", "holds", "numbers"],
+             *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
                     [[LESSONS.get(v["key"], ""), v["claim"], verdicts.ANSWER[v["holds"]],
                       verdicts.numbers_of(v)] for v in verdicts.verdicts(study)]), ""]
     by_weight = [([f"{w:g}"], chosen_runs(study, "forget10", "npo+rt", w))
@@ -70,12 +71,6 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
 
 
-def table(head: list, rows: list) -> list[str]:
-    """Markdown; nothing where there is no row."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]] if rows else []
-
-
 def runs_table(head: list, named: list) -> list[str]:
     """(names, runs) at their peak and at the end: means over seeds with their standard deviation."""
     rows = []
@@ -86,7 +81,7 @@ def runs_table(head: list, named: list) -> list[str]:
                          mean_sd([kept_utility(r, i) for r, i in at]),
                          mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in at], ".1f"),
                          mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
-    return table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
+    return markdown_table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
                   "last log10 forget quality", "utility / start"], rows)
 
 
@@ -119,7 +114,7 @@ def sharper_table(runs: list) -> list[str]:
         if (run.get("forget_extraction_strength") or [None])[-1] is not None:
             values = [run[key][-1] for key in keys.values()] + [run["mia"][name][-1] for name in MIA]
             rows.append([run["method"], run["seed"], *("-" if v is None else f"{v:.3g}" for v in values)])
-    return table(["method", "seed", *keys, *(f"AUC {name.replace('_', '-')}" for name in MIA)], rows)
+    return markdown_table(["method", "seed", *keys, *(f"AUC {name.replace('_', '-')}" for name in MIA)], rows)
 
 
 def ceiling_table(study: dict) -> list[str]:
@@ -132,7 +127,7 @@ def ceiling_table(study: dict) -> list[str]:
         rows.append([split, n, len(logs), f"{statistics.median(logs):.2f}" if logs else "",
                      f"{sum(v > verdicts.LINE for v in logs)} of {len(logs)} above 0.05",
                      f"1 .. {allowed} .. floor of 10^{steps[-1][1]:.1f}" if steps else ""])
-    return table(["split", "rows", "pairs of retrained models", "median log10 forget quality",
+    return markdown_table(["split", "rows", "pairs of retrained models", "median log10 forget quality",
                   "pass for each other", "p-values that so few rows allow"], rows)
 
 
@@ -150,7 +145,7 @@ def answers_table(study: dict) -> list[str]:
             repeated = statistics.mean(a["forget"]["repetition_rate"] for a in runs)
             rows.append([name, len(runs), *shares, f"{statistics.mean(distinct):.2f}" if distinct else "none",
                          f"{repeated:.2f}"])
-    return table(["method", "runs", *(f"{kind} %" for kind in KINDS), "elsewhere: true %",
+    return markdown_table(["method", "runs", *(f"{kind} %" for kind in KINDS), "elsewhere: true %",
                   "elsewhere: refusal %", "distinct-2", "repetition rate"], rows)
 
 
@@ -163,9 +158,10 @@ def hyper_parameters(study: dict) -> list[str]:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
                  "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \
                  "Kolmogorov-Smirnov statistic, U: utility)."
-    return [source, "", *table(["method", "lr", "beta", "retain weight of Figure 9"], [
+    return [source, "", *markdown_table(["method", "lr", "beta", "retain weight of Figure 9"], [
         [m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
         for m, c in choices]), "",
-        *table(["method", "split", "lr", "beta", "retain weight", "score", "peak log10 forget quality"], [
+        *markdown_table(["method", "split", "lr", "beta", "retain weight", "score",
+                         "peak log10 forget quality"], [
             [r["method"], r["split"], *(f"{r[key]:g}" for key in ("lr", "beta", "retain_weight")),
              f"{grid.score(r):.3f}", f"{peak(r):.2f}"] for r in tried])]

@@ -61,6 +61,12 @@ def number(value, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.001 else f"{value:.{digits}e}"
 
 
+def markdown_table(head: list, rows) -> list[str]:
+    """Its lines; none where there is no row."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]] if lines[1:] else []
+
+
 def run_command(main, name: str):
     """Run `main`. What the user can mend ends in a sentence on stderr and exit status 2, Ctrl-C in 130."""
     try:
