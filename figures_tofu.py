@@ -5,7 +5,7 @@
     python figures_tofu.py --draw-only           # from the JSON alone: no model, no run folder
     python figures_tofu.py --collect runs/NAME --out FILE.json    # single runs: records, table, picture
 
-It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md, a page over every such JSON;
+It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, OUT/tofu.md and beyond.md over every such JSON;
 docs/study.md has the figures. A run is known by its settings, data, start and retrained model: one that is in
 the JSON, or finished in --runs, is not made again; one that was interrupted goes on. Seeds vary unlearning
 and retraining; the fine-tuned start is shared. The story: `study/`'s grid (what is needed), workers (running
@@ -17,7 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from data.tofu import load_task
-from study import grid, pages, pictures, records, verdicts, workers
+from study import beyond, grid, pages, pictures, records, verdicts, workers
 from support.command_line import Parser, positive, run_command
 from support.errors import InputError
 from support.files import locked, write_json
@@ -31,7 +31,7 @@ def build_parser() -> Parser:
     add("--seeds", type=positive(int), default=5,
         help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(grid.FEWER_SEEDS)} have at "
         f"most {grid.ALL_SEEDS}")
-    add("--methods", nargs="+", choices=grid.METHODS, metavar="METHOD", help="only these")
+    add("--methods", nargs="+", choices=grid.METHODS + grid.NEWER, metavar="METHOD", help="only these")
     add("--splits", nargs="+", choices=grid.SMALL + grid.LARGE, metavar="SPLIT", help="only these")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER")
     add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
@@ -72,15 +72,18 @@ def open_study(args: Namespace) -> grid.Study:
 
 
 def draw(args: Namespace):
-    """Pictures of this study, and the page over all studies in OUT/tofu."""
-    path, page = records.json_path(args), Path(args.out) / "tofu.md"
+    """Pictures of this study, and the pages over all studies in OUT/tofu."""
+    path, out = records.json_path(args), Path(args.out)
     study = records.read_study(path)
     shown = records.only(study, args.splits, args.methods) if args.draw_only else study
     drawn = pictures.draw(shown, grid.wanted_figures(args), path.with_suffix(""))
+    if "objectives" in grid.wanted_figures(args):
+        drawn += beyond.draw(shown, path.with_suffix(""))
     studies = {p.stem: records.read_study(p) for p in sorted(path.parent.glob("*.json"))}
-    page.write_text(pages.page(studies, path.parent), encoding="utf-8")
+    (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
+    (out / "beyond.md").write_text(beyond.page(studies), encoding="utf-8")
     print(*map(verdicts.line, verdicts.verdicts(study)), sep="\n")
-    print(f"drawn: {', '.join(map(str, drawn)) or 'nothing, for lack of runs'}; {page}")
+    print(f"drawn: {', '.join(map(str, drawn)) or 'nothing, for lack of runs'}; {out}: tofu.md, beyond.md")
 
 
 def collect(folders: list, out: Path):
@@ -102,7 +105,7 @@ def run(args: Namespace):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved like Ctrl-C
     path = records.json_path(args)
     with locked(path.with_suffix(".lock")):  # two commands would overwrite each other's records
-        known = records.complete(workers.run_missing(open_study(args)))
+        known = records.complete(records.with_attacks(workers.run_missing(open_study(args))))
         write_json(path, known)
     for failure in known["failed"]:
         print(f"not made: {failure['name']}: {failure['why']}")

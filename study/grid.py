@@ -19,6 +19,7 @@ from support.files import fingerprint
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl", "simnpo", "simnpo+rt")
+NEWER = ("wga+rt", "satimp+rt", "tnpo+rt", "ceu+rt", "undial+rt")  # docs/beyond.md
 SMALL, LARGE = ("forget01", "forget05", "forget10"), ("forget20", "forget30", "forget50", "forget90")
 FIGURES = {  # name -> (splits, methods)
     "2": (("forget05",), ("ga", "ga+rt", "npo", "npo+rt")),
@@ -29,11 +30,13 @@ FIGURES = {  # name -> (splits, methods)
     "9": (("forget50", "forget90"), ("ga", "ga+rt", "npo", "npo+rt", "dpo+rt")),
     "retain-weight": (("forget10",), ("npo+rt",)),
     "beyond10": (LARGE, ("npo", "npo+rt", "ga+rt", "dpo+rt", "idk+rt")),
+    "objectives": (("forget10",), (*(m for m in METHODS if m.endswith("+rt")), *NEWER)),
 }
-FEWER_SEEDS, ALL_SEEDS = ("9", "retain-weight", "beyond10"), 3  # with --figure all: at most so many of them
+FEWER_SEEDS = ("9", "retain-weight", "beyond10", "objectives")
+ALL_SEEDS = 3  # with --figure all: at most so many of these
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
 LR_FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the preset's lr
-BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta; the first one while the learning rate is chosen
+BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta, or the published; the first while lr is chosen
 SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
@@ -213,7 +216,9 @@ def plan(study: Study, figures: list) -> list[Job]:
 
 def budget(setup: Setup, method: str) -> tuple[list, list]:
     """(learning rates, betas) that a method may have, the first beta for the choice of its learning rate."""
-    beta = SIMNPO_BETA if method.startswith("simnpo") else setup.preset.beta
+    from losses import OBJECTIVES
+    loss = method.partition("+")[0]
+    beta = SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", setup.preset.beta)
     factors = BETA_FACTORS if has_beta(method) else (1.0,)
     return [factor * setup.preset.lr for factor in LR_FACTORS], [factor * beta for factor in factors]
 
@@ -299,7 +304,7 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float |
 def chosen(study: Study) -> dict:
     """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
     choices, (splits, methods) = dict(study.setup.taken), FIGURES["9"]
-    for method in METHODS if not study.setup.taken else ():
+    for method in (*METHODS, *NEWER) if not study.setup.taken else ():
         if hyper := choose(study, method):
             best = best_of(study, tuning_jobs(study, method))
             weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}

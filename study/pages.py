@@ -59,6 +59,8 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     tuned = [([split, m, f"{choice['weights'][split]:g}"], tuned_runs(study, split, m))
              for split in ("forget50", "forget90") for m, choice in study["chosen"].items()
              if split in choice["weights"]]
+    methods = {m: choice for m, choice in study["chosen"].items() if m in grid.METHODS}
+    whole, study = study, {**study, "chosen": methods}  # newer objectives have a page of their own
     tables = {"figure5": [*peak_table(study, grid.SMALL), "", *ceiling_table(study)],
               "figure7": ["Counts of all answers on forget10, at the end of the run:", "",
                           *answers_table(study)],
@@ -68,7 +70,7 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
-    return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
+    return [*lines, "### Hyper-parameters", "", *hyper_parameters(whole), ""]
 
 
 def runs_table(head: list, named: list) -> list[str]:

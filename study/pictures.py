@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
 from study.answers import judgement
-from study.grid import LARGE, SMALL, STEP_SPLIT
+from study.grid import LARGE, METHODS, SMALL, STEP_SPLIT
 from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, tuned_runs
 
 plt.switch_backend("Agg")
@@ -302,7 +302,8 @@ MAKERS = {
 
 
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
-    """The wanted figures that the study has runs for, as STEM_figureN.png; their paths."""
-    names = {figure: f"figure{figure}" if figure.isdigit() else figure for figure in figures}
+    """The wanted figures of the paper that the study has runs for, as STEM_figureN.png; their paths."""
+    names = {f: f"figure{f}" if f.isdigit() else f for f in figures if f in MAKERS}
+    study = {**study, "chosen": {m: choice for m, choice in study["chosen"].items() if m in METHODS}}
     drawn = [MAKERS[f](study, stem.with_name(f"{stem.name}_{name}.png")) for f, name in names.items()]
     return [path for path in drawn if path]

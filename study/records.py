@@ -14,6 +14,7 @@ from pathlib import Path
 from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
+from evaluation.attack_pages import last_states
 from evaluation.logs import MIA, SHARPER
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
@@ -138,7 +139,8 @@ def missing(study: Study, jobs: list) -> list[Job]:
 
 
 def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
-    """A finished run in two kilobytes: `facts`, the curves of its metrics, counts of its last answers."""
+    """A finished run in three kilobytes: `facts`, the curves of its metrics, counts of its last answers; of
+    one that only serves the choice of settings no more than `grid.score` and the page need."""
     files = sorted((folder / "eval").glob("step_*.json"))
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -147,6 +149,10 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
             "memory": max(line["memory"] for line in log)}
     if not evaluations:
         return kept
+    curves = {key: [short(e["metrics"].get(key)) for e in evaluations] for key in CURVES}
+    steps = {"steps": [e["provenance"]["step"] for e in evaluations], "total_steps": log[-1]["step"]}
+    if "key" in facts and facts["kind"] == "unlearn" and facts["seed"] == grid.TUNING_SEED:
+        return kept | steps | {key: curves[key] for key in CURVES[:3]}
     split, first, last = facts["split"], evaluations[0]["rows"], evaluations[-1]["rows"]
     judged = evaluation_split(split)
     asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
@@ -155,25 +161,54 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     if facts["seed"] == 1 and judged in SAMPLED_SPLITS:
         kept["samples"] = samples_of(data, judged, last)
     ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
+    for key in SHARPER:
+        kept[f"forget_{key}"] = [short(e["metrics"]["forget"].get(key)) for e in evaluations]
+    kept["mia"] = {key: [short(e["metrics"].get("mia", {}).get(key)) for e in evaluations] for key in MIA}
     if facts["kind"] == "model":
-        kept["model_utility"] = short(evaluations[-1]["metrics"]["model_utility"])
+        kept["model_utility"] = curves["model_utility"][-1]
         kept["log_truth_ratios"] = [round(ratio, 4) for ratio in ratios[-1]]
         return kept
     if "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
         kept["samples_start"] = samples_of(data, judged, first)
         kept["answers_start"] = answers_of(data, judged, first)
-    kept.update(steps=[e["provenance"]["step"] for e in evaluations], total_steps=log[-1]["step"])
-    kept.update({key: [short(e["metrics"][key]) for e in evaluations] for key in CURVES})
+    kept |= steps | curves
     for name in ("forget", "retain"):
         kept[f"{name}_probability"] = [short(e["metrics"][name]["probability"]) for e in evaluations]
-        kept.update({f"{name}_{key}": [short(e["metrics"][name].get(key)) for e in evaluations]
-                     for key in SHARPER})
-    kept["mia"] = {key: [short(e["metrics"].get("mia", {}).get(key)) for e in evaluations] for key in MIA}
     kept["privleak"] = [short(e["metrics"].get("privleak")) for e in evaluations]
     # What the Kolmogorov-Smirnov test sees, in two numbers.
     kept["log_truth_ratio_mean"] = [short(statistics.mean(some)) for some in ratios]
     kept["log_truth_ratio_sd"] = [short(statistics.pstdev(some)) for some in ratios]
     return kept
+
+
+def attacked(folder: Path) -> dict | None:
+    """What `robustness_tofu.py --out FOLDER/robustness` found, of the unlearned, the retrained and the start
+    model: {name: {state: extraction strength in it, "leak": {k: leak@k}, "halfway": {rows: steps}}}."""
+    path = folder / "robustness" / "robustness.json"
+    if not path.is_file():
+        return None
+    found = {}
+    for entries in json.loads(path.read_text(encoding="utf-8"))["attacks"].values():
+        for name, entry in entries.items():
+            model = found.setdefault(name, {})
+            for what, state in last_states(entry).items():
+                if "leak" in state:
+                    model["leak"] = {k: short(leak) for k, leak in state["leak"].items()}
+                elif "extraction_strength" in state:
+                    model[what] = short(state["extraction_strength"])
+            if "halfway" in entry:
+                model["halfway"] = {k: short(steps) for k, steps in entry["halfway"]["steps"].items()}
+    return found
+
+
+def with_attacks(study: Study) -> Study:
+    """With what attacks on its finished runs have found."""
+    runs = []
+    for run in study.known["runs"]:
+        folder = study.finished.get(run["key"])
+        found = attacked(Path(folder)) if folder else None
+        runs.append({**run, "attacks": found} if found else run)
+    return study._replace(known={**study.known, "runs": runs})
 
 
 def short(number: float | None) -> float | None:

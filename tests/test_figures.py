@@ -18,7 +18,7 @@ import pytest
 import figures_tofu
 from conftest import ROOT
 from study import answers as tofu_answers
-from study import grid, pages, pictures, records, verdicts, workers
+from study import beyond, grid, pages, pictures, records, verdicts, workers
 from support.errors import InputError
 
 # ---------------------------------------------------------------- answers
@@ -328,7 +328,7 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     study = hand_made_study()
     first = pictures.draw(study, list(grid.FIGURES), tmp_path / "a")
     again = pictures.draw(json.loads(json.dumps(study)), list(grid.FIGURES), tmp_path / "b")
-    assert len(first) == len(grid.FIGURES)
+    assert len(first) == len(grid.FIGURES) - 1  # newer objectives are study/beyond.py's
     for a, b in zip(first, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
     assert pictures.draw({**study, "runs": []}, list(grid.FIGURES), tmp_path / "c") == []
@@ -370,11 +370,77 @@ def test_the_page_follows_from_the_json(tmp_path):
     page = pages.page({"builtin_tiny": study}, tmp_path)
     assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert all(sentence in page for sentence in pages.LESSONS.values()) and page.count("| holds |") == 13
-    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES)
+    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES) - 1
     for expected in ("floor of 10^-22.9", "| forget10 | npo+rt, start 1 | 1 |", "1 of 1 above 0.05",
                      "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |", "| forget90 | npo+rt | 1 | 6 |",
                      "\n| 5 | 6 |"):
         assert expected in page, expected
+
+
+def with_newer_objectives() -> dict:
+    """The hand-made study with two of them; attacks on two seeds of npo+rt and on one of undial+rt."""
+    study = hand_made_study()
+    states = dict.fromkeys(beyond.STATES, 0.25)
+    for method in ("tnpo+rt", "undial+rt"):
+        study["runs"] += [hand_made_run(method, "forget10", seed) for seed in (1, 2, 3)]
+        study["chosen"][method] = {"lr": 1e-3, "beta": 0.1, "score": 0.5, "weights": {}}
+    for run in study["runs"]:
+        run.update(forget_extraction_strength=[0.9, 0.3], forget_paraphrase_probability=[0.8, 0.2],
+                   mia={"min_k": [1.0, 0.2 + 0.1 * run["seed"]]}, privleak=[-100.0, 40.0])
+        if run["split"] == "forget10" and (run["method"], run["seed"]) in (
+                ("npo+rt", 1), ("npo+rt", 2), ("undial+rt", 1)):
+            models = {name: {**states, "forget 100%": level, "leak": {"1": 0.1, "64": 0.5},
+                             "halfway": {"forget 100%": None if run["seed"] == 2 else 8.0}}
+                      for name, level in (("model", 0.6), ("retrained", 0.7), ("start", 0.95))}
+            run["attacks"] = models
+    for model in study["retrained"]:
+        model.update(forget_extraction_strength=[0.45], forget_paraphrase_probability=[0.3],
+                     mia={"min_k": [0.5]})
+    return study
+
+
+def test_newer_objectives_have_a_page_and_pictures_of_their_own(tmp_path):
+    study = with_newer_objectives()
+    page = beyond.page({"builtin_tiny": study})
+    for expected in ("| undial+rt | 0.001 | 3 | ", "| 0.40 ± 0.10 | 40.00 ± 0.00 |",
+                     "| (retrained) |  | 2 |  |  |  | 0.45 ± 0.00 |",
+                     "| npo+rt | 2 | 0.25 ± 0.00 | 0.60 ± 0.00 |",
+                     "| 8.0 (1 of 2) | 0.10 ± 0.00 | 0.50 ± 0.00 |", "| (start) | 2 |",
+                     "| undial+rt | 1 | 0.25 | 0.60 |"):
+        assert expected in page, expected
+    drawn = beyond.draw(study, tmp_path / "a")
+    assert [path.name for path in drawn] == ["a_objectives.png", "a_attacks.png"]
+    assert [path.read_bytes() for path in beyond.draw(study, tmp_path / "a")] == [
+        path.read_bytes() for path in drawn]
+    assert "tnpo+rt" not in "\n".join(pages.peak_table({**study, "chosen": {
+        m: c for m, c in study["chosen"].items() if m in grid.METHODS}}, grid.SMALL))
+    for key in pages.FIGURE_TITLES:
+        (tmp_path / f"builtin_tiny_{key}.png").touch()
+    assert "| forget10 | tnpo+rt |" not in pages.page({"builtin_tiny": study}, tmp_path)
+
+
+def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path):
+    assert "##" not in beyond.page({"builtin_tiny": hand_made_study()})
+    study = with_newer_objectives()
+    for run in study["runs"]:
+        run.pop("attacks", None)
+    assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
+    assert [path.name for path in beyond.draw(study, tmp_path / "a")] == ["a_objectives.png"]
+
+
+def test_what_attacks_found_is_kept_with_the_run(tmp_path):
+    states = [{"what": "before", "extraction_strength": 0.123456},
+              {"what": "forget 100%", "step": 1, "extraction_strength": 0.2},
+              {"what": "forget 100%", "step": 2, "extraction_strength": 0.4}]
+    halfway = {"extraction_strength": 0.5, "steps": {"forget 100%": None}}
+    sampled = [states[0], {"what": "sampled", "leak": {"1": 0.25}, "rows": 4}]
+    attacks = {"relearn": {"model": {"states": states, "halfway": halfway}},
+               "sample": {"model": {"states": sampled}}}
+    assert records.attacked(tmp_path) is None
+    (tmp_path / "robustness").mkdir()
+    (tmp_path / "robustness" / "robustness.json").write_text(json.dumps({"attacks": attacks}))
+    assert records.attacked(tmp_path) == {"model": {
+        "before": 0.12346, "forget 100%": 0.4, "halfway": {"forget 100%": None}, "leak": {"1": 0.25}}}
 
 
 # ---------------------------------------------------------------- planning
@@ -433,7 +499,7 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
 
 def test_every_method_has_the_same_budget(study):
     s = study("--seeds", "1")
-    for method in grid.METHODS:
+    for method in grid.METHODS + grid.NEWER:
         tuning = grid.tuning_jobs(s, method)
         assert len(tuning) == 3 + grid.has_beta(method)
 
