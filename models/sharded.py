@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from models.adapters import adapted, plain_parameters
 from support.errors import InputError
 from support.world import World
 
@@ -148,15 +149,18 @@ def weight_names(folder: Path) -> list[str]:
 
 @torch.no_grad()
 def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The files that `from_pretrained` loads, gathered a parameter at a time; process 0 writes."""
-    parameters = dict(lm.named_parameters())
+    """The files that `from_pretrained` loads, gathered a parameter at a time, adapters merged into them;
+    process 0 writes."""
+    parameters, adapters = plain_parameters(lm), adapted(lm)
     split = split_state_dict_into_shards_factory(
-        parameters, get_storage_size=lambda p: p.numel() * p.element_size(), max_shard_size=FILE_BYTES,
+        parameters, get_storage_size=lambda p: p.numel() * 4, max_shard_size=FILE_BYTES,
         filename_pattern="model{suffix}.safetensors")
     for name, keys in split.filename_to_tensors.items():
         at_hand = {}
         for key in keys:
             tensor = whole(parameters[key])  # all processes together
+            if key in adapters:
+                tensor = tensor.float() + adapters[key].get_delta_weight("default")
             if rank == 0:
                 at_hand[key] = tensor.cpu().contiguous()
         if rank == 0:

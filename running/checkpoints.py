@@ -53,10 +53,15 @@ def save(folder: Path, step: int, model, optimizer, state: dict, world: World, k
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def trained(model) -> dict:
+    """name -> parameter, without what `--lora` has frozen: the run's start has that."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
     """This process's weights and moments, flushed to the disk; their entries in the manifest."""
     aside.mkdir(parents=True, exist_ok=True)
-    weights = dict(model.named_parameters())
+    weights = trained(model)
     moments = {f"{name}/{key}": value for name, p in weights.items()
                for key, value in optimizer.state.get(p, {}).items()}
     manifest = {}
@@ -83,7 +88,7 @@ def latest(folder: Path) -> tuple[Path | None, list]:
 def load(path: Path, model, optimizer) -> dict:
     """Put weights and moments back, whoever wrote them; the state. Raises InputError for another model's."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
-    parameters = dict(model.named_parameters())
+    parameters = trained(model)
     if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:
         raise InputError(f"{path} holds the weights of another model; resume the run that wrote it")
     # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.

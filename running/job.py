@@ -11,6 +11,7 @@ from data.prompts import system_prompt_of
 from data.tofu import NO_HOLDOUT, Task, complement, load_task
 from evaluation.logs import read_retain_log, retrained_holdout
 from evaluation.scoring import Prepared, prepare
+from models.adapters import add_adapters
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.loading import load_model, make_tiny, weights_folder
@@ -187,6 +188,8 @@ def policy_of(job: Job, world: World) -> AnswerModel:
                          f"({stored['start_weights']}, now {now['start_weights']}); start a new run")
     if world.rank == 0 and "start_weights" not in stored:
         write_json(job.folder / "config.json", {**stored, **now})
+    if s.lora:
+        world.say(add_adapters(model.lm, s.lora, s.seed, AUTOCAST[s.dtype]))
     return model
 
 

@@ -84,6 +84,7 @@ class Load(NamedTuple):
     answers: int  # N: answer tokens among the n = S * T
     compared: int  # of them with a K, or a loss against the reference's logits
     more_micro_batches: bool  # a process runs more than one a step
+    lora: int = 0  # rank of the adapters that alone are trained
 
     @property
     def sharded(self) -> bool:
@@ -111,11 +112,15 @@ def token_bytes(x: Shape, load: Load) -> int:
 def memory(x: Shape, load: Load) -> dict:
     """Bytes of one process at its peak, by part; "peak" is their sum."""
     share, element, n = load.processes if load.sharded else 1, load.element, load.sequences * load.width
-    gradients, head_weight = 4 * x.parameters / share, 4 * x.vocabulary * x.hidden
-    parts = {"weights": gradients, "gradients": gradients, "AdamW's moments": 2 * gradients}
+    adapters = load.lora * x.layers * (9 * x.hidden + 2 * x.key_value + 3 * x.inner)  # in + out, 7 products
+    gradients, head_weight = 4 * (adapters or x.parameters) / share, 4 * x.vocabulary * x.hidden
+    weights = 4 * x.parameters / share
+    if adapters:  # frozen ones in the products' precision
+        weights = element * x.layers * x.layer + 4 * x.root + 4 * adapters
+    parts = {"weights": weights, "gradients": gradients, "AdamW's moments": 2 * gradients}
     if load.sharded:  # the root, its gradient and the float32 that is reduced; two layers, and so on
         parts["FSDP: gathered root and layers"] = (2 * element + 4) * x.root + (4 * element + 4) * x.layer
-    elif element == 2:
+    elif element == 2 and not adapters:
         parts["16-bit copies of the weights"] = 2 * (x.layers * x.layer + x.vocabulary * x.hidden)
     parts["reference"] = head_weight * (load.compared > 0) + 4 * load.compared * x.hidden
     parts["activations"] = x.layers * n * token_bytes(x, load)
@@ -173,13 +178,13 @@ def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int,
     answers = math.ceil(sequences * work.width * work.answer_tokens / work.tokens)
     compared = answers // work.sequences * ((s.kl_weight > 0) + OBJECTIVES[s.loss].with_reference_states)
     return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, compared,
-                micro < math.ceil(s.batch_size / processes))
+                micro < math.ceil(s.batch_size / processes), s.lora or 0)
 
 
 def suggest(s: Namespace, x: Shape, work: Work, processes: int, room: float) -> Load | None:
     """The fastest that fits in `room` bytes: no recomputing, whole models, large micro-batches come first."""
     micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= math.ceil(s.batch_size / processes)]
-    ways = product((False, True), ("ddp", "fsdp") if processes > 1 else ("ddp",), micros)
+    ways = product((False, True), ("ddp", "fsdp") if processes > 1 and not s.lora else ("ddp",), micros)
     loads = (load_of(s, work, processes, parallel, micro, again) for again, parallel, micro in ways)
     return next((load for load in loads if memory(x, load)["peak"] <= room), None)
 

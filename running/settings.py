@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.prompts import TEMPLATES
@@ -104,6 +105,8 @@ def add_training(add):
         help="with several processes: each holds the model (ddp), or a part of every parameter (fsdp)")
     add("--activation-checkpointing", action="store_true",
         help="keep only each layer's input for the backward pass: less memory, a forward pass more")
+    add("--lora", type=positive(int), metavar="RANK",
+        help="train adapters of this rank on every linear layer, and nothing else (needs peft)")
     add("--compile", action="store_true", help="compile each layer (needs a C++ compiler)")
 
 
@@ -177,6 +180,11 @@ def refuse_contradictions(s: Namespace, given: dict):
         f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
         f"first, then give --model {s.preset}=runs/NAME/model":
             s.preset != "tiny" and not s.start and not s.dry_run,
+        "--lora trains adapters of a model that is there: leave it out, or give --model": s.lora and sft and
+            s.from_scratch,
+        "--lora needs the package peft: pip install peft": s.lora and find_spec("peft") is None,
+        "--lora goes with --parallel ddp: adapters are small, and the frozen weights are not sharded":
+            s.lora and s.parallel == "fsdp",
         "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
             own and (sft or "split" in given or "data" in given),
         "--forget and --retain need the model that holds these rows: give --model FOLDER":
