@@ -13,7 +13,10 @@ from test_training import ALONE, assert_close, prepared_step
 
 import train_npo
 from data.tofu import load_task
+from losses import OBJECTIVES
 from models.loading import load_model
+from running.settings import resolve
+from support.errors import InputError
 
 settings = test_training.settings  # a fixture
 BETA, BETA2, GAMMA = 0.2, 0.6, 0.3
@@ -219,3 +222,11 @@ def test_ktos_baseline_is_the_refusals_mean_log_ratio_clamped_at_0(settings, tmp
     assert toward_refusals * mean > 1
     z = train_npo.kto_baseline(s, model, plan, items, reference, ALONE)
     assert not z.requires_grad and float(z) == pytest.approx(max(0.0, mean), rel=1e-4)
+
+
+def test_a_loss_whose_arguments_are_named_in_another_order_is_refused(monkeypatch):
+    assert not any(objective.misplaced for objective in OBJECTIVES.values())
+    swapped = OBJECTIVES["npo"]._replace(takes=("reference_logps", "policy_logps", "beta"))
+    monkeypatch.setitem(OBJECTIVES, "npo", swapped)
+    with pytest.raises(InputError, match="policy_logps, reference_logps stand.* at another place"):
+        resolve({"loss": "npo"})
