@@ -216,11 +216,15 @@ def plan(study: Study, figures: list) -> list[Job]:
 
 def budget(setup: Setup, method: str) -> tuple[list, list]:
     """(learning rates, betas) that a method may have, the first beta for the choice of its learning rate."""
+    beta, factors = first_beta(setup.preset, method), BETA_FACTORS if has_beta(method) else (1.0,)
+    return [factor * setup.preset.lr for factor in LR_FACTORS], [factor * beta for factor in factors]
+
+
+def first_beta(preset, method: str) -> float:
+    """The preset's, where a method has none published on its own."""
     from losses import OBJECTIVES
     loss = method.partition("+")[0]
-    beta = SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", setup.preset.beta)
-    factors = BETA_FACTORS if has_beta(method) else (1.0,)
-    return [factor * setup.preset.lr for factor in LR_FACTORS], [factor * beta for factor in factors]
+    return SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", preset.beta)
 
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:

@@ -45,7 +45,7 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: verdicts, figures, tables."""
     made = study["provenance"]
     origins = Counter((r["commit"], r["start_seed"], r["start_weights"]) for r in study["runs"])
-    lines = [f"## {study['data']}, {study['model']}", "",
+    lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {how(study)}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; "
              f"{verdicts.scale(study)}; last command `{made['command']}`, {made['time']}.", "",
              *markdown_table(["commit", "seed of the start", "its weights", "runs"],
@@ -71,6 +71,13 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
     return [*lines, "### Hyper-parameters", "", *hyper_parameters(whole), ""]
+
+
+def how(study: dict) -> str:
+    """Where a study's learning rates and betas come from."""
+    if study.get("choices_from") == "preset":
+        return "the preset, the same for all methods, as in the paper"
+    return f"`{study['choices_from']}`" if study.get("choices_from") else "each method's own tuning"
 
 
 def runs_table(head: list, named: list) -> list[str]:
@@ -155,7 +162,7 @@ def hyper_parameters(study: dict) -> list[str]:
     """What was chosen, and every setting that was tried with its score."""
     budget, choices = study["budget"], study["chosen"].items()
     tried = [r for r in study["runs"] if r["seed"] == budget["seed"]]
-    source = f"Not tuned here: those of `{study.get('choices_from')}`."
+    source = f"Not tuned here: those of {how(study)}."
     if tried:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
                  "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \

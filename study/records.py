@@ -14,7 +14,6 @@ from pathlib import Path
 from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
-from evaluation.attack_pages import last_states
 from evaluation.logs import MIA, SHARPER
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
@@ -35,8 +34,9 @@ COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_w
 
 
 def json_path(args: Namespace) -> Path:
-    """OUT/tofu/DATA_MODEL.json."""
+    """OUT/tofu/DATA_MODEL.json, with `--choices preset` DATA_MODEL_preset.json."""
     names = [Path(text).name for text in (args.data, args.model.partition("=")[0])]
+    names += ["preset"] * (args.choices == "preset")
     plain = ["".join(c if c.isalnum() or c in "-." else "-" for c in name) for name in names]
     return Path(args.out) / "tofu" / f"{'_'.join(plain)}.json"
 
@@ -59,6 +59,13 @@ def read_choices(args: Namespace) -> dict:
     """--choices in place of tuning: method -> {"lr", "beta", "weights"}. Raises InputError."""
     if not args.choices:
         return {}
+    if args.choices == "preset":
+        from models.presets import PRESETS
+        if "9" in grid.wanted_figures(args):
+            raise InputError("--choices preset: Figure 9 tunes its retain weights; name another --figure")
+        preset = PRESETS[args.model.partition("=")[0]]
+        return {method: {"lr": preset.lr, "beta": grid.first_beta(preset, method), "weights": {}}
+                for method in (*grid.METHODS, *grid.NEWER)}
     other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
     chosen = other["chosen"]
     if other["model"] != args.model.partition("=")[0]:
@@ -184,6 +191,7 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
 def attacked(folder: Path) -> dict | None:
     """What `robustness_tofu.py --out FOLDER/robustness` found, of the unlearned, the retrained and the start
     model: {name: {state: extraction strength in it, "leak": {k: leak@k}, "halfway": {rows: steps}}}."""
+    from evaluation.attack_pages import last_states
     path = folder / "robustness" / "robustness.json"
     if not path.is_file():
         return None

@@ -698,6 +698,17 @@ def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
         study(*words)
 
 
+def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
+    s = study("--figure", "8", "--seeds", "1", "--choices", "preset")
+    preset, jobs = s.setup.preset, grid.plan(s, ["8"])
+    assert len(jobs) == len(grid.METHODS) and {j.facts["lr"] for j in jobs} == {preset.lr}
+    assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
+    assert records.json_path(s.setup.args).name.endswith("_tiny_preset.json")
+    assert pages.how(s.known) == "the preset, the same for all methods, as in the paper"
+    with pytest.raises(InputError, match="name another --figure"):
+        study("--figure", "9", "--choices", "preset")
+
+
 def test_a_model_that_is_no_preset_is_refused(study):
     with pytest.raises(InputError, match="PRESET"):
         study("--model", "unknown/model")
