@@ -177,7 +177,7 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
         return kept
     if "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
         kept["samples_start"] = samples_of(data, judged, first)
-        kept["answers_start"] = answers_of(data, judged, first)
+        kept["answers_start"] = answers_of(data, judged, {name: first[name] for name in told})
     kept |= steps | curves
     for name in ("forget", "retain"):
         kept[f"{name}_probability"] = [short(e["metrics"][name]["probability"]) for e in evaluations]

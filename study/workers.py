@@ -16,6 +16,7 @@ from support.errors import InputError
 # Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
 FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
 LIBRARIES = 0.6e9
+TIME_TO_SAVE = 60  # seconds for a run that is stopped
 
 
 def run_job(job: Job, resumed: str | None, train: Callable) -> tuple[str, float]:
@@ -103,8 +104,13 @@ def execute(study: Study, jobs: list) -> Study:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        for child in children:
             child.terminate()  # lets a run finish its step and save
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.join(TIME_TO_SAVE)
+            child.kill()  # it may wait for a lock that an idle one held when it was ended
         raise
     finally:
         pool.shutdown(cancel_futures=True)
