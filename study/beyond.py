@@ -23,9 +23,10 @@ CONTROLS = ("retrained", "start")
 
 
 def objectives(study: dict) -> dict:
-    """method -> its runs, those of the reported seeds that the figure has."""
+    """method -> its runs of the reported seeds; none where the study has no newer objective."""
     found = {method: chosen_runs(study, SPLIT, method) for method in FIGURES["objectives"][1]}
-    return {method: runs for method, runs in found.items() if runs}
+    found = {method: runs for method, runs in found.items() if runs}
+    return found if found.keys() & set(NEWER) else {}
 
 
 def attacked(study: dict) -> dict:
@@ -90,7 +91,7 @@ def page(studies: dict) -> str:
              "method has retain weight 1 and the study's budget of learning rates and betas. Means over "
              "seeds ± their standard deviation. docs/beyond.md says how to read each number.", ""]
     for name, study in studies.items():
-        if set(objectives(study)) & set(NEWER):
+        if objectives(study):
             lines += section(name, study)
     return "\n".join(lines).rstrip() + "\n"
 
