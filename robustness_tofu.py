@@ -3,8 +3,9 @@
     python robustness_tofu.py --model runs/NAME/model --start runs/models/FULL/model \
         --retrained runs/models/RETAIN/model --out results/NAME
 
-    relearn    fine-tune on 1, 5, 20, 100% of the forget rows, and on retain rows for as many steps
-    quantize   round the linear layers' weights to 8 and 4 bits
+    relearn    fine-tune on 1, 5, 20, 100% of the forget rows, and for as many steps on retain rows, which say
+               other things in the same wordings: a curve over steps
+    quantize   round the weights of every linear layer but the head to 8 and 4 bits, a scale for 64 of them
     prompts    paraphrased question, an answer that has begun, retain rows with answers before the question
     sample     64 answers at temperature 1: leak@k, the chance that one of k states the fact
 

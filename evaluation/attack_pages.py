@@ -1,9 +1,13 @@
-"""What `robustness_tofu.py` shows of its JSON: a table, and a picture a page can show."""
+"""What `robustness_tofu.py` shows of its JSON, without PyTorch: a table, and a picture a page can show."""
 
 from pathlib import Path
 
-from evaluation.attacks import LABELS, MEASURES
+from matplotlib.figure import Figure
+
 from support.command_line import markdown_table, number
+
+LABELS = {"model": "unlearned", "retrained": "retrained", "start": "start"}
+MEASURES = {"extraction_strength": "extraction", "rouge_l_recall": "ROUGE-L", "probability": "probability"}
 
 
 def last_states(entry: dict) -> dict:
@@ -43,14 +47,14 @@ def table(attacks: dict) -> list[str]:
 
 def draw(attacks: dict, path: Path):
     """Extraction strength over the steps of relearning and after each other attack; leak@k."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     looks = {"model": ("black", "o"), "retrained": ("tab:cyan", "s"), "start": ("tab:red", "^")}
-    figure, (curves, bars, leaks) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    rest = {(attack, what): None for attack in ("quantize", "prompts")
-            for entry in attacks.get(attack, {}).values() for what in last_states(entry)}
-    places = list(dict.fromkeys(what for _, what in rest))
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    curves, bars, leaks = figure.subplots(1, 3)
+    others = {name: {} for name in looks}  # model -> state -> extraction strength in it
+    for attack in ("quantize", "prompts"):
+        for name, entry in attacks.get(attack, {}).items():
+            others[name] |= {what: s["extraction_strength"] for what, s in last_states(entry).items()}
+    places = list(dict.fromkeys(what for own in others.values() for what in own))
     for shift, (name, (color, marker)) in zip((-0.25, 0, 0.25), looks.items(), strict=True):
         states = attacks.get("relearn", {}).get(name, {}).get("states", [])
         whats = dict.fromkeys(s["what"] for s in states[1:])
@@ -58,19 +62,16 @@ def draw(attacks: dict, path: Path):
             shown = [states[0], *(s for s in states if s["what"] == what)]
             curves.plot([s["step"] for s in shown], [s["extraction_strength"] for s in shown], line,
                         color=color, marker=marker, label=f"{LABELS[name]}, {what}")
-        known = {what: s for attack in ("quantize", "prompts") if name in attacks.get(attack, {})
-                 for what, s in last_states(attacks[attack][name]).items()}
-        if known:
-            bars.bar([places.index(what) + shift for what in known],
-                     [s["extraction_strength"] for s in known.values()], 0.25, color=color,
-                     label=LABELS[name])
+        if others[name]:
+            bars.bar([places.index(what) + shift for what in others[name]], others[name].values(), 0.25,
+                     color=color, label=LABELS[name])
         if name in attacks.get("sample", {}):
             leak = attacks["sample"][name]["states"][-1]["leak"]
             leaks.plot([int(k) for k in leak], list(leak.values()), color=color, marker=marker,
                        label=LABELS[name])
     curves.set(xlabel="step of relearning", ylabel="extraction strength", title="relearning")
-    bars.set(xticks=range(len(places)), title="quantised, asked otherwise")
-    bars.set_xticklabels(places, rotation=30, ha="right")
+    bars.set_title("quantised, asked otherwise")
+    bars.set_xticks(range(len(places)), places, rotation=30, ha="right")
     leaks.set_xscale("log", base=2)
     leaks.set(xlabel="samples k", title="leak@k", ylim=(-0.02, 1.02))
     for axes in (curves, bars, leaks):
@@ -78,4 +79,3 @@ def draw(attacks: dict, path: Path):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,11 +1,5 @@
-"""Attacks on an unlearned model: does what was forgotten come back? Their command: `robustness_tofu.py`.
-
-    relearn    fine-tune on a few of the forget rows, or for as many steps on retain rows, which say other
-               things in the same wordings: a curve over steps
-    quantize   every linear layer but the head rounded to 8 or 4 bits, a scale for 64 weights
-               (Zhang et al., 2024, "Catastrophic failure of LLM unlearning via quantization")
-    prompts    another wording of the question, an answer that has begun, retain rows with answers before it
-    sample     many answers at temperature 1 in place of the likeliest one: leak@k (2511.04934)
+"""Attacks on an unlearned model: does what was forgotten come back? Their command, and what each of them is:
+`robustness_tofu.py`.
 
 An attack is a generator: it changes the weights or the prompts and yields, and the forget rows are measured;
 then the weights are put back. The retrained model is attacked too, since relearning teaches, and forget
@@ -29,6 +23,7 @@ from data.batches import collate, permutations
 from data.make_builtin import FACTS
 from data.prompts import Encoded, encode
 from data.tofu import Task
+from evaluation.attack_pages import LABELS, MEASURES
 from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall, untouched
 from models.answers import AnswerModel
 from models.generation import generate
@@ -39,8 +34,6 @@ from support.files import fingerprint, read_text, write_json
 from support.world import World
 
 NAMES = ("retrained", "model", "start")  # in this order: the others are compared with the first
-LABELS = {"model": "unlearned", "retrained": "retrained", "start": "start"}
-MEASURES = {"extraction_strength": "extraction", "rouge_l_recall": "ROUGE-L", "probability": "probability"}
 BATCH = 32  # rows of a step of relearning
 BLOCK = 64  # weights that share a scale
 # NF4's levels: quantiles of a normal distribution, 0 among them, scaled to [-1, 1] (Dettmers et al., 2023).
@@ -178,7 +171,8 @@ def steps_to(curve: list[dict], target: float) -> float | None:
 # ---------------------------------------------------------------- quantisation
 
 def quantize(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
-    """8 and 4 bits. `codes_changed`: the share of weights whose code is not the start's."""
+    """8 and 4 bits (Zhang et al., 2024, "Catastrophic failure of LLM unlearning via quantization").
+    `codes_changed`: the share of weights whose code is not the start's."""
     prepared = lab.prepared()
     for kind, levels in LEVELS.items():
         starts = dict(linear_weights(start)) if start else {}
@@ -260,7 +254,7 @@ def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
 # ---------------------------------------------------------------- sampling
 
 def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
-    """leak@k for k = 1, 2, 4 .. samples, the mean over the first `sample_rows` forget rows."""
+    """leak@k (2511.04934) for k = 1, 2, 4 .. samples, the mean over the first `sample_rows` forget rows."""
     rows, prepared = lab.rows[:lab.sample_rows], lab.prepared(lab.rows[:lab.sample_rows])
     asked = [ids for ids in prepared.prompts.values() for _ in range(lab.samples)]
     longest = max(texts[0].encoded.answer_tokens for texts in prepared.texts.values())
