@@ -12,15 +12,13 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
 from study.answers import judgement
 from study.grid import LARGE, METHODS, SMALL, STEP_SPLIT
 from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, tuned_runs
-
-plt.switch_backend("Agg")
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple", "wga": "tab:brown", "satimp": "tab:pink", "tnpo": "tab:gray",
@@ -86,7 +84,8 @@ def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
 
 
 def canvas(rows: int, columns: int, width: float, height: float, **more):
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **more)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **more)
 
 
 def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
@@ -127,7 +126,6 @@ def finish(figure, legend: tuple, path: Path, most: int = 7, **more) -> Path:
 def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
     return path
 
 
