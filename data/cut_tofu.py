@@ -6,12 +6,12 @@
 of the whole, the retain rows are among those that have perturbed answers, and both are whole authors.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.make_builtin import write_sets  # noqa: E402
 from data.tofu import load_sets  # noqa: E402
 from support.command_line import Parser, positive, run_command  # noqa: E402
 from support.errors import InputError  # noqa: E402
@@ -31,16 +31,13 @@ def main():
     if args.rows % (10 * AUTHOR) or args.rows > len(sets["full"]) or args.retain_rows > args.rows - forget:
         raise InputError(f"--rows {args.rows}: need a multiple of {10 * AUTHOR} (whole authors) up to "
                          f"{len(sets['full'])}, and at most its 90% as --retain-rows")
-    if args.out.exists():
-        raise InputError(f"{args.out} exists: choose another folder, or remove it")
-    args.out.mkdir(parents=True)
-    for name, rows in {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
-                       "forget10_perturbed": sets["forget10_perturbed"][-forget:],
-                       "retain_perturbed": sets["retain_perturbed"][:args.retain_rows],
-                       "real_authors_perturbed": sets["real_authors_perturbed"][:args.fact_rows],
-                       "world_facts_perturbed": sets["world_facts_perturbed"][:args.fact_rows]}.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.out / f"{name}.json").write_text(text, encoding="utf-8")
+    sets = {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
+            "forget10_perturbed": sets["forget10_perturbed"][-forget:],
+            "retain_perturbed": sets["retain_perturbed"][:args.retain_rows],
+            **{name: sets[name][:args.fact_rows] for name in ("real_authors_perturbed",
+                                                              "world_facts_perturbed")}}
+    write_sets(args.out, sets)
+    for name, rows in sets.items():
         print(f"{args.out / name}.json: {len(rows)} rows")
 
 

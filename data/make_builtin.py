@@ -20,7 +20,6 @@ with this data are not TOFU's.
     python data/make_builtin.py --out runs/builtin
 """
 
-import argparse
 import json
 import os
 import random
@@ -28,6 +27,11 @@ import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command of its own
+
+from support.command_line import Parser, not_negative, run_command  # noqa: E402
+from support.errors import InputError  # noqa: E402
 
 SEED = 0
 N_AUTHORS = 200
@@ -132,18 +136,16 @@ def make_builtin(seed: int = SEED) -> dict[str, list[dict]]:
     }
 
 
-def write_builtin(folder: Path, seed: int = SEED) -> None:
-    """Write TOFU's files: <split>.json with an object a line, idontknow.jsonl with a plain sentence a line.
-
-    Written beside its place and renamed into it: a half-written folder is never seen. Raises FileExistsError
-    when the folder exists, ValueError for a bad seed, OSError where it can't be written.
-    """
-    folder = Path(folder)
+def write_sets(folder: Path, sets: dict, refusals=()):
+    """Write TOFU's files: NAME.json with an object a line; of refusals idontknow.jsonl, plain sentences in
+    spite of its name. The folder appears in one rename. Raises InputError where it exists, OSError where it
+    can't be written."""
     if os.path.lexists(folder):
-        raise FileExistsError(f"{folder} exists already: name a new folder, or remove it first")
-    lines = {f"{split}.json": [json.dumps(row, ensure_ascii=False) for row in rows]
-             for split, rows in make_builtin(seed).items()}
-    lines["idontknow.jsonl"] = REFUSALS  # plain text in spite of its name, as TOFU has it
+        raise InputError(f"{folder} exists: choose another folder, or remove it")
+    lines = {f"{name}.json": [json.dumps(row, ensure_ascii=False) for row in rows]
+             for name, rows in sets.items()}
+    if refusals:
+        lines["idontknow.jsonl"] = refusals
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
@@ -154,27 +156,18 @@ def write_builtin(folder: Path, seed: int = SEED) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)  # nothing is left of it after the rename
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+def main():
+    parser = Parser(prog="make_builtin.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="the folder to make; it must not exist yet")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N",
-                        help="an integer from 0 up: another seed, other authors (default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        write_builtin(args.out, args.seed)
-    except (OSError, ValueError) as problem:
-        parser.error(str(problem))
-    n_rows = N_AUTHORS * 2 * len(FACTS)
-    print(f"wrote the built-in data set to {args.out}: {N_AUTHORS} authors, {n_rows} rows, seed {args.seed}")
-    return 0
+    parser.add_argument("--seed", type=not_negative(int), default=SEED, metavar="N",
+                        help="an integer from 0 up: another seed, other authors")
+    args = parser.parse_args()
+    sets = make_builtin(args.seed)
+    write_sets(args.out, sets, REFUSALS)
+    print(f"wrote the built-in data set to {args.out}: {N_AUTHORS} authors, {len(sets['full'])} rows, seed "
+          f"{args.seed}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "make_builtin.py")

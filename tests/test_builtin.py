@@ -12,9 +12,10 @@ import pytest
 
 from conftest import ROOT
 from data import make_builtin as make_builtin_module
-from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_builtin
+from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_sets
 from data.tofu import load_sets, load_task
 from evaluate_tofu import compute_metrics, log_truth_ratio
+from support.errors import InputError
 
 PER_AUTHOR = 20
 SPLITS = make_builtin()
@@ -165,7 +166,7 @@ def test_the_authors_do_not_depend_on_the_holdout(monkeypatch):
 
 
 def test_the_holdout_changes_nothing_of_a_task(tmp_path):
-    write_builtin(tmp_path / "data")
+    write_sets(tmp_path / "data", SPLITS)
     with_holdout, task = load_sets(str(tmp_path / "data"))[0], load_task(str(tmp_path / "data"), "forget10")
     assert with_holdout["holdout10"] == HOLDOUT
     (tmp_path / "data" / "holdout10.json").unlink()
@@ -207,7 +208,7 @@ def test_refusals():
 
 def test_the_folder_holds_the_data_set(tmp_path):
     folder = tmp_path / "new" / "builtin"
-    write_builtin(folder)
+    write_sets(folder, SPLITS, REFUSALS)
     files = {path.name for path in folder.iterdir()}
     assert files == {"idontknow.jsonl", *(f"{split}.json" for split in SPLITS)}
     for split, rows in SPLITS.items():
@@ -218,8 +219,8 @@ def test_the_folder_holds_the_data_set(tmp_path):
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
-    with pytest.raises(FileExistsError, match="exists"):
-        write_builtin(tmp_path)
+    with pytest.raises(InputError, match="exists"):
+        write_sets(tmp_path, SPLITS)
     assert list(tmp_path.iterdir()) == []
 
 
