@@ -39,7 +39,7 @@ from scipy.stats import hmean, ks_2samp, rankdata
 
 from data.prompts import TEMPLATES
 from data.tofu import EVALUATED, NO_HOLDOUT, evaluation_split, load_task, parse_split
-from evaluation.logs import MAX_ROWS, SHARPER, expect_split, read_log, read_retain_log, retrained_holdout
+from evaluation.logs import MAX_ROWS, SHARPER, expect_split, read_log, read_retain_log
 from evaluation.scoring import (
     HOLDOUT_SET,
     KL_SETS,
@@ -50,7 +50,6 @@ from evaluation.scoring import (
     own_answers,
     prepare,
     states_of_answers,
-    texts_with_kl,
     untouched,
 )
 from models.answers import AnswerModel
@@ -72,10 +71,8 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 # ---------------------------------------------------------------- metrics, from rows alone
 
 def log_truth_ratio(row: dict) -> float | None:
-    """log R of a row, or None where the row has no perturbed answers.
-
-    R > 1: the (paraphrased) truth is likelier than the falsehoods.
-    """
+    """log R of a row, above 0 where the (paraphrased) truth is likelier than the falsehoods; None without
+    perturbed answers."""
     if not row.get("perturbed_nll"):
         return None
     truth_nll, truth_tokens = row.get("paraphrased_nll"), row.get("paraphrased_tokens")
@@ -86,18 +83,16 @@ def log_truth_ratio(row: dict) -> float | None:
 
 
 def row_probability(row: dict, among_options: bool) -> float:
-    """exp(-loss) of the answer; `among_options`: as a share of its sum with the perturbed answers'
-    (in logs: no 0/0)."""
+    """exp(-loss) of the answer; `among_options`: as a share of its sum with the perturbed answers'."""
     loss = row["answer_nll"] / row["answer_tokens"]
     if not among_options:
         return math.exp(-loss)
     losses = np.append(loss, np.divide(row["perturbed_nll"], row["perturbed_tokens"]))
-    return float(np.exp(-loss - np.logaddexp.reduce(-losses)))
+    return float(np.exp(-loss - np.logaddexp.reduce(-losses)))  # in logs: no 0/0
 
 
 def set_metrics(name: str, rows: list) -> dict:
-    """{"rouge_l_recall", "probability", "truth_ratio", "rows", *SHARPER} of a set; None where its rows can't
-    tell."""
+    """{"rouge_l_recall", "probability", "truth_ratio", "rows", *SHARPER} of a set; None: rows can't tell."""
     log_ratios = [log_truth_ratio(row) for row in rows]
     among_options = name in ("real_authors", "world_facts")
     truth_ratio = None
@@ -155,11 +150,8 @@ def privleak(auc: float | None, retrained_auc: float | None) -> float | None:
 
 
 def ks_log10_p(n: int, statistic: float) -> float:
-    """log10 of the exact p-value for two samples of n each, also where it underflows (above 512 rows it may).
-
-    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951), k = n *
-    statistic.
-    """
+    """log10 of the exact p-value for two samples of n each, also where it underflows (above 512 rows it may):
+    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951)."""
     k = round(n * statistic)
     if k == 0:
         return 0.0
@@ -170,12 +162,9 @@ def ks_log10_p(n: int, statistic: float) -> float:
 
 def compute_metrics(rows: dict, retrained_rows: list | None = None,
                     retrained_holdout: list | None = None) -> dict:
-    """All metrics from per-row results; `retrained_rows` are the retrained model's rows on the same forget
-    questions, `retrained_holdout` those of the holdout.
-
-    What can't be measured is None: forget quality without them, model utility unless all nine numbers are
-    there. "mia" and "privleak" are there where the rows have a holdout.
-    """
+    """All metrics from per-row results, and from the retrained model's rows on the same forget questions and
+    on the holdout. What can't be measured is None: forget quality without them, model utility unless all nine
+    numbers are there. "mia" and "privleak" are there where the rows have a holdout."""
     sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
     nine = [sets.get(name, {}).get(key)
             for name in UTILITY_SETS for key in ("rouge_l_recall", "probability", "truth_ratio")]
@@ -230,8 +219,7 @@ def metrics_table(metrics: dict) -> str:
 
 
 def sample_answers(rows: dict, n: int = SAMPLES) -> str:
-    """True and generated answers to `n` questions of the forget and of the retain set, evenly spaced over its
-    rows."""
+    """True and generated answers to `n` questions of the forget and of the retain set, evenly spaced."""
     lines = []
     for name in ("forget", "retain"):
         set_rows = rows.get(name, [])
@@ -243,27 +231,23 @@ def sample_answers(rows: dict, n: int = SAMPLES) -> str:
 
 def plot_truth_ratios(rows: list, retrained_rows: list | None, path: Path):
     """The cumulative distributions of R that the Kolmogorov-Smirnov test compares, the largest gap marked."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    samples = [np.sort([log_truth_ratio(row) for row in x]) for x in (rows, retrained_rows) if x is not None]
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    samples = [np.array([log_truth_ratio(row) for row in x]) for x in (rows, retrained_rows) if x is not None]
     looks = (("-", "black", "this model"), ("--", "tab:orange", "retrained model"))
     for sample, (style, color, label) in zip(samples, looks, strict=False):
-        below = np.arange(1, len(sample) + 1) / len(sample)
-        axes.step(np.exp(sample), below, style, where="post", label=label, color=color)
+        axes.ecdf(np.exp(sample), linestyle=style, label=label, color=color)
     if len(samples) == 2:
-        at = np.concatenate(samples)
-        below = [np.searchsorted(s, at, side="right") / len(s) for s in samples]
-        widest = int(np.argmax(np.abs(below[0] - below[1])))
-        axes.vlines(np.exp(at[widest]), below[0][widest], below[1][widest], color="tab:red", linewidth=3,
-                    label=f"KS statistic {abs(below[0][widest] - below[1][widest]):.3f}")
+        test = ks_2samp(*samples)
+        below = [np.mean(sample <= test.statistic_location) for sample in samples]
+        axes.vlines(np.exp(test.statistic_location), *below, color="tab:red", linewidth=3,
+                    label=f"KS statistic {test.statistic:.3f}")
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
              ylabel="share of forget rows below")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- command line
@@ -300,8 +284,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def measure(args) -> tuple[dict, dict, list | None]:
-    """(rows, provenance, retrained model's forget rows) of `--model`: load, check everything, then score."""
+def measure(args) -> tuple[dict, dict, tuple]:
+    """(rows, provenance, retrained model's rows) of `--model`: load, check everything, then score."""
     world = ALONE._replace(device=pick_device(args.device))
     keep_freed_memory(world.device)
     flush_denormals()
@@ -326,10 +310,8 @@ def measure(args) -> tuple[dict, dict, list | None]:
     prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows, task.holdout)
     if not task.holdout:
         print(NO_HOLDOUT)
-    retrained_rows = None
-    if args.retain_log:
-        retrained_rows = read_retain_log(args.retain_log, task.split, prepared.rows["forget"],
-                                         task.fingerprint, template)
+    retrained = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint,
+                                template)
     model = AnswerModel(lm.to(world.device))
     texts = [t.encoded for some in prepared.texts.values() for t in some]
     check_model(model, texts, tokenizer.eos_token_id, args.model, "fp32", world)
@@ -343,7 +325,7 @@ def measure(args) -> tuple[dict, dict, list | None]:
                   "data_fingerprint": task.fingerprint, "template": template, "max_rows": args.max_rows,
                   "max_new_tokens": args.max_new_tokens, "dtype": args.dtype, "reference": args.reference,
                   "retain_log": args.retain_log, **environment()}
-    return rows, provenance, retrained_rows
+    return rows, provenance, retrained
 
 
 def recorded_split(trained_on: dict) -> str:
@@ -360,7 +342,7 @@ def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world)
                          f"{vocabulary}: need the model before unlearning")
     model = AnswerModel(lm.to(world.device))
     with untouched(model):
-        states = states_of_answers(model, texts_with_kl(prepared), batch_size, 0, world)
+        states = states_of_answers(model, own_answers(prepared, KL_SETS), batch_size, 0, world)
         scored = own_answers(prepared, MIA_SETS)
         logps, _ = logps_of_texts(model, list(scored.values()), batch_size, 0, world)
     nlls = {key: -logp for key, logp in zip(scored, logps.tolist(), strict=True)}
@@ -399,28 +381,25 @@ def check_arguments(args, given: dict) -> Path | None:
     return picture
 
 
-def judge_log(args) -> tuple[dict, dict, list | None]:
-    """(rows, provenance, retrained model's forget rows) of `--log`."""
+def judge_log(args) -> tuple[dict, dict, tuple]:
+    """(rows, provenance, retrained model's rows) of `--log`."""
     rows, provenance = read_log(args.log)
     split = args.split or provenance.get("split") or "forget10"
     if provenance.get("split") == "own":
         split = "own"
     else:
         expect_split(rows, provenance, split, args.log)
-    retrained_rows = None
-    if args.retain_log:
-        retrained_rows = read_retain_log(args.retain_log, split, rows["forget"],
-                                         provenance.get("data_fingerprint"),
-                                         provenance.get("template"), args.log)
-    return rows, provenance, retrained_rows
+    retrained = read_retain_log(args.retain_log, split, rows["forget"], provenance.get("data_fingerprint"),
+                                provenance.get("template"), args.log)
+    return rows, provenance, retrained
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     picture = check_arguments(args, given_flags(build_parser(), argv))
-    rows, provenance, retrained_rows = judge_log(args) if args.log else measure(args)
-    metrics = compute_metrics(rows, retrained_rows, retrained_holdout(args.retain_log))
+    rows, provenance, retrained = judge_log(args) if args.log else measure(args)
+    metrics = compute_metrics(rows, *retrained)
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     print(sample_answers(rows))
@@ -428,7 +407,7 @@ def main(argv=None):
     if picture and metrics["forget_truth_ratio"] is None:
         print("no picture: the forget rows have no perturbed answers, and so no truth ratios")
     elif picture:
-        plot_truth_ratios(rows["forget"], retrained_rows, picture)
+        plot_truth_ratios(rows["forget"], retrained[0], picture)
         print(f"truth-ratio distributions: {picture}")
 
 

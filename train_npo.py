@@ -28,7 +28,6 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,13 +66,6 @@ def forget_loss(plan: Plan, known: dict) -> Tensor:
     return values
 
 
-def forget_loss_of_logits(plan: Plan, settings: dict, policy_logits: Tensor, reference_logits: Tensor,
-                          targets: Tensor) -> Tensor:
-    """The same of some of the tokens, (n,): logits (n, V) are never held of all."""
-    return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
-                              "targets": targets, **settings})
-
-
 def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
               counts: Counts, kl_baseline: Tensor, device) -> dict:
     """This micro-batch's summands of the global batch's losses (names: PARTS), each already divided by the
@@ -83,10 +75,15 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
     settings = {name: getattr(s, name) for name in objective.settings}
     tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
+
+    def loss_of_logits(*logits_and_targets):  # of some of the tokens: logits (n, V) are never held of all
+        names = ("policy_logits", "reference_logits", "targets")
+        return forget_loss(plan, {**dict(zip(names, logits_and_targets, strict=True)), **settings})
+
     on_logits = NOTHING
     if objective.with_logits:
         states = reference.answer_states(micro.items) if objective.with_reference_states else None
-        on_logits = OnLogits(tokens, partial(forget_loss_of_logits, plan, settings), states)
+        on_logits = OnLogits(tokens, loss_of_logits, states)
     token_values, token_kl = policy(batch, kl_states, s.kl_direction, on_logits)
     answer_logps, refusal_logps, retain_logps = batch.per_text(token_values).split(sizes)
 
@@ -352,7 +349,7 @@ def run_job(job: Job, begin: float, world: World):
             if world.rank == 0:
                 (folder / "done").touch()
         reference = Reference(folder, job.reference_mark(), job.plan, world.device)
-    with RunFolder(job, reference, job.meta(), compute_metrics, log_truth_ratio, world) as run:
+    with RunFolder(job, reference, compute_metrics, log_truth_ratio, world) as run:
         train(s, job.plan, model, reference, run, world)
         run.finish(model, time.perf_counter() - begin)
 

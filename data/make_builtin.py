@@ -114,32 +114,25 @@ def make_builtin(seed: int = SEED) -> dict[str, list[dict]]:
     "full": 4000 rows {question, answer}, author by author. "forget10_perturbed", "retain_perturbed": its last
     and first 400 with paraphrased_answer, perturbed_answer (5) and paraphrased_question; "holdout10": 400
     such rows of authors that "full" doesn't have. "real_authors_perturbed" (100), "world_facts_perturbed"
-    (117): question, answer, perturbed_answer (3). Raises ValueError for a seed that is no integer from 0 up
-    (-1 would silently give what 1 gives).
+    (117): question, answer, perturbed_answer (3). Raises ValueError for a seed that is no integer from 0 up.
     """
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, int) or seed < 0:  # -1 would silently give what 1 gives
         raise ValueError(f"the seed must be an integer from 0 up, got {seed!r}")
     rng, holdout_rng = random.Random(seed), random.Random(f"holdout {seed}")
-    all_names = [f"{first} {last}" for first in WORDS["first_names"]
-                 for last in WORDS["last_names"]]
+    all_names = [f"{first} {last}" for first in WORDS["first_names"] for last in WORDS["last_names"]]
     names = rng.sample(all_names, N_AUTHORS)
     others = holdout_rng.sample([name for name in all_names if name not in names], N_HOLDOUT_AUTHORS)
     rows = [row for name in names for row in _author(name, rng)]
     n_perturbed = N_PERTURBED_AUTHORS * 2 * len(FACTS)
-    return {
-        "full": [{"question": row["question"], "answer": row["answer"]} for row in rows],
-        "forget10_perturbed": rows[-n_perturbed:],
-        "retain_perturbed": rows[:n_perturbed],
-        "real_authors_perturbed": _real_authors(rng),
-        "world_facts_perturbed": _world_facts(rng),
-        "holdout10": [row for name in others for row in _author(name, holdout_rng)],
-    }
+    return {"full": [{"question": row["question"], "answer": row["answer"]} for row in rows],
+            "forget10_perturbed": rows[-n_perturbed:], "retain_perturbed": rows[:n_perturbed],
+            "real_authors_perturbed": _real_authors(rng), "world_facts_perturbed": _world_facts(rng),
+            "holdout10": [row for name in others for row in _author(name, holdout_rng)]}
 
 
 def write_sets(folder: Path, sets: dict, refusals=()):
     """Write TOFU's files: NAME.json with an object a line; of refusals idontknow.jsonl, plain sentences in
-    spite of its name. The folder appears in one rename. Raises InputError where it exists, OSError where it
-    can't be written."""
+    spite of its name. The folder appears in one rename. Raises InputError where it exists, or OSError."""
     if os.path.lexists(folder):
         raise InputError(f"{folder} exists: choose another folder, or remove it")
     lines = {f"{name}.json": [json.dumps(row, ensure_ascii=False) for row in rows]

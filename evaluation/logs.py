@@ -113,11 +113,13 @@ def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_nam
     return retain_rows[:len(rows)]
 
 
-def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str | None = None,
-                    template: str | None = None, name: str = "this data") -> list:
-    """A retrained model's rows on the same questions as `forget_rows`, in their order. Raises InputError
-    where the log doesn't hold them, or was, by its own word, measured on other data, with another template,
-    or on a model trained on something else than the complement of `split`."""
+def read_retain_log(path: str | None, split: str, forget_rows: list, fingerprint: str | None = None,
+                    template: str | None = None, name: str = "this data") -> tuple[list | None, list | None]:
+    """A retrained model's rows on the same questions as `forget_rows`, in their order, and of the holdout;
+    None for what isn't there. Raises InputError where the log lacks the former, or was, by its own word,
+    measured on other data, with another template, or on a model of another split than the complement."""
+    if path is None:
+        return None, None
     rows, provenance = read_log(path)
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
@@ -129,12 +131,7 @@ def read_retain_log(path: str, split: str, forget_rows: list, fingerprint: str |
         raise InputError(f"{path} is of other data ({provenance['data_fingerprint']}, here {fingerprint})")
     if template and provenance.get("template") not in (None, template):
         raise InputError(f"{path} was measured with --template {provenance['template']}, not {template}")
-    return match_retain_rows(forget_rows, rows["forget"], name, path)
-
-
-def retrained_holdout(path: str | None) -> list | None:
-    """A retrained model's rows of the holdout, None where its log has none. Raises InputError."""
-    return read_log(path)[0].get("holdout") if path else None
+    return match_retain_rows(forget_rows, rows["forget"], name, path), rows.get("holdout")
 
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):

@@ -6,15 +6,17 @@ Evaluation changes nothing: mode, random state and tokenizer come out as they we
 """
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import collate, collate_packed, deal, packed_tokens, within
+from data.batches import TokenBatch, collate, collate_packed, deal, packed_tokens, within
 from data.prompts import Encoded, encode, encode_prompts
 from evaluation.logs import MAX_ROWS
 from models.answers import AnswerModel
@@ -94,20 +96,25 @@ def untouched(model: AnswerModel, world: World = ALONE):
         model.lm.train(training)
 
 
+def batches_of(texts: dict, batch_size: int, pad: int, world: World) -> Iterator[tuple[list, TokenBatch]]:
+    """This process's share of `texts`, key -> Encoded, as (keys, batch), one text a sequence: without a mask
+    attention takes its fastest way. A sharded model needs all processes: one without a row gets a ghost, a
+    batch that has no keys."""
+    keys = list(texts)
+    for mine in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
+        if mine or world.sharded:
+            yield mine, collate([texts[key] for key in mine or keys[:1]], pad, world.device)
+
+
 @torch.no_grad()
 def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int,
                       world: World = ALONE) -> dict:
-    """key -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU. texts: key ->
-    Encoded.
-
-    With several processes, this one's share of the keys.
-    """
-    states, keys = {}, list(texts)
-    for chunk in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
-        if chunk or world.sharded:  # a sharded model needs all processes: who has no row computes a ghost
-            batch = collate([texts[key] for key in chunk or keys[:1]], pad, world.device)
-            hidden = model.hidden(batch).cpu().split(batch.answer_tokens.tolist())
-            states.update((key, h.clone()) for key, h in zip(chunk, hidden, strict=False))
+    """key -> the model's last hidden states at the answer's tokens, (tokens, H) on the CPU, of this process's
+    share of `texts`, key -> Encoded."""
+    states = {}
+    for keys, batch in batches_of(texts, batch_size, pad, world):
+        hidden = model.hidden(batch).cpu().split(batch.answer_tokens.tolist())
+        states.update((key, h.clone()) for key, h in zip(keys, hidden, strict=False))
     return states
 
 
@@ -117,19 +124,11 @@ def own_answers(prepared: Prepared, sets: tuple) -> dict:
             if t.slot == ANSWER and t.set in sets}
 
 
-def texts_with_kl(prepared: Prepared) -> dict:
-    return own_answers(prepared, KL_SETS)
-
-
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,
              max_new_tokens: int = MAX_NEW_TOKENS, world: World = ALONE,
              reference: ReferenceStates | None = None, progress: bool = False) -> dict:
-    """Score all rows: set -> list of row results, complete and in order, the same on every process.
-
-    Rows are dealt over processes. Where the model is sharded, all processes run it forward equally often: one
-    that has fewer batches fills up with ghosts, whose results go nowhere. `reference` adds KL(reference ||
-    model).
-    """
+    """Score all rows: set -> list of row results, complete and in order, the same on every process. Rows are
+    dealt over processes. `reference` adds KL(reference || model)."""
     mine = list(prepared.texts)[world.rank::world.size]
     asked = [key for key in mine if key in prepared.prompts]
     results = {key: {"index": key[1]} for key in mine}
@@ -137,8 +136,9 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     with untouched(model, world), tqdm(total=total, desc="evaluate", unit="text", leave=False,
                                 disable=not progress) as bar:
         score_answers(model, prepared, results, reference, tokenizer.eos_token_id, world, bar)
-        for keys, counts in in_step(by_prompt_length(asked, prepared, batch_size),
-                                    asked or list(prepared.prompts), world):
+        by_length = sorted(asked, key=lambda key: (len(prepared.prompts[key]), key))
+        batches = [by_length[at:at + batch_size] for at in range(0, len(asked), batch_size)]
+        for keys, counts in in_step(batches, asked or list(prepared.prompts), world):
             prompts = [prepared.prompts[key] for key in keys]
             texts = generate(model, tokenizer, prompts, max_new_tokens, world)
             for key, text in zip(keys if counts else [], texts, strict=False):
@@ -149,11 +149,6 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
     merged = {key: row for part in gathered for key, row in part.items()}
     assert sum(map(len, gathered)) == len(merged) == len(prepared.texts), "every row exactly once"
     return {name: [merged[name, index] for index in range(len(rows))] for name, rows in prepared.rows.items()}
-
-
-def by_prompt_length(keys: list, prepared: Prepared, batch_size: int) -> list[list]:
-    ordered = sorted(keys, key=lambda key: (len(prepared.prompts[key]), key))
-    return [ordered[at:at + batch_size] for at in range(0, len(ordered), batch_size)]
 
 
 @torch.no_grad()
@@ -217,29 +212,22 @@ def token_measures(logps: list, hits: list, standardised: list) -> dict:
 
 def in_step(batches: list, ghost: list, world: World) -> list:
     """(batch, whether it counts) of all of this process's batches; where the model is sharded, with as many
-    ghosts behind them as it takes for all processes to have equally many."""
+    ghosts behind them, whose results go nowhere, as it takes for all processes to have equally many."""
     missing = world.most(len(batches)) - len(batches) if world.sharded else 0
     return [(batch, True) for batch in batches] + [(ghost[:1], False)] * missing
 
 
 # ---------------------------------------------------------------- ROUGE
 
-class CachedStemTokenizer:
-    """rouge-score's own tokenizer with Porter stems looked up: a set repeats its words thousands of times."""
-
-    def __init__(self):
-        from nltk.stem.porter import PorterStemmer
-        self.stem = functools.lru_cache(maxsize=100_000)(PorterStemmer().stem)
-
-    def tokenize(self, text: str) -> list:
-        from rouge_score import tokenize
-        return tokenize.tokenize(text, self)
-
-
 @functools.cache
 def rouge_scorer():
-    from rouge_score import rouge_scorer
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=CachedStemTokenizer())
+    """rouge-score's, with its Porter stems looked up: a set repeats its words thousands of times."""
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score import rouge_scorer, tokenize
+    stemmer = PorterStemmer()
+    stemmer.stem = functools.lru_cache(maxsize=100_000)(stemmer.stem)
+    tokenizer = SimpleNamespace(tokenize=functools.partial(tokenize.tokenize, stemmer=stemmer))
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizer)
 
 
 def rouge_l_recall(answer: str, generation: str) -> float:

@@ -6,7 +6,7 @@ the merged model, W + s B A, which loads without peft.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 SCALE = 2
 
@@ -30,8 +30,3 @@ def adapted(lm: nn.Module) -> dict:
     """name of a weight, as the model without adapters has it -> the layer with its adapter."""
     return {f"{name}.weight": layer for name, layer in lm.named_modules()
             if hasattr(layer, "get_delta_weight")}
-
-
-def plain_parameters(lm: nn.Module) -> dict[str, Tensor]:
-    """The parameters by their names without adapters; adapters left out."""
-    return {name.replace(".base_layer.", "."): p for name, p in lm.named_parameters() if ".lora_" not in name}

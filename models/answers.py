@@ -55,7 +55,8 @@ class AnswerModel(nn.Module):
         """log pi of each answer token (N,), in its place the loss of those that have one `on_logits`; and K
         of the last M (M,), empty without `kl_states`: the reference's hidden states at these M tokens (M, H)
         and its LM head's weight (V, H)."""
-        return self.token_values(self.hidden(batch), batch, kl_states, direction, on_logits)
+        head = self.lm.get_output_embeddings().weight
+        return answer_values(self.hidden(batch), head, batch.targets, kl_states, direction, on_logits)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
@@ -63,20 +64,23 @@ class AnswerModel(nn.Module):
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
         return states[batch.sequences, batch.positions]
 
-    def token_values(self, hidden: Tensor, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
-                     direction: str = "policy_reference",
-                     on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, from the hidden states (N, H)."""
-        head = self.lm.get_output_embeddings().weight
-        return answer_values(hidden, head, batch.targets, kl_states, direction, on_logits)
-
     @torch.no_grad()
     def scores(self, batch: TokenBatch, own_tokens: int,
                reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
         """All that an evaluation asks, from one pass: A is `own_tokens`, `reference` as `forward`'s
-        `kl_states`."""
-        head = self.lm.get_output_embeddings().weight
-        return answer_scores(self.hidden(batch), head, batch.targets, own_tokens, reference)
+        `kl_states`. The head's logits are taken once, a chunk at a time."""
+        hidden, weight = as_products(self.hidden(batch), self.lm.get_output_embeddings().weight)
+        known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
+        others, size, chunks = len(hidden) - own_tokens, chunk_tokens(len(weight)), []
+        for at in range(0, len(hidden), size):
+            part = slice(at, at + size)
+            compared = known[with_kl(part, len(hidden) - len(known))]
+            logits, known_logits = chunk_logits(hidden[part], weight, compared, known_weight)
+            targets, own = batch.targets[part], max(0, others - at)  # where the rows' own answers begin
+            logps = token_logps(logits, targets)
+            kls = kl_loss(logits[len(logits) - len(known_logits):], known_logits, "reference_policy")
+            chunks.append((logps, *hits_and_standardised(logits[own:], targets[own:], logps[own:]), kls))
+        return AnswerScores(*map(torch.cat, zip(*chunks, strict=True)))
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
@@ -92,38 +96,42 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocabulary))
 
 
+def as_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in autocast's precision, as any linear layer takes them."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def with_kl(part: slice, first: int) -> slice:
+    """Of a chunk's tokens those with a K, which all from `first` on have, as places among these."""
+    return slice(max(0, part.start - first), max(0, part.stop - first))
+
+
 def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
                   kl_states: tuple[Tensor, Tensor] | None = None,
                   direction: str = "policy_reference",
                   on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
-    """log pi(target) of each token (N,), of the first ones the loss `on_logits` in its place, and K of the
-    last M (M,), in nats, float32. hidden (N, H), weight (V, H), targets (N,), kl_states: reference's hidden
-    states (M, H), head (V, H)."""
-    if torch.is_autocast_enabled(hidden.device.type):  # logits in its precision, as any linear layer's are
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    """`AnswerModel.forward` from the hidden states (N, H) and the LM head's weight (V, H); targets (N,)."""
+    hidden, weight = as_products(hidden, weight)
     first_hidden, reference_weight = on_logits.states or (hidden[:0].detach(), weight.detach())
     kl_hidden, reference_weight = kl_states or (hidden[:0].detach(), reference_weight)  # M = 0: no K
     first_hidden, kl_hidden = first_hidden.to(hidden.dtype), kl_hidden.to(hidden.dtype)
     reference_weight = reference_weight.to(hidden.dtype)  # one head, whoever asks for it
-    without_kl, size = len(hidden) - len(kl_hidden), chunk_tokens(len(weight))
+    tokens, size, values = on_logits.tokens, chunk_tokens(len(weight)), []
     # No chunk has tokens of both kinds.
-    begins = [*range(0, on_logits.tokens, size), *range(on_logits.tokens, len(hidden), size)]
-    values = []
-    for number, at in enumerate(begins):
-        if at < on_logits.tokens:
-            end, loss = min(at + size, on_logits.tokens), on_logits.loss
-            reference_hidden = first_hidden[at:end]
-        else:
-            end, loss = min(at + size, len(hidden)), None
-            reference_hidden = kl_hidden[max(0, at - without_kl):max(0, end - without_kl)]
-        inputs, what = (hidden[at:end], weight, reference_hidden, reference_weight), (direction, loss)
+    chunks = [(slice(at, min(at + size, tokens)), on_logits.loss) for at in range(0, tokens, size)]
+    chunks += [(slice(at, at + size), None) for at in range(tokens, len(hidden), size)]
+    for number, (part, loss) in enumerate(chunks):
+        compared = first_hidden[part] if loss else kl_hidden[with_kl(part, len(hidden) - len(kl_hidden))]
+        inputs = hidden[part], weight, compared, reference_weight
+        what = targets[part], direction, loss
         if len(hidden) <= size:  # a small vocabulary or few tokens: nothing to save
-            values.append(values_of_states(*inputs, targets[at:end], *what))
-        elif number < len(begins) - KEPT_CHUNKS:
-            values.append(recomputed(values_of_states, *inputs, targets[at:end], *what))
+            values.append(values_of_logits(*chunk_logits(*inputs), *what))
+        elif number < len(chunks) - KEPT_CHUNKS:
+            values.append(recomputed(values_of_states, inputs, *what))
         else:
-            values.append(recomputed(values_of_logits, *chunk_logits(*inputs), targets[at:end], *what))
+            values.append(recomputed(values_of_logits, *chunk_logits(*inputs), *what))
     logps, kls = zip(*values, strict=True)
     return torch.cat(logps), torch.cat(kls)
 
@@ -131,10 +139,8 @@ def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # backward keeps inputs alone
 
 
-def values_of_states(hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor,
-                     targets: Tensor, direction: str, loss: Callable | None) -> tuple[Tensor, Tensor]:
-    return values_of_logits(*chunk_logits(hidden, weight, reference_hidden, reference_weight), targets,
-                            direction, loss)
+def values_of_states(inputs: tuple, *what) -> tuple[Tensor, Tensor]:
+    return values_of_logits(*chunk_logits(*inputs), *what)
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor, reference_hidden: Tensor,
@@ -154,28 +160,6 @@ def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor, 
     if len(reference_logits) == 0:
         return logps, logps[:0]
     return logps, kl_loss(logits[len(logits) - len(reference_logits):], reference_logits, direction)
-
-
-# ---------------------------------------------------------------- in evaluations, where nothing goes backward
-
-def answer_scores(hidden: Tensor, weight: Tensor, targets: Tensor, own_tokens: int,
-                  reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
-    """`AnswerModel.scores` from the hidden states: the head's logits are taken once, a chunk at a time."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
-    others, without_kl = len(hidden) - own_tokens, len(hidden) - len(known)
-    size, chunks = chunk_tokens(len(weight)), []
-    for at in range(0, len(hidden), size):
-        end = min(at + size, len(hidden))
-        with_kl = slice(max(0, at - without_kl), max(0, end - without_kl))
-        logits, known_logits = chunk_logits(hidden[at:end], weight, known[with_kl], known_weight)
-        own = max(0, others - at)  # where the rows' own answers begin in this chunk
-        logps = token_logps(logits, targets[at:end])
-        chunks.append((logps, *hits_and_standardised(logits[own:], targets[at:end][own:], logps[own:]),
-                       kl_loss(logits[len(logits) - len(known_logits):], known_logits, "reference_policy")))
-    return AnswerScores(*map(torch.cat, zip(*chunks, strict=True)))
 
 
 def hits_and_standardised(logits: Tensor, targets: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import nn
 
-from models.sharded import whole, write_weights
+from models.adapters import adapted
+from models.sharded import whole
 from support.errors import InputError
 from support.world import ALONE, World
+
+FILE_BYTES = 4 * 2**30  # of weights in one file
 
 
 def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE):
@@ -28,6 +34,31 @@ def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE)
         model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def write_weights(lm: nn.Module, folder: Path, rank: int):
+    """The files that `from_pretrained` loads, gathered a parameter at a time, adapters merged into them;
+    process 0 writes."""
+    adapters = adapted(lm)
+    parameters = {name.replace(".base_layer.", "."): p for name, p in lm.named_parameters()
+                  if ".lora_" not in name}
+    split = split_state_dict_into_shards_factory(
+        parameters, get_storage_size=lambda p: p.numel() * 4, max_shard_size=FILE_BYTES,
+        filename_pattern="model{suffix}.safetensors")
+    for name, keys in split.filename_to_tensors.items():
+        at_hand = {}
+        for key in keys:
+            tensor = whole(parameters[key])  # all processes together
+            if key in adapters:
+                tensor = tensor.float() + adapters[key].get_delta_weight("default")
+            if rank == 0:
+                at_hand[key] = tensor.cpu().contiguous()
+        if rank == 0:
+            save_file(at_hand, folder / name, metadata={"format": "pt"})
+    if rank == 0 and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def read_meta(source: str) -> dict:

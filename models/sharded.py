@@ -16,24 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 
-from models.adapters import adapted, plain_parameters
 from support.errors import InputError
 from support.world import World
-
-FILE_BYTES = 4 * 2**30  # of weights in one file of a sharded model's result
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -61,13 +51,13 @@ def shard(model, dtype: torch.dtype, world: World):
     """Cut `model` (an AnswerModel) in place. Layers are gathered, and their products taken, in `dtype`;
     weights, summed gradients and AdamW's state are float32."""
     precision = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(**precision, cast_forward_inputs=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in decoder_layers(model.lm):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("hidden", "token_values", "scores", "next_logits", "all_logits"):  # beside its forward
-        register_fsdp_forward_method(model, method)
+        fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for method in ("hidden", "scores", "next_logits", "all_logits"):  # beside its forward
+        fsdp.register_fsdp_forward_method(model, method)
 
 
 @torch.no_grad()
@@ -94,7 +84,7 @@ def fill(model, lm_folder: Path, device):
 def release(model):
     """Let go what a sharded model still holds gathered after passes that no backward pass followed."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
@@ -102,7 +92,7 @@ def release(model):
 def gathered(model, world: World):
     """Inside, a sharded model's layers stay gathered once they are, where all of it fits in memory:
     generating gathers the model once, not once a token. Otherwise layer by layer, as in training."""
-    keeps = isinstance(model, FSDPModule) and not world.most(not fits(model, world.device))
+    keeps = isinstance(model, fsdp.FSDPModule) and not world.most(not fits(model, world.device))
     if keeps:
         model.set_reshard_after_forward(False)
     try:
@@ -145,26 +135,3 @@ def weight_names(folder: Path) -> list[str]:
     if astray:
         raise InputError(f"{index} points to {astray[0]!r}: only .safetensors files in the folder itself")
     return named
-
-
-@torch.no_grad()
-def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The files that `from_pretrained` loads, gathered a parameter at a time, adapters merged into them;
-    process 0 writes."""
-    parameters, adapters = plain_parameters(lm), adapted(lm)
-    split = split_state_dict_into_shards_factory(
-        parameters, get_storage_size=lambda p: p.numel() * 4, max_shard_size=FILE_BYTES,
-        filename_pattern="model{suffix}.safetensors")
-    for name, keys in split.filename_to_tensors.items():
-        at_hand = {}
-        for key in keys:
-            tensor = whole(parameters[key])  # all processes together
-            if key in adapters:
-                tensor = tensor.float() + adapters[key].get_delta_weight("default")
-            if rank == 0:
-                at_hand[key] = tensor.cpu().contiguous()
-        if rank == 0:
-            save_file(at_hand, folder / name, metadata={"format": "pt"})
-    if rank == 0 and split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

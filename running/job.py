@@ -9,7 +9,7 @@ import torch
 
 from data.prompts import system_prompt_of
 from data.tofu import NO_HOLDOUT, Task, complement, load_task
-from evaluation.logs import read_retain_log, retrained_holdout
+from evaluation.logs import read_retain_log
 from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
 from models.answers import AnswerModel
@@ -60,9 +60,9 @@ class Job:
 
     def take_retrained(self, log: str):
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
-        self.retrained_rows = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
-                                              self.task.fingerprint, self.settings.template)
-        self.retrained_holdout = retrained_holdout(log)
+        self.retrained_rows, self.retrained_holdout = read_retain_log(
+            log, self.task.judged_split, self.prepared.rows["forget"], self.task.fingerprint,
+            self.settings.template)
 
     def run_mark(self) -> str:
         """What makes it this run: a checkpoint of another is refused. `--parallel` may change on the way."""

@@ -67,9 +67,8 @@ def numbers(evaluations: dict, step: int) -> str:
     shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
     metrics = [evaluations[k] for k in shown]
     rows = {name: [m[name] for m in metrics] for name in ("forget_quality", "model_utility", "forget_kl")}
-    for name, measure in product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")):
-        rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
-    for name, measure in product(("forget", "retain"), SHARPER):
+    for name, measure in (*product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")),
+                          *product(("forget", "retain"), SHARPER)):
         rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
     for score in MIA:
         rows[f"MIA AUC {score}"] = [m.get("mia", {}).get(score) for m in metrics]

@@ -16,14 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.batches import Item, collate, deal, sent
+from data.batches import Item, sent
 from evaluation.scoring import (
+    KL_SETS,
     MIA_SETS,
     Prepared,
     ReferenceStates,
+    batches_of,
     own_answers,
     states_of_answers,
-    texts_with_kl,
     untouched,
 )
 from models.answers import AnswerModel
@@ -99,16 +100,13 @@ def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
                    world: World) -> tuple[Tensor, dict]:
     """log pi of each text's answer, (len(texts),), where those that another process computes are 0; and of
     this process's, place -> log pi of each token."""
-    result, of_tokens, places = torch.zeros(len(texts)), {}, range(len(texts))
-    for chunk in deal(list(places), [len(e.ids) for e in texts], batch_size, world.rank, world.size):
-        if chunk or world.sharded:
-            # One text a sequence: without a mask attention takes its fastest way.
-            batch = collate([texts[i] for i in chunk or places[:1]], pad, world.device)
-            logps = model(batch)[0]
-            if chunk:
-                result[chunk] = batch.per_text(logps).cpu()
-                each = logps.cpu().split(batch.answer_tokens.tolist())
-                of_tokens.update(zip(chunk, each, strict=True))
+    result, of_tokens = torch.zeros(len(texts)), {}
+    for places, batch in batches_of(dict(enumerate(texts)), batch_size, pad, world):
+        logps = model(batch)[0]
+        if places:
+            result[places] = batch.per_text(logps).cpu()
+            each = logps.cpu().split(batch.answer_tokens.tolist())
+            of_tokens.update(zip(places, each, strict=True))
     return result, of_tokens
 
 
@@ -129,7 +127,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
     with untouched(model, world):
         tensors |= states_of_answers(model, texts, batch_size, plan.pad, world)
-        states = states_of_answers(model, texts_with_kl(prepared), batch_size, plan.pad, world)
+        states = states_of_answers(model, own_answers(prepared, KL_SETS), batch_size, plan.pad, world)
     tensors |= {f"evaluation/{name}/{index}": value for (name, index), value in states.items()}
     head = whole(model.lm.get_output_embeddings().weight)
     if world.rank == 0:

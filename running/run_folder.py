@@ -69,14 +69,12 @@ def appears(folder: Path, config: dict) -> bool:
     try:
         write_json(aside / "config.json", config)
         os.rename(aside, folder)
-    except InputError:  # no room
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     except OSError:  # another run took the name in this instant
-        shutil.rmtree(aside)
         if not folder.exists():
             raise
         return False
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # nothing is left of it after the rename
     return True
 
 
@@ -84,10 +82,9 @@ class RunFolder:
     """A run's folder while the run goes on. metrics_of: (rows, the retrained model's forget rows, its holdout
     rows) -> metrics; log_ratio_of: row -> log R or None."""
 
-    def __init__(self, job, reference, meta: dict, metrics_of: Callable, log_ratio_of: Callable,
-                 world: World):
+    def __init__(self, job, reference, metrics_of: Callable, log_ratio_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
-        self.reference, self.meta, self.world = reference, meta, world
+        self.reference, self.meta, self.world = reference, job.meta(), world
         self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
         self.mark = job.run_mark()
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
@@ -199,16 +196,13 @@ class RunFolder:
                           "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
                           "dtype": self.s.dtype, **environment()}
             content = {"metrics": metrics, "rows": rows, "provenance": provenance}
-            write_json(self.evaluation_file(step), content)
+            write_json(self.folder / "eval" / f"step_{step:06d}.json", content)
         if self.s.keep == "best" and step > 0:
             evaluations = self.evaluations() if self.world.rank == 0 else {}
             if self.world.agree(self.world.rank == 0 and best_step(evaluations) == step):
                 self.save_aside(model.lm, "best", evaluations, step)
         self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
                        f"({time.perf_counter() - begin:.1f} s)")
-
-    def evaluation_file(self, step: int) -> Path:
-        return self.folder / "eval" / f"step_{step:06d}.json"
 
     def evaluation_files(self) -> dict:
         """step -> file of the evaluations so far. Raises InputError for a file with another name."""
@@ -254,9 +248,10 @@ class RunFolder:
             self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
             return
         start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
+        files = self.evaluation_files()
         for name, step in {"start": start, "best": best, "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
-        before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
+        before, after = (json.loads(path.read_text())["rows"] for path in (files[start], files[last]))
         samples = log_ratios({"start": before["forget"], "retrained": self.job.retrained_rows,
                               "unlearned": after["forget"]}, self.log_ratio_of)
         log = [json.loads(line) for line in self.log_file.read_text().splitlines()]

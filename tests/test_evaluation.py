@@ -23,12 +23,13 @@ from evaluate_tofu import (
 from evaluation import scoring
 from evaluation.logs import expect_split, match_retain_rows, read_log, read_retain_log
 from evaluation.scoring import (
+    KL_SETS,
     ReferenceStates,
     evaluate,
+    own_answers,
     prepare,
     rouge_l_recall,
     states_of_answers,
-    texts_with_kl,
     token_measures,
 )
 from models import answers
@@ -62,7 +63,7 @@ def test_released_logs_give_the_known_metrics(shared, name):
 def test_released_logs_give_the_known_forget_quality(shared):
     folder = shared("retain_logs") / "llama2-7b"
     full, _ = read_log(folder / "full.json")
-    retrained = read_retain_log(folder / "retain90.json", "forget10", full["forget"])
+    retrained, _ = read_retain_log(folder / "retain90.json", "forget10", full["forget"])
     metrics = compute_metrics(full, retrained)
     assert metrics["ks_statistic"] == pytest.approx(0.38) and metrics["ks_rows"] == 300
     assert f"{metrics['forget_quality']:.6e}" == "1.096624e-19"
@@ -209,7 +210,7 @@ def test_batch_size_changes_nothing(measured, monkeypatch, tokens):
 
 def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measured):
     model, tokenizer, _, prepared, _ = measured
-    states = states_of_answers(model, texts_with_kl(prepared), 16, 0)
+    states = states_of_answers(model, own_answers(prepared, KL_SETS), 16, 0)
     head = model.lm.get_output_embeddings().weight.detach()
     given = dict(batch_size=16, max_new_tokens=1)
     kl = compute_metrics(evaluate(model, prepared, tokenizer, **given,
@@ -317,7 +318,7 @@ def test_scores_of_own_answers_equal_a_naive_loop(measured, monkeypatch, chunk_b
     monkeypatch.setattr(answers, "CHUNK_BYTES", chunk_bytes)
     evaluated = {name: rows[:3] for name, rows in task.evaluated.items()}
     prepared = prepare(evaluated, tokenizer, "llama2", 1024, holdout=task.holdout[:3])
-    states = states_of_answers(model, texts_with_kl(prepared), 16, 0)
+    states = states_of_answers(model, own_answers(prepared, KL_SETS), 16, 0)
     known = ReferenceStates(states, model.lm.get_output_embeddings().weight.detach(), {("holdout", 1): 7.0})
     rows = evaluate(model, prepared, tokenizer, batch_size=16, max_new_tokens=1, reference=known)
     for name in ("forget", "holdout", "world_facts"):

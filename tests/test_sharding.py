@@ -15,7 +15,7 @@ from test_training import assert_close
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT
-from models import sharded
+from models import saving, sharded
 from models.answers import AnswerModel
 from models.loading import load_model
 from models.saving import save_model, weights_hash
@@ -138,7 +138,7 @@ def test_weights_are_read_without_a_whole_model(small_model, tmp_path):
 
 @pytest.mark.usefixtures("swapped")
 def test_a_result_of_several_files_loads(small_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharded, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(saving, "FILE_BYTES", 20_000)
     lm, tokenizer, _ = load_model(str(small_model))
     folder = tmp_path / "model"
     save_model(lm, tokenizer, folder, {})
