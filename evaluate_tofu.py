@@ -40,24 +40,12 @@ from scipy.stats import hmean, ks_2samp, rankdata
 from data.prompts import TEMPLATES
 from data.tofu import EVALUATED, NO_HOLDOUT, evaluation_split, load_task, parse_split
 from evaluation.logs import MAX_ROWS, SHARPER, expect_split, read_log, read_retain_log
-from evaluation.scoring import (
-    HOLDOUT_SET,
-    KL_SETS,
-    MAX_NEW_TOKENS,
-    MIA_SETS,
-    ReferenceStates,
-    evaluate,
-    own_answers,
-    prepare,
-    states_of_answers,
-    untouched,
-)
+from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.loading import load_model
 from models.presets import AUTOCAST, autocast, settings_of, split_model
 from running.processes import flush_denormals, keep_freed_memory, pick_device
-from running.reference import logps_of_texts
 from support.command_line import Parser, given_flags, not_negative, number, positive, run_command
 from support.errors import InputError
 from support.files import write_json
@@ -82,19 +70,23 @@ def log_truth_ratio(row: dict) -> float | None:
     return float(perturbed.mean() - truth_nll / truth_tokens)
 
 
-def row_probability(row: dict, among_options: bool) -> float:
-    """exp(-loss) of the answer; `among_options`: as a share of its sum with the perturbed answers'."""
-    loss = row["answer_nll"] / row["answer_tokens"]
-    if not among_options:
-        return math.exp(-loss)
-    losses = np.append(loss, np.divide(row["perturbed_nll"], row["perturbed_tokens"]))
-    return float(np.exp(-loss - np.logaddexp.reduce(-losses)))  # in logs: no 0/0
+def probability(row: dict, of: str = "answer") -> float | None:
+    """exp(-loss) of the answer, or of the `paraphrased` one; None where there is none."""
+    nll = row.get(f"{of}_nll")
+    return None if nll is None else math.exp(-nll / row[f"{of}_tokens"])
+
+
+def probability_among_options(row: dict) -> float:
+    """exp(-loss) of the answer as a share of its sum with the perturbed answers'."""
+    losses = np.divide([row["answer_nll"], *row["perturbed_nll"]],
+                       [row["answer_tokens"], *row["perturbed_tokens"]])
+    return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))  # in logs: no 0/0
 
 
 def set_metrics(name: str, rows: list) -> dict:
     """{"rouge_l_recall", "probability", "truth_ratio", "rows", *SHARPER} of a set; None: rows can't tell."""
     log_ratios = [log_truth_ratio(row) for row in rows]
-    among_options = name in ("real_authors", "world_facts")
+    of_answer = probability_among_options if name in ("real_authors", "world_facts") else probability
     truth_ratio = None
     if None not in log_ratios:
         x = np.array(log_ratios)
@@ -103,21 +95,15 @@ def set_metrics(name: str, rows: list) -> dict:
         else:
             truth_ratio = float(np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
     return {"rouge_l_recall": float(np.mean([row["rouge_l_recall"] for row in rows])),
-            "probability": float(np.mean([row_probability(row, among_options) for row in rows])),
+            "probability": float(np.mean([of_answer(row) for row in rows])),
             "truth_ratio": truth_ratio, "rows": len(rows),
             "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
             "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
-            "paraphrase_probability": mean([paraphrase_probability(row) for row in rows])}
+            "paraphrase_probability": mean([probability(row, "paraphrased") for row in rows])}
 
 
 def mean(values: list) -> float | None:
     return None if None in values else float(np.mean(values))
-
-
-def paraphrase_probability(row: dict) -> float | None:
-    if row.get("paraphrased_nll") is None:
-        return None
-    return math.exp(-row["paraphrased_nll"] / row["paraphrased_tokens"])
 
 
 def mia_scores(row: dict) -> dict:
@@ -334,19 +320,13 @@ def recorded_split(trained_on: dict) -> str:
     return split if split == "own" else evaluation_split(split)
 
 
-def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world) -> ReferenceStates:
+def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):
     """States and head of the model before unlearning; the rest of it is let go. Raises InputError."""
     lm = load_model(split_model(source)[1])[0]
     if lm.config.vocab_size != vocabulary:
         raise InputError(f"--reference {source} has a vocabulary of {lm.config.vocab_size}, --model of "
                          f"{vocabulary}: need the model before unlearning")
-    model = AnswerModel(lm.to(world.device))
-    with untouched(model):
-        states = states_of_answers(model, own_answers(prepared, KL_SETS), batch_size, 0, world)
-        scored = own_answers(prepared, MIA_SETS)
-        logps, _ = logps_of_texts(model, list(scored.values()), batch_size, 0, world)
-    nlls = {key: -logp for key, logp in zip(scored, logps.tolist(), strict=True)}
-    return ReferenceStates(states, lm.get_output_embeddings().weight.detach().clone(), nlls)
+    return reference_states(AnswerModel(lm.to(world.device)), prepared, batch_size, world)
 
 
 def refuse_unwritable(files: list):

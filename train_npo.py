@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluate_tofu import compute_metrics, log_truth_ratio
+from evaluation.scoring import logps_of_texts
 from losses import nll_loss
 from models.answers import NOTHING, AnswerModel, OnLogits
 from models.layers import prepare_layers
@@ -45,7 +46,7 @@ from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
 from running.plan import Counts, MicroBatch, Plan
 from running.processes import flush_denormals, keep_freed_memory, meeting_place, pick_device, share_cores
-from running.reference import Reference, logps_of_texts, reference_pass
+from running.reference import Reference, reference_pass
 from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
 from support.command_line import run_command
@@ -59,8 +60,7 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 # ---------------------------------------------------------------- the objective
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
-    """L_forget of each sequence, (B,), or answer token, (N,): what the objective takes of what is `known` of
-    the batch."""
+    """L_forget of each sequence, (B,), or answer token, (N,), from what is `known` of the batch."""
     values = plan.objective.loss(*(known[name] for name in plan.objective.takes))
     assert values.ndim == 1, "a loss returns one value a sequence or token, not their mean"
     return values

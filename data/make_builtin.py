@@ -20,6 +20,7 @@ with this data are not TOFU's.
     python data/make_builtin.py --out runs/builtin
 """
 
+import itertools
 import json
 import os
 import random
@@ -93,21 +94,6 @@ def _options(pairs: list[tuple[str, str]], rng: random.Random) -> list[dict]:
             for question, answer in pairs]
 
 
-def _real_authors(rng: random.Random) -> list[dict]:
-    works = [(work, author) for author, works in WORDS["works"].items() for work in works]
-    rng.shuffle(works)
-    questions = WORDS["work_questions"]
-    return _options([(questions[i % len(questions)].format(work), author)
-                     for i, (work, author) in enumerate(works)], rng)
-
-
-def _world_facts(rng: random.Random) -> list[dict]:
-    rows = []
-    for question, answers in WORDS["world"].items():
-        rows += _options([(question.format(thing), answer) for thing, answer in answers.items()], rng)
-    return rows
-
-
 def make_builtin(seed: int = SEED) -> dict[str, list[dict]]:
     """The data set by TOFU's split names; the same rows for the same seed on every Python from 3.10.
 
@@ -124,9 +110,15 @@ def make_builtin(seed: int = SEED) -> dict[str, list[dict]]:
     others = holdout_rng.sample([name for name in all_names if name not in names], N_HOLDOUT_AUTHORS)
     rows = [row for name in names for row in _author(name, rng)]
     n_perturbed = N_PERTURBED_AUTHORS * 2 * len(FACTS)
+    works = [(work, author) for author, works in WORDS["works"].items() for work in works]
+    rng.shuffle(works)
+    questions = itertools.cycle(WORDS["work_questions"])
+    real_authors = _options([(next(questions).format(work), author) for work, author in works], rng)
+    world_facts = [row for question, answers in WORDS["world"].items() for row in
+                   _options([(question.format(thing), answer) for thing, answer in answers.items()], rng)]
     return {"full": [{"question": row["question"], "answer": row["answer"]} for row in rows],
             "forget10_perturbed": rows[-n_perturbed:], "retain_perturbed": rows[:n_perturbed],
-            "real_authors_perturbed": _real_authors(rng), "world_facts_perturbed": _world_facts(rng),
+            "real_authors_perturbed": real_authors, "world_facts_perturbed": world_facts,
             "holdout10": [row for name in others for row in _author(name, holdout_rng)]}
 
 

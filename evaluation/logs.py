@@ -37,13 +37,15 @@ def read_log(path: str) -> tuple[dict, dict]:
         raise InputError(f"cannot read the log {path}: {error}; need JSON, ours or TOFU's") from None
     log = log if isinstance(log, dict) else {}
     theirs = {name: file for name, file in TOFU_LOGS.items() if file in log}
-    if theirs:
-        return ({name: _tofu_rows(log[file], f"{path}: {file}") for name, file in theirs.items()},
-                {"format": "TOFU"})
     rows, provenance = log.get("rows"), log.get("provenance", {})
+    if theirs:
+        rows = {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in theirs.items()}
+        provenance = {"format": "TOFU"}
     if not isinstance(rows, dict) or not isinstance(provenance, dict):
         raise InputError(f"{path} is no evaluation log: need rows and provenance (ours), or "
                          f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
+    if not rows.get("forget"):
+        raise InputError(f"{path} has no forget rows")
     return {name: check_rows(some, f"{path}: {name}", UNASKED if name == "holdout" else ())
             for name, some in rows.items()}, provenance
 
@@ -66,7 +68,7 @@ def _tofu_rows(columns: dict, where: str) -> list:
         if not isinstance(texts, list) or len(texts) != 3:
             raise InputError(f"{where} row {row['index']}: generated_text must be prompt, generation, truth")
         row["question"], row["generation"], row["answer"] = texts
-    return check_rows(rows, where)
+    return rows
 
 
 def check_rows(rows: list, where: str, unasked=()) -> list:
@@ -121,8 +123,6 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, fingerprint
     if path is None:
         return None, None
     rows, provenance = read_log(path)
-    if not rows.get("forget"):
-        raise InputError(f"{path} has no forget rows")
     trained = provenance.get("trained_on", {}).get("split")
     if split != "own" and trained not in (None, complement(split)):
         raise InputError(f"{path} is of a model trained on {trained}; --split {split} needs one trained on "
@@ -136,8 +136,6 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, fingerprint
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
     """A log's split, or a released one's number of forget rows, is this one's. Raises InputError."""
-    if not rows.get("forget"):
-        raise InputError(f"{path} has no forget rows")
     if provenance.get("split") not in (None, "own", split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])

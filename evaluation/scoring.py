@@ -118,10 +118,37 @@ def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int
     return states
 
 
+@torch.no_grad()
+def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
+                   world: World) -> tuple[Tensor, dict]:
+    """log pi of each text's answer, (len(texts),), 0 where another process computes it; and of this
+    process's, place -> log pi of each token."""
+    result, of_tokens = torch.zeros(len(texts)), {}
+    for places, batch in batches_of(dict(enumerate(texts)), batch_size, pad, world):
+        logps = model(batch)[0]
+        if places:
+            result[places] = batch.per_text(logps).cpu()
+            each = logps.cpu().split(batch.answer_tokens.tolist())
+            of_tokens.update(zip(places, each, strict=True))
+    return result, of_tokens
+
+
 def own_answers(prepared: Prepared, sets: tuple) -> dict:
     """(set, index) -> tokens of the rows' answers of these sets."""
     return {t[:2]: t.encoded for texts in prepared.texts.values() for t in texts
             if t.slot == ANSWER and t.set in sets}
+
+
+@torch.no_grad()
+def reference_states(model: AnswerModel, prepared: Prepared, batch_size: int,
+                     world: World) -> ReferenceStates:
+    """What another model is compared with of this one, from before unlearning."""
+    scored = own_answers(prepared, MIA_SETS)
+    with untouched(model):
+        states = states_of_answers(model, own_answers(prepared, KL_SETS), batch_size, 0, world)
+        logps, _ = logps_of_texts(model, list(scored.values()), batch_size, 0, world)
+    nlls = {key: -logp for key, logp in zip(scored, logps.tolist(), strict=True)}
+    return ReferenceStates(states, model.lm.get_output_embeddings().weight.clone(), nlls)
 
 
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: int,

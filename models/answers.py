@@ -55,8 +55,7 @@ class AnswerModel(nn.Module):
         """log pi of each answer token (N,), in its place the loss of those that have one `on_logits`; and K
         of the last M (M,), empty without `kl_states`: the reference's hidden states at these M tokens (M, H)
         and its LM head's weight (V, H)."""
-        head = self.lm.get_output_embeddings().weight
-        return answer_values(self.hidden(batch), head, batch.targets, kl_states, direction, on_logits)
+        return self.token_values(self.hidden(batch), batch, kl_states, direction, on_logits)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
@@ -64,12 +63,17 @@ class AnswerModel(nn.Module):
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
         return states[batch.sequences, batch.positions]
 
+    def token_values(self, hidden: Tensor, batch: TokenBatch, *how) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, from the hidden states (N, H)."""
+        return answer_values(hidden, self.lm.get_output_embeddings().weight, batch.targets, *how)
+
     @torch.no_grad()
     def scores(self, batch: TokenBatch, own_tokens: int,
                reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
         """All that an evaluation asks, from one pass: A is `own_tokens`, `reference` as `forward`'s
         `kl_states`. The head's logits are taken once, a chunk at a time."""
-        hidden, weight = as_products(self.hidden(batch), self.lm.get_output_embeddings().weight)
+        head = self.lm.get_output_embeddings().weight
+        hidden, weight = as_products(self.hidden(batch), head)
         known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
         others, size, chunks = len(hidden) - own_tokens, chunk_tokens(len(weight)), []
         for at in range(0, len(hidden), size):

@@ -37,8 +37,7 @@ class Job:
     start_record: dict  # npo.json of the model that it begins with
     plan: Plan
     prepared: Prepared
-    retrained_rows: list | None  # the retrained model's forget rows
-    retrained_holdout: list | None = None
+    retrained: tuple = (None, None)  # the retrained model's forget and holdout rows
     config: dict = field(default_factory=dict)
     folder: Path | None = None
 
@@ -48,7 +47,7 @@ class Job:
         s = self.settings
         if s.loss == "sft" or not s.from_scratch:
             return []
-        return ["full"] if self.retrained_rows else ["full", complement(s.split)]
+        return ["full"] if self.retrained[0] else ["full", complement(s.split)]
 
     def take_start(self, folder: Path, world: World):
         """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
@@ -60,9 +59,8 @@ class Job:
 
     def take_retrained(self, log: str):
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
-        self.retrained_rows, self.retrained_holdout = read_retain_log(
-            log, self.task.judged_split, self.prepared.rows["forget"], self.task.fingerprint,
-            self.settings.template)
+        self.retrained = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
+                                         self.task.fingerprint, self.settings.template)
 
     def run_mark(self) -> str:
         """What makes it this run: a checkpoint of another is refused. `--parallel` may change on the way."""
@@ -109,7 +107,7 @@ def prepare_job(s: Namespace, world: World) -> Job:
             tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
     context = getattr(lm.config, "max_position_embeddings", None)
     job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
-              prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout), None)
+              prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout))
     if job.plan.steps == 1:
         raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
                          "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")

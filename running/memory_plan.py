@@ -156,10 +156,11 @@ class Work(NamedTuple):
     answer_tokens: float  # of them
     sequences: int  # that a row of the stream becomes: itself, its partner, its refusal
     width: int  # the longest text's tokens
+    estimated: bool  # from characters
 
 
-def count_work(s: Namespace, task: Task) -> tuple[Work, bool]:
-    """(counts of the run that the settings describe, whether they are estimated from characters)."""
+def count_work(s: Namespace, task: Task) -> Work:
+    """Counts of the run that the settings describe."""
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
     tokenizer, template = CharacterTokenizer(), "llama2"
     if not estimated:
@@ -170,7 +171,7 @@ def count_work(s: Namespace, task: Task) -> tuple[Work, bool]:
     texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
     return Work(plan.rows, plan.steps, sum(len(e.ids) for e in texts) / plan.steps,
                 sum(e.answer_tokens for e in texts) / plan.steps, len(texts) // (plan.rows * s.epochs),
-                max(len(e.ids) for e in texts)), estimated
+                max(len(e.ids) for e in texts), estimated)
 
 
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
@@ -204,13 +205,13 @@ def dry_run(s: Namespace, processes: int, say=print):
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
-    x, (work, estimated), room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
+    x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
     asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
     best = suggest(s, x, work, processes, room)
     say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
         f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
         f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
-        f"{work.width}{' (estimated: no tokenizer at hand)' * estimated}")
+        f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}")
     say_memory("as asked", memory(x, asked), say)
     fits = memory(x, asked)["peak"] <= room
     say(f"As asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "

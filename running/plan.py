@@ -97,7 +97,7 @@ class Plan:
     # ---- the run
 
     def evaluation_steps(self, every: str) -> set:
-        """Steps after which it is evaluated (0: before the first): epoch, step, never, end, or N."""
+        """Steps after which it is evaluated, or saved (0: before the first): epoch, step, never, end, N."""
         if every in ("never", "end"):
             return {self.steps} if every == "end" else set()
         if every == "epoch":

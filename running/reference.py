@@ -1,9 +1,6 @@
-"""The reference model without a reference model in memory.
-
-The policy IS the reference until its first step. One pass before it keeps what objectives and evaluations
-will ask of it: log pi_ref(y|x), one float32 number an answer, or one a token (TNPO); and for K, UNDIAL and
-the KL metrics the last hidden states at the answers' tokens, from which the frozen LM head gives the exact
-logits again.
+"""The reference model without a reference model in memory: the policy IS it until its first step. One pass
+before keeps log pi_ref(y|x), a float32 number an answer, or one a token (TNPO); and for K, UNDIAL and the KL
+metrics the last hidden states at the answers' tokens, from which the frozen LM head gives the exact logits.
 """
 
 import os
@@ -17,16 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Item, sent
-from evaluation.scoring import (
-    KL_SETS,
-    MIA_SETS,
-    Prepared,
-    ReferenceStates,
-    batches_of,
-    own_answers,
-    states_of_answers,
-    untouched,
-)
+from evaluation import scoring
+from evaluation.scoring import KL_SETS, MIA_SETS, logps_of_texts, own_answers, states_of_answers, untouched
 from models.answers import AnswerModel
 from models.sharded import whole
 from running.plan import Plan
@@ -87,32 +76,18 @@ class Reference:
         """The frozen LM head, (V, H): the policy's own moves. On the device only from its first use on."""
         return self["head"].to(self.device)
 
-    def evaluation(self) -> ReferenceStates:
+    def evaluation(self) -> scoring.ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
         states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
         nlls = {(name, index): -logp for name, logps in zip(MIA_SETS, self.scored, strict=True)
                 for index, logp in enumerate(logps.tolist())}
-        return ReferenceStates(states, self["head"].to(self.device), nlls)  # let go of after each evaluation
+        head = self["head"].to(self.device)  # let go of after each evaluation
+        return scoring.ReferenceStates(states, head, nlls)
 
 
 @torch.no_grad()
-def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
-                   world: World) -> tuple[Tensor, dict]:
-    """log pi of each text's answer, (len(texts),), where those that another process computes are 0; and of
-    this process's, place -> log pi of each token."""
-    result, of_tokens = torch.zeros(len(texts)), {}
-    for places, batch in batches_of(dict(enumerate(texts)), batch_size, pad, world):
-        logps = model(batch)[0]
-        if places:
-            result[places] = batch.per_text(logps).cpu()
-            each = logps.cpu().split(batch.answer_tokens.tolist())
-            of_tokens.update(zip(places, each, strict=True))
-    return result, of_tokens
-
-
-@torch.no_grad()
-def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path, mark: str,
-                   world: World):
+def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scoring.Prepared, folder: Path,
+                   mark: str, world: World):
     """Write this process's share of what `Reference` reads."""
     batch_size = 2 * s.micro_batch_size
     scored = [own_answers(prepared, (name,)).values() for name in MIA_SETS]
@@ -125,10 +100,10 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
     if plan.objective.with_reference_states:
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
+    evaluated = own_answers(prepared, KL_SETS)
+    texts |= {f"evaluation/{name}/{index}": e for (name, index), e in evaluated.items()}
     with untouched(model, world):
         tensors |= states_of_answers(model, texts, batch_size, plan.pad, world)
-        states = states_of_answers(model, own_answers(prepared, KL_SETS), batch_size, plan.pad, world)
-    tensors |= {f"evaluation/{name}/{index}": value for (name, index), value in states.items()}
     head = whole(model.lm.get_output_embeddings().weight)
     if world.rank == 0:
         tensors["head"] = head.detach().cpu().clone()

@@ -45,10 +45,8 @@ def open_folder(s: Namespace, config: dict, world: World) -> Path:
     """The run folder, which appears with its config.json in one rename. Raises InputError where it exists."""
     if s.resume:
         return Path(s.resume)
-    made = None
-    if world.rank == 0:
-        made = next((path for path in folder_names(s) if appears(path, config)), None)
-    made = world.agree(made)
+    free = (path for path in folder_names(s) if appears(path, config))
+    made = world.agree(next(free, None) if world.rank == 0 else None)
     if made is None:
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return made
@@ -88,14 +86,11 @@ class RunFolder:
         self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
         self.mark = job.run_mark()
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
-        every = self.s.checkpoint_every
-        self.checkpoint_steps, self.interval = set(), math.inf
-        if every == "epoch":
-            self.checkpoint_steps = set(self.plan.epoch_ends)
-        elif every.endswith("m"):
+        every, self.checkpoint_steps, self.interval = self.s.checkpoint_every, set(), math.inf
+        if every.endswith("m"):
             self.interval = 60 * float(every[:-1])
         else:
-            self.checkpoint_steps = set(range(0, self.plan.steps, int(every)))
+            self.checkpoint_steps = self.plan.evaluation_steps(every) - {0}
         self.saved_at, self.stop_asked, self.saving = time.monotonic(), False, False
         self.log_file = self.folder / "log.jsonl"
         hidden = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()  # one a terminal
@@ -189,7 +184,7 @@ class RunFolder:
             rows = evaluate(model, self.job.prepared, self.job.tokenizer, world=self.world,
                             batch_size=settings_of(self.s.preset).eval_batch_size,
                             reference=self.reference and self.reference.evaluation())
-        metrics = self.metrics_of(rows, self.job.retrained_rows, self.job.retrained_holdout)
+        metrics = self.metrics_of(rows, *self.job.retrained)
         if self.world.rank == 0:
             provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
                           "split": self.job.task.judged_split, "data": self.s.data,
@@ -252,7 +247,7 @@ class RunFolder:
         for name, step in {"start": start, "best": best, "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
         before, after = (json.loads(path.read_text())["rows"] for path in (files[start], files[last]))
-        samples = log_ratios({"start": before["forget"], "retrained": self.job.retrained_rows,
+        samples = log_ratios({"start": before["forget"], "retrained": self.job.retrained[0],
                               "unlearned": after["forget"]}, self.log_ratio_of)
         log = [json.loads(line) for line in self.log_file.read_text().splitlines()]
         draw_trajectory(self.s.method, evaluations, log, samples).savefig(self.folder / "trajectory.png")
