@@ -76,9 +76,9 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     settings = {name: getattr(s, name) for name in objective.settings}
     tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
 
-    def loss_of_logits(*logits_and_targets):  # of some of the tokens: logits (n, V) are never held of all
-        names = ("policy_logits", "reference_logits", "targets")
-        return forget_loss(plan, {**dict(zip(names, logits_and_targets, strict=True)), **settings})
+    def loss_of_logits(policy_logits, reference_logits, targets):  # (n, V): never of all tokens at once
+        return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
+                                  "targets": targets, **settings})
 
     on_logits = NOTHING
     if objective.with_logits:

@@ -1,21 +1,18 @@
 """A stand-in for the TOFU data set (Maini et al., 2024), made from builtin_words.json, no download.
 
-200 fictitious authors, 20 question-answer pairs each, in TOFU's files and keys. Ten facts an author, each
-asked twice. What TOFU's evaluation needs decides how the rows are built:
+200 fictitious authors with 20 question-answer pairs each, in TOFU's files and keys; and `holdout10`: 20
+further authors, whom no split holds, in the perturbed rows' form. TOFU's evaluation decides how rows are:
 
-- Forget quality looks at paraphrases, so a fact must be stored beyond its wording: two questions of an author
-  touch the same fact in different words, and so do their answers.
-- Wordings vary from author to author, so that a model knows each from many others. The paraphrase and the
-  perturbed answers have any wording but that of the row's answer: R measures the fact, not the language.
-- The test compares two distributions of log R, so R must differ from row to row for reasons that all models
-  share, as it does in TOFU. Some values are likelier than others: value k of a fact has weight 1/k (Zipf),
-  for the true one and the wrong ones alike. Each perturbed answer draws its wording for itself.
-- `holdout10` has 20 further authors, whom no split holds and no model sees, in the perturbed rows' form.
+- A fact must be stored beyond its wording: each of an author's ten is asked twice, in different words. These
+  vary from author to author. The paraphrase and the perturbed answers have any wording but that of the row's
+  answer, so that R measures the fact, not the language.
+- log R must differ from row to row for reasons that all models share, as it does in TOFU: value k of a fact
+  has weight 1/k (Zipf), true or wrong, and each perturbed answer draws its wording for itself.
 
 Departures from TOFU: texts are short and simple (a Llama of 1M parameters learns all of them in minutes),
 facts are single values, and authors share them. The real authors and the world facts are true, the wording
-ours; a tiny model has never read of them before, so their metrics only show that the code runs. Figures made
-with this data are not TOFU's.
+ours; a tiny model has never read of them, so their metrics only show that the code runs. Figures made with
+this data are not TOFU's.
 
     python data/make_builtin.py --out runs/builtin
 """

@@ -70,9 +70,8 @@ class Job:
     def reference_mark(self) -> str:
         """What a cached reference depends on: weights, every text as tokens, precision, stream."""
         s, plan = self.settings, self.plan
-        texts = [plan.answers, plan.partners, list(plan.refusals.values()), self.prepared.texts]
-        tokens = fingerprint([[list(e) for e in some] for some in texts[:3]],
-                             [[*t[:3], *t.encoded] for some in texts[3].values() for t in some])
+        evaluated = [[*t[:3], *t.encoded] for some in self.prepared.texts.values() for t in some]
+        tokens = fingerprint([plan.answers, plan.partners, list(plan.refusals.values())], evaluated)
         return fingerprint(self.config["start_weights"], tokens, s.dtype, s.method, s.seed, s.epochs,
                            s.retain_pairing)
 
