@@ -204,12 +204,12 @@ def metrics_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def sample_answers(rows: dict, n: int = SAMPLES) -> str:
-    """True and generated answers to `n` questions of the forget and of the retain set, evenly spaced."""
+def sample_answers(rows: dict) -> str:
+    """True and generated answers to SAMPLES questions of the forget and of the retain set, evenly spaced."""
     lines = []
     for name in ("forget", "retain"):
         set_rows = rows.get(name, [])
-        for row in set_rows[::max(1, len(set_rows) // n)][:n]:
+        for row in set_rows[::max(1, len(set_rows) // SAMPLES)][:SAMPLES]:
             lines += [f"[{name} {row['index']}] {row['question']}", f"    true:  {row['answer']}",
                       f"    model: {row['generation']}"]
     return "\n".join(lines)

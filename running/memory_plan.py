@@ -200,7 +200,7 @@ def as_published(s: Namespace) -> Task:
                 slice_rows(full, complement(s.split) if forgets else s.split), {}, [row["answer"]], "", "")
 
 
-def dry_run(s: Namespace, processes: int, say=print):
+def dry_run(s: Namespace, processes: int):
     """Print the plan: counts, memory as asked and as suggested."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
@@ -208,25 +208,27 @@ def dry_run(s: Namespace, processes: int, say=print):
     x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
     asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
     best = suggest(s, x, work, processes, room)
-    say(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
-        f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
-        f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
-        f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}")
-    say_memory("as asked", memory(x, asked), say)
+    print(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
+          f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
+          f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
+          f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}")
+    say_memory("as asked", memory(x, asked))
     fits = memory(x, asked)["peak"] <= room
-    say(f"As asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
-        f"({USABLE:.0%} of it usable).")
+    print(f"As asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
+          f"({USABLE:.0%} of it usable).")
     if best is None:
         enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, room)), None)
-        say("Nothing fits; " + (f"the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}"
-                                if enough else "no number of such GPUs up to the batch size is enough"))
+        advice = "no number of such GPUs up to the batch size is enough"
+        if enough:
+            advice = f"the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}"
+        print(f"Nothing fits; {advice}")
     elif best != asked:
-        say_memory("as suggested", memory(x, best), say)
-        say(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
-            f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
+        say_memory("as suggested", memory(x, best))
+        print(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
+              f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
 
 
-def say_memory(how: str, parts: dict, say):
-    say(f"\nmemory of one process at its peak, {how}, GB")
+def say_memory(how: str, parts: dict):
+    print(f"\nmemory of one process at its peak, {how}, GB")
     for part, size in parts.items():
-        say(f"  {part:44}{size / GB:8.2f}")
+        print(f"  {part:44}{size / GB:8.2f}")
