@@ -318,18 +318,12 @@ def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
         if begun and world.rank == 0:
             with locked(folder / ".lock", wait=True):  # a command of its own may be training it
                 pass
-        if world.agree((folder / "model").is_dir()):
-            return folder
-        begin = time.perf_counter()
-        if begun:
-            sft = resumed(folder, {})
-        job = prepare_job(sft, world)
-        job.folder = open_folder(sft, job.config, world)
-        describe(job, world)
-        try:
-            run_job(job, begin, world)
-        except Stopped:
-            raise Stopped(f"stopped while training the tiny model; go on with: --resume {for_run}") from None
+        if not world.agree((folder / "model").is_dir()):
+            try:
+                carry_out(resumed(folder, {}) if begun else sft, world)
+            except Stopped:
+                raise Stopped("stopped while training the tiny model; go on with: "
+                              f"--resume {for_run}") from None
     return folder
 
 
