@@ -285,11 +285,9 @@ def read_config(folder: Path) -> dict:
 def interrupted_run(s: Namespace) -> Path | None:
     """The last unfinished run of these settings."""
     asked = {key: value for key, value in vars(s).items() if value is not None and key not in NOT_STORED}
-    for folder in reversed([path for path in folder_names(s) if (path / "config.json").is_file()]):
-        stored = read_config(folder)["settings"]
-        if not (folder / "model").exists() and asked.items() <= stored.items():
-            return folder
-    return None
+    begun = [path for path in folder_names(s) if (path / "config.json").is_file()]
+    fitting = [path for path in begun if asked.items() <= read_config(path)["settings"].items()]
+    return next((path for path in reversed(fitting) if not (path / "model").exists()), None)
 
 
 def tiny_settings(s: Namespace, split: str, task, seed: int = 0) -> Namespace:
