@@ -216,7 +216,8 @@ def single_runs(runs: list, path: Path):
         alike.setdefault((*run["steps"], *(run[key] for key in SETTINGS)), []).append(run)
     firsts = [some[0] for some in alike.values()]
     methods = [r["method"] for r in firsts]
-    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in ("lr", "beta"))])
+    telling = [key for key in ("lr", "beta") if len({r[key] for r in firsts}) > 1]
+    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in telling)])
              if methods.count(r["method"]) > 1 else r["method"] for r in firsts]
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
