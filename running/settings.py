@@ -184,7 +184,8 @@ def refuse_contradictions(s: Namespace, given: dict):
             s.preset != "tiny" and not s.start and not s.dry_run,
         "--lora trains adapters of a model that is there: leave it out, or give --model": s.lora and sft and
             s.from_scratch,
-        "--lora needs the package peft: pip install peft": s.lora and find_spec("peft") is None,
+        "--lora needs the package peft: pip install peft":
+            s.lora and not s.dry_run and find_spec("peft") is None,
         "--lora goes with --parallel ddp: adapters are small, and the frozen weights are not sharded":
             s.lora and s.parallel == "fsdp",
         "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":

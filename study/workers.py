@@ -111,6 +111,7 @@ def execute(study: Study, jobs: list) -> Study:
         for child in children:
             child.join(TIME_TO_SAVE)
             child.kill()  # it may wait for a lock that an idle one held when it was ended
+            child.join()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -643,6 +643,7 @@ def test_a_worker_that_is_killed_fails_its_run_and_another_goes_on(run_fates):
 
 
 def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(run_fates):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt):
         run_fates("asked to stop", "ends")
     assert not multiprocessing.active_children()
