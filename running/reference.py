@@ -14,8 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Item, sent
-from evaluation import scoring
-from evaluation.scoring import KL_SETS, MIA_SETS, logps_of_texts, own_answers, states_of_answers, untouched
+from evaluation.scoring import (
+    KL_SETS,
+    MIA_SETS,
+    Prepared,
+    ReferenceStates,
+    logps_of_texts,
+    own_answers,
+    states_of_answers,
+    untouched,
+)
 from models.answers import AnswerModel
 from models.sharded import whole
 from running.plan import Plan
@@ -76,17 +84,17 @@ class Reference:
         """The frozen LM head, (V, H): the policy's own moves. On the device only from its first use on."""
         return self["head"].to(self.device)
 
-    def evaluation(self) -> scoring.ReferenceStates:
+    def evaluation(self) -> ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
         states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
         nlls = {(name, index): -logp for name, logps in zip(MIA_SETS, self.scored, strict=True)
                 for index, logp in enumerate(logps.tolist())}
         head = self["head"].to(self.device)  # let go of after each evaluation
-        return scoring.ReferenceStates(states, head, nlls)
+        return ReferenceStates(states, head, nlls)
 
 
 @torch.no_grad()
-def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scoring.Prepared, folder: Path,
+def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path,
                    mark: str, world: World):
     """Write this process's share of what `Reference` reads."""
     batch_size = 2 * s.micro_batch_size

@@ -14,6 +14,7 @@ from pathlib import Path
 from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
+from evaluation.attack_pages import last_states
 from evaluation.logs import MIA, SHARPER
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
@@ -191,7 +192,6 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
 def attacked(folder: Path) -> dict | None:
     """What `robustness_tofu.py --out FOLDER/robustness` found, of the unlearned, the retrained and the start
     model: {name: {state: extraction strength in it, "leak": {k: leak@k}, "halfway": {rows: steps}}}."""
-    from evaluation.attack_pages import last_states
     path = folder / "robustness" / "robustness.json"
     if not path.is_file():
         return None
