@@ -27,7 +27,7 @@ from models.saving import save_model
 from running import checkpoints
 from running.model_card import model_card
 from running.processes import peak_memory
-from running.trajectory import draw_trajectory, log_ratios
+from running.trajectory import draw_trajectory
 from support.command_line import number
 from support.errors import InputError
 from support.files import write_json
@@ -236,28 +236,26 @@ class RunFolder:
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
-        evaluations = self.evaluations()
+        evaluations, files = self.evaluations(), self.evaluation_files()
         self.save_aside(model.lm, "model", evaluations, self.plan.steps)
         self.world.wait()  # whoever goes on may read it
+        self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
         if self.world.rank > 0 or len(evaluations) < 2:
-            self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
             return
-        start, best, last = min(evaluations), best_step(evaluations), max(evaluations)
-        files = self.evaluation_files()
-        for name, step in {"start": start, "best": best, "last": last}.items():
+        start, last = min(evaluations), max(evaluations)
+        for name, step in {"start": start, "best": best_step(evaluations), "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
-        before, after = (json.loads(path.read_text())["rows"] for path in (files[start], files[last]))
-        samples = log_ratios({"start": before["forget"], "retrained": self.job.retrained[0],
-                              "unlearned": after["forget"]}, self.log_ratio_of)
+        before, after = (json.loads(files[step].read_text())["rows"] for step in (start, last))
+        forget_rows = {"start": before["forget"], "retrained": self.job.retrained[0],
+                       "unlearned": after["forget"]}
+        samples = {name: list(map(self.log_ratio_of, rows or [])) for name, rows in forget_rows.items()}
         log = [json.loads(line) for line in self.log_file.read_text().splitlines()]
         draw_trajectory(self.s.method, evaluations, log, samples).savefig(self.folder / "trajectory.png")
         for name in ("forget", "retain"):
-            middle = len(before[name]) // 2
-            row = before[name][middle]
+            row, later = before[name][0], after[name][0]
             self.world.say(f"\n{name} question: {row['question']}\n  true:   {row['answer']}\n  before: "
-                           f"{row['generation']}\n  after:  {after[name][middle]['generation']}")
-        self.world.say(f"\n{seconds:.0f} s; model {self.folder / 'model'}, evaluations "
-                       f"{self.folder / 'eval'}, picture {self.folder / 'trajectory.png'}")
+                           f"{row['generation']}\n  after:  {later['generation']}")
+        self.world.say(f"\npicture {self.folder / 'trajectory.png'}")
 
 
 def told(metrics: dict) -> str:
