@@ -39,20 +39,20 @@ from scipy.stats import hmean, ks_2samp, rankdata
 
 from data.prompts import TEMPLATES
 from data.tofu import EVALUATED, NO_HOLDOUT, evaluation_split, load_task, parse_split
-from evaluation.logs import MAX_ROWS, SHARPER, expect_split, read_log, read_retain_log
+from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, read_retain_log
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.loading import load_model
 from models.presets import AUTOCAST, autocast, settings_of, split_model
 from running.processes import flush_denormals, keep_freed_memory, pick_device
-from support.command_line import Parser, given_flags, not_negative, number, positive, run_command
+from support.command_line import Parser, given_flags, not_negative, positive, run_command
 from support.errors import InputError
 from support.files import write_json
 from support.provenance import environment
 from support.world import ALONE
 
-SAMPLES = 5  # questions a set whose answers are shown
+SAMPLES = 5  # of the first questions of a set, whose answers are shown
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 
 
@@ -84,7 +84,7 @@ def probability_among_options(row: dict) -> float:
 
 
 def set_metrics(name: str, rows: list) -> dict:
-    """{"rouge_l_recall", "probability", "truth_ratio", "rows", *SHARPER} of a set; None: rows can't tell."""
+    """{"rouge_l_recall", "probability", "truth_ratio", "rows", ..} of a set; None: rows can't tell."""
     log_ratios = [log_truth_ratio(row) for row in rows]
     of_answer = probability_among_options if name in ("real_authors", "world_facts") else probability
     truth_ratio = None
@@ -178,42 +178,7 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
     return {**metrics, **sets}
 
 
-# ---------------------------------------------------------------- output
-
-def metrics_table(metrics: dict) -> str:
-    """The nine numbers and what is made of them, and those beyond the paper, as aligned text."""
-    lines = [f"{'':14}{'ROUGE-L':>9}{'probability':>13}{'truth ratio':>13}{'rows':>6}"
-             f"{'exact mem.':>12}{'extraction':>12}{'paraphrase':>12}"]
-    for name in EVALUATED:
-        if name in metrics:
-            m = metrics[name]
-            lines.append(f"{name:14}{number(m['rouge_l_recall']):>9}{number(m['probability']):>13}"
-                         f"{number(m['truth_ratio']):>13}{m['rows']:>6}"
-                         + "".join(f"{number(m[key]):>12}" for key in SHARPER))
-    quality = number(metrics["forget_quality"])
-    if metrics["ks_rows"]:
-        measured = f"(KS statistic {metrics['ks_statistic']:.4f} over {metrics['ks_rows']} rows)"
-    else:
-        measured = "(needs --retain-log: the log of a model retrained without the forget set)"
-    lines.append(f"forget quality {quality} {measured}")
-    lines.append(f"model utility  {number(metrics['model_utility'], 6)}   forget KL "
-                 f"{number(metrics['forget_kl'])}   world-facts KL {number(metrics['world_facts_kl'])}")
-    if "mia" in metrics:
-        aucs = "   ".join(f"{name} {number(value)}" for name, value in metrics["mia"].items())
-        lines.append(f"MIA AUC        {aucs}   PrivLeak {number(metrics['privleak'])}")
-    return "\n".join(lines)
-
-
-def sample_answers(rows: dict) -> str:
-    """True and generated answers to SAMPLES questions of the forget and of the retain set, evenly spaced."""
-    lines = []
-    for name in ("forget", "retain"):
-        set_rows = rows.get(name, [])
-        for row in set_rows[::max(1, len(set_rows) // SAMPLES)][:SAMPLES]:
-            lines += [f"[{name} {row['index']}] {row['question']}", f"    true:  {row['answer']}",
-                      f"    model: {row['generation']}"]
-    return "\n".join(lines)
-
+# ---------------------------------------------------------------- picture
 
 def plot_truth_ratios(rows: list, retrained_rows: list | None, path: Path):
     """The cumulative distributions of R that the Kolmogorov-Smirnov test compares, the largest gap marked."""
@@ -221,18 +186,15 @@ def plot_truth_ratios(rows: list, retrained_rows: list | None, path: Path):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     samples = [np.array([log_truth_ratio(row) for row in x]) for x in (rows, retrained_rows) if x is not None]
-    looks = (("-", "black", "this model"), ("--", "tab:orange", "retrained model"))
-    for sample, (style, color, label) in zip(samples, looks, strict=False):
-        axes.ecdf(np.exp(sample), linestyle=style, label=label, color=color)
+    for sample, label in zip(samples, ("this model", "retrained model"), strict=False):
+        axes.ecdf(np.exp(sample), label=label)
     if len(samples) == 2:
-        test = ks_2samp(*samples)
-        below = [np.mean(sample <= test.statistic_location) for sample in samples]
-        axes.vlines(np.exp(test.statistic_location), *below, color="tab:red", linewidth=3,
-                    label=f"KS statistic {test.statistic:.3f}")
+        at = ks_2samp(*samples).statistic_location
+        axes.vlines(np.exp(at), *(np.mean(sample <= at) for sample in samples), color="tab:red", linewidth=3,
+                    label="KS statistic")
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
              ylabel="share of forget rows below")
     axes.legend()
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
@@ -382,7 +344,10 @@ def main(argv=None):
     metrics = compute_metrics(rows, *retrained)
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
-    print(sample_answers(rows))
+    for name in ("forget", "retain"):
+        for row in rows.get(name, [])[:SAMPLES]:
+            print(f"[{name} {row['index']}] {row['question']}\n    true:  {row['answer']}\n    model: "
+                  f"{row['generation']}")
     print(metrics_table(metrics))
     if picture and metrics["forget_truth_ratio"] is None:
         print("no picture: the forget rows have no perturbed answers, and so no truth ratios")

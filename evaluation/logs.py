@@ -1,10 +1,11 @@
-"""Evaluation logs, ours and TOFU's released ones: read, checked row by row, and matched by question."""
+"""Evaluation logs, ours and TOFU's released ones: read, checked row by row, matched by question, and told."""
 
 import json
 import math
 from pathlib import Path
 
-from data.tofu import complement, parse_split
+from data.tofu import EVALUATED, complement, parse_split
+from support.command_line import markdown_table, number
 from support.errors import InputError
 from support.files import MAX_FILE_BYTES, read_text
 
@@ -141,3 +142,17 @@ def expect_split(rows: dict, provenance: dict, split: str, path: str):
     expected = min(MAX_ROWS, 40 * parse_split(split)[1])
     if provenance.get("format") == "TOFU" and len(rows["forget"]) != expected:
         raise InputError(f"{path} holds {len(rows['forget'])} rows, {split} has {expected}: of another split")
+
+
+def metrics_table(metrics: dict) -> str:
+    """What was measured of each set, a Markdown table, and of all of them; `evaluate_tofu.py` defines it."""
+    columns = ("rouge_l_recall", "probability", "truth_ratio", *SHARPER)
+    sets = {name: metrics[name] for name in EVALUATED if name in metrics}
+    lines = markdown_table(["set (rows)", *(column.replace("_", " ") for column in columns)], [
+        [f"{name} ({m['rows']})", *(number(m.get(column)) for column in columns)]
+        for name, m in sets.items()])
+    totals = {"forget quality": metrics["forget_quality"], "KS statistic": metrics["ks_statistic"],
+              "model utility": metrics["model_utility"], "forget KL": metrics["forget_kl"],
+              "world-facts KL": metrics["world_facts_kl"], "PrivLeak": metrics.get("privleak")}
+    totals |= {f"MIA AUC {name}": auc for name, auc in metrics.get("mia", {}).items()}
+    return "\n".join([*lines, "", *(f"- {name}: {number(value, 6)}" for name, value in totals.items())])

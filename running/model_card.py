@@ -1,14 +1,12 @@
 """The README.md beside a run's weights: what the model is, what it is not, its numbers, how to load it."""
 
 from argparse import Namespace
-from itertools import product
 from pathlib import Path
 
-from data.tofu import EVALUATED
-from evaluation.logs import MIA, SHARPER
+from evaluation.logs import metrics_table
 from losses import OBJECTIVES
 from models.presets import PRESETS
-from support.command_line import markdown_table, number
+from support.command_line import markdown_table
 
 CARD = """---
 library_name: transformers
@@ -44,35 +42,20 @@ SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batc
 
 
 def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
-    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics. No path
-    of this machine is in it: data and start are named as far as others can know them."""
+    """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics, of which
+    the start's and the last up to `step` are told. No path of this machine is in it: data and start are named
+    as far as others can know them."""
     published = {name for preset in PRESETS.values() for name in (preset.base, preset.finetuned) if name}
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
+    evaluated = [k for k in sorted(evaluations) if k <= step]
     settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
     settings["step"] = f"{step} of {config['derived']['steps']}"
     settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
         base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
         method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
-        numbers=numbers(evaluations, step),
+        numbers="\n\n".join(f"Step {k}:\n\n{metrics_table(evaluations[k])}"
+                            for k in sorted({*evaluated[:1], *evaluated[-1:]})),
         settings="\n".join(markdown_table(["setting", ""], settings.items())))
-
-
-def numbers(evaluations: dict, step: int) -> str:
-    """A table of the start, where it was evaluated, and of the last evaluation up to `step`."""
-    if not evaluations:
-        return "It was not evaluated."
-    shown = sorted({min(evaluations), max(k for k in evaluations if k <= step)})
-    metrics = [evaluations[k] for k in shown]
-    rows = {name: [m[name] for m in metrics] for name in ("forget_quality", "model_utility", "forget_kl")}
-    for name, measure in (*product(EVALUATED, ("probability", "rouge_l_recall", "truth_ratio")),
-                          *product(("forget", "retain"), SHARPER)):
-        rows[f"{name} {measure}"] = [m.get(name, {}).get(measure) for m in metrics]
-    for score in MIA:
-        rows[f"MIA AUC {score}"] = [m.get("mia", {}).get(score) for m in metrics]
-    rows["PrivLeak"] = [m.get("privleak") for m in metrics]
-    return "\n".join(markdown_table(["", *(f"step {k}" for k in shown)], [
-        [name.replace("_", " "), *map(number, values)] for name, values in rows.items()
-        if any(value is not None for value in values)]))

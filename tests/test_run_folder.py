@@ -53,9 +53,10 @@ def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small
         assert str(tmp_path) not in text and str(small_data.parent) not in text and small_data.name in text
         assert config["start_weights"] in text and config["data_fingerprint"] in text and "beta | 0.1" in text
         load_model(str(folder / name))
-    last = max(evaluations)
-    utility = " | ".join(f"{evaluations[step]['model_utility']:.4f}" for step in (0, last))
-    assert f"| model utility | {utility} |" in (folder / "model" / "README.md").read_text()
+    card = (folder / "model" / "README.md").read_text()
+    for step in (0, max(evaluations)):
+        _, _, told = card.partition(f"Step {step}:")
+        assert f"- model utility: {evaluations[step]['model_utility']:.6f}" in told
     # The command can be typed again anywhere: no interpreter, no folder of the script.
     assert config["command"] == "train_npo.py " + " ".join(flags) and isinstance(config["dirty"], bool)
 
