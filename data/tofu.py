@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.make_builtin import REFUSALS, make_builtin
+from data.builtin import REFUSALS, make_builtin
 from support.errors import InputError
 from support.files import fingerprint, read_text
 

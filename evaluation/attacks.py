@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from data.batches import collate, permutations
-from data.make_builtin import FACTS
+from data.builtin import FACTS
 from data.prompts import Encoded, encode
 from data.tofu import Task
 from evaluation.attack_pages import LABELS, MEASURES

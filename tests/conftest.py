@@ -32,7 +32,7 @@ def shared():
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     """Ten authors of the built-in set as a folder of TOFU's files."""
-    from data.make_builtin import make_builtin
+    from data.builtin import make_builtin
     sets, folder = make_builtin(), tmp_path_factory.mktemp("data")
     sizes = {"full": slice(-SMALL, None), "forget10_perturbed": slice(-20, None),
              "retain_perturbed": slice(0, 20), "real_authors_perturbed": slice(0, 6),

@@ -10,7 +10,7 @@ from torch import nn
 
 import robustness_tofu
 from data.batches import collate
-from data.make_builtin import make_builtin
+from data.builtin import make_builtin
 from data.prompts import encode
 from data.tofu import load_task
 from evaluate_tofu import compute_metrics, log_truth_ratio

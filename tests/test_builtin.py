@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from conftest import ROOT
-from data import make_builtin as make_builtin_module
-from data.make_builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin, write_sets
+from data import builtin
+from data.builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin
+from data.make_builtin import write_sets
 from data.tofu import load_sets, load_task
 from evaluate_tofu import compute_metrics, log_truth_ratio
 from support.errors import InputError
@@ -159,7 +160,7 @@ def test_holdout_authors_are_twenty_others_with_rows_of_the_same_form():
 
 
 def test_the_authors_do_not_depend_on_the_holdout(monkeypatch):
-    monkeypatch.setattr(make_builtin_module, "N_HOLDOUT_AUTHORS", 3)
+    monkeypatch.setattr(builtin, "N_HOLDOUT_AUTHORS", 3)
     fewer = make_builtin(SEED)
     assert len(fewer.pop("holdout10")) == 3 * PER_AUTHOR
     assert fewer == {split: rows for split, rows in SPLITS.items() if split != "holdout10"}
