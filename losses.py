@@ -242,21 +242,6 @@ class Objective(NamedTuple):
         return any(name in self.takes for name in ("policy_logps", "policy_token_logps", "policy_logits"))
 
     @property
-    def with_refusal(self) -> bool:
-        """The policy runs forward on a refusal."""
-        return "refusal_logps" in self.takes
-
-    @property
-    def with_logits(self) -> bool:
-        """It asks for the policy's logits at the own answer's tokens."""
-        return "policy_logits" in self.takes
-
-    @property
-    def with_reference_states(self) -> bool:
-        """And for the reference's: its hidden states there are kept."""
-        return "reference_logits" in self.takes
-
-    @property
     def needs_refusals(self) -> bool:
         return any("refusal" in name or name == "kl_baseline" for name in self.takes)
 

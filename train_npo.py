@@ -72,7 +72,9 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     whole batch's count, so that they add up over micro-batches and processes."""
     objective = plan.objective
     batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
-    kl_states = reference.states(micro.partners) if s.kl_weight > 0 else None
+    rows, kl_states = [i.row for i in micro.items], None
+    if s.kl_weight > 0:
+        kl_states = reference.of_tokens("retain", micro.partners), reference.head
     settings = {name: getattr(s, name) for name in objective.settings}
     tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
 
@@ -81,9 +83,10 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
                                   "targets": targets, **settings})
 
     on_logits = NOTHING
-    if objective.with_logits:
-        states = reference.answer_states(micro.items) if objective.with_reference_states else None
-        on_logits = OnLogits(tokens, loss_of_logits, states)
+    if "policy_logits" in objective.takes:
+        on_logits = OnLogits(tokens, loss_of_logits)
+        if "reference_logits" in objective.takes:
+            on_logits = on_logits._replace(states=(reference.of_tokens("forget", rows), reference.head))
     token_values, token_kl = policy(batch, kl_states, s.kl_direction, on_logits)
     answer_logps, refusal_logps, retain_logps = batch.per_text(token_values).split(sizes)
 
@@ -91,13 +94,13 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
              "policy_token_logps": token_values[:tokens], "kl_baseline": kl_baseline,
              "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
     if "reference_token_logps" in objective.takes:
-        known["reference_token_logps"] = reference.answer_token_logps(micro.items)
+        known["reference_token_logps"] = reference.of_tokens("tokens", rows)
     if "reference_logps" in objective.takes:
         known["reference_logps"] = reference.answer_logps(micro.items)
     if "reference_refusal_logps" in objective.takes:
         known["reference_refusal_logps"] = reference.refusal_logps(micro.items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
-    values = token_values[:tokens] if objective.with_logits else forget_loss(plan, known)
+    values = forget_loss(plan, known) if on_logits is NOTHING else token_values[:tokens]
     sums = {"forget_loss": values.sum() / count}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:

@@ -177,7 +177,8 @@ def count_work(s: Namespace, task: Task) -> Work:
 def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
     sequences = micro * work.sequences
     answers = math.ceil(sequences * work.width * work.answer_tokens / work.tokens)
-    compared = answers // work.sequences * ((s.kl_weight > 0) + OBJECTIVES[s.loss].with_reference_states)
+    on_logits = "reference_logits" in OBJECTIVES[s.loss].takes
+    compared = answers // work.sequences * ((s.kl_weight > 0) + on_logits)
     return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, compared,
                 micro < math.ceil(s.batch_size / processes), s.lora or 0)
 

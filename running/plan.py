@@ -72,8 +72,9 @@ class Plan:
 
     def texts(self, items: list[Item], partners: list[int]) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads, empty where the objective has none."""
+        asks_for_refusals = "refusal_logps" in self.objective.takes
         answers = [self.answers[i.row] for i in items] if self.objective.with_answer else []
-        refusals = [self.refusals[i.row, i.refusal] for i in items] if self.objective.with_refusal else []
+        refusals = [self.refusals[i.row, i.refusal] for i in items] if asks_for_refusals else []
         return [answers, refusals, [self.partners[p] for p in partners]]
 
     def partners_of(self, items: list[Item]) -> list[int]:

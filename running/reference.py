@@ -64,19 +64,9 @@ class Reference:
         """log pi_ref of the rows' refusals, (B,)."""
         return sent(self.refusals[[self.refusal_place[i.row, i.refusal] for i in items]], self.device)
 
-    def answer_token_logps(self, items: list[Item]) -> Tensor:
-        """log pi_ref of each token of the rows' own answers, (N,)."""
-        return self.of_texts("tokens", [i.row for i in items])
-
-    def states(self, partners: list[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states at these retain answers' tokens (M, H), the head (V, H): together exact logits."""
-        return self.of_texts("retain", partners), self.head
-
-    def answer_states(self, items: list[Item]) -> tuple[Tensor, Tensor]:
-        """The same at the tokens of the rows' own answers."""
-        return self.of_texts("forget", [i.row for i in items]), self.head
-
-    def of_texts(self, kind: str, numbers: list[int]) -> Tensor:
+    def of_tokens(self, kind: str, numbers: list[int]) -> Tensor:
+        """Of each token of these answers: "tokens", log pi_ref of rows to unlearn, (N,); "forget" and
+        "retain", the hidden states of such and of retain rows, (N, H), which with `head` give the logits."""
         return sent(torch.cat([self[f"{kind}/{n}"] for n in numbers]), self.device)
 
     @cached_property
@@ -106,7 +96,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
         tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens["answers"].items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
-    if plan.objective.with_reference_states:
+    if "reference_logits" in plan.objective.takes:
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
     evaluated = own_answers(prepared, KL_SETS)
     texts |= {f"evaluation/{name}/{index}": e for (name, index), e in evaluated.items()}

@@ -195,7 +195,7 @@ def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
     torch.testing.assert_close(torch.cat([reference.answer_logps(items), reference.refusal_logps(items)]),
                                logps)
     retain = collate([plan.partners[i.partner] for i in items], 0)
-    states, head = reference.states([i.partner for i in items])
+    states, head = reference.of_tokens("retain", [i.partner for i in items]), reference.head
     torch.testing.assert_close(states, model.hidden(retain))
     assert torch.equal(head, model.lm.get_output_embeddings().weight)
 
@@ -208,10 +208,11 @@ def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
         answers = collate([plan.answers[i.row] for i in items], 0)
         return model, reference, items, answers
     model, reference, items, answers = cached("tnpo")
-    torch.testing.assert_close(reference.answer_token_logps(items), model(answers)[0].detach())
+    logps = reference.of_tokens("tokens", [i.row for i in items])
+    torch.testing.assert_close(logps, model(answers)[0].detach())
     assert not any(key.startswith(("forget/", "retain/")) for key in reference.file_of)
     model, reference, items, answers = cached("undial")
-    states, head = reference.answer_states(items)
+    states, head = reference.of_tokens("forget", [i.row for i in items]), reference.head
     torch.testing.assert_close(states @ head.T, (model.hidden(answers) @ head.T).detach())
     _, reference, _, _ = cached("npo")
     assert not any(key.startswith(("forget/", "tokens/")) for key in reference.file_of)
