@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.sharded import first_row, local
-from support.errors import InputError
 from support.world import World
 
 KEPT = 2
@@ -37,9 +37,7 @@ def save(folder: Path, step: int, model, optimizer, state: dict, world: World, k
         parts = world.together(lambda: _write_part(aside, model, optimizer, world.rank) if writes else {})
         if world.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
-            manifest = {"state.json": _entry(aside / "state.json")}
-            for part in parts:
-                manifest |= part
+            manifest = dict(ChainMap({"state.json": _entry(aside / "state.json")}, *parts))
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in (aside / "state.json", aside / "manifest.json", aside):
                 _fsync(path)
@@ -85,12 +83,10 @@ def latest(folder: Path) -> tuple[Path | None, list]:
     return None, passed_over
 
 
-def load(path: Path, model, optimizer) -> dict:
-    """Put weights and moments back, whoever wrote them; the state. Raises InputError for another model's."""
+def load(path: Path, model, optimizer):
+    """Put weights and moments back, whichever processes wrote them."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = trained(model)
-    if weights.shapes() != {name: tuple(p.shape) for name, p in parameters.items()}:
-        raise InputError(f"{path} holds the weights of another model; resume the run that wrote it")
     # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.
     fused = any(group.get("fused") for group in optimizer.param_groups)
     with torch.no_grad():
@@ -101,7 +97,6 @@ def load(path: Path, model, optimizer) -> dict:
             p = parameters[name]
             count = torch.zeros((), device=local(p).device if fused else "cpu")
             optimizer.state[p][kind] = moments.read(key, count if kind == "step" else torch.zeros_like(p))
-    return json.loads((path / "state.json").read_text())
 
 
 class Rows:
@@ -113,14 +108,6 @@ class Rows:
             file = safe_open(file_path, framework="pt")
             for name, first in json.loads(file.metadata()["first_rows"]).items():
                 self.pieces.setdefault(name, []).append((first, file))
-
-    def shapes(self) -> dict:
-        """name -> shape of the whole tensor."""
-        shapes = {}
-        for name, pieces in self.pieces.items():
-            parts = [file.get_slice(name).get_shape() for _, file in pieces]
-            shapes[name] = (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else ()
-        return shapes
 
     def read(self, name: str, into: Tensor) -> Tensor:
         """Fill `into`, or this process's rows of it, and return it."""

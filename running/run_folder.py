@@ -129,10 +129,11 @@ class RunFolder:
             self.world.say(sentence)
         state = {"step": 0, "log_bytes": 0, "scaler": {}}
         if path:
-            state = checkpoints.load(path, model.lm, optimizer)
+            state = json.loads((path / "state.json").read_text())
             if state.get("run") != self.mark or state["step"] > self.plan.steps:
                 raise InputError(f"{path} was written by another run, or by an earlier version; move it "
                                  "away, or start a new run")
+            checkpoints.load(path, model.lm, optimizer)
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -200,13 +201,9 @@ class RunFolder:
                        f"({time.perf_counter() - begin:.1f} s)")
 
     def evaluation_files(self) -> dict:
-        """step -> file of the evaluations so far. Raises InputError for a file with another name."""
-        files = {}
-        for path in sorted((self.folder / "eval").glob("step_*.json")):
-            if not path.stem[5:].isdigit():
-                raise InputError(f"{path} is no evaluation of this run: need step_NUMBER.json; move it away")
-            files[int(path.stem[5:])] = path
-        return files
+        """step -> file of the evaluations so far."""
+        files = (self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")
+        return {int(path.stem.removeprefix("step_")): path for path in sorted(files)}
 
     def evaluations(self) -> dict:
         """step -> metrics of the evaluations so far."""
