@@ -136,28 +136,14 @@ def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
                          f"{system_prompt!r}; leave it out")
 
 
-def doubts_of_start(job: Job) -> list[str]:
-    """What a start's record says that is seldom meant, in sentences."""
-    s, trained_on, doubts = job.settings, job.start_record.get("trained_on") or {}, []
-    if s.loss == "sft" or job.task.own:
-        return []
-    if trained_on.get("split", "full") != "full":
-        doubts.append(f"note: the start was trained on {trained_on['split']} ({trained_on.get('loss')}), not "
-                      f"on full: it may not know {s.split}")
-    if trained_on.get("data_fingerprint", job.task.fingerprint) != job.task.fingerprint:
-        doubts.append(f"note: the start was trained on other data ({trained_on.get('data')}): it may not "
-                      "know these rows")
-    return doubts
-
-
 def refuse_changed(job: Job):
     """Raises InputError where data or model are no longer those that the run began with."""
     s, now = job.settings, json.loads(json.dumps(job.config))
     before = read_config(Path(s.resume))
     for key in ("data_fingerprint",) if s.from_scratch else ("data_fingerprint", "model_config"):
         if before.get(key) != now[key]:
-            raise InputError(f"--resume {s.resume}: its {key} was {str(before.get(key))[:80]} and is now "
-                             f"{str(now[key])[:80]}: data or model have changed; start a new run")
+            raise InputError(f"--resume {s.resume}: its {key} was another: data or model have changed; "
+                             "start a new run")
 
 
 def check(job: Job, model: AnswerModel, dtype: str, world: World):
@@ -192,21 +178,20 @@ def policy_of(job: Job, world: World) -> AnswerModel:
 
 def describe(job: Job, world: World):
     """Say what is about to be done, and with what."""
-    s, plan, task = job.settings, job.plan, job.task
+    s, plan, task, trained_on = job.settings, job.plan, job.task, job.start_record.get("trained_on")
     parameters = sum(p.numel() for p in job.lm.parameters())
-    what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
-    refusals = f"; refusals: {plan.refusals_from}" if plan.refusals else ""
-    settings = ", ".join(f"{name} {getattr(s, name):g}" for name in ("lr", *plan.objective.settings))
-    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
+    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows, {len(task.retain)} to keep; "
+              f"refusals: {plan.refusals_from if plan.refusals else 'none'}")
     world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
               f"{world.device.type}, {s.dtype}")
-    weights = f"{s.forget_weight:g} / {s.retain_weight:g} / {s.kl_weight:g}"
-    steps = (f"{s.epochs} epochs, {plan.steps} steps ({plan.warmup_steps} warm-up), "
-             f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
-    world.say(f"{settings}, weights {weights} (forget / retain / KL), batch {s.batch_size} in micro-batches "
-              f"of {s.micro_batch_size}, {steps}, template {s.template}, seed {s.seed}")
-    for doubt in doubts_of_start(job):
-        world.say(doubt)
+    if trained_on:
+        world.say(f"it was trained on {trained_on.get('split')} of {trained_on.get('data')} "
+                  f"({trained_on.get('loss')})")
+    settings = ", ".join(f"{name.replace('_', ' ')} {getattr(s, name)}" for name in (
+        "lr", *plan.objective.settings, "forget_weight", "retain_weight", "kl_weight", "batch_size",
+        "micro_batch_size", "epochs", "template", "seed"))
+    world.say(f"{settings}; {plan.steps} steps ({plan.warmup_steps} warm-up), "
+              f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
     if s.loss != "sft" and not task.holdout:
         world.say(NO_HOLDOUT)
     for split in job.missing_models:

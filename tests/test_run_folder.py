@@ -11,7 +11,7 @@ import pytest
 from evaluate_tofu import log_truth_ratio, recorded_split
 from models.loading import load_model
 from running import run_folder
-from running.job import doubts_of_start, prepare_job
+from running.job import describe, prepare_job
 from running.run_folder import best_step
 from running.settings import parse, resolve
 from running.trajectory import draw_trajectory
@@ -157,12 +157,11 @@ def test_another_template_than_the_starts_is_refused(small_model, small_data, tm
         start_of(model, small_data, tmp_path, template="llama2")
 
 
-def test_a_start_that_may_not_know_the_rows_is_warned_of(small_model, small_data, tmp_path):
-    assert doubts_of_start(start_of(small_model, small_data, tmp_path)) == []
+def test_what_the_start_was_trained_on_is_said(small_model, small_data, tmp_path, capsys):
     trained_on = {"split": "retain90", "loss": "sft", "data": "elsewhere", "data_fingerprint": "0"}
     model = model_with(small_model, tmp_path / "model", trained_on=trained_on)
-    first, second = doubts_of_start(start_of(model, small_data, tmp_path))
-    assert "retain90" in first and "elsewhere" in second
+    describe(start_of(model, small_data, tmp_path), ALONE)
+    assert "it was trained on retain90 of elsewhere (sft)" in capsys.readouterr().out
 
 
 def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tmp_path):
