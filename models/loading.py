@@ -10,11 +10,9 @@ import hashlib
 import logging
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from models.presets import PRESETS
@@ -28,7 +26,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 KEPT_IN = Path("runs/models")
-PACKAGES = ("gguf", "accelerate")
 MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenizers have some 35 MB
 
 
@@ -139,17 +136,13 @@ def check_folder(folder: Path, source: str):
     """A model's folder is whole, no file's size is meant to fill the memory, no index and no adapter points
     elsewhere (code and pickles are never read). Raises InputError."""
     flaw = None
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt*") for path in folder.glob(pattern))
-    large = [path for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
+    large = [path.name for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
     if not (folder / "config.json").is_file():
-        hint = f", e.g. --model {folder / 'model'}" if (folder / "model").is_dir() else ""
-        flaw = f"the folder has no config.json; need a folder written by save_pretrained{hint}"
-    elif pickled and not list(folder.glob("*.safetensors")):
-        flaw = f"only pickled weights ({pickled[0]}), which can run code; save them as safetensors"
+        flaw = "the folder has no config.json; need one written by save_pretrained, such as a run's model/"
     elif not list(folder.glob("*.safetensors")):
-        flaw = "no weights; need model.safetensors beside config.json"
+        flaw = "no weights as safetensors (pickled weights can run code); need model.safetensors"
     elif large:
-        flaw = f"{large[0].name} has {large[0].stat().st_size >> 20} MB, more than {MAX_JSON_BYTES >> 20} MB"
+        flaw = f"{large[0]} has more than {MAX_JSON_BYTES >> 20} MB"
     elif (folder / "adapter_config.json").exists():
         flaw = "holds an adapter (adapter_config.json) of another model; merge it, save the whole model"
     if flaw:
@@ -165,36 +158,19 @@ def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
     if not file.is_file():
         raise InputError(f"{file}: no such file; need a .gguf file with the weights of a Llama")
     with open(file, "rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise InputError(f"{file} is no GGUF file: it doesn't begin with GGUF; need a Llama's weights")
-        opened.seek(0)
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = kept_in / f"gguf-{file.stem}-{digest[:16]}"
-    try:
-        with locked(kept_in / f".{folder.name}.lock", wait=True):
-            if not folder.is_dir():
-                _convert(file, digest, folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a "
-                         "working folder with room for the weights in float32") from None
-    return folder
-
-
-def _convert(file: Path, digest: str, folder: Path):
-    """Read, copy, and let `folder` appear in one rename."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise InputError(f"{file}: .gguf files need the packages gguf and accelerate: pip install "
-                         f"{' '.join(missing)}")
-    print(f"{file}: dequantising into {folder}, once", flush=True)
-    model, tokenizer = read_gguf(file)
     aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest}})
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with locked(kept_in / f".{folder.name}.lock", wait=True):
+        if not folder.is_dir():
+            print(f"{file}: dequantising into {folder}, once", flush=True)
+            model, tokenizer = read_gguf(file)
+            try:
+                save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest}})
+                os.replace(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return folder
 
 
 def read_gguf(file: Path):
@@ -207,7 +183,8 @@ def read_gguf(file: Path):
                                                           output_loading_info=True)
     except Exception as error:  # format and version errors of every kind: the sentence carries the cause
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{file}: cannot read it as a Llama ({cause}); take another file") from None
+        raise InputError(f"{file}: cannot read it as a Llama ({cause}); need a GGUF file, and the packages "
+                         "of pip install gguf accelerate") from None
     if type(read) is not LlamaForCausalLM:
         raise InputError(f"{file} holds a {type(read).__name__}, no Llama; take a folder of safetensors")
     if info["missing_keys"]:

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from evaluation.scoring import evaluate
@@ -147,15 +146,11 @@ class RunFolder:
         return state["step"]
 
     def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
-        """Save what resume needs; all processes wait for it. Raises InputError where it can't be written."""
+        """Save what resume needs; all processes wait for it. Raises OSError where it can't be written."""
         self.saved_at, self.saving = time.monotonic(), True
         state = {"run": self.mark, "scaler": scaler.state_dict(),
                  "log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0}
-        try:
-            checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world, kept)
-        except OSError as error:
-            raise InputError(f"step {step}: cannot write a checkpoint in {self.folder} "
-                             f"({error.strerror or error}); make room, then --resume {self.folder}") from None
+        checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world, kept)
         self.world.wait()
         self.saving = False
 
@@ -213,11 +208,8 @@ class RunFolder:
     # ---- the end
 
     def save_aside(self, lm, name: str, evaluations: dict, step: int):
-        """The model with its card in folder/NAME, whole or not at all. Raises InputError without room."""
-        target = self.folder / name
-        aside = self.folder / f".{name}.partial"
-        if self.world.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+        """The model with its card in folder/NAME, whole or not at all. Raises OSError without room."""
+        target, aside = self.folder / name, self.folder / f".{name}.partial"
         try:
             save_model(lm, self.job.tokenizer, aside, self.meta, self.world)
             if self.world.rank == 0:
@@ -226,10 +218,9 @@ class RunFolder:
                 (aside / "README.md").write_text(card, encoding="utf-8")
                 shutil.rmtree(target, ignore_errors=True)
                 os.replace(aside, target)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}; make "
-                             f"room, then --resume {self.folder}") from None
+        finally:
+            if self.world.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""

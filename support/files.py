@@ -66,16 +66,16 @@ def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
 
 
 def write_json(path: Path, content: dict):
-    """Strict JSON (no NaN), written aside and renamed: the old file or the whole new. Raises InputError."""
+    """Strict JSON, written aside and renamed: the old file or the whole new. Raises InputError for NaN."""
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     try:
         text = json.dumps(content, allow_nan=False, ensure_ascii=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
     except ValueError:
         raise InputError(f"{path} would hold a number that is not finite: nothing was written") from None
-    except OSError as error:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_text(text + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    finally:
         aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; need room and the right to write") from None

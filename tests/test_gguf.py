@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from data.prompts import TEMPLATES, encode
-from models import loading
 from models.loading import converted, load_model
 from models.presets import PRESETS
 from running.settings import resolve
@@ -123,17 +122,11 @@ def test_what_cannot_be_converted_is_refused(small_model, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="no such file"):
         converted(Path("nowhere.gguf"))
     Path("page.gguf").write_text("<html>not found</html>")
-    with pytest.raises(InputError, match="no GGUF file"):
-        converted(Path("page.gguf"))
     Path("torn.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install gguf accelerate"):
-        converted(Path("torn.gguf"))
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    for name in ("page.gguf", "torn.gguf"):  # with or without the packages
+        with pytest.raises(InputError, match="cannot read it .* pip install gguf accelerate"):
+            converted(Path(name))
     write_gguf(small_model, tmp_path / "small.gguf", True)  # skips where the packages are absent
-    with pytest.raises(InputError, match="cannot read it"):
-        converted(Path("torn.gguf"))
     whole = Path("small.gguf").read_bytes()
     Path("small.gguf").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="cannot read it"):
@@ -146,7 +139,7 @@ def test_the_real_file_comes_over(tmp_path, monkeypatch):
     file = os.environ.get("NPO_SMOLLM2")
     if not file or not Path(file).is_file():
         pytest.skip("set NPO_SMOLLM2 to the .gguf file of SmolLM2-135M-Instruct")
-    for name in loading.PACKAGES:
+    for name in ("gguf", "accelerate"):
         pytest.importorskip(name, reason=f"the optional package {name} is not installed")
     monkeypatch.chdir(tmp_path)
     s = resolve({"model": f"smollm2-135m={file}", "loss": "sft", "split": "full"})

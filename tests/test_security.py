@@ -60,7 +60,7 @@ def test_a_pickle_is_never_opened(crafted, tmp_path, name):
     load_model(str(crafted))  # beside safetensors: passed over
     weights = (crafted / "model.safetensors").read_bytes()
     (crafted / "model.safetensors").unlink()
-    assert "only pickled weights" in refusal(load_model, str(crafted))
+    assert "pickled weights" in refusal(load_model, str(crafted))
     (crafted / "model.safetensors").write_bytes(pickle.dumps(Touch(ran)))  # under the good name
     assert "cannot load it as safetensors" in refusal(load_model, str(crafted))
     (crafted / "model.safetensors").write_bytes(weights[:1000])
@@ -120,7 +120,7 @@ def test_a_chat_template_stays_in_its_sandbox(crafted, tmp_path, monkeypatch, te
 def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):
     with open(crafted / "tokenizer.json", "r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)  # sparse: it takes no room
-    assert "tokenizer.json has 256 MB" in refusal(load_model, str(crafted))
+    assert "tokenizer.json has more than 256 MB" in refusal(load_model, str(crafted))
 
 
 def test_an_adapter_that_names_another_model_is_refused(crafted):
