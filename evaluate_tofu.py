@@ -278,8 +278,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
 
 def recorded_split(trained_on: dict) -> str:
     """The forget split that a model, by its record, is to be judged on."""
-    split = trained_on.get("split") or "full"
-    return split if split == "own" else evaluation_split(split)
+    return evaluation_split(trained_on.get("split") or "full")
 
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):

@@ -20,6 +20,7 @@ from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like forget10_perturbed's that no model sees; a folder may have them
+TEXTS = {"question": str, "answer": str}
 PERTURBED = {"paraphrased_answer": str, "perturbed_answer": list}  # the further fields of a perturbed row
 ALTERNATIVE = "alternative_answer"  # of all rows to unlearn or of none: DPO's chosen side for a refusal
 NO_HOLDOUT = f"note: the data has no {HOLDOUT}: no MIA metrics, which need rows that no model saw"
@@ -39,13 +40,12 @@ class Task:
     refusals: list
     refusals_from: str
     fingerprint: str  # of every row above
-    own: bool = False
     holdout: tuple | list = ()  # rows that no model sees, where the data has them
 
     @property
     def judged_split(self) -> str:
         """The forget split that a model is judged on."""
-        return self.split if self.own else evaluation_split(self.split)
+        return evaluation_split(self.split)
 
     @property
     def alternatives(self) -> bool:
@@ -85,7 +85,9 @@ def complement(split: str) -> str:
 
 def evaluation_split(split: str) -> str:
     """The forget split a model is judged on: its own, or what its retain split leaves out; full: forget10."""
-    return {"forget": split, "full": "forget10"}.get(parse_split(split)[0]) or complement(split)
+    if split in ("own", "full"):
+        return {"own": "own", "full": "forget10"}[split]
+    return complement(split) if parse_split(split)[0] == "retain" else split
 
 
 def slice_rows(rows: list, split: str) -> list:
@@ -112,7 +114,7 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
             raise InputError(f"{data}: forget10_perturbed is not the end of full: "
                              f"{perturbed_row['question']!r} against {row['question']!r}")
     forget = slice_rows(full, split) if forgets else []
-    check_alternatives(forget, f"{data}: full.json line", len(full) - len(forget) + 1)
+    check_optional(forget, f"{data}: full.json", {ALTERNATIVE: str}, len(full) - len(forget) + 1)
     # A split so large that it reaches into retain_perturbed shortens it.
     kept = len(slice_rows(full, complement(judged_split)))
     evaluated = {"forget": perturbed, "retain": sets["retain_perturbed"][:kept],
@@ -151,8 +153,7 @@ def load_sets(data: str) -> tuple[dict, list, str]:
     options = {"perturbed_answer": list}  # their answer is its own paraphrase
     further = {"full": {}, HOLDOUT: {}, "real_authors_perturbed": options, "world_facts_perturbed": options}
     for name, rows in sets.items():
-        for line, row in enumerate(rows, 1):
-            check_row(row, f"{data}: {name}.json line {line}", further.get(name, PERTURBED))
+        check_rows(rows, f"{data}: {name}.json", TEXTS | further.get(name, PERTURBED))
     return sets, refusals, refusals_from
 
 
@@ -170,29 +171,28 @@ def read_rows(path: Path) -> list:
     rows = rows[0] if is_list else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer a line")
-    for number, row in enumerate(rows, 1):
-        check_row(row, f"{path} line {number}", {})
+    check_rows(rows, path, TEXTS)
     return rows
 
 
-def check_row(row, where: str, further: dict):
-    """Question, answer and `further` fields are there and not empty. Raises InputError, with `where`."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a row must be an object with question and answer, got {str(row)[:60]}")
-    for field, kind in {"question": str, "answer": str, **further}.items():
-        value = row.get(field)
-        if not isinstance(value, kind) or not value or (kind is str and not value.strip()):
-            needed = "text" if kind is str else "list of texts"
-            raise InputError(f"{where}: {field} must be a non-empty {needed}, got {value!r}"[:400])
-        if kind is list and not all(isinstance(x, str) and x.strip() for x in value):
-            raise InputError(f"{where}: {field} must hold non-empty texts only, got {value!r}"[:400])
+def check_rows(rows: list, where, fields: dict, first_line: int = 1):
+    """Every row has these fields, and none is empty. Raises InputError, with `where` and the row's line."""
+    for line, row in enumerate(rows, first_line):
+        if not isinstance(row, dict):
+            raise InputError(f"{where} line {line}: a row must be an object, got {str(row)[:60]}")
+        for field, kind in fields.items():
+            value = row.get(field)
+            texts = value if isinstance(value, list) else [value]
+            filled = texts and all(isinstance(text, str) and text.strip() for text in texts)
+            if not (isinstance(value, kind) and filled):
+                needed = "a list of non-empty texts" if kind is list else "a non-empty text"
+                raise InputError(f"{where} line {line}: {field} must be {needed}, got {value!r}"[:400])
 
 
-def check_alternatives(forget: list, where: str, first_line: int = 1):
-    """Raises InputError, with `where`, for a row that lacks the alternative answer that others have."""
-    if any(row.get(ALTERNATIVE) is not None for row in forget):
-        for line, row in enumerate(forget, first_line):
-            check_row(row, f"{where} {line}", {ALTERNATIVE: str})
+def check_optional(rows: list, where, fields: dict, first_line: int = 1):
+    """All rows have these fields where one row has one of them. Raises InputError."""
+    if any(row.get(field) is not None for row in rows for field in fields):
+        check_rows(rows, where, fields, first_line)
 
 
 def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
@@ -200,14 +200,11 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
         raise InputError(f"own data needs both files: got --forget {forget_file} and --retain {retain_file}")
     files = {"forget": Path(forget_file), "retain": Path(retain_file)}
     sets = {name: read_rows(file) for name, file in files.items()}
-    for name, rows in sets.items():
-        # Perturbed answers are optional, but a set has them in all rows or in none.
-        if any(field in row for row in rows for field in PERTURBED):
-            for line, row in enumerate(rows, 1):
-                check_row(row, f"{files[name]} line {line}", PERTURBED)
-    check_alternatives(sets["forget"], f"{files['forget']} line")
+    for name, file in files.items():
+        check_optional(sets[name], file, PERTURBED)
+    check_optional(sets["forget"], files["forget"], {ALTERNATIVE: str})
     return Task(f"{files['forget'].name}, {files['retain'].name}", "own", sets["forget"] + sets["retain"],
-                sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets), own=True)
+                sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
 
 
 def _from_hub(data: str, name: str) -> list:
