@@ -46,11 +46,8 @@ class Shape(NamedTuple):
 def read_shape(s: Namespace, rows: list) -> Shape:
     """From the config.json in the folder `s.start`, else from the preset's dimensions. Raises InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-    in_folder = s.start and (Path(s.start) / "config.json").is_file()
-    if not in_folder and not s.preset:
-        raise InputError(f"--dry-run: {s.start} is no model's folder, and no preset ({', '.join(PRESETS)})")
     try:
-        if in_folder:
+        if s.start and (Path(s.start) / "config.json").is_file():
             config = AutoConfig.from_pretrained(s.start, local_files_only=True)
         elif s.preset == "tiny":
             config = LlamaConfig(**tiny_dims(rows), tie_word_embeddings=True)
@@ -59,7 +56,8 @@ def read_shape(s: Namespace, rows: list) -> Shape:
         with torch.device("meta"):
             return shape_of(AutoModelForCausalLM.from_config(config))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--model {s.model}: its config.json is not a model's ({error})") from None
+        raise InputError(f"--dry-run: {s.model} is neither a preset ({', '.join(PRESETS)}) nor a model's "
+                         f"folder ({type(error).__name__}: {error})") from None
 
 
 def shape_of(lm) -> Shape:
@@ -208,28 +206,20 @@ def dry_run(s: Namespace, processes: int):
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
     x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
     asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
-    best = suggest(s, x, work, processes, room)
+    best, fits = suggest(s, x, work, processes, room), memory(x, asked)["peak"] <= room
     print(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
           f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
           f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
           f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}")
-    say_memory("as asked", memory(x, asked))
-    fits = memory(x, asked)["peak"] <= room
-    print(f"As asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
+    ways = {"as asked": asked, "as suggested": best} if best else {"as asked": asked}
+    for how, load in ways.items():
+        print(f"\nmemory of one process at its peak, {how}, GB")
+        for part, size in memory(x, load).items():
+            print(f"  {part:44}{size / GB:8.2f}")
+    print(f"\nAs asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
           f"({USABLE:.0%} of it usable).")
     if best is None:
-        enough = next((n for n in range(processes, s.batch_size + 1) if suggest(s, x, work, n, room)), None)
-        advice = "no number of such GPUs up to the batch size is enough"
-        if enough:
-            advice = f"the fewest GPUs of this size are {enough}: --parallel fsdp --gpus {enough}"
-        print(f"Nothing fits; {advice}")
+        print("Nothing fits: more --gpus, or larger ones, are needed.")
     elif best != asked:
-        say_memory("as suggested", memory(x, best))
         print(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
               f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
-
-
-def say_memory(how: str, parts: dict):
-    print(f"\nmemory of one process at its peak, {how}, GB")
-    for part, size in parts.items():
-        print(f"  {part:44}{size / GB:8.2f}")
