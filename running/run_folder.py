@@ -90,7 +90,7 @@ class RunFolder:
             self.interval = 60 * float(every[:-1])
         else:
             self.checkpoint_steps = self.plan.evaluation_steps(every) - {0}
-        self.saved_at, self.stop_asked, self.saving = time.monotonic(), False, False
+        self.saved_at, self.stop_asked = time.monotonic(), False
         self.log_file = self.folder / "log.jsonl"
         hidden = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()  # one a terminal
         self.bar = tqdm(total=self.plan.steps, desc=f"{self.s.method} {self.s.split}", disable=hidden)
@@ -98,7 +98,7 @@ class RunFolder:
     # ---- signals
 
     def __enter__(self):
-        self.handlers = {which: signal.signal(which, self.on_signal)
+        self.handlers = {which: signal.signal(which, self.ask_to_stop)
                          for which in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -107,12 +107,8 @@ class RunFolder:
         for which, handler in self.handlers.items():
             signal.signal(which, handler)
 
-    def on_signal(self, which, frame):
-        # torchrun passes a Ctrl-C on that the terminal has sent us already: only a later one means "at once".
-        if self.stop_asked and time.monotonic() - self.asked_at > 3 and not self.saving:
-            raise KeyboardInterrupt
-        if not self.stop_asked:
-            self.stop_asked, self.asked_at = True, time.monotonic()
+    def ask_to_stop(self, which, frame):
+        self.stop_asked = True
 
     # ---- checkpoints
 
@@ -147,12 +143,11 @@ class RunFolder:
 
     def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
         """Save what resume needs; all processes wait for it. Raises OSError where it can't be written."""
-        self.saved_at, self.saving = time.monotonic(), True
+        self.saved_at = time.monotonic()
         state = {"run": self.mark, "scaler": scaler.state_dict(),
                  "log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0}
         checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world, kept)
         self.world.wait()
-        self.saving = False
 
     # ---- the log, evaluations
 
