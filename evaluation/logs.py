@@ -53,22 +53,18 @@ def read_log(path: str) -> tuple[dict, dict]:
 
 def _tofu_rows(columns: dict, where: str) -> list:
     """TOFU's columns, lists or dicts keyed by row, -> our rows. Raises InputError where they don't match."""
-    missing = [key for key in TOFU_KEYS.values() if key not in columns]
-    if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}")
-    rows = [{"index": i} for i in range(len(columns["gt_loss"]))]
-    for ours, theirs in TOFU_KEYS.items():
-        column = columns[theirs]
-        by_row = column if isinstance(column, dict) else {str(i): x for i, x in enumerate(column)}
-        if by_row.keys() != {str(row["index"]) for row in rows}:
-            raise InputError(f"{where}: {theirs} and gt_loss do not have the same {len(rows)} rows")
-        for row in rows:
-            row[ours] = by_row[str(row["index"])]
-    for row in rows:
-        texts = row.pop("generated_text")
-        if not isinstance(texts, list) or len(texts) != 3:
-            raise InputError(f"{where} row {row['index']}: generated_text must be prompt, generation, truth")
-        row["question"], row["generation"], row["answer"] = texts
+    rows = []
+    try:
+        columns = [columns[theirs] for theirs in TOFU_KEYS.values()]
+        lists = [[column[str(i)] for i in range(len(column))] if isinstance(column, dict) else column
+                 for column in columns]
+        for index, values in enumerate(zip(*lists, strict=True)):
+            row = {"index": index, **dict(zip(TOFU_KEYS, values, strict=True))}
+            row["question"], row["generation"], row["answer"] = row.pop("generated_text")
+            rows.append(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where} needs {', '.join(TOFU_KEYS.values())} of the same rows, the last with "
+                         f"prompt, generation and truth ({type(error).__name__}: {error})") from None
     return rows
 
 
