@@ -19,7 +19,6 @@ text (docs/departures.md; newer objectives: docs/beyond.md). Dropout is off: at 
 the reference, and that is checked.
 """
 
-import inspect
 import math
 import os
 import shutil
@@ -149,10 +148,7 @@ def replicated(model: AnswerModel, world: World):
     """The model whose gradients are averaged over processes: DDP's, unless it is sharded or alone."""
     if world.size == 1 or world.sharded:
         return model
-    # Only gradients travel: buffers are the same everywhere. The flag's name changed with torch's versions.
-    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    sync = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
-    return DistributedDataParallel(model, **sync, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 @contextmanager
@@ -317,11 +313,8 @@ def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
     one goes on). Of two commands that need the same model the second waits for the first."""
     folder = Path(sft.out)
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True) if world.rank == 0 else nullcontext():
-        begun = world.agree(folder.exists())
-        if begun and world.rank == 0:
-            with locked(folder / ".lock", wait=True):  # a command of its own may be training it
-                pass
         if not world.agree((folder / "model").is_dir()):
+            begun = world.agree(folder.exists())
             try:
                 carry_out(resumed(folder, {}) if begun else sft, world)
             except Stopped:
@@ -335,16 +328,17 @@ def run_job(job: Job, begin: float, world: World):
     s, model = job.settings, policy_of(job, world)
     reference = None
     if s.loss != "sft":
-        folder = job.folder / "reference"
-        if not world.agree((folder / "done").exists()):
+        folder, aside = job.folder / "reference", job.folder / ".reference.partial"
+        if not world.agree(folder.exists()):
             if world.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)  # shares of an interrupted pass, of other processes
+                shutil.rmtree(aside, ignore_errors=True)  # shares of an interrupted pass, of other processes
             world.wait()
             with autocast(s.dtype, world.device):
-                reference_pass(s, model, job.plan, job.prepared, folder, job.reference_mark(), world)
+                reference_pass(s, model, job.plan, job.prepared, aside, job.reference_mark(), world)
             world.wait()
             if world.rank == 0:
-                (folder / "done").touch()
+                aside.rename(folder)
+            world.wait()
         reference = Reference(folder, job.reference_mark(), job.plan, world.device)
     with RunFolder(job, reference, compute_metrics, log_truth_ratio, world) as run:
         train(s, job.plan, model, reference, run, world)

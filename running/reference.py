@@ -3,7 +3,6 @@ before keeps log pi_ref(y|x), a float32 number an answer, or one a token (TNPO);
 metrics the last hidden states at the answers' tokens, from which the frozen LM head gives the exact logits.
 """
 
-import os
 from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +105,4 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepa
     if world.rank == 0:
         tensors["head"] = head.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"rank{world.rank:04d}.safetensors"
-    save_file(tensors, file.with_suffix(".partial"), metadata={"fingerprint": mark})
-    os.replace(file.with_suffix(".partial"), file)
+    save_file(tensors, folder / f"rank{world.rank:04d}.safetensors", metadata={"fingerprint": mark})
