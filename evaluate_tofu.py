@@ -180,7 +180,7 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
 
 # ---------------------------------------------------------------- picture
 
-def plot_truth_ratios(rows: list, retrained_rows: list | None, path: Path):
+def plot_truth_ratios(rows: list, retrained_rows: list | None, path):
     """The cumulative distributions of R that the Kolmogorov-Smirnov test compares, the largest gap marked."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -227,8 +227,8 @@ def build_parser() -> Parser:
     add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision (default: fp32)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--out", help="write metrics, rows and provenance to this JSON file")
-    add("--plot", nargs="?", const="", metavar="PNG",
-        help="draw the truth-ratio distributions (default: beside --out, else truth_ratios.png)")
+    add("--plot", nargs="?", const="truth_ratios.png", metavar="PNG",
+        help="draw the truth-ratio distributions (default: truth_ratios.png)")
     return parser
 
 
@@ -299,27 +299,23 @@ def refuse_unwritable(files: list):
             raise InputError(f"cannot write {file}: choose a place with the right to write")
 
 
-def check_arguments(args, given: dict) -> Path | None:
-    """The picture's place, None where none is asked for. Raises InputError for what can't be done."""
+def check_arguments(args, given: dict):
+    """Raises InputError for what can't be done."""
     if not (args.model or args.log):
         raise InputError("--model DIR or --log FILE is required: what is to be judged?")
     if args.split and not (args.forget or args.retain) and parse_split(args.split)[0] != "forget":
         raise InputError(f"--split {args.split}: a model is judged on a forget split, forget01 to forget99")
     if args.out and Path(args.out).exists():
         raise InputError(f"--out {args.out} exists: choose another file, or remove it")
-    picture = args.plot and Path(args.plot)
-    if args.plot == "":
-        picture = Path(args.out).with_suffix(".png") if args.out else Path("truth_ratios.png")
-    if picture and picture.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {picture}: need a name that ends in .png, .pdf or .svg")
-    refuse_unwritable([file for file in (args.out, picture) if file])
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise InputError(f"--plot {args.plot}: need a name that ends in .png, .pdf or .svg")
+    refuse_unwritable([file for file in (args.out, args.plot) if file])
     measuring = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens",
                  "batch_size", "dtype", "device"}
     without = sorted(measuring & set(given)) if args.log else []
     if without:
         raise InputError(f"--log holds what was measured: --{without[0].replace('_', '-')} has no effect "
                          "there, leave it out")
-    return picture
 
 
 def judge_log(args) -> tuple[dict, dict, tuple]:
@@ -338,7 +334,7 @@ def judge_log(args) -> tuple[dict, dict, tuple]:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
-    picture = check_arguments(args, given_flags(build_parser(), argv))
+    check_arguments(args, given_flags(build_parser(), argv))
     rows, provenance, retrained = judge_log(args) if args.log else measure(args)
     metrics = compute_metrics(rows, *retrained)
     if args.out:
@@ -348,11 +344,11 @@ def main(argv=None):
             print(f"[{name} {row['index']}] {row['question']}\n    true:  {row['answer']}\n    model: "
                   f"{row['generation']}")
     print(metrics_table(metrics))
-    if picture and metrics["forget_truth_ratio"] is None:
+    if args.plot and metrics["forget_truth_ratio"] is None:
         print("no picture: the forget rows have no perturbed answers, and so no truth ratios")
-    elif picture:
-        plot_truth_ratios(rows["forget"], retrained[0], picture)
-        print(f"truth-ratio distributions: {picture}")
+    elif args.plot:
+        plot_truth_ratios(rows["forget"], retrained[0], args.plot)
+        print(f"truth-ratio distributions: {args.plot}")
 
 
 if __name__ == "__main__":

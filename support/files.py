@@ -50,18 +50,16 @@ def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             size = os.fstat(file.fileno()).st_size
-            read = 0  # characters: a pipe has no size
-            while max(size, read) <= MAX_FILE_BYTES and (line := file.readline(longest_line + 1)):
+            if size > MAX_FILE_BYTES:
+                raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
+                                 "read: give a smaller file")
+            while line := file.readline(longest_line + 1):
                 lines.append(line)
-                read += len(line)
                 if len(line) > longest_line:
                     raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the "
                                      "most that is read: write one object a line")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
-    if max(size, read) > MAX_FILE_BYTES:
-        raise InputError(f"{path} has {max(size, read) / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
-                         "read: give a smaller file")
     return "".join(lines)
 
 

@@ -364,7 +364,7 @@ def test_the_command_measures_a_folder_writes_json_and_draws(command, small_mode
     assert result["metrics"]["forget_kl"] == pytest.approx(0, abs=1e-6) and len(result["rows"]["forget"]) == 4
     assert {"metrics", "rows", "provenance"} == set(result)
     assert "model utility" in done.stdout and "true:" in done.stdout
-    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert (tmp_path / "truth_ratios.png").stat().st_size > 5000
     again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
     metrics = json.loads((tmp_path / "b.json").read_text())["metrics"]
     assert metrics["forget_quality"] == 1.0 and metrics["privleak"] == 0 and len(metrics["mia"]) == 5
