@@ -234,8 +234,6 @@ def parse(argv: list, description: str = "") -> Namespace:
 
 def resumed(folder: Path, given: dict) -> Namespace:
     """The settings of a run's folder; flags that differ are refused (InputError)."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--resume {folder}: no config.json there; need a run folder, such as runs/NAME")
     refuse_links(folder)
     stored = read_config(folder)["settings"]
     if "parallel" in given:  # how, not what
@@ -253,21 +251,20 @@ def resumed(folder: Path, given: dict) -> Namespace:
 
 def refuse_edited(s: Namespace, folder: Path):
     """What a config.json says passes the parser's types, as flags do. Raises InputError."""
-    parser = build_parser()
+    parser, words = build_parser(), []
     for action in parser._actions:
         name, value = action.dest, getattr(s, action.dest, None)
         ours_alone = (name, value) in (("eval_every", "end"), ("split", "own"))
-        if name in ("help", "resume") or ours_alone or value is None and name not in RESOLVED:
-            continue
-        try:
-            as_flag = bool(value)  # of a flag without a value
-            if action.nargs != 0:
-                as_flag = getattr(parser.parse_args([action.option_strings[0], str(value)]), name)
-        except InputError as error:
-            raise InputError(f"--resume {folder}: its config.json is not a run's: {error}") from None
-        if as_flag != value:
-            raise InputError(f"--resume {folder}: its config.json has {name} {value!r}, which no flag gives; "
-                             "start a new run")
+        is_absent = value is None and name not in RESOLVED or action.nargs == 0 and not value
+        if not (ours_alone or is_absent or name == "resume"):
+            words.append(action.option_strings[0])
+            words += [] if action.nargs == 0 else [str(value)]
+    try:
+        wrong = [name for name, value in given_flags(parser, words).items() if value != getattr(s, name)]
+    except InputError as error:
+        wrong = [error]
+    if wrong:
+        raise InputError(f"--resume {folder}: its config.json is not a run's ({wrong[0]})")
     refuse_contradictions(s, {})
 
 

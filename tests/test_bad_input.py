@@ -35,7 +35,7 @@ TRAIN = [
     ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
     ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
-    ("--resume nowhere", "no config.json"), ("--model DATA --data DATA", "no config.json"),
+    ("--resume nowhere", "not a run's"), ("--model DATA --data DATA", "no config.json"),
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
     ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
     ("--loss satimp --beta2 0", "must be positive"),
