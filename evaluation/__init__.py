@@ -1,1 +1,0 @@
-"""Scoring a model's rows; logs in and out; attacks."""

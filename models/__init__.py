@@ -1,1 +1,0 @@
-"""Presets, loading, log pi(answer), generation."""

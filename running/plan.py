@@ -42,13 +42,17 @@ class Plan:
         self.refusals_from = f"each row's {ALTERNATIVE}" if alternatives else task.refusals_from
         self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,
                                   len(refusals) * uses_refusals, s.retain_pairing)
-        self.answers = [e._replace(start=e.start + self.objective.skips)
-                        for e in encode_rows(tokenizer, s.template, rows, context)]
-        self.partners = encode_rows(tokenizer, s.template, task.retain if uses_partners else [], context)
+
+        def encoded(some: list) -> list[Encoded]:
+            pairs = [(row["question"], row["answer"]) for row in some]
+            return encode(tokenizer, s.template, pairs, context) if pairs else []
+
+        self.answers = [e._replace(start=e.start + self.objective.skips) for e in encoded(rows)]
+        self.partners = encoded(task.retain if uses_partners else [])
         met = sorted({(i.row, i.refusal) for items in self.stream for i in items}) if uses_refusals else []
         refused = [{"question": rows[row]["question"],
                     "answer": refusals[line] or rows[row][ALTERNATIVE]} for row, line in met]
-        self.refusals = dict(zip(met, encode_rows(tokenizer, s.template, refused, context), strict=True))
+        self.refusals = dict(zip(met, encoded(refused), strict=True))
         self.rows, self.steps = len(rows), len(self.stream)
         self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
         self.epoch_ends = [math.ceil(e * len(rows) / s.batch_size) for e in range(1, s.epochs + 1)]
@@ -104,8 +108,3 @@ class Plan:
         if every == "epoch":
             return {0, *self.epoch_ends}
         return {*range(0, self.steps, 1 if every == "step" else int(every)), self.steps}
-
-
-def encode_rows(tokenizer, template: str, rows: list, context: int | None) -> list[Encoded]:
-    pairs = [(row["question"], row["answer"]) for row in rows]
-    return encode(tokenizer, template, pairs, context) if rows else []

@@ -1,1 +1,0 @@
-"""What every command needs: errors of one sentence, command lines, files, provenance."""

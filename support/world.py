@@ -42,15 +42,15 @@ class World(NamedTuple):
 
     def together(self, action) -> list:
         """What `action` returns on each process. Raises OSError on all where it fails to write on one."""
-        result = flaw = None
         try:
             result = action()
         except (OSError, SafetensorError) as error:
-            flaw = getattr(error, "strerror", None) or str(error)
-        results, flaws = zip(*self.collect((result, flaw)), strict=True)
-        if any(flaws):
-            raise OSError(next(flaw for flaw in flaws if flaw))
-        return list(results)
+            result = OSError(str(error))
+        results = self.collect(result)
+        for failed in results:
+            if isinstance(failed, OSError):
+                raise failed
+        return results
 
     def wait(self):
         if self.size > 1:
