@@ -282,17 +282,17 @@ def carry_out(s: Namespace, world: World) -> Path:
     begin = time.perf_counter()
     last = prepare_job(s, world)
     last.folder = open_folder(s, last.config, world)
-    if not world.agree((last.folder / "model").is_dir()):
-        with locked(last.folder / ".lock") if world.rank == 0 else nullcontext():
-            describe(last, world)
-            for split, folder in tiny_models(last, world).items():
-                if split == "full":
-                    last.take_start(folder, world)
-                else:
-                    last.take_retrained(str(max((folder / "eval").glob("step_*.json"))))
-            run_job(last, begin, world)
-    else:
+    if world.agree((last.folder / "model").is_dir()):
         world.say(f"{last.folder} is there, finished")
+        return last.folder
+    with locked(last.folder / ".lock") if world.rank == 0 else nullcontext():
+        describe(last, world)
+        for split, folder in tiny_models(last, world).items():
+            if split == "full":
+                last.take_start(folder, world)
+            else:
+                last.take_retrained(str(max((folder / "eval").glob("step_*.json"))))
+        run_job(last, begin, world)
     return last.folder
 
 

@@ -18,13 +18,13 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
              "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss",
              "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
              "generated_text": "generated_text"}
-# The least that a row's numbers may be: sums in nats, a share, and counts of tokens.
-LEAST = {"answer_nll": 0, "rouge_l_recall": 0, "answer_tokens": 1}
-PARAPHRASE = {"paraphrased_nll": 0, "paraphrased_tokens": 1}
-# What logs of before, and rows without a reference, lack.
-FURTHER = {"exact_memorization": 0, "extraction_strength": 0, "reference_nll": 0, "min_k": -math.inf,
-           "min_k_plus_plus": -math.inf}
-UNASKED = {"rouge_l_recall", "generation"}  # what rows of the holdout lack
+# The least that a row's numbers may be: sums in nats, shares, and counts of tokens.
+LEAST = {"answer_nll": 0, "answer_tokens": 1, "paraphrased_nll": 0, "paraphrased_tokens": 1,
+         "rouge_l_recall": 0, "exact_memorization": 0, "extraction_strength": 0, "reference_nll": 0,
+         "min_k": -math.inf, "min_k_plus_plus": -math.inf}
+TEXTS = ("question", "answer", "generation")
+NEEDED = (*TEXTS, "answer_nll", "answer_tokens", "rouge_l_recall")
+UNASKED = ("generation", "rouge_l_recall")  # what rows of the holdout lack
 # Names of what is measured of a set beside the paper's metrics, and of what membership is guessed by.
 SHARPER = ("exact_memorization", "extraction_strength", "paraphrase_probability")
 MIA = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
@@ -75,17 +75,16 @@ def check_rows(rows: list, where: str, unasked=()) -> list:
         raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
     if [row.get("index") for row in rows] != list(range(len(rows))):
         raise InputError(f"{where} needs every index from 0 to {len(rows) - 1} once, in order")
-    needed_texts = {"question", "answer", "generation"} - {*unasked}
     for row in rows:
-        needed = LEAST if row.get("paraphrased_nll") is None else {**LEAST, **PARAPHRASE}
-        needed = {key: least for key, least in needed.items() if key not in unasked}
-        needed |= {key: least for key, least in FURTHER.items() if row.get(key) is not None}
         sums, counts = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
-        numbers = [(row.get(key), least) for key, least in needed.items()]
+        numbers = [(row[key], least) for key, least in LEAST.items() if row.get(key) is not None]
         numbers += [(x, 0) for x in sums] + [(x, 1) for x in counts]
-        whole = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
-        texts = all(isinstance(row.get(key), str) for key in needed_texts)
-        if not (whole and texts and len(sums) == len(counts)):
+        finite = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
+        there = all(row.get(key) is not None for key in NEEDED if key not in unasked)
+        texts = all(isinstance(row[key], str) for key in TEXTS if row.get(key) is not None)
+        paired = len(sums) == len(counts) and ((row.get("paraphrased_nll") is None)
+                                               == (row.get("paraphrased_tokens") is None))
+        if not (finite and there and texts and paired):
             raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
                              "rouge_l_recall and finite sums (.._nll) with as many token counts of "
                              "at least 1 (.._tokens)")

@@ -55,17 +55,15 @@ class AnswerModel(nn.Module):
         """log pi of each answer token (N,), in its place the loss of those that have one `on_logits`; and K
         of the last M (M,), empty without `kl_states`: the reference's hidden states at these M tokens (M, H)
         and its LM head's weight (V, H)."""
-        return self.token_values(self.hidden(batch), batch, kl_states, direction, on_logits)
+        hidden = self.hidden(batch)
+        head = self.lm.get_output_embeddings().weight
+        return answer_values(hidden, head, batch.targets, kl_states, direction, on_logits)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
         inputs = batch.attention(self.lm.dtype)
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
         return states[batch.sequences, batch.positions]
-
-    def token_values(self, hidden: Tensor, batch: TokenBatch, *how) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, from the hidden states (N, H)."""
-        return answer_values(hidden, self.lm.get_output_embeddings().weight, batch.targets, *how)
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch, own_tokens: int,
