@@ -24,9 +24,8 @@ from models.answers import AnswerModel
 from models.presets import autocast, settings_of
 from models.saving import save_model
 from running import checkpoints
-from running.model_card import model_card
+from running.pages import draw_trajectory, model_card
 from running.processes import peak_memory
-from running.trajectory import draw_trajectory
 from support.command_line import number
 from support.errors import InputError
 from support.files import write_json

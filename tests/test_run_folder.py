@@ -12,9 +12,9 @@ from evaluate_tofu import log_truth_ratio, recorded_split
 from models.loading import load_model
 from running import run_folder
 from running.job import describe, prepare_job
+from running.pages import draw_trajectory
 from running.run_folder import best_step
 from running.settings import parse, resolve
-from running.trajectory import draw_trajectory
 from support import provenance
 from support.errors import InputError
 from support.world import ALONE
