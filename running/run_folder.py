@@ -43,18 +43,13 @@ def open_folder(s: Namespace, config: dict, world: World) -> Path:
     """The run folder, which appears with its config.json in one rename. Raises InputError where it exists."""
     if s.resume:
         return Path(s.resume)
-    free = (path for path in folder_names(s) if appears(path, config))
+    name = f"runs/{s.method}_{s.split}"  # and a number, where that is taken
+    names = [s.out] if s.out else [name, *(f"{name}-{k}" for k in range(2, 10_000))]
+    free = (path for path in map(Path, names) if appears(path, config))
     made = world.agree(next(free, None) if world.rank == 0 else None)
     if made is None:
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return made
-
-
-def folder_names(s: Namespace) -> list[Path]:
-    """What a run's folder may be called, in order: `--out`, or its method and split with a number."""
-    name = f"{s.method}_{s.split}"
-    return [Path(s.out)] if s.out else [Path("runs", f"{name}-{k}" if k > 1 else name)
-                                        for k in range(1, 10_000)]
 
 
 def appears(folder: Path, config: dict) -> bool:

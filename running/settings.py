@@ -12,7 +12,6 @@ from data.tofu import parse_split
 from losses import KL_DIRECTIONS, OBJECTIVES
 from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
 from models.saving import read_meta
-from running.run_folder import folder_names
 from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint, refuse_links
@@ -212,7 +211,7 @@ def refuse_without_effect(s: Namespace, given: dict):
 
 def parse(argv: list, description: str = "") -> Namespace:
     """The command line's settings; a resumed run's from its folder, also where torchrun has started all
-    processes anew after a failure (`--max-restarts`). Raises InputError."""
+    processes anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
     dry = {key: given.pop(key) for key in DRY_RUN if key in given}
     if dry and "dry_run" not in dry:
@@ -224,10 +223,9 @@ def parse(argv: list, description: str = "") -> Namespace:
     s = resolve({**given, **dry})
     if dry:
         return s
-    unfinished = interrupted_run(s) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
-    if unfinished:
-        return resumed(unfinished, {})
     if s.out and Path(s.out).exists():
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return s
 
@@ -278,14 +276,6 @@ def read_config(folder: Path) -> dict:
         raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: "
                          f"{error}); need a run folder, such as runs/NAME") from None
     return config
-
-
-def interrupted_run(s: Namespace) -> Path | None:
-    """The last unfinished run of these settings."""
-    asked = {key: value for key, value in vars(s).items() if value is not None and key not in NOT_STORED}
-    begun = [path for path in folder_names(s) if (path / "config.json").is_file()]
-    fitting = [path for path in begun if asked.items() <= read_config(path)["settings"].items()]
-    return next((path for path in reversed(fitting) if not (path / "model").exists()), None)
 
 
 def tiny_settings(s: Namespace, split: str, task, seed: int = 0) -> Namespace:
