@@ -25,7 +25,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-KEPT_IN = Path("runs/models")
 MAX_JSON_BYTES = 2**28  # of a JSON file in a model folder; the largest tokenizers have some 35 MB
 
 
@@ -152,16 +151,16 @@ def check_folder(folder: Path, source: str):
 
 # ---------------------------------------------------------------- .gguf files
 
-def converted(file: Path, kept_in: Path = KEPT_IN) -> Path:
+def converted(file: Path) -> Path:
     """The folder with this file's weights in float32, made now where it isn't there yet: by the process that
     comes first, while the others wait for the lock. Raises InputError where the file can't be used."""
     if not file.is_file():
         raise InputError(f"{file}: no such file; need a .gguf file with the weights of a Llama")
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    folder = kept_in / f"gguf-{file.stem}-{digest[:16]}"
+    folder = Path(f"runs/models/gguf-{file.stem}-{digest[:16]}")
     aside = folder.with_name(f".{folder.name}.partial")
-    with locked(kept_in / f".{folder.name}.lock", wait=True):
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
         if not folder.is_dir():
             print(f"{file}: dequantising into {folder}, once", flush=True)
             model, tokenizer = read_gguf(file)

@@ -66,13 +66,12 @@ def read_meta(source: str) -> dict:
     file = Path(source) / "npo.json"
     if not file.is_file():
         return {}
-    advice = "remove it, and name template and settings by flags"
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}); {advice}") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("trained_on", {}), dict):
-        raise InputError(f"{file} must hold an object with preset, template and trained_on; {advice}")
+        meta.get("trained_on", {}).items()
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} must hold an object with preset, template and trained_on ({error}); remove "
+                         "it, and name template and settings by flags") from None
     return meta
 
 

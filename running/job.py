@@ -19,7 +19,7 @@ from models.presets import AUTOCAST, settings_of, tiny_dims
 from models.saving import weights_hash
 from models.sharded import fill, shard
 from running.plan import Plan
-from running.settings import NOT_STORED, read_config, tiny_settings
+from running.settings import NOT_STORED, read_config
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment
@@ -190,7 +190,3 @@ def describe(job: Job, world: World):
               f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
     if s.loss != "sft" and not task.holdout:
         world.say(NO_HOLDOUT)
-    for split in job.missing_models:
-        folder = Path(tiny_settings(s, split, task).out)
-        if not (folder / "model").is_dir():
-            world.say(f"first the tiny model learns {split} (kept in {folder})")

@@ -45,28 +45,18 @@ def open_folder(s: Namespace, config: dict, world: World) -> Path:
         return Path(s.resume)
     name = f"runs/{s.method}_{s.split}"  # and a number, where that is taken
     names = [s.out] if s.out else [name, *(f"{name}-{k}" for k in range(2, 10_000))]
-    free = (path for path in map(Path, names) if appears(path, config))
-    made = world.agree(next(free, None) if world.rank == 0 else None)
-    if made is None:
+    folder = next((path for path in map(Path, names) if not path.exists()), None)
+    if folder and world.rank == 0:
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        try:
+            write_json(aside / "config.json", config)
+            os.rename(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # nothing is left of it after the rename
+    folder = world.agree(folder)
+    if folder is None:
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
-    return made
-
-
-def appears(folder: Path, config: dict) -> bool:
-    """Make `folder` with its config.json, in one rename; False where it exists."""
-    if folder.exists():
-        return False
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        write_json(aside / "config.json", config)
-        os.rename(aside, folder)
-    except OSError:  # another run took the name in this instant
-        if not folder.exists():
-            raise
-        return False
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # nothing is left of it after the rename
-    return True
+    return folder
 
 
 class RunFolder:
