@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -248,13 +247,8 @@ def in_step(batches: list, ghost: list, world: World) -> list:
 
 @functools.cache
 def rouge_scorer():
-    """rouge-score's, with its Porter stems looked up: a set repeats its words thousands of times."""
-    from nltk.stem.porter import PorterStemmer
-    from rouge_score import rouge_scorer, tokenize
-    stemmer = PorterStemmer()
-    stemmer.stem = functools.lru_cache(maxsize=100_000)(stemmer.stem)
-    tokenizer = SimpleNamespace(tokenize=functools.partial(tokenize.tokenize, stemmer=stemmer))
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizer)
+    from rouge_score import rouge_scorer  # its import takes a second
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def rouge_l_recall(answer: str, generation: str) -> float:
