@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data.tofu import complement
 from evaluate_tofu import compute_metrics, log_truth_ratio
 from evaluation.scoring import logps_of_texts
 from losses import nll_loss
@@ -144,13 +145,6 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     return World(rank, size, chosen, sharded=parallel == "fsdp" and size > 1)
 
 
-def replicated(model: AnswerModel, world: World):
-    """The model whose gradients are averaged over processes: DDP's, unless it is sharded or alone."""
-    if world.size == 1 or world.sharded:
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
 @contextmanager
 def gradients_travel(policy, last: bool, world: World):
     """Once a step: with the last micro-batch's backward pass. Sharded, each gradient goes to its owner at
@@ -189,7 +183,9 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
     optimizer = adamw(model, s)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
-    policy = replicated(model, world)  # the same weights
+    policy = model  # the same weights
+    if world.size > 1 and not world.sharded:
+        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages gradients
     model.lm.train()
     step, stop = run.restore(model, optimizer, scaler), False
     if step == 0 and 0 in run.evaluation_steps:
@@ -297,15 +293,18 @@ def carry_out(s: Namespace, world: World) -> Path:
 
 
 def tiny_models(last: Job, world: World) -> dict[str, Path]:
-    """split -> the folder of the tiny model that learned it, of all that the run needs. Where there are as
-    many processes, each trains one of them by itself: nothing need be exchanged."""
-    trainings = {split: tiny_settings(last.settings, split, last.task) for split in last.missing_models}
-    if len(trainings) <= 1 or world.size < len(trainings):
-        return {split: trained_tiny(sft, last.folder, world) for split, sft in trainings.items()}
-    for sft in list(trainings.values())[world.rank:world.rank + 1]:
-        trained_tiny(sft, last.folder, World(0, 1, world.device))
-    world.wait()
-    return {split: Path(sft.out) for split, sft in trainings.items()}
+    """split -> the folder of the tiny model that learned it, of those that unlearning needs: its start's, and
+    the retrained model's where there is no log of it. Two processes train one each: nothing is exchanged."""
+    s = last.settings
+    if s.loss == "sft" or not s.from_scratch:
+        return {}
+    splits = ["full"] if last.retrained[0] else ["full", complement(s.split)]
+    trainings = {split: tiny_settings(s, split, last.task) for split in splits}
+    if 1 < len(trainings) <= world.size:
+        for sft in list(trainings.values())[world.rank:world.rank + 1]:
+            trained_tiny(sft, last.folder, World(0, 1, world.device))
+        world.wait()
+    return {split: trained_tiny(sft, last.folder, world) for split, sft in trainings.items()}
 
 
 def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
@@ -328,18 +327,18 @@ def run_job(job: Job, begin: float, world: World):
     s, model = job.settings, policy_of(job, world)
     reference = None
     if s.loss != "sft":
-        folder, aside = job.folder / "reference", job.folder / ".reference.partial"
+        folder, aside, mark = job.folder / "reference", job.folder / ".reference.partial", job.mark()
         if not world.agree(folder.exists()):
             if world.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)  # shares of an interrupted pass, of other processes
             world.wait()
             with autocast(s.dtype, world.device):
-                reference_pass(s, model, job.plan, job.prepared, aside, job.reference_mark(), world)
+                reference_pass(s, model, job.plan, job.prepared, aside, mark, world)
             world.wait()
             if world.rank == 0:
                 aside.rename(folder)
             world.wait()
-        reference = Reference(folder, job.reference_mark(), job.plan, world.device)
+        reference = Reference(folder, mark, job.plan, world.device)
     with RunFolder(job, reference, compute_metrics, log_truth_ratio, world) as run:
         train(s, job.plan, model, reference, run, world)
         run.finish(model, time.perf_counter() - begin)

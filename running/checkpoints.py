@@ -15,7 +15,7 @@ from collections import ChainMap
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +34,13 @@ def save(folder: Path, step: int, model, optimizer, state: dict, world: World, k
         shutil.rmtree(aside, ignore_errors=True)
     world.wait()
     try:
-        parts = world.together(lambda: _write_part(aside, model, optimizer, world.rank) if writes else {})
+        part = _write_part(aside, model, optimizer, world.rank) if writes else {}
+    except (OSError, SafetensorError) as error:
+        part = OSError(str(error))
+    parts = world.collect(part)
+    try:
+        for failed in (part for part in parts if isinstance(part, OSError)):
+            raise failed
         if world.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
             manifest = dict(ChainMap({"state.json": _entry(aside / "state.json")}, *parts))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.prompts import system_prompt_of
-from data.tofu import NO_HOLDOUT, Task, complement, load_task
+from data.tofu import NO_HOLDOUT, Task, load_task
 from evaluation.logs import read_retain_log
 from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
@@ -41,14 +41,6 @@ class Job:
     config: dict = field(default_factory=dict)
     folder: Path | None = None
 
-    @property
-    def missing_models(self) -> list[str]:
-        """The splits that the tiny model learns before it unlearns: its start's, the retrained model's."""
-        s = self.settings
-        if s.loss == "sft" or not s.from_scratch:
-            return []
-        return ["full"] if self.retrained[0] else ["full", complement(s.split)]
-
     def take_start(self, folder: Path, world: World):
         """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
         self.settings.start, plans = str(folder / "model"), self.tokenizer.get_vocab()
@@ -62,18 +54,13 @@ class Job:
         self.retrained = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
                                          self.task.fingerprint, self.settings.template)
 
-    def run_mark(self) -> str:
-        """What makes it this run: a checkpoint of another is refused. `--parallel` may change on the way."""
+    def mark(self) -> str:
+        """What makes it this run: settings (but `--parallel` may change on the way), the start's weights, and
+        every text as tokens. A checkpoint, or a reference, of another is refused."""
         settings = {key: value for key, value in self.config["settings"].items() if key != "parallel"}
-        return fingerprint(settings, self.config["start_weights"], self.task.fingerprint)
-
-    def reference_mark(self) -> str:
-        """What a cached reference depends on: weights, every text as tokens, precision, stream."""
-        s, plan = self.settings, self.plan
         evaluated = [[*t[:3], *t.encoded] for some in self.prepared.texts.values() for t in some]
-        tokens = fingerprint([plan.answers, plan.partners, list(plan.refusals.values())], evaluated)
-        return fingerprint(self.config["start_weights"], tokens, s.dtype, s.method, s.seed, s.epochs,
-                           s.retain_pairing)
+        tokens = [self.plan.answers, self.plan.partners, list(self.plan.refusals.values()), evaluated]
+        return fingerprint(settings, self.config["start_weights"], tokens)
 
     def meta(self) -> dict:
         """npo.json of what it makes."""

@@ -67,7 +67,7 @@ class RunFolder:
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
         self.reference, self.meta, self.world = reference, job.meta(), world
         self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
-        self.mark = job.run_mark()
+        self.mark = job.mark()
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
         every, self.checkpoint_steps, self.interval = self.s.checkpoint_every, set(), math.inf
         if every.endswith("m"):

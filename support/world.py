@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,18 +38,6 @@ class World(NamedTuple):
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
-
-    def together(self, action) -> list:
-        """What `action` returns on each process. Raises OSError on all where it fails to write on one."""
-        try:
-            result = action()
-        except (OSError, SafetensorError) as error:
-            result = OSError(str(error))
-        results = self.collect(result)
-        for failed in results:
-            if isinstance(failed, OSError):
-                raise failed
-        return results
 
     def wait(self):
         if self.size > 1:
