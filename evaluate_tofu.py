@@ -321,10 +321,9 @@ def check_arguments(args, given: dict):
 def judge_log(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, retrained model's rows) of `--log`."""
     rows, provenance = read_log(args.log)
-    split = args.split or provenance.get("split") or "forget10"
-    if provenance.get("split") == "own":
-        split = "own"
-    else:
+    own = provenance.get("split") == "own"
+    split = "own" if own else args.split or provenance.get("split") or "forget10"
+    if not own:
         expect_split(rows, provenance, split, args.log)
     retrained = read_retain_log(args.retain_log, split, rows["forget"], provenance.get("data_fingerprint"),
                                 provenance.get("template"), args.log)

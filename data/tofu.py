@@ -42,16 +42,6 @@ class Task:
     fingerprint: str  # of every row above
     holdout: tuple | list = ()  # rows that no model sees, where the data has them
 
-    @property
-    def judged_split(self) -> str:
-        """The forget split that a model is judged on."""
-        return evaluation_split(self.split)
-
-    @property
-    def alternatives(self) -> bool:
-        """The rows to unlearn bring an answer of their own to put in the place of theirs."""
-        return bool(self.forget) and self.forget[0].get(ALTERNATIVE) is not None
-
     def facts(self) -> list:
         """The real-author and world-fact rows that a from-scratch model learns in an epoch."""
         facts = [row for name in ("real_authors", "world_facts") for row in self.evaluated.get(name, [])]

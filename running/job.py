@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.prompts import system_prompt_of
-from data.tofu import NO_HOLDOUT, Task, load_task
+from data.tofu import NO_HOLDOUT, Task, evaluation_split, load_task
 from evaluation.logs import read_retain_log
 from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
@@ -51,7 +51,7 @@ class Job:
 
     def take_retrained(self, log: str):
         """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
-        self.retrained = read_retain_log(log, self.task.judged_split, self.prepared.rows["forget"],
+        self.retrained = read_retain_log(log, evaluation_split(self.task.split), self.prepared.rows["forget"],
                                          self.task.fingerprint, self.settings.template)
 
     def mark(self) -> str:
@@ -114,13 +114,12 @@ def prepare_job(s: Namespace, world: World) -> Job:
 
 def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
     """Raises InputError where unlearning would ask the model otherwise than it has learned to be asked."""
-    known = start.get("template")
-    if s.loss != "sft" and start.get("trained_on") and s.template and known and s.template != known:
-        raise InputError(f"--template {s.template}: {s.start} was trained with {known}, and answers nothing "
-                         "else as it has learned to; leave --template out")
-    if s.loss != "sft" and system_prompt and s.system_prompt not in (None, system_prompt):
-        raise InputError(f"--system-prompt {s.system_prompt!r}: {s.start} was trained with "
-                         f"{system_prompt!r}; leave it out")
+    template = start.get("template") if start.get("trained_on") else None
+    for flag, given, known in (("--template", s.template, template),
+                               ("--system-prompt", s.system_prompt, system_prompt)):
+        if s.loss != "sft" and known and given not in (None, known):
+            raise InputError(f"{flag} {given}: {s.start} was trained with {known}, and answers nothing else "
+                             "as it has learned to; leave it out")
 
 
 def refuse_changed(job: Job):

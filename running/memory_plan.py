@@ -146,19 +146,10 @@ class CharacterTokenizer:
                 "offset_mapping": [[(begin, None) for begin in some] for some in begins]}
 
 
-class Work(NamedTuple):
-    """A run's counts."""
-    rows: int
-    steps: int
-    tokens: float  # of a global batch, without padding
-    answer_tokens: float  # of them
-    sequences: int  # that a row of the stream becomes: itself, its partner, its refusal
-    width: int  # the longest text's tokens
-    estimated: bool  # from characters
-
-
-def count_work(s: Namespace, task: Task) -> Work:
-    """Counts of the run that the settings describe."""
+def count_work(s: Namespace, task: Task) -> Namespace:
+    """Counts of the run that the settings describe: rows, steps; tokens and answer_tokens of a global batch,
+    without padding; sequences that a row becomes (itself, its partner, its refusal); width, the longest
+    text's tokens; whether they are estimated, from characters."""
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
     tokenizer, template = CharacterTokenizer(), "llama2"
     if not estimated:
@@ -167,12 +158,12 @@ def count_work(s: Namespace, task: Task) -> Work:
         template = s.template or read_meta(s.start).get("template") or template
     plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, None)
     texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
-    return Work(plan.rows, plan.steps, sum(len(e.ids) for e in texts) / plan.steps,
-                sum(e.answer_tokens for e in texts) / plan.steps, len(texts) // (plan.rows * s.epochs),
-                max(len(e.ids) for e in texts), estimated)
+    return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
+                     answer_tokens=sum(e.answer_tokens for e in texts) / plan.steps, estimated=estimated,
+                     sequences=len(texts) // (plan.rows * s.epochs), width=max(len(e.ids) for e in texts))
 
 
-def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
+def load_of(s, work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
     sequences = micro * work.sequences
     answers = math.ceil(sequences * work.width * work.answer_tokens / work.tokens)
     on_logits = "reference_logits" in OBJECTIVES[s.loss].takes
@@ -181,7 +172,7 @@ def load_of(s: Namespace, work: Work, processes: int, parallel: str, micro: int,
                 micro < math.ceil(s.batch_size / processes), s.lora or 0)
 
 
-def suggest(s: Namespace, x: Shape, work: Work, processes: int, room: float) -> Load | None:
+def suggest(s: Namespace, x: Shape, work: Namespace, processes: int, room: float) -> Load | None:
     """The fastest that fits in `room` bytes: no recomputing, whole models, large micro-batches come first."""
     micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= math.ceil(s.batch_size / processes)]
     ways = product((False, True), ("ddp", "fsdp") if processes > 1 and not s.lora else ("ddp",), micros)

@@ -37,7 +37,7 @@ class Plan:
         rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
         uses_refusals = self.objective.needs_refusals
-        alternatives = self.objective.alternatives and task.alternatives
+        alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None
         refusals = [None] if alternatives else task.refusals  # None: the row's own
         self.refusals_from = f"each row's {ALTERNATIVE}" if alternatives else task.refusals_from
         self.stream = make_stream(len(rows), s.epochs, s.batch_size, s.seed, len(task.retain) * uses_partners,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.tofu import evaluation_split
 from evaluation.scoring import evaluate
 from models.answers import AnswerModel
 from models.presets import autocast, settings_of
@@ -162,7 +163,7 @@ class RunFolder:
         metrics = self.metrics_of(rows, *self.job.retrained)
         if self.world.rank == 0:
             provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
-                          "split": self.job.task.judged_split, "data": self.s.data,
+                          "split": evaluation_split(self.job.task.split), "data": self.s.data,
                           "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
                           "dtype": self.s.dtype, **environment()}
             content = {"metrics": metrics, "rows": rows, "provenance": provenance}

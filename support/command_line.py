@@ -74,9 +74,8 @@ def run_command(main, name: str):
     except InputError as error:
         sentence, status = str(error), 2
     except (OSError, SafetensorError) as error:  # no room, no right to write
-        file = getattr(error, "filename", None)
-        where = f"{file}: {error.strerror}" if file else " ".join(str(error).split())
-        sentence, status = f"cannot write: {where}; need a place with room and the right to write", 2
+        cause = " ".join(str(error).split())
+        sentence, status = f"cannot write: {cause}; need a place with room and the right to write", 2
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
             raise
