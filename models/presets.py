@@ -78,12 +78,11 @@ PRESETS = {
              num_attention_heads=64, num_key_value_heads=8),
         base="NousResearch/Llama-2-70b-chat-hf", micro_batch_size=1, eval_batch_size=16),
 }
-PAPERS = "llama2-7b"  # whose settings hold where no preset is named
 
 
 def settings_of(preset: str | None) -> Preset:
     """The named preset; for a folder or a Hub id of no preset, the paper's settings."""
-    return PRESETS.get(preset, PRESETS[PAPERS])
+    return PRESETS.get(preset, PRESETS["llama2-7b"])
 
 
 def split_model(model: str) -> tuple[str | None, str]:

@@ -13,23 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches import Item, sent
-from evaluation.scoring import (
-    KL_SETS,
-    MIA_SETS,
-    Prepared,
-    ReferenceStates,
-    logps_of_texts,
-    own_answers,
-    states_of_answers,
-    untouched,
-)
+from evaluation import scoring
 from models.answers import AnswerModel
 from models.sharded import whole
 from running.plan import Plan
 from support.errors import InputError
 from support.world import World
 
-NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in MIA_SETS))  # log pi_ref, a number a text
+NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in scoring.MIA_SETS))  # log pi_ref a text
 
 
 class Reference:
@@ -73,34 +64,34 @@ class Reference:
         """The frozen LM head, (V, H): the policy's own moves. On the device only from its first use on."""
         return self["head"].to(self.device)
 
-    def evaluation(self) -> ReferenceStates:
+    def evaluation(self) -> scoring.ReferenceStates:
         keys = [key.split("/") for key in self.file_of if key.startswith("evaluation/")]
         states = {(name, int(index)): self[f"evaluation/{name}/{index}"] for _, name, index in keys}
-        nlls = {(name, index): -logp for name, logps in zip(MIA_SETS, self.scored, strict=True)
+        nlls = {(name, index): -logp for name, logps in zip(scoring.MIA_SETS, self.scored, strict=True)
                 for index, logp in enumerate(logps.tolist())}
         head = self["head"].to(self.device)  # let go of after each evaluation
-        return ReferenceStates(states, head, nlls)
+        return scoring.ReferenceStates(states, head, nlls)
 
 
 @torch.no_grad()
-def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: Prepared, folder: Path,
+def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scoring.Prepared, folder: Path,
                    mark: str, world: World):
     """Write this process's share of what `Reference` reads."""
     batch_size = 2 * s.micro_batch_size
-    scored = [own_answers(prepared, (name,)).values() for name in MIA_SETS]
+    scored = [scoring.own_answers(prepared, (name,)).values() for name in scoring.MIA_SETS]
     tensors, of_tokens = {}, {}
     for name, some in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True):
-        tensors[name], of_tokens[name] = logps_of_texts(model, list(some), batch_size, plan.pad, world)
+        tensors[name], of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
     if "reference_token_logps" in plan.objective.takes:
         tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens["answers"].items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
     if "reference_logits" in plan.objective.takes:
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
-    evaluated = own_answers(prepared, KL_SETS)
+    evaluated = scoring.own_answers(prepared, scoring.KL_SETS)
     texts |= {f"evaluation/{name}/{index}": e for (name, index), e in evaluated.items()}
-    with untouched(model, world):
-        tensors |= states_of_answers(model, texts, batch_size, plan.pad, world)
+    with scoring.untouched(model, world):
+        tensors |= scoring.states_of_answers(model, texts, batch_size, plan.pad, world)
     head = whole(model.lm.get_output_embeddings().weight)
     if world.rank == 0:
         tensors["head"] = head.detach().cpu().clone()
