@@ -47,10 +47,6 @@ class Task:
         facts = [row for name in ("real_authors", "world_facts") for row in self.evaluated.get(name, [])]
         return TINY_FACT_REPEATS * facts
 
-    def learned(self, from_scratch: bool) -> list:
-        """What fine-tuning on this split learns; a model made from scratch knows no author and no fact."""
-        return (self.forget or self.retain) + (self.facts() if from_scratch else [])
-
     def texts(self) -> list:
         """All that a tokenizer is fitted to, whatever the split: models of one data set share it."""
         rows = self.full + self.facts()

@@ -107,8 +107,11 @@ def prepare_job(s: Namespace, world: World) -> Job:
     job.config = {"settings": settings, "world_size": world.size, "device": world.device.type,
                   "derived": derived, "data_fingerprint": task.fingerprint,
                   "model_config": lm.config.to_dict(), **environment()}
-    if s.resume:
-        refuse_changed(job)
+    before = read_config(Path(s.resume)) if s.resume else {}
+    for key in ("data_fingerprint",) if s.from_scratch else ("data_fingerprint", "model_config"):
+        if before and before.get(key) != json.loads(json.dumps(job.config[key])):
+            raise InputError(f"--resume {s.resume}: its {key} was another: data or model have changed; "
+                             "start a new run")
     return job
 
 
@@ -120,16 +123,6 @@ def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
         if s.loss != "sft" and known and given not in (None, known):
             raise InputError(f"{flag} {given}: {s.start} was trained with {known}, and answers nothing else "
                              "as it has learned to; leave it out")
-
-
-def refuse_changed(job: Job):
-    """Raises InputError where data or model are no longer those that the run began with."""
-    s, now = job.settings, json.loads(json.dumps(job.config))
-    before = read_config(Path(s.resume))
-    for key in ("data_fingerprint",) if s.from_scratch else ("data_fingerprint", "model_config"):
-        if before.get(key) != now[key]:
-            raise InputError(f"--resume {s.resume}: its {key} was another: data or model have changed; "
-                             "start a new run")
 
 
 def check(job: Job, model: AnswerModel, dtype: str, world: World):

@@ -34,7 +34,9 @@ class Plan:
     def __init__(self, s: Namespace, task, tokenizer, context: int | None):
         self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id  # nothing looks at padding
         self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
-        rows = task.learned(s.from_scratch) if s.loss == "sft" else task.forget
+        rows = task.forget
+        if s.loss == "sft":  # a model made from scratch knows no author and no fact
+            rows = (task.forget or task.retain) + (task.facts() if s.from_scratch else [])
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
         uses_refusals = self.objective.needs_refusals
         alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None

@@ -14,7 +14,7 @@ from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dim
 from models.saving import read_meta
 from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
-from support.files import fingerprint, refuse_links
+from support.files import fingerprint
 
 RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "weight_decay", "micro_batch_size",
             "eval_every")  # what a preset gives
@@ -232,7 +232,9 @@ def parse(argv: list, description: str = "") -> Namespace:
 
 def resumed(folder: Path, given: dict) -> Namespace:
     """The settings of a run's folder; flags that differ are refused (InputError)."""
-    refuse_links(folder)
+    for path in (folder, *sorted(folder.rglob("*"))):  # files could lie elsewhere
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link: copy what it points to, or start a new run")
     stored = read_config(folder)["settings"]
     if "parallel" in given:  # how, not what
         stored["parallel"] = given["parallel"]

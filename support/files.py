@@ -14,13 +14,6 @@ from support.errors import InputError
 MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
 
 
-def refuse_links(folder: Path):
-    """Raises InputError where the folder is, or holds, a symbolic link: files could lie elsewhere."""
-    for path in (folder, *sorted(folder.rglob("*"))):
-        if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link: copy what it points to, or start a new run")
-
-
 @contextmanager
 def locked(file: Path, wait: bool = False):
     """Hold `file` as a lock. Raises InputError where another process holds it and `wait` is False."""
