@@ -155,8 +155,9 @@ def describe(job: Job, world: World):
     """Say what is about to be done, and with what."""
     s, plan, task, trained_on = job.settings, job.plan, job.task, job.start_record.get("trained_on")
     parameters = sum(p.numel() for p in job.lm.parameters())
-    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows, {len(task.retain)} to keep; "
-              f"refusals: {plan.refusals_from if plan.refusals else 'none'}")
+    what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
+    refusals = f"; refusals: {plan.refusals_from}" if plan.refusals else ""
+    world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
     world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
               f"{world.device.type}, {s.dtype}")
     if trained_on:
