@@ -38,7 +38,7 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import hmean, ks_2samp, rankdata
 
 from data.prompts import TEMPLATES
-from data.tofu import EVALUATED, NO_HOLDOUT, evaluation_split, load_task, parse_split
+from data.tofu import EVALUATED, NO_HOLDOUT, Task, evaluation_split, load_task, parse_split
 from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, read_retain_log
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
@@ -76,8 +76,10 @@ def probability(row: dict, of: str = "answer") -> float | None:
     return None if nll is None else math.exp(-nll / row[f"{of}_tokens"])
 
 
-def probability_among_options(row: dict) -> float:
-    """exp(-loss) of the answer as a share of its sum with the perturbed answers'."""
+def probability_among_options(row: dict) -> float | None:
+    """exp(-loss) of the answer as a share of its sum with the perturbed answers'; None without these."""
+    if not row.get("perturbed_nll"):
+        return None
     losses = np.divide([row["answer_nll"], *row["perturbed_nll"]],
                        [row["answer_tokens"], *row["perturbed_tokens"]])
     return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))  # in logs: no 0/0
@@ -95,7 +97,7 @@ def set_metrics(name: str, rows: list) -> dict:
         else:
             truth_ratio = float(np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
     return {"rouge_l_recall": float(np.mean([row["rouge_l_recall"] for row in rows])),
-            "probability": float(np.mean([of_answer(row) for row in rows])),
+            "probability": mean([of_answer(row) for row in rows]),
             "truth_ratio": truth_ratio, "rows": len(rows),
             "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
             "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
@@ -160,6 +162,7 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
                "forget_kl": None, "world_facts_kl": None}
     if retrained_rows is not None:
         log_ratios = [[log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retrained_rows)]
+        assert len(log_ratios[0]) == len(log_ratios[1]), "the same forget questions"
         test = ks_2samp(*log_ratios)
         metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic),
                        ks_rows=len(log_ratios[0]),
@@ -246,9 +249,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     lm, tokenizer, meta = load_model(source)
     known = settings_of(preset or meta.get("preset"))
     trained_on = meta.get("trained_on", {})
-    data = args.data or trained_on.get("data", "builtin")
-    split = args.split or recorded_split(trained_on)
-    task = load_task(data, split, args.forget, args.retain)
+    task = task_of(args, trained_on)
     template = args.template or meta.get("template") or known.template
     if meta.get("template") not in (None, template):
         print(f"note: {args.model} was trained with --template {meta['template']}; it is asked with "
@@ -276,9 +277,22 @@ def measure(args) -> tuple[dict, dict, tuple]:
     return rows, provenance, retrained
 
 
+def task_of(args, trained_on: dict) -> Task:
+    """The rows that a model is judged on: own ones, or of the data and the split that flags or its record
+    name. Raises InputError."""
+    own = args.forget or args.retain
+    if own and (args.data or args.split):
+        raise InputError("--forget and --retain are the data and the split: leave out --data and --split")
+    split = "own" if own else args.split or recorded_split(trained_on)
+    return load_task(args.data or trained_on.get("data") or "builtin", split, args.forget, args.retain)
+
+
 def recorded_split(trained_on: dict) -> str:
-    """The forget split that a model, by its record, is to be judged on."""
-    return evaluation_split(trained_on.get("split") or "full")
+    """The forget split that a model, by its record, is to be judged on. Raises InputError for own rows."""
+    split = trained_on.get("split") or "full"
+    if split == "own":
+        raise InputError("the model was trained on rows of its own: give them with --forget and --retain")
+    return evaluation_split(split)
 
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):
@@ -294,8 +308,8 @@ def refuse_unwritable(files: list):
     """Raises InputError where one of the files can't be written: before minutes of work, not after."""
     for file in files:
         absolute = Path(file).absolute()
-        writable = os.access(next(p for p in absolute.parents if p.exists()), os.W_OK)
-        if not writable or str(absolute).startswith("/proc/"):
+        place = next(p for p in absolute.parents if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK) or str(absolute).startswith("/proc/"):
             raise InputError(f"cannot write {file}: choose a place with the right to write")
 
 

@@ -128,7 +128,7 @@ def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float, gamma
     """
     _check(beta, policy_logps, answer_lengths)
     _expect(answer_lengths >= 1, "answer_lengths must be at least 1", answer_lengths)
-    return -(2 / beta) * F.logsigmoid(-(beta / answer_lengths) * policy_logps - gamma)
+    return -(2 / beta) * F.logsigmoid(-beta * policy_logps / answer_lengths - gamma)
 
 
 def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "policy_reference") -> Tensor:

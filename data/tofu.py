@@ -92,6 +92,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
         return _own_task(forget_file, retain_file)
     forgets, judged_split = parse_split(split)[0] == "forget", evaluation_split(split)
     sets, refusals, refusals_from = load_sets(data)
+    if len(sets["full"]) < 2:
+        raise InputError(f"{data}: full.json has one row: need one to forget and one to keep")
     full, perturbed = sets["full"], sets["forget10_perturbed"]
     # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
     perturbed = perturbed[-min(len(slice_rows(full, judged_split)), len(perturbed)):]
@@ -170,6 +172,9 @@ def check_rows(rows: list, where, fields: dict, first_line: int = 1):
             value = row.get(field)
             texts = value if isinstance(value, list) else [value]
             filled = texts and all(isinstance(text, str) and text.strip() for text in texts)
+            if filled and any("\ud800" <= c <= "\udfff" for text in texts for c in text):
+                raise InputError(f"{where} line {line}: {field} has half of a character (a surrogate), which "
+                                 "is no text")
             if not (isinstance(value, kind) and filled):
                 needed = "a list of non-empty texts" if kind is list else "a non-empty text"
                 raise InputError(f"{where} line {line}: {field} must be {needed}, got {value!r}"[:400])

@@ -7,7 +7,7 @@ from pathlib import Path
 from data.tofu import EVALUATED, complement, parse_split
 from support.command_line import markdown_table, number
 from support.errors import InputError
-from support.files import MAX_FILE_BYTES, read_text
+from support.files import MAX_FILE_BYTES, holds_texts, read_text
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 
@@ -18,10 +18,11 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
              "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss",
              "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
              "generated_text": "generated_text"}
-# The least that a row's numbers may be: sums in nats, shares, and counts of tokens.
-LEAST = {"answer_nll": 0, "answer_tokens": 1, "paraphrased_nll": 0, "paraphrased_tokens": 1,
-         "rouge_l_recall": 0, "exact_memorization": 0, "extraction_strength": 0, "reference_nll": 0,
-         "min_k": -math.inf, "min_k_plus_plus": -math.inf}
+# The least and the most that a row's numbers may be, all finite: sums in nats, counts of tokens, shares.
+SUM, COUNT, SHARE, ANY = (0, math.inf), (1, math.inf), (0, 1), (-math.inf, math.inf)
+BOUNDS = {"answer_nll": SUM, "answer_tokens": COUNT, "paraphrased_nll": SUM, "paraphrased_tokens": COUNT,
+          "rouge_l_recall": SHARE, "exact_memorization": SHARE, "extraction_strength": SHARE,
+          "reference_nll": SUM, "min_k": ANY, "min_k_plus_plus": ANY, "kl": ANY}
 TEXTS = ("question", "answer", "generation")
 NEEDED = (*TEXTS, "answer_nll", "answer_tokens", "rouge_l_recall")
 UNASKED = ("generation", "rouge_l_recall")  # what rows of the holdout lack
@@ -42,7 +43,9 @@ def read_log(path: str) -> tuple[dict, dict]:
     if theirs:
         rows = {name: _tofu_rows(log[file], f"{path}: {file}") for name, file in theirs.items()}
         provenance = {"format": "TOFU"}
-    if not isinstance(rows, dict) or not isinstance(provenance, dict):
+    recorded = (holds_texts(provenance, "split", "template", "data_fingerprint")
+                and holds_texts(provenance.get("trained_on", {}), "split", "data"))
+    if not isinstance(rows, dict) or not recorded:
         raise InputError(f"{path} is no evaluation log: need rows and provenance (ours), or "
                          f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
     if not rows.get("forget"):
@@ -77,9 +80,12 @@ def check_rows(rows: list, where: str, unasked=()) -> list:
         raise InputError(f"{where} needs every index from 0 to {len(rows) - 1} once, in order")
     for row in rows:
         sums, counts = row.get("perturbed_nll") or [], row.get("perturbed_tokens") or []
-        numbers = [(row[key], least) for key, least in LEAST.items() if row.get(key) is not None]
-        numbers += [(x, 0) for x in sums] + [(x, 1) for x in counts]
-        finite = all(isinstance(x, (int, float)) and least <= x < math.inf for x, least in numbers)
+        if not (isinstance(sums, list) and isinstance(counts, list)):
+            raise InputError(f"{where} row {row['index']}: perturbed_nll and perturbed_tokens must be lists")
+        numbers = [(row[key], bounds) for key, bounds in BOUNDS.items() if row.get(key) is not None]
+        numbers += [(x, SUM) for x in sums] + [(x, COUNT) for x in counts]
+        finite = all(isinstance(x, (int, float)) and math.isfinite(x) and least <= x <= most
+                     for x, (least, most) in numbers)
         there = all(row.get(key) is not None for key in NEEDED if key not in unasked)
         texts = all(isinstance(row[key], str) for key in TEXTS if row.get(key) is not None)
         paired = len(sums) == len(counts) and ((row.get("paraphrased_nll") is None)

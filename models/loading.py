@@ -136,8 +136,10 @@ def check_folder(folder: Path, source: str):
     elsewhere (code and pickles are never read). Raises InputError."""
     flaw = None
     large = [path.name for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
-    if not (folder / "config.json").is_file():
-        flaw = "the folder has no config.json; need one written by save_pretrained, such as a run's model/"
+    if (folder / "model").is_dir() and not list(folder.glob("*.safetensors")):
+        flaw = f"that is a run's folder; the model is in {folder / 'model'}"
+    elif not (folder / "config.json").is_file():
+        flaw = "the folder has no config.json; need one written by save_pretrained"
     elif not list(folder.glob("*.safetensors")):
         flaw = "no weights as safetensors (pickled weights can run code); need model.safetensors"
     elif large:

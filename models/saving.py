@@ -13,6 +13,7 @@ from torch import nn
 from models.adapters import adapted
 from models.sharded import whole
 from support.errors import InputError
+from support.files import holds_texts
 from support.world import ALONE, World
 
 FILE_BYTES = 4 * 2**30  # of weights in one file
@@ -66,13 +67,16 @@ def read_meta(source: str) -> dict:
     file = Path(source) / "npo.json"
     if not file.is_file():
         return {}
+    flaw = "what it says is of another type"
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        meta.get("trained_on", {}).items()
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{file} must hold an object with preset, template and trained_on ({error}); remove "
-                         "it, and name template and settings by flags") from None
-    return meta
+        own = holds_texts(meta, "preset", "template")
+        if own and holds_texts(meta.get("trained_on", {}), "split", "data"):
+            return meta
+    except ValueError as error:
+        flaw = str(error)
+    raise InputError(f"{file} must hold an object with preset, template and trained_on ({flaw}); remove it, "
+                     "and name template and settings by flags")
 
 
 def weights_hash(model) -> str:

@@ -162,7 +162,9 @@ class RunFolder:
                             reference=self.reference and self.reference.evaluation())
         metrics = self.metrics_of(rows, *self.job.retrained)
         if self.world.rank == 0:
-            provenance = {"run": self.folder.name, "step": step, "trained_on": self.meta["trained_on"],
+            # Before its first step the model is the start.
+            trained_on = self.meta["trained_on"] if step > 0 else self.job.start_record.get("trained_on", {})
+            provenance = {"run": self.folder.name, "step": step, "trained_on": trained_on,
                           "split": evaluation_split(self.job.task.split), "data": self.s.data,
                           "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
                           "dtype": self.s.dtype, **environment()}

@@ -203,7 +203,7 @@ def refuse_without_effect(s: Namespace, given: dict):
             "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
             "system_prompt": s.template not in (None, "chat")}
     for other in OBJECTIVES.values():
-        idle.update({name: name not in objective.settings for name in other.settings})
+        idle.update({name: name not in objective.settings or s.forget_weight == 0 for name in other.settings})
     here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
     refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
             changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})

@@ -27,6 +27,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        if "" in given or any(str(word).startswith("--") and str(word).endswith("=") for word in given):
+            raise InputError("a flag's value is empty, as of a variable that is not set: leave the flag out")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 

@@ -41,7 +41,7 @@ def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
     """A text file whole. Raises InputError before one too large, or a line of it, fills the memory."""
     lines = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # Windows begins files with a mark
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
                 raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
@@ -54,6 +54,11 @@ def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
     return "".join(lines)
+
+
+def holds_texts(record, *keys) -> bool:
+    """What a file says is an object with text, or nothing, at these keys."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), str | None) for key in keys)
 
 
 def write_json(path: Path, content: dict):

@@ -36,6 +36,7 @@ TRAIN = [
     ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
     ("--resume nowhere", "not a run's"), ("--model DATA --data DATA", "no config.json"),
+    ("--forget-weight 0 --retain-weight 1 --beta 3", "--beta has no effect"), ("--out=", "value is empty"),
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
     ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
     ("--loss satimp --beta2 0", "must be positive"),
@@ -76,6 +77,8 @@ EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model M
             ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
             ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"),
             ("--model MODEL --out /proc/x/y.json", "cannot write"),
+            ("--model MODEL --out DATA/full.json/x.json", "cannot write"), ("--model=", "value is empty"),
+            ("--model MODEL --data DATA --forget a --retain b", "leave out --data and --split"),
             ("--model MODEL --data DATA --out taken", "exists"),
             ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
             ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id")]
@@ -172,6 +175,12 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, mo
     tokenizer.add_tokens([f"<extra{i}>" for i in range(500)])
     tokenizer.save_pretrained(other)
     assert "not of one model" in refused(flags(other), tmp_path, monkeypatch)
+    for flaw in ({"preset": ["tiny"]}, {"trained_on": {"split": 5}}, {"trained_on": None}):
+        (other / "npo.json").write_text(json.dumps(flaw))
+        assert "npo.json must hold an object" in refused(flags(other), tmp_path, monkeypatch)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    assert f"the model is in {tmp_path / 'run' / 'model'}" in refused(flags(tmp_path / "run"), tmp_path,
+                                                                    monkeypatch)
     plain = copy_of(small_model, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
     assert "no chat template" in refused([*flags(plain), "--template", "chat"], tmp_path, monkeypatch)

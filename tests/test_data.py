@@ -145,6 +145,7 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
 @pytest.mark.parametrize("text,message", [
     ('{"question": "a"', "line 1: not JSON"),
     ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
+    ('{"question": "a", "answer": "\\ud800"}', "line 1: answer has half of a character"),
     ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no "
                                                                                                       "rows")])
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
@@ -158,7 +159,9 @@ def test_lists_and_lines_are_both_read(tmp_path):
     rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert read_rows(tmp_path / "list.json") == read_rows(tmp_path / "lines.json") == rows
+    (tmp_path / "windows.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    for name in ("list", "lines", "windows"):
+        assert read_rows(tmp_path / f"{name}.json") == rows
 
 
 def test_a_chat_prompt_is_the_same_on_every_day_and_has_its_system_turn():

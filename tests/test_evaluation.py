@@ -394,6 +394,11 @@ def good_log() -> dict:
     lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan),
     lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2]),
     lambda log: log["rows"]["forget"][0].update(min_k="x"),
+    lambda log: log["rows"]["forget"][0].update(perturbed_nll=3),
+    lambda log: log["rows"]["forget"][0].update(kl=math.nan),
+    lambda log: log["rows"]["forget"][0].update(rouge_l_recall=2),
+    lambda log: log["provenance"].update(trained_on=None), lambda log: log["provenance"].update(split=5),
+    lambda log: log["provenance"].update(trained_on={"split": ["retain90"]}),
     lambda log: log["rows"]["holdout"][0].pop("answer_nll")])
 def test_a_log_with_a_flaw_is_refused(tmp_path, flaw):
     log = good_log()

@@ -93,6 +93,12 @@ def test_simnpo_of_one_token_is_npo_against_a_certain_reference():
                                npo_loss(policy, torch.zeros_like(policy), 0.1))
 
 
+def test_simnpo_keeps_float64_beside_whole_lengths():
+    logps, lengths = torch.tensor([-20.0, -3.0], dtype=torch.float64), torch.tensor([7, 3])
+    expected = 2 / 2.5 * torch.log1p(torch.exp(2.5 * logps / lengths.double()))
+    torch.testing.assert_close(losses.simnpo_loss(logps, lengths, 2.5), expected, rtol=1e-14, atol=0)
+
+
 def test_no_gradient_flows_through_the_kto_baseline():
     policy = logps().requires_grad_()
     baseline = (policy.mean() ** 2)

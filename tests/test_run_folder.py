@@ -122,6 +122,9 @@ def test_the_samples_are_first_and_last_evaluation_and_retain_log(small_model, s
     expected = {name: list(map(log_truth_ratio, json.loads(path.read_text())["rows"]["forget"]))
                 for name, path in files.items()}
     assert samples == expected and samples["start"] != samples["unlearned"]
+    # Before the first step it is the start's evaluation.
+    before, after = (json.loads(files[name].read_text())["provenance"] for name in ("start", "unlearned"))
+    assert before["trained_on"] == job.start_record["trained_on"] and after["trained_on"]["loss"] == "npo"
     assert list(evaluations) == [0, 2, 4] and [line["step"] for line in log] == [1, 2, 3, 4]
     assert (folder / "trajectory.png").stat().st_size > 5000
 
