@@ -17,6 +17,12 @@ SHARED = Path(os.environ.get("NPO_SHARED", ROOT.parent / "shared"))
 SMALL = 200  # rows of the small data set: 20 to forget
 
 
+def pytest_collection_modifyitems(items):
+    """The long ones come first, so that no worker waits for one in the end."""
+    long = {"command", "forked", "small", "published_curves"}
+    items.sort(key=lambda item: long.isdisjoint(item.fixturenames))
+
+
 @pytest.fixture
 def shared():
     """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared); skips the test where
