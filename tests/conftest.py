@@ -2,10 +2,14 @@
 data set and a small model."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -13,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small, threads only get in each other's way
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # at once, where a missing network would be asked several times
 SHARED = Path(os.environ.get("NPO_SHARED", ROOT.parent / "shared"))
 SMALL = 200  # rows of the small data set: 20 to forget
 
@@ -68,7 +73,7 @@ def small_model(tmp_path_factory, small_data) -> Path:
 def command(tmp_path):
     """command("train_npo.py", "--loss", "npo", processes=2) runs it as a user would, in an empty folder; the
     finished process."""
-    def run(script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 180):
+    def run(script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 600):
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
                     "--master_port=0",
                     "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -78,3 +83,51 @@ def command(tmp_path):
         assert status is None or done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
         return done
     return run
+
+
+FORKS = multiprocessing.get_context("forkserver")  # one process imports this, has no thread, and is forked
+FORKS.set_forkserver_preload(["pytest", "matplotlib.pyplot", "peft", "rouge_score.rouge_scorer",
+                              "scipy.stats", "torch.distributed.fsdp",
+                              "transformers.models.llama.modeling_llama"])
+
+
+def run_script(words: list[str], folder: Path, environment: dict, outputs: list[Path]):
+    """What `python WORDS` does in `folder`, in this process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for stream, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.path[0], sys.argv = str(Path(words[0]).parent), words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def fork(folder: Path, script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 600):
+    """As `command` in `folder`, in forks of a process that has imported torch and transformers: a new
+    interpreter takes seconds to. Several find each other as under torchrun, at a store of their launcher."""
+    from torch.distributed import TCPStore
+    words, common = [str(ROOT / script), *map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    if processes:
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with TemporaryDirectory() as said:
+        outputs, ranks = [Path(said) / "stdout", Path(said) / "stderr"], []
+        for rank in map(str, range(max(1, processes))):
+            own = {**common, "RANK": rank, "LOCAL_RANK": rank} if processes else common
+            ranks.append(FORKS.Process(target=run_script, args=(words, folder, own, outputs)))
+            ranks[-1].start()
+        for process in ranks:
+            process.join(timeout)
+            process.kill()  # where it has not ended
+            process.join()
+        code = next((process.exitcode for process in ranks if process.exitcode), 0)
+        done = subprocess.CompletedProcess(words, code, *(path.read_text() for path in outputs))
+    assert status is None or code == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def forked(tmp_path):
+    return partial(fork, tmp_path)

@@ -64,10 +64,10 @@ def test_what_is_written_is_the_merged_model(small_model, tmp_path, dtype):
 
 @peft
 @pytest.mark.parametrize("flags", (["--retain-weight", "1"], ["--loss", "undial", "--kl-weight", "1"]))
-def test_a_run_moves_linear_layers_alone_and_begins_at_the_reference(command, small_model, small_data,
+def test_a_run_moves_linear_layers_alone_and_begins_at_the_reference(forked, small_model, small_data,
                                                                      tmp_path, flags):
-    command("train_npo.py", *flags, "--lora", 2, "--model", small_model, "--data", small_data, "--epochs", 2,
-            "--batch-size", 8, "--lr", 1e-2, "--keep", "best", "--activation-checkpointing", "--out", "run")
+    forked("train_npo.py", *flags, "--lora", 2, "--model", small_model, "--data", small_data, "--epochs", 2,
+           "--batch-size", 8, "--lr", 1e-2, "--keep", "best", "--activation-checkpointing", "--out", "run")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     if "undial" not in flags:
         assert log[0]["mean_W"] == pytest.approx(1, abs=1e-5) and log[-1]["loss"] < log[0]["loss"]
@@ -82,11 +82,11 @@ def test_a_run_moves_linear_layers_alone_and_begins_at_the_reference(command, sm
 
 
 @peft
-def test_processes_micro_batches_and_a_resume_change_nothing(command, small_model, small_data, tmp_path):
+def test_processes_micro_batches_and_a_resume_change_nothing(forked, small_model, small_data, tmp_path):
     flags = ["--retain-weight", 1, "--lora", 2, "--model", small_model, "--data", small_data, "--epochs", 2,
              "--batch-size", 8, "--lr", 1e-3, "--eval-every", "never", "--checkpoint-every", 2]
-    command("train_npo.py", *flags, "--out", "one")
-    command("train_npo.py", *flags, "--micro-batch-size", 2, "--out", "two", processes=2)
+    forked("train_npo.py", *flags, "--out", "one")
+    forked("train_npo.py", *flags, "--micro-batch-size", 2, "--out", "two", processes=2)
     weights = {name: load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")}
     for name, weight in weights["one"].items():
         assert torch.allclose(weight, weights["two"][name], atol=1e-5), name
@@ -94,7 +94,7 @@ def test_processes_micro_batches_and_a_resume_change_nothing(command, small_mode
     assert set(load_file(checkpoint / "weights-00000.safetensors")) and all(
         ".lora_" in name for name in load_file(checkpoint / "weights-00000.safetensors"))
     (tmp_path / "one" / "model").rename(tmp_path / "away")
-    command("train_npo.py", "--resume", "one")
+    forked("train_npo.py", "--resume", "one")
     again = load_file(tmp_path / "one" / "model" / "model.safetensors")
     assert all(torch.equal(again[name], weights["one"][name]) for name in again)
 
@@ -111,9 +111,9 @@ def test_what_lora_cannot_do_is_refused(small_model, monkeypatch):
         resolve({"loss": "sft", "lora": 2})
 
 
-def test_a_dry_run_counts_what_adapters_spare(command):
+def test_a_dry_run_counts_what_adapters_spare(forked):
     def peak(*flags) -> float:
-        told = command("train_npo.py", "--model", "llama2-7b", "--dry-run", "--dtype", "bf16", *flags).stdout
+        told = forked("train_npo.py", "--model", "llama2-7b", "--dry-run", "--dtype", "bf16", *flags).stdout
         return float(next(line for line in told.splitlines() if line.split()[:1] == ["peak"]).split()[-1])
 
     assert peak("--lora", 8) < 40 < peak()

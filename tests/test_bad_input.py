@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 import evaluate_tofu
 import train_npo
-from conftest import ROOT
 from data.tofu import read_rows
 from support.errors import InputError
 
@@ -187,9 +185,8 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, mo
 
 
 @pytest.mark.parametrize("flag", ("--data", "--model"))
-def test_a_hub_id_without_network(command, monkeypatch, flag):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # at once, where a missing network would be asked several times
-    done = command("train_npo.py", flag, "nobody/nothing", status=2)
+def test_a_hub_id_without_network(forked, flag):
+    done = forked("train_npo.py", flag, "nobody/nothing", status=2)
     assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -205,19 +202,18 @@ def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_wr
     assert "needs perturbed answers" in refused(args, tmp_path, monkeypatch)
 
 
-def test_commands_work_without_git(command, small_model, small_data, tmp_path, monkeypatch):
+def test_commands_work_without_git(forked, small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    command("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2, "--eval-every",
-            "never",
-            "--out", "run")
+    forked("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2, "--eval-every",
+           "never", "--out", "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
 
 
-def test_status_2_and_one_sentence(command):
+def test_status_2_and_one_sentence(command, forked):
     done = command("train_npo.py", "--beta", "0", status=2)
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train_npo.py: ")
     assert done.stdout == ""
-    done = command("evaluate_tofu.py", "--log", "nowhere.json", status=2)
+    done = forked("evaluate_tofu.py", "--log", "nowhere.json", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
     done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
@@ -231,7 +227,7 @@ def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_da
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"),
                     reason="needs a place that can't be written")
-def test_a_place_that_cannot_be_written(small_model, small_data, tmp_path):
-    words = [ROOT / "train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run"]
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr
+def test_a_place_that_cannot_be_written(forked, small_model, small_data):
+    done = forked("train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run",
+                  status=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr

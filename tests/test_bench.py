@@ -19,6 +19,7 @@ from benchmark.measurements import (
     spread,
     training_flops,
 )
+from conftest import FORKS
 from data.prompts import Encoded
 from models.loading import load_model
 from running.memory_plan import shape_of
@@ -88,8 +89,9 @@ def test_useful_flops_by_hand(small_model):
     assert useful == 6 * 2 * a_layer * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
 
 
-def test_a_case_of_memory_is_measured_beside_its_prediction(args):
-    """In fresh processes; so small a model is lost in what Python itself holds."""
+def test_a_case_of_memory_is_measured_beside_its_prediction(args, monkeypatch):
+    """In processes of their own; so small a model is lost in what Python itself holds."""
+    monkeypatch.setattr(opponents, "get_context", lambda kind: FORKS)
     with opponents.fresh_process() as ours, opponents.fresh_process() as theirs:
         measured, predicted = ours(peak_of, bench.CODE, args, 8, True)
         plain, _ = theirs(peak_of, bench.CODE, args, 8, False)

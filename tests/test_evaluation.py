@@ -357,15 +357,15 @@ def test_a_models_own_generation_settings_do_not_leak_in(measured):
     assert [row["generation"] for row in again["forget"]] == [row["generation"] for row in rows["forget"]]
 
 
-def test_the_command_measures_a_folder_writes_json_and_draws(command, small_model, small_data, tmp_path):
+def test_the_command_measures_a_folder_writes_json_and_draws(forked, small_model, small_data, tmp_path):
     args = ["--model", small_model, "--data", small_data, "--max-new-tokens", 8, "--max-rows", 4]
-    done = command("evaluate_tofu.py", *args, "--out", "a.json", "--reference", small_model, "--plot")
+    done = forked("evaluate_tofu.py", *args, "--out", "a.json", "--reference", small_model, "--plot")
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["metrics"]["forget_kl"] == pytest.approx(0, abs=1e-6) and len(result["rows"]["forget"]) == 4
     assert {"metrics", "rows", "provenance"} == set(result)
     assert "model utility" in done.stdout and "true:" in done.stdout
     assert (tmp_path / "truth_ratios.png").stat().st_size > 5000
-    again = command("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
+    again = forked("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
     metrics = json.loads((tmp_path / "b.json").read_text())["metrics"]
     assert metrics["forget_quality"] == 1.0 and metrics["privleak"] == 0 and len(metrics["mia"]) == 5
     assert "KS statistic" in again.stdout and "MIA AUC" in again.stdout and "note:" not in done.stdout

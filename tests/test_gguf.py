@@ -100,21 +100,21 @@ def test_a_hand_made_file_comes_over_exactly_and_once(quantised, small_model, tm
     assert "dequantising" not in capsys.readouterr().out
 
 
-def test_it_trains_and_is_evaluated_by_one_name(command, small_model, small_data, tmp_path):
+def test_it_trains_and_is_evaluated_by_one_name(forked, small_model, small_data, tmp_path):
     """Two processes: one converts, both train; then `evaluate_tofu.py` finds the folder that is there."""
     write_gguf(small_model, tmp_path / "small.gguf", True)
     model = f"smollm2-135m={tmp_path / 'small.gguf'}"
-    done = command("train_npo.py", "--model", model, "--data", small_data, "--loss", "sft", "--split", "full",
-                   "--epochs", 1, "--eval-every", "never", "--out", "run", processes=2)
+    done = forked("train_npo.py", "--model", model, "--data", small_data, "--loss", "sft", "--split", "full",
+                  "--epochs", 1, "--eval-every", "never", "--out", "run", processes=2)
     assert done.stdout.count("dequantising") == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["settings"]["preset"] == "smollm2-135m" and config["settings"]["template"] == "llama2"
-    done = command("evaluate_tofu.py", "--model", model, "--data", small_data, "--max-rows", 2,
-                   "--max-new-tokens", 4, "--reference", model, "--out", "log.json")
+    done = forked("evaluate_tofu.py", "--model", model, "--data", small_data, "--max-rows", 2,
+                  "--max-new-tokens", 4, "--reference", model, "--out", "log.json")
     log = json.loads((tmp_path / "log.json").read_text())
     assert "dequantising" not in done.stdout and abs(log["metrics"]["forget_kl"]) < 1e-6
     assert log["provenance"]["template"] == PRESETS["smollm2-135m"].template
-    assert "no preset" in command("evaluate_tofu.py", "--model", "small=x.gguf", status=2).stderr
+    assert "no preset" in forked("evaluate_tofu.py", "--model", "small=x.gguf", status=2).stderr
 
 
 def test_what_cannot_be_converted_is_refused(small_model, tmp_path, monkeypatch):

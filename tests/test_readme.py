@@ -4,8 +4,6 @@ trains."""
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import evaluate_tofu
 import synthetic
@@ -29,7 +27,7 @@ def applied(diff: str, text: list[str]) -> list[str]:
     return text
 
 
-def test_the_diff_adds_an_objective_that_trains(small_model, small_data, tmp_path):
+def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data, tmp_path):
     """Applied as it stands to a copy of the code; nothing else of the copy is touched."""
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     copy = shutil.copytree(ROOT, tmp_path / "copy",
@@ -38,13 +36,9 @@ def test_the_diff_adds_an_objective_that_trains(small_model, small_data, tmp_pat
     changed = applied(diff, text)
     assert len(changed) > len(text)
     (copy / "losses.py").write_text("\n".join(changed) + "\n")
-    words = ["--loss", "squared", "--retain-weight", "1", "--model", small_model, "--data", small_data,
-             "--epochs", "1",
-             "--batch-size", "8", "--lr", "1e-3", "--eval-every", "never", "--out", tmp_path / "run"]
-    done = subprocess.run([sys.executable, copy / "train_npo.py", *map(str, words)], capture_output=True,
-                          text=True,
-                          cwd=tmp_path, timeout=180)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = forked(copy / "train_npo.py", "--loss", "squared", "--retain-weight", 1, "--model", small_model,
+                  "--data", small_data, "--epochs", 1, "--batch-size", 8, "--lr", 1e-3,
+                  "--eval-every", "never", "--out", "run")
     assert "squared+rt" in done.stdout and (tmp_path / "run" / "model").is_dir()
 
 

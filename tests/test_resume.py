@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from test_training import assert_close
 
-from conftest import ROOT
+from conftest import ROOT, fork
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -64,13 +64,13 @@ def small(small_model, small_data, tmp_path_factory):
     args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 8, "--batch-size",
             7, "--lr", 1e-3, "--eval-every", 8, "--checkpoint-every", 2]
     folder = tmp_path_factory.mktemp("whole")
-    assert start([*args, "--out", "run"], folder).wait() == 0
+    fork(folder, "train_npo.py", *args, "--out", "run")
     return args, folder / "run"
 
 
 @pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint",
                                     pytest.param("inside an evaluation", marks=pytest.mark.slow)))
-def test_a_killed_run_ends_as_if_never_interrupted(small, tmp_path, moment):
+def test_a_killed_run_ends_as_if_never_interrupted(small, forked, tmp_path, moment):
     args, whole = small
     run = tmp_path / "run"
     def lines():
@@ -83,8 +83,7 @@ def test_a_killed_run_ends_as_if_never_interrupted(small, tmp_path, moment):
     process = start([*args, "--out", "run"], tmp_path)
     assert kill_when(process, reached[moment]), process.stdout.read()
     assert not (run / "model").exists()
-    resumed = start(["--resume", "run"], tmp_path)
-    assert resumed.wait() == 0, resumed.stdout.read()
+    forked("train_npo.py", "--resume", "run")
     assert_same_run(whole, run)
 
 
@@ -138,7 +137,7 @@ def agents(args: list, cwd: Path, *flags) -> list[subprocess.Popen]:
 def test_two_machines_equal_one_process(small, tmp_path):
     args, whole = small
     for agent in agents([*args, "--out", "run"], tmp_path):
-        out, _ = agent.communicate(timeout=150)
+        out, _ = agent.communicate(timeout=600)
         assert agent.returncode == 0, out
     a, b = (load_file(path / "model" / "model.safetensors") for path in (whole, tmp_path / "run"))
     assert_close(a, b)
@@ -150,7 +149,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 
 @needs_proc
 @pytest.mark.parametrize("restarts", (0, pytest.param(1, marks=pytest.mark.slow)))
-def test_a_killed_worker_ends_the_job_or_torchrun_starts_it_again(small, tmp_path, restarts):
+def test_a_killed_worker_ends_the_job_or_torchrun_starts_it_again(small, forked, tmp_path, restarts):
     """Within 30 seconds and with the reason; with --max-restarts the run goes on from its last checkpoint."""
     args, whole = small
     launcher = [*TORCHRUN, "--nproc_per_node=2", "--standalone", f"--max-restarts={restarts}"]
@@ -160,11 +159,11 @@ def test_a_killed_worker_ends_the_job_or_torchrun_starts_it_again(small, tmp_pat
         time.sleep(0.01)
     os.kill(children(job.pid)[-1], signal.SIGKILL)
     begin = time.monotonic()
-    out, _ = job.communicate(timeout=150)
+    out, _ = job.communicate(timeout=600)
     if not restarts:
         assert job.returncode != 0 and time.monotonic() - begin < 30
         assert "SIGKILL" in out or "Signal 9" in out
-        assert start(["--resume", "run"], tmp_path, launcher).wait() == 0
+        forked("train_npo.py", "--resume", "run", processes=2)
     else:
         assert job.returncode == 0, out
         assert "resumed after step" in out

@@ -1,4 +1,4 @@
-"""FSDP2: a sharded run is the run of one process. Real torchrun, gloo, CPU."""
+"""FSDP2: a sharded run is the run of one process. Gloo, CPU."""
 
 import json
 import shutil
@@ -40,12 +40,12 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "tnpo"), (2
 
 
 @pytest.mark.parametrize("processes, loss", ((2, "kto"), *SLOW))
-def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_path, processes, loss):
+def test_a_sharded_run_equals_one_process(forked, small_model, small_data, tmp_path, processes, loss):
     """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight
     hash."""
     args = ["--loss", loss, *ARGS[2:], "--model", small_model, "--data", small_data, "--eval-every", 20]
-    command("train_npo.py", *args, "--out", "alone")
-    done = command("train_npo.py", *args, "--out", "sharded", "--parallel", "fsdp", processes=processes)
+    forked("train_npo.py", *args, "--out", "alone")
+    done = forked("train_npo.py", *args, "--out", "sharded", "--parallel", "fsdp", processes=processes)
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     assert_close(weights(alone), weights(sharded))
     assert len(log(alone)) == 20 and "resumed" not in done.stdout
@@ -67,12 +67,12 @@ def test_a_sharded_run_equals_one_process(command, small_model, small_data, tmp_
 
 
 @pytest.mark.parametrize("dtype", ("bf16", pytest.param("fp16", marks=pytest.mark.slow)))
-def test_a_sharded_run_in_16_bits_follows_float32(command, small_model, small_data, tmp_path, dtype):
+def test_a_sharded_run_in_16_bits_follows_float32(forked, small_model, small_data, tmp_path, dtype):
     args = ["--loss", "npo", "--retain-weight", 1, "--kl-weight", 1, "--epochs", 2, "--batch-size", 6,
             "--micro-batch-size", 2, "--lr", 1e-3, "--model", small_model, "--data", small_data,
             "--eval-every", 7]
-    command("train_npo.py", *args, "--out", "alone")
-    command("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
+    forked("train_npo.py", *args, "--out", "alone")
+    forked("train_npo.py", *args, "--out", dtype, "--parallel", "fsdp", "--dtype", dtype, processes=2)
     assert all(p.dtype == torch.float32 for p in weights(tmp_path / dtype).values())
     for ours, theirs in zip(log(tmp_path / dtype), log(tmp_path / "alone"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)

@@ -309,9 +309,9 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--methods nope", "--out {here}/file"])
-def test_the_command_ends_with_one_sentence(flags, command, tmp_path):
+def test_the_command_ends_with_one_sentence(flags, forked, tmp_path):
     (tmp_path / "file").touch()
-    done = command("synthetic.py", *flags.format(here=tmp_path).split(), status=2)
+    done = forked("synthetic.py", *flags.format(here=tmp_path).split(), status=2)
     assert done.stdout == "" and done.stderr.startswith("synthetic.py: ") and done.stderr.count("\n") == 1
 
 

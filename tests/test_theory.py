@@ -142,7 +142,7 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["--seed -1", "--out {here}/file"])
-def test_the_command_ends_with_one_sentence(flags, command, tmp_path):
+def test_the_command_ends_with_one_sentence(flags, forked, tmp_path):
     (tmp_path / "file").touch()
-    done = command("theory_check.py", *flags.format(here=tmp_path).split(), status=2)
+    done = forked("theory_check.py", *flags.format(here=tmp_path).split(), status=2)
     assert done.stdout == "" and done.stderr.startswith("theory_check.py: ") and done.stderr.count("\n") == 1
