@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import signal
 import time
 from argparse import Namespace
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 import losses
 import train_npo
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from data.batches import collate
 from data.tofu import load_task
 from evaluation.scoring import Prepared
@@ -50,8 +51,7 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
 
     def make(**given) -> Namespace:
         s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
-                     "batch_size": 8,
-                     "eval_every": "never", "template": "llama2",
+                     "batch_size": 8, "eval_every": "never", "template": "llama2",
                      **{k: v for k, v in given.items() if k != "pad_to"}})
         s.pad_to = given.get("pad_to", 0)
         return s
@@ -118,14 +118,14 @@ def test_weights_after_20_steps_do_not_depend_on_micro_batch_or_padding(settings
         assert_close(whole, trained_weights(settings(**{**given, **variant})))
 
 
-def test_weights_do_not_depend_on_the_number_of_processes(command, small_model, small_data, tmp_path):
-    """Real torchrun; 20 rows in batches of 6, the last of 2 rows, so that with four processes two have none.
+def test_weights_do_not_depend_on_the_number_of_processes(forked, small_model, small_data, tmp_path):
+    """20 rows in batches of 6, the last of 2 rows, so that with four processes two have none.
     kto needs its scalar."""
-    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model, "--data",
-            small_data,
-            "--epochs", 6, "--batch-size", 6, "--micro-batch-size", 2, "--lr", 1e-3, "--eval-every", "never"]
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", small_model,
+            "--data", small_data, "--epochs", 6, "--batch-size", 6, "--micro-batch-size", 2, "--lr", 1e-3,
+            "--eval-every", "never"]
     for processes in (0, 2, 4):
-        command("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
+        forked("train_npo.py", *args, "--out", f"p{processes}", processes=processes)
     weights = [load_file(tmp_path / f"p{p}" / "model" / "model.safetensors") for p in (0, 2, 4)]
     logs = [[json.loads(line) for line in (tmp_path / f"p{p}" / "log.jsonl").read_text().splitlines()]
             for p in (0, 2, 4)]
@@ -329,9 +329,8 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (whole, halves))
     assert all(torch.equal(a[name], b[name]) for name in a)
     def timeless(folder):
-        return [{k: v for k,
-                                    v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
-                                   for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "memory")}
+                for line in (folder / "log.jsonl").read_text().splitlines()]
     assert timeless(whole) == timeless(halves)
     assert carry_out(parse(["--resume", "halves"]), ALONE) == halves  # finished: nothing to do
     assert len(list((halves / "checkpoints").glob("step_*"))) <= 2
@@ -387,8 +386,6 @@ def test_fp16_trains_and_never_counts_a_skipped_step(settings):
 
 
 def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, tmp_path):
-    import shutil
-
     from support.files import locked
     data = shutil.copytree(small_data, tmp_path / "changing")
     folder = carry_out(settings(data=str(data), out="run", epochs=1), ALONE)
@@ -403,7 +400,6 @@ def test_resume_refuses_changed_data_and_a_folder_in_use(settings, small_data, t
 
 
 def test_a_run_s_own_folder_brings_its_preset_and_template_back(settings, small_model, tmp_path):
-    import shutil
     folder = shutil.copytree(small_model, tmp_path / "tinys")
     (folder / "npo.json").write_text(json.dumps({"preset": "tiny", "template": "qa", "trained_on": {}}))
     s = resolve({"model": str(folder)})
@@ -428,25 +424,29 @@ def test_autocast_keeps_float32_weights(settings):
     assert_close(trained_weights(settings(retain_weight=1.0, epochs=1)), weights, 0.01)
 
 
-def test_own_data_end_to_end(command, small_model, tmp_path):
+def test_own_data_end_to_end(forked, small_model, tmp_path):
     """An engineer's rows, no perturbed answers: probability, ROUGE and KL are measured, the rest is null."""
     rows = [{"question": f"Who wrote {title}?", "answer": f"{name} wrote it."}
             for title, name in zip("ABCDEFGH", ("Ann", "Bob", "Cem", "Dov") * 2, strict=False)]
     (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
     (tmp_path / "retain.json").write_text(json.dumps(rows[3:]))
-    done = command("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model",
-                   small_model,
-                   "--retain-weight", 1, "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--out", "own")
+    done = forked("train_npo.py", "--forget", "forget.jsonl", "--retain", "retain.json", "--model",
+                  small_model, "--retain-weight", 1, "--epochs", 2, "--batch-size", 2, "--lr", 1e-3,
+                  "--out", "own")
     metrics = json.loads((tmp_path / "own" / "eval" / "step_000003.json").read_text())["metrics"]
     assert metrics["forget"]["rows"] == 3 and metrics["forget_kl"] > 0
     assert metrics["model_utility"] is None and metrics["forget_quality"] is None
     assert "forget question" in done.stdout
 
 
-def test_the_users_command_makes_models_reuses_them_and_reports(command, small_data, tmp_path):
-    """README's first command on the small data set: fine-tunes, retrains, unlearns; the second run finds both
-    models."""
-    args = ["--loss", "npo", "--retain-weight", 1, "--data", small_data, "--epochs", 2, "--eval-every", 2]
+def test_the_users_command_makes_models_reuses_them_and_reports(command, forked, small_data, tmp_path):
+    """README's first command on half of the small data set: fine-tunes, retrains, unlearns; the second run
+    finds both models."""
+    data = shutil.copytree(small_data, tmp_path / "data")
+    for file, rows in ((data / "full.json", SMALL // 2), (data / "forget10_perturbed.json", SMALL // 20)):
+        file.write_text("\n".join(file.read_text().splitlines()[-rows:]))
+    args = ["--loss", "npo", "--retain-weight", 1, "--data", data, "--epochs", 2, "--batch-size", 10,
+            "--eval-every", 2]
     done = command("train_npo.py", *args, processes=2)
     folder = tmp_path / "runs" / "npo+rt_forget10"
     evaluations = sorted((folder / "eval").glob("*.json"))
@@ -456,20 +456,20 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, small_d
     for expected in ("start", "best", "last", "forget question", "retain question", "before:", "after:",
                      "trajectory.png", "sft on retain90"):
         assert expected in done.stdout
-    again = command("train_npo.py", *args)
+    again = forked("train_npo.py", *args)
     assert "step " in again.stdout and "sft on" not in again.stdout
     assert (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
-    command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data, "--retain-log", retain_log,
-            "--max-new-tokens", 8)
-    command("figures_tofu.py", "--collect", folder, f"{folder}-2", "--out", "collected.json")
+    forked("evaluate_tofu.py", "--model", folder / "model", "--data", data, "--retain-log", retain_log,
+           "--max-new-tokens", 8)
+    forked("figures_tofu.py", "--collect", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.
     utility, of_one_process = (run["model_utility"] for run in collected)
     assert utility == pytest.approx(of_one_process, rel=1e-4)
-    wrong = command("evaluate_tofu.py", "--model", folder / "model", "--data", small_data,
-                    "--retain-log", evaluations[0], status=2)
+    wrong = forked("evaluate_tofu.py", "--model", folder / "model", "--data", data,
+                   "--retain-log", evaluations[0], status=2)
     assert "needs one trained on retain90" in wrong.stderr
 
 
@@ -481,8 +481,7 @@ def test_readmes_commands_have_valid_flags():
              if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
     assert len(lines) >= 6
     for words in lines:
-        script = next(i for i,
-                      word in enumerate(words) if word.endswith("_npo.py") or word.endswith("_tofu.py"))
+        script = next(i for i, word in enumerate(words) if word.endswith(("_npo.py", "_tofu.py")))
         if "--resume" in words:
             continue  # needs a run; tested above
         if words[script] == "train_npo.py":
