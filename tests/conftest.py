@@ -62,8 +62,7 @@ def small_model(tmp_path_factory, small_data) -> Path:
     task = load_task(str(small_data), "forget10")
     texts = [row[key] for row in task.full + task.facts() for key in ("question", "answer")]
     dims = dict(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=1024)
+                num_attention_heads=4, max_position_embeddings=1024)
     folder = tmp_path_factory.mktemp("small") / "model"
     save_model(*make_tiny(texts, 0, dims), folder, {"preset": None, "template": "llama2", "trained_on": {}})
     return folder
@@ -75,8 +74,7 @@ def command(tmp_path):
     finished process."""
     def run(script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 600):
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                    "--master_port=0",
-                    "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+                    "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         words = [*(torchrun if processes else [sys.executable]), str(ROOT / script), *map(str, args)]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -86,9 +84,8 @@ def command(tmp_path):
 
 
 FORKS = multiprocessing.get_context("forkserver")  # one process imports this, has no thread, and is forked
-FORKS.set_forkserver_preload(["pytest", "matplotlib.pyplot", "peft", "rouge_score.rouge_scorer",
-                              "scipy.stats", "torch.distributed.fsdp",
-                              "transformers.models.llama.modeling_llama"])
+FORKS.set_forkserver_preload("pytest matplotlib.pyplot peft rouge_score.rouge_scorer scipy.stats "
+                             "torch.distributed.fsdp transformers.models.llama.modeling_llama".split())
 
 
 def run_script(words: list[str], folder: Path, environment: dict, outputs: list[Path]):
@@ -106,17 +103,17 @@ def fork(folder: Path, script: str, *args, processes: int = 0, status: int | Non
     """As `command` in `folder`, in forks of a process that has imported torch and transformers: a new
     interpreter takes seconds to. Several find each other as under torchrun, at a store of their launcher."""
     from torch.distributed import TCPStore
-    words, common = [str(ROOT / script), *map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    words, own = [str(ROOT / script), *map(str, args)], {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        own |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     with TemporaryDirectory() as said:
         outputs, ranks = [Path(said) / "stdout", Path(said) / "stderr"], []
         for rank in map(str, range(max(1, processes))):
-            own = {**common, "RANK": rank, "LOCAL_RANK": rank} if processes else common
-            ranks.append(FORKS.Process(target=run_script, args=(words, folder, own, outputs)))
+            environment = own | ({"RANK": rank, "LOCAL_RANK": rank} if processes else {})
+            ranks.append(FORKS.Process(target=run_script, args=(words, folder, environment, outputs)))
             ranks[-1].start()
         for process in ranks:
             process.join(timeout)

@@ -111,8 +111,7 @@ def refused(flags, tmp_path, monkeypatch):
     ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"),
     ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
     ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}',
-     "perturbed_answer"),
-    ("idontknow.jsonl", None, "no line")])
+     "perturbed_answer"), ("idontknow.jsonl", None, "no line")])
 def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model, tmp_path, monkeypatch):
     data = copy_of(small_data, tmp_path / "data")
     if line is None:

@@ -259,8 +259,7 @@ def _memorise(small_data):
     task = load_task(str(small_data), "forget10")
     rows = [row for rows in task.evaluated.values() for row in rows[:4]]
     dims = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=512)
+                num_attention_heads=4, max_position_embeddings=512)
     lm, tokenizer = make_tiny([row[key] for row in rows for key in ("question", "answer")], 0, dims)
     model = AnswerModel(lm)
     batch = collate(encode(tokenizer, "llama2", [(row["question"], row["answer"]) for row in rows]), 0)
@@ -374,10 +373,8 @@ def test_the_command_measures_a_folder_writes_json_and_draws(forked, small_model
 
 def good_log() -> dict:
     row = {"index": 0, "question": "q", "answer": "a", "generation": "g", "answer_nll": 1.0,
-           "answer_tokens": 2,
-           "paraphrased_nll": 1.0, "paraphrased_tokens": 2, "perturbed_nll": [1.0, 2.0],
-           "perturbed_tokens": [2, 2],
-           "rouge_l_recall": 0.5}
+           "answer_tokens": 2, "paraphrased_nll": 1.0, "paraphrased_tokens": 2,
+           "perturbed_nll": [1.0, 2.0], "perturbed_tokens": [2, 2], "rouge_l_recall": 0.5}
     unasked = {**row, "generation": None, "rouge_l_recall": None}
     return {"rows": {"forget": [row], "holdout": [unasked]}, "provenance": {}}
 

@@ -36,8 +36,7 @@ def write_gguf(folder: Path, file: Path, quantised: bool) -> dict:
                        (writer.add_feed_forward_length, c.intermediate_size),
                        (writer.add_vocab_size, c.vocab_size),
                        (writer.add_head_count_kv, c.num_key_value_heads),
-                       (writer.add_layer_norm_rms_eps, 1e-6),
-                       (writer.add_rope_freq_base, 10000.0)):
+                       (writer.add_layer_norm_rms_eps, 1e-6), (writer.add_rope_freq_base, 10000.0)):
         add(value)
     bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
     writer.add_tokenizer_model("gpt2")

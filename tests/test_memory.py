@@ -137,8 +137,8 @@ def two_layers(seed=0):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=48, intermediate_size=80,
-                                        num_hidden_layers=2,
-                                        num_attention_heads=6, num_key_value_heads=2)).train()
+                                        num_hidden_layers=2, num_attention_heads=6,
+                                        num_key_value_heads=2)).train()
 
 
 def hidden_and_gradients(lm):

@@ -128,9 +128,8 @@ def free_port() -> int:
 
 def agents(args: list, cwd: Path, *flags) -> list[subprocess.Popen]:
     """Two torchrun agents that meet at a loopback address, each with one process: two machines."""
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=localhost:{free_port()}",
-            "--rdzv-id=test", *flags]
+    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
+            f"--rdzv-endpoint=localhost:{free_port()}", *flags]
     return [start(args, cwd, [*TORCHRUN, *meet]) for _ in range(2)]
 
 

@@ -153,11 +153,9 @@ def test_flaws_of_a_folder_are_named(small_model, tmp_path):
     folder = Path(shutil.copytree(small_model, tmp_path / "model"))
     lm, _, _ = load_model(str(folder), without_weights=True)
     index = folder / "model.safetensors.index.json"
-    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', "only .safetensors "
-                                                                                      "files in the folder "
-                                                                                      "itself"),
-                              ('{"weight_map": {"a": "absent.safetensors"}}', "only .safetensors files in "
-                                                                              "the folder itself"),
+    astray = "only .safetensors files in the folder itself"
+    for content, sentence in (('{"weight_map": {"a": "../model/model.safetensors"}}', astray),
+                              ('{"weight_map": {"a": "absent.safetensors"}}', astray),
                               ("[1]", "not an index")):
         index.write_text(content)
         with pytest.raises(InputError, match=sentence):
