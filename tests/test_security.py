@@ -264,7 +264,7 @@ def test_another_runs_checkpoint_is_refused(interrupted):
     other = Path(shutil.copytree(interrupted, interrupted.with_name("other")))
     edit(other / "config.json",
          settings={**json.loads((other / "config.json").read_text())["settings"], "lr": 2e-3})
-    assert "another run" in refusal(resume, other)
+    assert "start a new run" in refusal(resume, other)
     assert (resume(interrupted) / "model").is_dir()
 
 
