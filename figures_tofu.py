@@ -6,10 +6,11 @@
     python figures_tofu.py --collect runs/NAME --out FILE.json    # single runs: records, table, picture
 
 It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, OUT/tofu.md and beyond.md over every such JSON;
-docs/study.md has the figures. A run is known by its settings, data, start and retrained model: one that is in
-the JSON, or finished in --runs, is not made again; one that was interrupted goes on. Seeds vary unlearning
-and retraining; the fine-tuned start is shared. The story: `study/`'s grid (what is needed), workers (running
-it), records (what is kept), verdicts, pages and pictures (from the JSON alone).
+docs/study.md has the figures. A run is known by its settings, data, start and retrained model, which its
+folder's name stands for: one that is in the JSON, or finished in --runs, is not made again; one that was
+interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned start is shared. The story:
+`study/`'s grid (what is needed), workers (running it), records (what is kept), verdicts, pages and pictures
+(from the JSON alone).
 """
 
 import signal
@@ -49,14 +50,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def train(given: dict):
-    """One run of train_npo.py in this process: flags as given, or {"resume": folder}."""
-    from running.settings import resolve, resumed
-    from train_npo import carry_out, join_world
-    s = resumed(Path(given["resume"]), {}) if "resume" in given else resolve(given)
-    carry_out(s, join_world(s.device))
-
-
 def open_study(args: Namespace) -> grid.Study:
     """Everything that planning depends on. Raises InputError, also for a JSON of other data."""
     from evaluate_tofu import log_truth_ratio
@@ -69,7 +62,7 @@ def open_study(args: Namespace) -> grid.Study:
     task = load_task(args.data, grid.TUNING_SPLIT)
     shape = read_shape(Namespace(preset=name, start=path, model=args.model), task.full)
     return records.open_study(grid.Setup(args, task, name, PRESETS[name], records.read_choices(args),
-                                         shape.parameters, train, log_truth_ratio))
+                                         shape.parameters, log_truth_ratio))
 
 
 def draw(args: Namespace):

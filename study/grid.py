@@ -47,7 +47,6 @@ STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta",
                "gamma", "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm",
                "seed", "dtype", "eval_every", "retain_pairing")
-GENERATION = 1.5  # its cost, times scoring the same texts: 0.1 for a good model, 4 for one without end
 
 
 @dataclass(frozen=True, eq=False)  # equal to itself alone, so that what depends on it can be cached
@@ -59,7 +58,6 @@ class Setup:
     preset: object  # models' Preset
     taken: dict  # another study's choices (--choices), else {}
     parameters: int
-    train: Callable  # (flags as given, or {"resume": folder}): one run
     log_truth_ratio: Callable
 
 
@@ -67,17 +65,14 @@ class Study(NamedTuple):
     """Everything that planning depends on: the setup, and what is known so far."""
     setup: Setup
     known: dict  # the distilled JSON
-    finished: dict  # key -> folder of the runs that are done
-    interrupted: dict  # key -> folder of the runs that were begun
 
 
 class Job(NamedTuple):
-    """A training run: settings as train_npo.py's flags, and the model folders that must be there first."""
+    """A training run: settings as train_npo.py's flags, and the models that must be there first."""
     given: dict | None  # None: it waits for a choice of hyper-parameters that can't be made yet
     key: str  # of its settings, data, start and retrained model
     folder: str
-    needs: tuple  # of Jobs
-    flops: float
+    needs: tuple  # of Jobs; none for a model
     facts: dict  # what its record says of it
 
     @property
@@ -97,44 +92,25 @@ def run_key(settings: dict, data_fingerprint: str, start: str, retrained: str) -
 
 
 @cache
-def token_counts(setup: Setup) -> tuple[float, float]:
-    """(tokens of a row on average, tokens that an evaluation scores), reckoned from characters."""
-    from running.memory_plan import CHARACTERS_PER_TOKEN
-    def tokens(rows: list) -> float:
-        return sum(len(row["question"]) + len(row["answer"]) for row in rows) / CHARACTERS_PER_TOKEN
-
-    scored = sum(tokens(rows[:300]) * (2 + len(rows[0].get("perturbed_answer") or []))
-                 for rows in setup.task.evaluated.values())
-    return tokens(setup.task.full) / len(setup.task.full), scored
-
-
-def reckon(setup: Setup, passes: float, evaluations: int) -> float:
-    """Floating-point operations of so many forward and backward passes of a row, and of evaluations."""
-    row, evaluation = token_counts(setup)
-    return setup.parameters * (6 * passes * row + 2 * evaluations * evaluation * (1 + GENERATION))
-
-
-@cache
 def model_job(setup: Setup, split: str, seed: int) -> Job | None:
     """Fine-tuning (split full) or retraining; None where the preset has a published fine-tuned model."""
     from running.settings import resolve, tiny_settings
     if split == "full" and setup.preset.finetuned:
         return None
     data, task, name = setup.args.data, setup.task, setup.preset_name
-    given = {"loss": "sft", "split": split, "data": data, "seed": seed,
-             "eval_every": "never" if split == "full" else "end"}
-    rows = len(slice_rows(task.full, split))
+    given = {"loss": "sft", "split": split, "data": data, "seed": seed}
+    if split == "full":  # a retrained model is evaluated at its end, which is fine-tuning's default
+        given["eval_every"] = "never"
     if name == "tiny":  # kept where train_npo.py itself would look for it
         settings = tiny_settings(resolve({"data": data}), split, task, seed)
-        folder, rows = settings.out, rows + len(task.facts())
+        folder = settings.out
     else:
         given["model"] = name
         settings = resolve(given)
         mark = run_key(vars(settings), task.fingerprint, settings.start, "")
         folder = f"runs/models/{name}-{split}-seed{seed}-{mark}"
     key = run_key(vars(settings), task.fingerprint, "", Path(folder).name)
-    return Job(given, key, folder, (), reckon(setup, rows * settings.epochs, int(split != "full")),
-               {"kind": "model", "split": split, "seed": seed})
+    return Job(given, key, folder, (), {"kind": "model", "split": split, "seed": seed})
 
 
 def start_model(setup: Setup, seed: int) -> str:
@@ -162,9 +138,9 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
     """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
     args, base, (loss, *terms) = setup.args, defaults(setup), method.split("+")
     start, retrained = model_job(setup, "full", start_seed), model_job(setup, complement(split), seed)
-    rows = len(slice_rows(setup.task.full, split))
-    batch = base["batch_size"]
-    every = STEP_SPLIT_EVERY if split == STEP_SPLIT else math.ceil(EVALUATE_EPOCHS * rows / batch)
+    every = STEP_SPLIT_EVERY
+    if split != STEP_SPLIT:
+        every = math.ceil(EVALUATE_EPOCHS * len(slice_rows(setup.task.full, split)) / base["batch_size"])
     rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
     given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
              "data": args.data, "epochs": base["epochs"], "eval_every": str(every),
@@ -176,12 +152,14 @@ def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, s
     facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
              "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}, **hyper}
     given |= {"model": start_model(setup, start_seed), "retain_log": retrained.folder}
-    sequences = 1 + (rt + kl > 0) + (loss == "dpo") + 0.3 * (loss == "kto")
-    evaluations = math.ceil(math.ceil(base["epochs"] * rows / batch) / every)
     chosen = "lr" in hyper
     return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
-               f"{args.runs}/{split}_{method}_seed{seed}_{key[:8]}", tuple(filter(None, (start, retrained))),
-               reckon(setup, base["epochs"] * rows * sequences, evaluations), facts)
+               run_folder(args, facts, key), tuple(filter(None, (start, retrained))), facts)
+
+
+def run_folder(args: Namespace, facts: dict, key: str) -> str:
+    """Where an unlearning run is: what its folder's name says is all that identifies it."""
+    return f"{args.runs}/{facts['split']}_{facts['method']}_seed{facts['seed']}_{key[:8]}"
 
 
 def wanted_figures(args: Namespace) -> list:

@@ -101,7 +101,7 @@ def open_study(setup: Setup) -> Study:
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
     known.update(data=data, model=setup.preset_name, failed=[], parameters=setup.parameters, budget=budget,
                  provenance=made, choices_from=Path(args.choices).name if args.choices else None)
-    return find_runs(Study(setup, known, {}, {}))
+    return Study(setup, known)
 
 
 def only(study: dict, splits: list | None, methods: list | None) -> dict:
@@ -110,25 +110,8 @@ def only(study: dict, splits: list | None, methods: list | None) -> dict:
             "chosen": {m: choice for m, choice in study["chosen"].items() if not methods or m in methods}}
 
 
-def find_runs(study: Study) -> Study:
-    """With the finished and the interrupted runs under --runs, by their settings. Raises InputError."""
-    finished, interrupted = {}, {}
-    for config in sorted(Path(study.setup.args.runs).glob("*/config.json")):
-        try:
-            stored = json.loads(config.read_text(encoding="utf-8"))
-            settings, data = stored["settings"], stored["data_fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{config} is not what a run writes: move its folder away") from None
-        if set(grid.SIGNIFICANT) <= set(settings):  # else of another program's, or of an older version's
-            start, log = Path(settings["start"]), settings["retain_log"]
-            key = grid.run_key(settings, data, start.parent.name if start.name == "model" else str(start),
-                               Path(log).parent.parent.name if log else "")
-            place = finished if (config.parent / "model").is_dir() else interrupted
-            place.setdefault(key, str(config.parent))
-    return study._replace(finished=finished, interrupted=interrupted)
-
-
-def is_model_there(job: Job) -> bool:
+def is_there(job: Job) -> bool:
+    """The run is over: its result is in its folder."""
     return (Path(job.folder) / "model").is_dir()
 
 
@@ -137,12 +120,12 @@ def recorded_keys(study: Study) -> set:
 
 
 def missing(study: Study, jobs: list) -> list[Job]:
-    """Runs without record and without finished folder, and before them the models that they need."""
+    """Runs without a record whose models have not failed, and before them the models that they need."""
     failed = {f["key"] for f in study.known["failed"]}
-    ended = recorded_keys(study) | failed | study.finished.keys()
-    open_jobs = [job for job in jobs if job.key not in ended]
-    models = {need.key: need for job in open_jobs for need in job.needs
-              if not is_model_there(need) and need.key not in failed}
+    ended = recorded_keys(study) | failed
+    open_jobs = [job for job in jobs if job.key not in ended
+                 and not any(need.key in failed for need in job.needs)]
+    models = {need.key: need for job in open_jobs for need in job.needs if not is_there(need)}
     return list(models.values()) + open_jobs
 
 
@@ -210,11 +193,10 @@ def attacked(folder: Path) -> dict | None:
 
 
 def with_attacks(study: Study) -> Study:
-    """With what attacks on its finished runs have found."""
+    """With what attacks on its runs have found."""
     runs = []
     for run in study.known["runs"]:
-        folder = study.finished.get(run["key"])
-        found = attacked(Path(folder)) if folder else None
+        found = attacked(Path(grid.run_folder(study.setup.args, run, run["key"])))
         runs.append({**run, "attacks": found} if found else run)
     return study._replace(known={**study.known, "runs": runs})
 
@@ -260,10 +242,11 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     return record(folder, facts, settings["data"], log_truth_ratio)
 
 
-def keep(study: Study, job: Job, folder: Path, seconds: float | None) -> Study:
+def keep(study: Study, job: Job, seconds: float | None) -> Study:
     """The study with the record of a finished job, written to its JSON."""
-    facts = {"key": job.key, **job.facts, "flops": round(job.flops), "seconds": seconds and round(seconds, 1)}
-    return keep_record(study, record(folder, facts, study.setup.args.data, study.setup.log_truth_ratio))
+    facts = {"key": job.key, **job.facts, "seconds": seconds and round(seconds, 1)}
+    setup = study.setup
+    return keep_record(study, record(Path(job.folder), facts, setup.args.data, setup.log_truth_ratio))
 
 
 def keep_record(study: Study, kept: dict) -> Study:

@@ -1,152 +1,123 @@
-"""Runs in worker processes, each after the models that it needs, and how long they will take."""
+"""Runs as commands of train_npo.py, --jobs at a time, and how long they will take."""
 
-import multiprocessing
 import os
 import shutil
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from study import grid, records
 from study.grid import Job, Study
-from support.errors import InputError
 
-# Reckoning before anything was measured: FLOP/s of a process, and bytes that Python and PyTorch take.
-FLOP_RATE, FLOP_RATE_TINY = 1e14, 4.5e10
-LIBRARIES = 0.6e9
+TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
+LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
 TIME_TO_SAVE = 60  # seconds for a run that is stopped
 
 
-def run_job(job: Job, resumed: str | None, train: Callable) -> tuple[str, float]:
-    """Train one: its folder, seconds."""
-    begin, unlearns = time.perf_counter(), job.facts["kind"] == "unlearn"
-    if not resumed and Path(job.folder).is_dir():
-        if unlearns:  # `find_runs` knows every run by its settings, and this one has others
-            raise InputError(f"{job.folder} holds another run: move it away")
-        resumed = job.folder
-    given = {"resume": resumed} if resumed else {**job.given, "out": job.folder}
-    if given.get("retain_log"):
-        given["retain_log"] = str(max((Path(given["retain_log"]) / "eval").glob("step_*.json")))
-    train(given)
-    folder = Path(resumed or job.folder)
-    for part in ("checkpoints", "reference") if unlearns else ():  # a hundred runs would fill the disk
-        shutil.rmtree(folder / part, ignore_errors=True)
-    return str(folder), time.perf_counter() - begin
+def command_of(job: Job) -> list[str]:
+    """What makes the job's run, or goes on with it where it was begun."""
+    if Path(job.folder).is_dir():
+        return [sys.executable, str(TRAIN), "--resume", job.folder]
+    given = {**job.given, "out": job.folder}
+    if given.get("retain_log"):  # a run's folder so far: its last evaluation
+        given["retain_log"] = max((Path(given["retain_log"]) / "eval").glob("step_*.json"))
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    return [sys.executable, str(TRAIN), *flags]
 
 
 def run_missing(study: Study) -> Study:
-    """Pass after pass: what is known decides what is planned, until nothing is missing."""
+    """Pass after pass, models before the runs that need them: what is known decides what is planned, until
+    nothing is missing."""
     figures = grid.wanted_figures(study.setup.args)
     while True:
         study = record_finished(study, grid.plan(study, figures))
         todo = records.missing(study, grid.plan(study, figures))
-        ready = [job for job in todo if job.given]
+        ready = [job for job in todo if not job.needs] or [job for job in todo if job.given]
         if not ready:
             return study
-        print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; about "
-              f"{clock(seconds_of(study, todo))}; what they print is in {study.setup.args.runs}/worker*.log",
-              flush=True)
-        study = records.find_runs(execute(study, ready))
+        print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; "
+              f"{duration(study, todo)}; what they print is in {study.setup.args.runs}/*.log", flush=True)
+        study = execute(study, ready)
 
 
 def record_finished(study: Study, jobs: list) -> Study:
     """Records of runs that ended while nobody looked, and of models of other commands."""
-    needs = {need.key: need for job in jobs for need in job.needs}
-    folders = {key: need.folder for key, need in needs.items() if records.is_model_there(need)}
-    folders |= study.finished
-    for key, job in (needs | {job.key: job for job in jobs}).items():
-        if key in folders.keys() - records.recorded_keys(study):
-            study = records.keep(study, job, Path(folders[key]), None)
+    every = {job.key: job for one in jobs for job in (*one.needs, one)}
+    for key, job in every.items():
+        if job.given and records.is_there(job) and key not in records.recorded_keys(study):
+            study = records.keep(study, job, None)
     return study
-
-
-def new_pool(count: int, runs: str) -> ProcessPoolExecutor:
-    """So many processes that import PyTorch once and then run one job after the other."""
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // count))  # read when the children import PyTorch
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), into_log, (runs,))
-
-
-def into_log(runs: str):
-    """What this process prints goes to a file of its own."""
-    os.makedirs(runs, exist_ok=True)
-    with open(f"{runs}/worker{os.getpid()}.log", "a") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
 
 
 def execute(study: Study, jobs: list) -> Study:
-    """Run `jobs`, each after what it needs, and record each as it ends."""
-    args, count = study.setup.args, min(study.setup.args.jobs, len(jobs))
-    pool, waiting, running = new_pool(count, args.runs), list(jobs), {}  # the last: future -> job
+    """Run `jobs`, each in a process of its own, and record each as it ends."""
+    args, waiting, running = study.setup.args, list(jobs), {}  # the last: process -> (job, when it began)
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    threads = max(1, cores() // min(args.jobs, len(jobs)))
     try:
         while waiting or running:
-            pending = {job.key for job in [*waiting, *running.values()]}
-            ready = [job for job in waiting if not any(need.key in pending for need in job.needs)]
-            for job in ready[:count - len(running)]:
-                waiting.remove(job)
-                if not all(map(records.is_model_there, job.needs)):
-                    study = fail(study, job, "a model that it needs could not be trained")
-                    continue
-                task = run_job, job, study.interrupted.get(job.key), study.setup.train
-                try:
-                    future = pool.submit(*task)
-                except BrokenProcessPool:  # a process of it was killed, out of memory perhaps
-                    pool = new_pool(count, args.runs)
-                    future = pool.submit(*task)
-                running[future] = job
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                study, text = ended(study, job, future)
-                left = seconds_of(study, [*waiting, *running.values()])
-                print(f"{job.name}: {text}; about {clock(left)} left", flush=True)
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
-        children = multiprocessing.active_children()
-        for child in children:
-            child.terminate()  # lets a run finish its step and save
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.join(TIME_TO_SAVE)
-            child.kill()  # it may wait for a lock that an idle one held when it was ended
-            child.join()
+            while waiting and len(running) < args.jobs:
+                job = waiting.pop(0)
+                with log_of(study, job).open("w") as log:
+                    process = subprocess.Popen(command_of(job), stdout=log, stderr=subprocess.STDOUT,
+                                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                running[process] = job, time.perf_counter()
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, begin = running.pop(process)
+                study, text = ended(study, job, process.returncode, time.perf_counter() - begin)
+                left = duration(study, [*waiting, *(job for job, _ in running.values())])
+                print(f"{job.name}: {text}; {left} left", flush=True)
+    except KeyboardInterrupt:
+        print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        stop(running)
     return study
 
 
-def ended(study: Study, job: Job, future: Future) -> tuple[Study, str]:
-    """With the record of a job that has ended; what to say of it. Raises KeyboardInterrupt if stopped."""
-    from running.run_folder import Stopped
-    try:
-        folder, seconds = future.result()
-    except Stopped:
-        raise KeyboardInterrupt from None
-    except Exception as error:  # whatever ended one run, the others go on
-        text = str(error) or type(error).__name__
-        return fail(study, job, text), f"FAILED: {text}"
-    return records.keep(study, job, Path(folder), seconds), clock(seconds)
+def stop(processes):
+    """Each run finishes its step and is saved."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(TIME_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def fail(study: Study, job: Job, text: str) -> Study:
-    failed = [*study.known["failed"], {"key": job.key, "name": job.name, "why": text[:300]}]
-    return study._replace(known={**study.known, "failed": failed})
+def log_of(study: Study, job: Job) -> Path:
+    return Path(study.setup.args.runs) / f"{Path(job.folder).name}.log"
+
+
+def ended(study: Study, job: Job, status: int, seconds: float) -> tuple[Study, str]:
+    """With the record of a job that has ended, or its failure: the others go on. And what to say of it."""
+    if status == 0:
+        if job.needs:  # a hundred runs would fill the disk
+            for part in ("checkpoints", "reference"):
+                shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
+        return records.keep(study, job, seconds), clock(seconds)
+    said = log_of(study, job).read_text(errors="replace").split("\n")
+    why = next((line for line in reversed(said) if line.strip()), "")[:300]
+    failure = {"key": job.key, "name": job.name, "why": f"exit status {status}: {why}"}
+    study = study._replace(known={**study.known, "failed": [*study.known["failed"], failure]})
+    return study, f"FAILED: {failure['why']}"
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def seconds_of(study: Study, jobs: list) -> float:
-    """With --jobs at a time, at the rate of the study's runs; at FLOP_RATE where it has none yet."""
-    timed = [r for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
-    rate = FLOP_RATE_TINY if study.setup.preset_name == "tiny" else FLOP_RATE
-    if timed:
-        rate = sum(r["flops"] for r in timed) / sum(r["seconds"] for r in timed)
-    return sum(job.flops for job in jobs) / rate / study.setup.args.jobs
+def duration(study: Study, jobs: list) -> str:
+    """Of so many, --jobs at a time, as long each as the study's own took on average."""
+    timed = [r["seconds"] for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
+    if not timed:
+        return "time unknown before one has ended"
+    return f"about {clock(len(jobs) * statistics.mean(timed) / study.setup.args.jobs)}"
 
 
 def clock(seconds: float) -> str:
@@ -161,13 +132,12 @@ def print_plan(study: Study):
     for figure in [*figures, "together"]:
         jobs = grid.plan(study, figures if figure == "together" else [figure])
         todo = records.missing(study, jobs)
-        lacking = [job for job in todo if job.facts["kind"] == "unlearn"]
+        lacking = [job for job in todo if job.needs]
         print(f"{figure:14}{len(jobs):6} runs,{len(lacking):6} missing")
     print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "
           f"{len(todo) - len(lacking)} models to fine-tune or retrain first")
-    print(f"time: {clock(seconds_of(study, todo))} with {args.jobs} jobs at a time, "
-          + ("as the runs that are done took" if used else "reckoned, not measured"))
+    print(f"{duration(study, todo)} with {args.jobs} jobs at a time")
     each = max([r["memory"] for r in used], default=16 * study.setup.parameters + LIBRARIES)
     print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together, "
           + ("measured" if used else "16 bytes a parameter and the libraries; activations come on top"))

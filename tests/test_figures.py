@@ -1,10 +1,8 @@
 """The study of Section 5: answers as counts, verdicts on hand-made numbers, pictures from stored JSON,
 planning, and the whole path on the small data set."""
 
-import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -514,31 +512,29 @@ def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
     assert grid.score(run([0.8], [0.6])) == 0  # untouched
 
 
-def as_run_folder(folder: Path, job, s, finished: bool, **changed):
-    """What a run leaves for `find_runs`."""
-    from running.settings import resolve
-    settings = {**vars(resolve(job.given)), "out": str(folder), **changed}
-    settings["retain_log"] += "/eval/step_000005.json"
-    folder.mkdir(parents=True)
-    config = {"settings": settings, "data_fingerprint": s.setup.task.fingerprint}
-    (folder / "config.json").write_text(json.dumps(config))
-    if finished:
-        (folder / "model").mkdir()
-
-
-def test_runs_are_known_by_settings_and_not_by_name(study):
+def test_a_run_is_known_by_its_folder_whose_name_has_its_key(study):
     s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
-    one, two, three = [job for job in grid.plan(s, ["8"]) if job.given]
-    runs = Path(s.setup.args.runs)
-    as_run_folder(runs / "any name", one, s, finished=True, micro_batch_size=1, device="cpu")
-    as_run_folder(runs / "halfway", two, s, finished=False)
-    # its name, other settings
-    as_run_folder(runs / Path(three.folder).name, three, s, finished=True, weight_decay=0.5)
-    s = records.find_runs(s)
-    assert s.finished[one.key] == str(runs / "any name") and s.interrupted == {two.key: str(runs / "halfway")}
-    keys = [job.key for job in records.missing(s, [one, two, three])]
-    assert one.key not in keys and two.key in keys and three.key in keys
-    assert records.missing(recorded(s, two, three), [one, two, three]) == []  # the JSON is enough
+    jobs = [job for job in grid.plan(s, ["8"]) if job.given]
+    assert len({job.folder for job in jobs}) == len(jobs) and all(job.key[:8] in job.folder for job in jobs)
+    assert [job.key for job in records.missing(s, jobs)][-3:] == [job.key for job in jobs]
+    assert records.missing(recorded(s, *jobs), jobs) == []  # the JSON is enough
+
+
+def test_a_job_is_a_command_of_train_npo(study):
+    """Begun with its flags, gone on with by its folder."""
+    from running.settings import parse, resolve
+    s = study("--figure", "8", "--methods", "npo+rt", "--seeds", "1")
+    for job in records.missing(s, grid.plan(s, ["8"]))[:3]:
+        if job.needs:
+            evaluations = Path(job.given["retain_log"]) / "eval"
+            evaluations.mkdir(parents=True, exist_ok=True)
+            (evaluations / "step_000005.json").touch()
+        _, script, *flags = workers.command_of(job)
+        told, settings = vars(parse(flags)), vars(resolve(job.given))
+        assert Path(script).name == "train_npo.py" and told["out"] == job.folder
+        assert all(told[key] == settings[key] for key in grid.SIGNIFICANT)
+    Path(job.folder).mkdir(parents=True)
+    assert workers.command_of(job)[2:] == ["--resume", job.folder]
 
 
 def test_other_data_another_start_or_another_retrained_model_make_another_run(study, monkeypatch):
@@ -595,58 +591,44 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
         assert len(records.keep_record(s, {**kept, "start_weights": "0", **other}).known["runs"]) == 2
 
 
-def test_a_folder_that_holds_another_run_is_not_gone_on_with(study):
-    s = study("--figure", "8", "--methods", "ga")
-    job = grid.plan(s, ["8"])[0]
-    retrained = Path(job.needs[1].folder) / "eval"
-    retrained.mkdir(parents=True)
-    (retrained / "step_000005.json").touch()
-    as_run_folder(Path(job.folder), job, s, finished=False, weight_decay=0.5)
-    with pytest.raises(InputError, match="holds another run"):
-        workers.run_job(job, records.find_runs(s).interrupted.get(job.key), figures_tofu.train)
-    (Path(job.folder) / "config.json").write_text("[")
-    with pytest.raises(InputError, match="config.json is not what a run writes"):
-        records.find_runs(s)
-
-
-def stand_in_train(given: dict):
-    """In a worker, in place of a run: it is killed, or it asks the command to stop and ends all the same, or
-    it ends."""
-    if given["fate"] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if given["fate"] == "asked to stop":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes when the run has just ended
-        os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(1)
-    Path(given["out"]).mkdir(parents=True)
+FATES = {  # in place of a run
+    "killed": "import os, signal; print('step 1', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+    "ends": "print('step 1')",
+    "refused": "import sys; print('train_npo.py: no room\\n'); sys.exit(2)",
+    "asked to stop": "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                     "os.kill(os.getppid(), signal.SIGINT); time.sleep(1)"}  # comes when it has just ended
 
 
 @pytest.fixture
-def run_fates(study, monkeypatch):
+def run_fates(study, monkeypatch, tmp_path):
     """run_fates("killed", "ends") runs stand-ins with these fates, one after the other; the study after
     them."""
     def run(*fates):
         s = study("--figure", "8", "--methods", "ga", "--jobs", "1")
-        s = s._replace(setup=dataclasses.replace(s.setup, train=stand_in_train))
-        monkeypatch.setattr(records, "keep", lambda s, job, folder, seconds: recorded(s, job))
-        jobs = [j._replace(needs=(), given={**j.given, "fate": fate, "retain_log": None})
-                for j, fate in zip(grid.plan(s, ["8"]), fates, strict=False)]
+        monkeypatch.setattr(records, "keep", lambda s, job, seconds: recorded(s, job))
+        jobs = [j for j in grid.plan(s, ["8"]) if j.given][:len(fates)]
+        scripts = dict(zip((job.folder for job in jobs), fates, strict=True))
+        monkeypatch.setattr(workers, "command_of",
+                            lambda job: [sys.executable, "-c", FATES[scripts[job.folder]]])
         return jobs, workers.execute(s, jobs)
     return run
 
 
-def test_a_worker_that_is_killed_fails_its_run_and_another_goes_on(run_fates):
-    jobs, s = run_fates("killed", "ends")
+def test_a_run_that_is_killed_or_refused_fails_and_the_others_go_on(run_fates):
+    jobs, s = run_fates("killed", "ends", "refused")
     assert [r["key"] for r in s.known["runs"]] == [jobs[1].key]
-    assert [f["key"] for f in s.known["failed"]] == [jobs[0].key]
-    assert "terminated" in s.known["failed"][0]["why"]
+    assert [(f["key"], f["why"]) for f in s.known["failed"]] == [
+        (jobs[0].key, "exit status -9: step 1"), (jobs[2].key, "exit status 2: train_npo.py: no room")]
 
 
-def test_a_worker_whose_run_ends_as_it_is_asked_to_stop_ends_too(run_fates):
+def test_a_run_that_ends_as_it_is_asked_to_stop_ends_too(run_fates, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    stopped = []
+    monkeypatch.setattr(workers, "stop", lambda running, stop=workers.stop: (
+        stop(running), stopped.extend(process.returncode for process in running)))
     with pytest.raises(KeyboardInterrupt):
         run_fates("asked to stop", "ends")
-    assert not multiprocessing.active_children()
+    assert stopped == [0]
 
 
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
