@@ -24,7 +24,6 @@ from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_mo
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.presets import settings_of, split_model
-from models.saving import weights_hash
 from running.processes import flush_denormals, keep_freed_memory, pick_device
 from support.command_line import Parser, not_negative, positive, run_command
 from support.errors import InputError
@@ -99,19 +98,14 @@ def main(argv=None):
     flush_denormals()
     models, tokenizer, meta = load_models(args)
     lab = make_lab(args, models["model"], tokenizer, meta)
-    weights = {name: weights_hash(lm) for name, lm in models.items()}
-    result = read_result(out / "robustness.json", weights, lab)
+    identity = lab.identity(models)
+    result = read_result(out / "robustness.json", identity)
+    result["provenance"] = {**environment(), **identity}
     for name, without in (("start", "no measure of what there was to know, none of changed codes"),
                           ("retrained", "no control, no forget quality")):
         if name not in models:
             print(f"note: without --{name}: {without}")
     print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {lab.lr:g}")
-    weights = {**result["provenance"].get("weights", {}), **weights}
-    result["provenance"] = {**environment(), "weights": weights, "data": lab.task.source,
-                            "data_fingerprint": lab.task.fingerprint, "split": lab.task.split,
-                            "template": lab.template, "rows": len(lab.rows), "lr": lab.lr,
-                            "shares": lab.shares, "samples": lab.samples, "sample_rows": lab.sample_rows,
-                            "seed": lab.seed}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
         carry_out(lab, models, result, args.attacks, out / "robustness.json")

@@ -29,11 +29,11 @@ from models.answers import AnswerModel
 from models.generation import generate
 from models.loading import load_model
 from models.presets import split_model
+from models.saving import weights_hash
 from support.errors import InputError
-from support.files import fingerprint, read_text, write_json
+from support.files import read_text, write_json
 from support.world import World
 
-NAMES = ("retrained", "model", "start")  # in this order: the others are compared with the first
 BATCH = 32  # rows of a step of relearning
 BLOCK = 64  # weights that share a scale
 # NF4's levels: quantiles of a normal distribution, 0 among them, scaled to [-1, 1] (Dettmers et al., 2023).
@@ -74,11 +74,13 @@ class Lab:
         ratios = [ratio and round(ratio, 4) for ratio in ratios]
         return {**{key: metrics[key] for key in MEASURES}, "log_truth_ratios": ratios}
 
-    def mark(self, attack: str, weights: list) -> str:
-        """What an attack's numbers depend on. weights: hashes."""
-        settings = {"relearn": (self.lr, self.shares), "sample": (self.samples, self.sample_rows)}
-        return fingerprint(attack, weights, settings.get(attack), self.seed, self.template,
-                           self.task.fingerprint, self.rows)
+    def identity(self, models: dict) -> dict:
+        """What the numbers depend on: two results with equal ones can stand in one file."""
+        return {"weights": {name: weights_hash(lm) for name, lm in models.items()}, "data": self.task.source,
+                "data_fingerprint": self.task.fingerprint, "split": self.task.split,
+                "template": self.template, "rows": len(self.rows), "lr": self.lr,
+                "shares": list(self.shares), "samples": self.samples, "sample_rows": self.sample_rows,
+                "seed": self.seed}
 
 
 def attacked(lab: Lab, attack: str, model: AnswerModel, start: nn.Module | None) -> list[dict]:
@@ -312,50 +314,40 @@ def load_models(args) -> tuple[dict, object, dict]:
     for name in ("model", "start", "retrained"):
         source = getattr(args, name)
         if source:
-            lm, tokenizer, meta = load_model(split_model(source)[1])
-            shapes = {key: tuple(x.shape) for key, x in lm.state_dict().items()}
-            first = first or (shapes, tokenizer, meta)
-            if tokenizer.get_vocab() != first[1].get_vocab():
-                raise InputError(f"--{name} {source} has another tokenizer than --model {args.model}: need "
-                                 "models of one fine-tuning")
-            if shapes != first[0]:
-                raise InputError(f"--{name} {source} has other shapes than --model {args.model}: need models "
-                                 "of one architecture and size")
-            models[name] = lm
-    return {name: models[name] for name in NAMES if name in models}, first[1], first[2]
+            models[name], tokenizer, meta = load_model(split_model(source)[1])
+            facts = {"another tokenizer": tokenizer.get_vocab(),
+                     "other shapes": {key: tuple(x.shape) for key, x in models[name].state_dict().items()}}
+            first = first or (facts, tokenizer, meta)
+            for what, fact in facts.items():
+                if fact != first[0][what]:
+                    raise InputError(f"--{name} {source} has {what} than --model {args.model}: need models "
+                                     "of one architecture, size and fine-tuning")
+    return models, first[1], first[2]
 
 
-def read_result(path: Path, weights: dict, lab: Lab) -> dict:
+def read_result(path: Path, identity: dict) -> dict:
     """What was found before. Raises InputError where it is of other weights, rows or settings."""
     if not path.exists():
-        return {"attacks": {}, "provenance": {}}
+        return {"attacks": {}}
     try:
         result = json.loads(read_text(path))
-        before, entries = dict(result["provenance"]["weights"]), dict(result["attacks"])
-        settings = {name: [entry["settings"] for entry in found.values()] for name, found in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        known = {key: result["provenance"][key] for key in identity}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not what this command writes ({error}): give another --out") from None
-    for name, known in before.items():
-        if weights.get(name, known) != known:
-            raise InputError(f"{path} has attacks on another {LABELS[name]} model ({known}, here "
-                             f"{weights[name]}): give another --out")
-    stale = [name for name, marks in settings.items() if any(mark != lab.mark(name, []) for mark in marks)]
-    if stale:
-        raise InputError(f"{path} has {', '.join(stale)} on other rows or with other settings: give another "
-                         "--out")
+    for key, value in identity.items():
+        if known[key] != value:
+            raise InputError(f"{path} was made with {key} {known[key]}, not {value}: give another --out")
     return result
 
 
 def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
-    """Every attack on every model that is not in the result yet; written after each."""
-    weights = result["provenance"]["weights"]
-    for name, lm in models.items():
-        model, before = AnswerModel(lm.to(lab.world.device)), None
+    """Every attack on every model that is not in the result yet; written after each. The retrained model
+    comes first: the others are compared with it."""
+    for name in [name for name in ("retrained", "model", "start") if name in models]:
+        model, before = AnswerModel(models[name].to(lab.world.device)), None
         for attack in wanted:
-            mark = lab.mark(attack, [weights[k] for k in dict.fromkeys((name, "retrained", "start"))
-                                     if k in models])
             entries = result["attacks"].setdefault(attack, {})
-            if entries.get(name, {}).get("mark") == mark:
+            if name in entries:
                 print(f"{attack} of the {LABELS[name]} model: there already", flush=True)
                 continue
             before = before or lab.measured(model, lab.prepared())
@@ -363,9 +355,9 @@ def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
                       *attacked(lab, attack, model, models.get("start"))]
             if name != "retrained":
                 states = with_quality(states, entries.get("retrained", {}).get("states"))
-            entries[name] = {"mark": mark, "settings": lab.mark(attack, []), "states": states}
+            entries[name] = {"states": states}
             if attack == "relearn":
                 add_halfway(entries)
             write_json(path, result)
             print(f"{attack} of the {LABELS[name]} model: done", flush=True)
-        lm.cpu()
+        models[name].cpu()
