@@ -28,7 +28,7 @@ EARLY, SMALL, FALL, HOLDING = 2 / 3, -3.0, 2.0, 1.0  # share of the run; log10; 
 PRESERVED, PRESERVED_BEYOND = 0.8, 0.88  # shares of the start's utility
 REFUSING, REPEATING, OF_THE_WORDING, EXPLODING = 0.1, 0.3, 0.5, 3.0
 UTILITIES = (0.5, 0.7, 0.9)  # shares of the start's utility at which methods are compared
-RESAMPLES, COVERED, BOOTSTRAP_FROM = 2000, 0.95, 5
+COVERED, EQUAL_SEEDS = 0.95, 5  # of equal values fewer than so many decide nothing
 RANK = {False: 0, "undecided": 1, True: 2}
 
 
@@ -98,17 +98,9 @@ def rate(answers: dict, kind: str, sets: tuple) -> float:
 
 
 def interval(values: list) -> tuple[float, float]:
-    """95% interval of the mean over seeds, the same at every call. Percentile bootstrap with the percentiles
-    moved out for small samples (Hesterberg, 2015); below five seeds, where resampling covers half (two) or
-    three quarters (three) of the true means, Student's t."""
-    values, n = np.array(values, dtype=float), len(values)
-    t = stats.t.ppf((1 + COVERED) / 2, n - 1)
-    if n < BOOTSTRAP_FROM:
-        half = t * values.std(ddof=1) / math.sqrt(n)
-        return float(values.mean() - half), float(values.mean() + half)
-    means = values[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))].mean(axis=1)
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * t)
-    return tuple(map(float, np.quantile(means, [tail, 1 - tail])))
+    """95% interval of the mean over two or more seeds, Student's t."""
+    mean, half = statistics.mean(values), stats.t.ppf((1 + COVERED) / 2, len(values) - 1) * stats.sem(values)
+    return float(mean - half), float(mean + half)
 
 
 def share_bounds(values: list) -> tuple[float, float]:
@@ -128,7 +120,7 @@ def test(what: str, values: list, sign: str, threshold: float) -> dict:
     if not values:
         return found
     found["mean"], is_share = statistics.mean(map(float, values)), isinstance(values[0], bool)
-    equal = not is_share and len(values) < BOOTSTRAP_FROM and np.allclose(values, values[0])
+    equal = not is_share and len(values) < EQUAL_SEEDS and np.allclose(values, values[0])
     if len(values) > 1 and not equal:
         found["interval"] = low, high = list(share_bounds(values) if is_share else interval(values))
         if low > threshold or high < threshold:
