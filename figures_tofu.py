@@ -17,7 +17,6 @@ import signal
 from argparse import Namespace
 from pathlib import Path
 
-from data.tofu import load_task
 from study import beyond, grid, pages, pictures, records, verdicts, workers
 from support.command_line import Parser, positive, run_command
 from support.errors import InputError
@@ -51,18 +50,8 @@ def build_parser() -> Parser:
 
 
 def open_study(args: Namespace) -> grid.Study:
-    """Everything that planning depends on. Raises InputError, also for a JSON of other data."""
-    from evaluate_tofu import log_truth_ratio
-    from models.presets import PRESETS
-    from running.memory_plan import read_shape
-    name, _, path = args.model.partition("=")
-    if name not in PRESETS:
-        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
-                         "PRESET=FOLDER: retraining needs to know the base model and its settings")
-    task = load_task(args.data, grid.TUNING_SPLIT)
-    shape = read_shape(Namespace(preset=name, start=path, model=args.model), task.full)
-    return records.open_study(grid.Setup(args, task, name, PRESETS[name], records.read_choices(args),
-                                         shape.parameters, log_truth_ratio))
+    from evaluate_tofu import log_truth_ratio  # and with it PyTorch, which drawing does without
+    return records.open_study(args, log_truth_ratio)
 
 
 def draw(args: Namespace):

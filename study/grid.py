@@ -192,12 +192,6 @@ def plan(study: Study, figures: list) -> list[Job]:
     return list(jobs.values())
 
 
-def budget(setup: Setup, method: str) -> tuple[list, list]:
-    """(learning rates, betas) that a method may have, the first beta for the choice of its learning rate."""
-    beta, factors = first_beta(setup.preset, method), BETA_FACTORS if has_beta(method) else (1.0,)
-    return [factor * setup.preset.lr for factor in LR_FACTORS], [factor * beta for factor in factors]
-
-
 def first_beta(preset, method: str) -> float:
     """The preset's, where a method has none published on its own."""
     from losses import OBJECTIVES
@@ -209,11 +203,14 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
     """All learning rates at the first beta; the other betas at the best of these."""
     if study.setup.taken:
         return []
-    rates, (first, *others) = budget(study.setup, method)
+    preset = study.setup.preset
+    first = first_beta(preset, method)
+    betas = [factor * first for factor in (BETA_FACTORS if has_beta(method) else BETA_FACTORS[:1])]
+    rates = [factor * preset.lr for factor in LR_FACTORS]
     jobs = grid_jobs(study, method, "lr", rates, {"beta": first})
     if best := best_of(study, jobs):
-        return jobs + grid_jobs(study, method, "beta", [first, *others], {"lr": best["lr"]})
-    return jobs + grid_jobs(study, method, "beta", others, {})
+        return jobs + grid_jobs(study, method, "beta", betas, {"lr": best["lr"]})
+    return jobs + grid_jobs(study, method, "beta", betas[1:], {})
 
 
 def grid_jobs(study: Study, method: str, name: str, values: list, others: dict) -> list[Job]:

@@ -66,18 +66,6 @@ def dual_axis(axes, study: dict, split: str, floor: float):
         axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
 
 
-def lattice(axes, study: dict, split: str, floor: float):
-    """The p-values that this few rows can take, as ticks on the right, as far down as the axis goes."""
-    rows = study.get("forget_rows", {}).get(split)
-    steps = study.get("lattice", {}).get(str(rows))
-    if steps:
-        for log in sorted({p for _, p in steps if p >= floor}):
-            axes.plot([0.975, 1.0], [height(log, floor)] * 2, color="gray", linewidth=0.7,
-                      transform=axes.get_yaxis_transform())
-        axes.set_title(f"right: the p-values that {rows} rows allow, floor $10^{{{steps[-1][1]:.0f}}}$",
-                       loc="right", fontsize=7, color="gray", y=0.005)
-
-
 def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     """(method, its runs) for those that have any."""
     return [(m, runs) for m in methods if (runs := select(study, split, m))]
@@ -186,7 +174,6 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
         entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
                                                  markersize=14)[0]
     dual_axis(axes, study, split, floor)
-    lattice(axes, study, split, floor)
     axes.grid(alpha=0.25)
     seeds = sorted({len(own) for _, own in named})
     axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",

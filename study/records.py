@@ -56,21 +56,19 @@ def read_study(path: Path) -> dict:
     return study
 
 
-def read_choices(args: Namespace) -> dict:
+def read_choices(args: Namespace, preset) -> dict:
     """--choices in place of tuning: method -> {"lr", "beta", "weights"}. Raises InputError."""
     if not args.choices:
         return {}
+    chosen, begin = {}, f"--choices {args.choices}:"
     if args.choices == "preset":
-        from models.presets import PRESETS
-        if "9" in grid.wanted_figures(args):
-            raise InputError("--choices preset: Figure 9 tunes its retain weights; name another --figure")
-        preset = PRESETS[args.model.partition("=")[0]]
-        return {method: {"lr": preset.lr, "beta": grid.first_beta(preset, method), "weights": {}}
-                for method in (*grid.METHODS, *grid.NEWER)}
-    other, begin = read_study(Path(args.choices)), f"--choices {args.choices}:"
-    chosen = other["chosen"]
-    if other["model"] != args.model.partition("=")[0]:
-        raise InputError(f"{begin} made with --model {other['model']}: learning rates are a model's own")
+        for method in (*grid.METHODS, *grid.NEWER):
+            chosen[method] = {"lr": preset.lr, "beta": grid.first_beta(preset, method), "weights": {}}
+    else:
+        other = read_study(Path(args.choices))
+        chosen = other["chosen"]
+        if other["model"] != args.model.partition("=")[0]:
+            raise InputError(f"{begin} made with --model {other['model']}: learning rates are a model's own")
     for figure in grid.wanted_figures(args):
         splits, methods = grid.wanted_of(args, figure)
         for method in methods:
@@ -80,16 +78,24 @@ def read_choices(args: Namespace) -> dict:
             lacking = sorted(set(splits) - set(chosen[method]["weights"]))
             if figure == "9" and lacking and "+rt" in method:
                 raise InputError(f"{begin} no retain weight was chosen for {method} on {lacking[0]}; run "
-                                 "--figure 9 there first")
+                                 "--figure 9 there first, or name another --figure")
     return chosen
 
 
-def open_study(setup: Setup) -> Study:
-    """The study with its JSON, or a new one, and the runs on the disk. Raises InputError."""
-    args, start, path = setup.args, grid.model_job(setup, "full", 0), json_path(setup.args)
-    identity = {"data_fingerprint": setup.task.fingerprint, "epochs": args.epochs or setup.preset.epochs,
-                "start": Path(start.folder).name if start else setup.preset.finetuned,
-                "flags": {}}  # of a study that was given further ones nothing is taken over
+def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
+    """The study with its JSON, or a new one. Raises InputError, also for a JSON of other data."""
+    from models.presets import PRESETS
+    from running.memory_plan import read_shape
+    name, _, folder = args.model.partition("=")
+    if name not in PRESETS:
+        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
+                         "PRESET=FOLDER: retraining needs to know the base model and its settings")
+    task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
+    parameters = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full).parameters
+    setup = Setup(args, task, name, preset, read_choices(args, preset), parameters, log_truth_ratio)
+    start, path = grid.model_job(setup, "full", 0), json_path(args)
+    identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
+                "start": Path(start.folder).name if start else preset.finetuned}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:
@@ -99,8 +105,8 @@ def open_study(setup: Setup) -> Study:
     made = environment()  # without this machine's folders
     words = [Path(word).name if "/" in word else word for word in made["command"].split()]
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
-    known.update(data=data, model=setup.preset_name, failed=[], parameters=setup.parameters, budget=budget,
-                 provenance=made, choices_from=Path(args.choices).name if args.choices else None)
+    known.update(data=data, model=name, failed=[], parameters=parameters, budget=budget, provenance=made,
+                 choices_from=Path(args.choices).name if args.choices else None)
     return Study(setup, known)
 
 
@@ -274,9 +280,7 @@ def complete(study: Study) -> dict:
             by_seed = samples.setdefault(evaluation_split(model["split"]), {})
             by_seed[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}
-    lattice = {str(n): [[k, round(log10_p(range(n), [i + k - 0.5 for i in range(n)]), 12)]
-                        for k in range(n + 1)] for n in sorted(set(rows.values())) if n <= 60}
-    return {**study.known, "chosen": grid.chosen(study), "forget_rows": rows, "lattice": lattice,
+    return {**study.known, "chosen": grid.chosen(study), "forget_rows": rows,
             "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
 
 
