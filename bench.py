@@ -14,10 +14,10 @@ written plainly (benchmark/opponents.py), with the same attention, precision, th
     S   the synthetic experiment as a Python loop over methods and instances, with autograd
 
 Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights
-and scores. A first step is discarded. A takes 4 rows of a batch, since each costs it the same, and B' 40 rows
-a set; both are scaled. Our steps carry their share of the one reference pass. Memory is measured at
-SmolLM2-135M's shape (up to 11 GB). Unless `--only` asks, the tiny model goes without it, the others without
-README's first command.
+and scores. A first step is discarded. A takes 4 rows of a batch, since each costs it the same, B' 40 rows a
+set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Memory is
+measured at SmolLM2-135M's shape (up to 11 GB). Unless `--only` asks, the tiny model goes without it, the
+others without README's first command.
 
 Results: bench_MODEL.json, .md (the table) and .png. What is kept in results/ was made with `--out results`.
 """
@@ -30,10 +30,12 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import benchmark.measurements as measure
 import synthetic
+from benchmark import opponents
 from data.tofu import load_task
 from models.presets import AUTOCAST, PRESETS, split_model
 from running.settings import resolve
@@ -43,6 +45,38 @@ from support.files import fingerprint, write_json
 from support.provenance import environment
 from support.world import World
 from train_npo import carry_out, join_world, train
+
+STEPS, EVAL_EVERY = 2000, 25  # of Figure 4
+
+
+def measure_synthetic(args: Namespace) -> dict:
+    """Figure 4 for both alpha: ten methods, five published instances, pi_ref and pi_retr trained too."""
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with opponents.fresh_process(**one) as there:
+        seconds, gap = there(time_synthetic, args.few)
+    return measure.row_of("s a figure", seconds, checked=measure.agree("synthetic", {"distances": gap}),
+                          threads="ours: a process a core; S: one process; one thread each")
+
+
+def time_synthetic(repeats: int) -> tuple[dict, float]:
+    """(seconds of ours and S, the largest relative gap between them). Ours whole, in as many processes as
+    cores; S in one, on the first instance, scaled."""
+    torch.set_num_threads(1)
+    instances = [synthetic.published_instance(seed) for seed in synthetic.PUBLISHED_SEEDS]
+    methods = {alpha: synthetic.published_methods(alpha) for alpha in (1, 0)}
+    seconds, gaps = {"ours": [], "S": []}, []
+    for _ in range(repeats):
+        curves, took = measure.timed(synthetic.run, instances, methods, list(range(0, STEPS + 1, EVAL_EVERY)))
+        seconds["ours"].append(took)
+        begin = opponents.now()
+        for alpha in methods:
+            models = opponents.models(instances[0], alpha, synthetic.TRAIN_LR, synthetic.TRAIN_STEPS)
+            for method, ours in zip(methods[alpha], curves[alpha][0], strict=True):
+                path = opponents.unlearning(method, instances[0], alpha, models, STEPS, EVAL_EVERY)
+                gaps.append(float((abs(np.transpose(path) - ours) / abs(ours)).max()))
+        seconds["S"].append(len(instances) * (opponents.now() - begin))
+    return seconds, max(gaps)
+
 
 # row -> (its name, how it is measured, targets: opponent -> ratio, or seconds of the tiny model)
 ROWS = {
@@ -55,22 +89,10 @@ ROWS = {
     "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
     "start-up": ("start-up to the first step", measure.measure_startup, {"s": 6}),
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
-    "synthetic": ("synthetic, Figure 4, both alpha", measure.measure_synthetic, {"S": 20}),
+    "synthetic": ("synthetic, Figure 4, both alpha", measure_synthetic, {"S": 20}),
     "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}
 MET = {True: "yes", False: "**no**"}
 WITHOUT_THE_MODEL = {"memory", "first-command", "synthetic"}
-
-
-def figure4(alphas: tuple, steps: int, eval_every: int) -> tuple:
-    """(instances, alpha -> methods, alpha -> curves) of the synthetic experiment, with a process a core."""
-    instances = [synthetic.published_instance(seed) for seed in synthetic.PUBLISHED_SEEDS]
-    methods = {alpha: synthetic.published_methods(alpha) for alpha in alphas}
-    return instances, methods, synthetic.run(instances, methods, list(range(0, steps + 1, eval_every)))
-
-
-# What is measured and stands in scripts: benchmark/ imports none.
-CODE = Namespace(train=train, join_world=join_world, figure4=figure4, train_lr=synthetic.TRAIN_LR,
-                 train_models=synthetic.reference_and_retrained, train_steps=synthetic.TRAIN_STEPS)
 
 
 def table(rows: dict, tiny: bool) -> str:
@@ -136,7 +158,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision of both sides")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     parser.set_defaults(batch_size=32, a_rows=4, plain_rows=40, max_rows=300, max_new_tokens=200,
-                        synthetic_steps=100)
+                        train=train)
     return parser
 
 
@@ -159,7 +181,7 @@ def main():
     file = args.out / f"bench_{label}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else {}
     for row in wanted:
-        rows[row], took = measure.timed(ROWS[row][1], CODE, args)
+        rows[row], took = measure.timed(ROWS[row][1], args)
         rows[row]["provenance"] = {**environment(), "took": took, **machine(args),
                                    "command": f"python bench.py --model {model} --data {data} --only {row}"}
         rows = {key: rows[key] for key in ROWS if key in rows}

@@ -1,7 +1,7 @@
-"""The rows of the benchmark's table.
+"""The rows of the benchmark's table that concern language models.
 
 A row is a dict: "unit"; "seconds": name -> `spread`; "ratio": opponent -> `spread` of its cost over ours; and
-what else belongs to it. `code` holds what is measured and stands in scripts, as bench.py hands it down.
+what else belongs to it. `args` are the command's, with `train`, the loop of train_npo.py.
 """
 
 import copy
@@ -18,7 +18,6 @@ from dataclasses import replace
 from itertools import chain, pairwise, product
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
@@ -29,9 +28,9 @@ from models.answers import AnswerModel
 from models.loading import load_model, make_tiny
 from models.presets import PRESETS, autocast, settings_of
 from models.saving import save_model
-from running.memory_plan import GB, Load, Shape, memory, shape_of
+from running.memory_plan import GB, Shape, shape_of
 from running.plan import Plan
-from running.processes import peak_memory
+from running.processes import keep_freed_memory, peak_memory
 from running.reference import Reference, reference_pass
 from running.settings import resolve
 from support.world import World
@@ -40,7 +39,6 @@ TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 TOLERANCE = 1e-4  # relative: losses, scores, and every weight matrix as a whole
 METHODS = {"npo+rt": dict(loss="npo", retain_weight=1.0), "npo+kl": dict(loss="npo", kl_weight=1.0),
            "dpo+rt": dict(loss="dpo", retain_weight=1.0), "sft": dict(loss="sft", split="full")}
-ALPHAS, STEPS, EVAL_EVERY = (1, 0), 2000, 25  # of Figure 4
 # Unset, glibc's threshold for blocks of their own rises to 32 MB; smaller ones lie in a heap with holes, and
 # more is resident than is held. For the plain loop; ours sets its own.
 PLAIN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
@@ -72,11 +70,10 @@ def timed(function, *given, device="cpu", **named) -> tuple:
     return result, plain.now(device) - begin
 
 
-def compare(weights: dict, others: dict) -> tuple[float, float]:
-    """(over all parameters the largest ||a - b|| / ||a||, ||a - b|| of all of them together)."""
-    gaps = {name: float((a - torch.as_tensor(others[name]).to(a)).norm()) for name, a in weights.items()}
-    largest = max(gap / max(float(weights[name].norm()), 1e-30) for name, gap in gaps.items())
-    return largest, math.hypot(*gaps.values())
+def weight_gap(weights: dict, others: dict) -> float:
+    """Over all parameters the largest ||a - b|| / ||a||."""
+    return max(float((a - torch.as_tensor(others[name]).to(a)).norm() / a.norm().clamp(min=1e-30))
+               for name, a in weights.items())
 
 
 def relative(a: float, b: float) -> float:
@@ -124,8 +121,8 @@ class Side:
     """A method as the real code takes it: settings, model, plan; and its rows as the opponents take them.
     batches: rows of each step."""
 
-    def __init__(self, code: Namespace, args: Namespace, given: dict, batches: list):
-        self.code, self.world = code, World(0, 1, args.device)
+    def __init__(self, args: Namespace, given: dict, batches: list):
+        self.loop, self.world = args.train, World(0, 1, args.device)
         given = {"eval_every": "never", "batch_size": sum(batches), "micro_batch_size": 8, **given}
         self.s = s = resolve({"model": args.model, "data": args.data, "dtype": args.dtype, **given})
         self.lm, self.tokenizer, meta = load_model(s.start)
@@ -145,21 +142,21 @@ class Side:
                                device=world.device)
         return Reference(folder, "bench", plan, world.device), seconds / (plan.rows * s.epochs)
 
-    def train(self, model: AnswerModel, reference, turn=None, rows: int | None = None) -> tuple:
+    def run(self, model: AnswerModel, reference, turn=None, rows: int | None = None) -> tuple:
         """The real loop over the batches, or the first `rows` of each: (seconds of its steps, losses, weights
         after them). The first step has lr 0 (the schedule's warm-up) and is discarded."""
         turns, plan = Turns(self.world.device, turn), self.plan
         plan.stream, plan.warmup_steps = [items[:rows] for items in self.stream], 1
         plan.steps = len(plan.stream)
-        self.code.train(self.s, plan, model, reference, turns, self.world)
+        self.loop(self.s, plan, model, reference, turns, self.world)
         return turns.seconds, turns.losses, {name: p.detach() for name, p in model.lm.named_parameters()}
 
 
 # ---------------------------------------------------------------- a step, an evaluation, arithmetic
 
-def measure_step(code: Namespace, args: Namespace, method: str, process=plain.fresh_process) -> dict:
+def measure_step(args: Namespace, method: str, process=plain.fresh_process) -> dict:
     """A method's step, ours against A and B. Losses and weights must agree."""
-    side = Side(code, args, METHODS[method], [args.batch_size] * (1 + args.repeats))
+    side = Side(args, METHODS[method], [args.batch_size] * (1 + args.repeats))
     rows_of = {"ours": args.batch_size, "A": args.a_rows, "B": args.batch_size}  # rows of a batch
     seconds, losses, reference, share = {"ours": [], "A": [], "B": []}, {"A": [], "B": []}, None, 0.0
     with tempfile.TemporaryDirectory() as folder, process() as there:
@@ -173,23 +170,22 @@ def measure_step(code: Namespace, args: Namespace, method: str, process=plain.fr
         model = AnswerModel(copy.deepcopy(side.lm))
         if method != "sft":
             reference, share = side.refer(folder, model)
-        taken, own_losses, weights = side.train(model, reference, turn)
-        largest, apart = compare(weights, there(plain.weights, "B"))
-        gaps = {"losses of B": max(map(relative, own_losses, losses["B"])), "weights of B": largest}
-        _, moved = compare(weights, {name: p.detach() for name, p in side.lm.named_parameters()})
+        taken, *ours_of_b = side.run(model, reference, turn)
         # A took the first rows of each batch: our own loop on those alone, untimed, for its check.
-        _, own_losses, weights = side.train(AnswerModel(side.lm), reference, rows=args.a_rows)
-        largest, _ = compare(weights, there(plain.weights, "A"))
-        gaps |= {"losses of A": max(map(relative, own_losses, losses["A"])), "weights of A": largest}
+        _, *ours_of_a = side.run(AnswerModel(side.lm), reference, rows=args.a_rows)
+        gaps = {}
+        for name, (own_losses, weights) in {"A": ours_of_a, "B": ours_of_b}.items():
+            gaps[f"losses of {name}"] = max(map(relative, own_losses, losses[name]))
+            gaps[f"weights of {name}"] = weight_gap(weights, there(plain.weights, name))
     seconds["ours"] = [step / args.batch_size + share for step in taken]
     return row_of("s a pair" if method != "sft" else "s a row",
                   {name: values[1:] for name, values in seconds.items()}, reference_pass_share=share,
-                  checked=agree(method, gaps), update_gap_of_B=apart / max(moved, 1e-30), rows=rows_of)
+                  checked=agree(method, gaps), rows=rows_of)
 
 
-def measure_evaluation(code: Namespace, args: Namespace, process=plain.fresh_process) -> dict:
+def measure_evaluation(args: Namespace, process=plain.fresh_process) -> dict:
     """All four sets, ours whole; B' on evenly spaced rows of each set, scaled to the set."""
-    side = Side(code, args, {}, [8])
+    side = Side(args, {}, [8])
     prepared = prepare(side.task.evaluated, side.tokenizer, side.s.template,
                        side.lm.config.max_position_embeddings, args.max_rows)
     picked = {name: range(0, len(rows), max(1, len(rows) // args.plain_rows))
@@ -228,13 +224,13 @@ def training_flops(x: Shape, tokens: int, answer_tokens: int) -> float:
     return 6 * x.layers * (x.layer + tokens * x.hidden) * tokens + 6 * x.vocabulary * x.hidden * answer_tokens
 
 
-def measure_arithmetic(code: Namespace, args: Namespace) -> dict:
+def measure_arithmetic(args: Namespace) -> dict:
     """Useful FLOP/s of npo+rt's steps over a large matrix product's, measured before and after each."""
-    side = Side(code, args, METHODS["npo+rt"], [args.batch_size] * (1 + args.repeats))
+    side = Side(args, METHODS["npo+rt"], [args.batch_size] * (1 + args.repeats))
     rates, model, shape = [], AnswerModel(side.lm), shape_of(side.lm)
     with tempfile.TemporaryDirectory() as folder:
         reference, _ = side.refer(folder, model)
-        seconds, *_ = side.train(model, reference, lambda *_: rates.append(matmul_rate(args.device)))
+        seconds, *_ = side.run(model, reference, lambda *_: rates.append(matmul_rate(args.device)))
     useful = [sum(training_flops(shape, len(e.ids), e.answer_tokens)
                   for e in chain(*side.plan.whole_batch(items))) for items in side.stream]
     reached = [flops / taken for flops, taken in zip(useful, seconds, strict=True)][1:]
@@ -246,9 +242,8 @@ def measure_arithmetic(code: Namespace, args: Namespace) -> dict:
 
 # ---------------------------------------------------------------- memory
 
-def measure_memory(code: Namespace, args: Namespace) -> dict:
-    """Peaks of npo+rt at SmolLM2-135M's shape (random weights), each in a process of its own: ours beside
-    what `--dry-run` predicts, and B's."""
+def measure_memory(args: Namespace) -> dict:
+    """Peaks of npo+rt at SmolLM2-135M's shape (random weights), ours and B's, a process of its own each."""
     row = {"unit": "GB", "costs": {}, "ratio": {}}
     with tempfile.TemporaryDirectory() as folder:
         dims = {**PRESETS["smollm2-135m"].dims, "max_position_embeddings": 2048}
@@ -258,41 +253,34 @@ def measure_memory(code: Namespace, args: Namespace) -> dict:
         args = Namespace(**{**vars(args), "model": f"smollm2-135m={folder}"})
         for size in (8, 32):
             with plain.fresh_process() as there:
-                peak, predicted = there(peak_of, code, args, size, True)
+                peak = there(peak_of, args, size, True)
             with plain.fresh_process(**PLAIN_ALLOCATOR) as there:
-                theirs, _ = there(peak_of, code, args, size, False)
-            for against, other in (("B", theirs), ("--dry-run", predicted)):
-                row["ratio"][f"{against}, {size} rows"] = spread([other / peak])
-                row["costs"][f"{against}, {size} rows"] = f"{peak:.2f} GB"
+                theirs = there(peak_of, args, size, False)
+            row["ratio"][f"B, {size} rows"] = spread([theirs / peak])
+            row["costs"][f"B, {size} rows"] = f"{peak:.2f} GB"
     return row
 
 
-def peak_of(code: Namespace, args: Namespace, micro_batch: int, ours: bool) -> tuple[float, float | None]:
-    """(GB above this process's size before the model was loaded, GB as predicted for ours). A first step of
-    one row makes AdamW's moments; the second, of 32 rows, sets the peak."""
+def peak_of(args: Namespace, micro_batch: int, ours: bool) -> float:
+    """GB above this process's size before the model was loaded, of the real loop or of B. A first step of one
+    row makes AdamW's moments; the second, of 32 rows, sets the peak."""
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (a part of the size before)
     load_task(args.data, "forget10")
     if ours:
-        code.join_world(args.device.type)  # as a run begins: it settles how memory is kept
+        keep_freed_memory(args.device)  # as a run begins
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    side = Side(code, args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
-    batches, predicted = [], None
+    side = Side(args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
     if ours:
         model = AnswerModel(side.lm)
         with tempfile.TemporaryDirectory() as folder:
             reference, _ = side.refer(folder, model)
-            model.register_forward_pre_hook(lambda _, given: batches.append(given[0]))
-            side.train(model, reference)
-        largest = max(batches, key=lambda batch: batch.tokens)
-        load = Load(1, "ddp", args.dtype, False, *largest.ids.shape, len(largest.targets), 0,
-                    more_micro_batches=len(batches) > 2)  # the first step has one
-        predicted = memory(shape_of(side.lm), load)["peak"] / GB
+            side.run(model, reference)
     else:
         loop, side.lm = plain.PlainLoop(side.s, args.device, 0, micro_batch), None
         for items in side.stream:
             loop.step(side.s.lr, *side.plan.whole_batch(items))
     on_gpu = args.device.type == "cuda"
-    return (torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before) / GB, predicted
+    return (torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before) / GB
 
 
 # ---------------------------------------------------------------- commands as a user types them
@@ -309,7 +297,7 @@ def flags_of(args: Namespace, folder: str) -> list:
             "--out", f"{folder}/run"]
 
 
-def measure_startup(code: Namespace, args: Namespace) -> dict:
+def measure_startup(args: Namespace) -> dict:
     """Command to first step, where the run is ended."""
     seconds = []
     for _ in range(args.repeats):
@@ -327,7 +315,7 @@ def measure_startup(code: Namespace, args: Namespace) -> dict:
     return row_of("s to the first step", {"ours": seconds})
 
 
-def measure_processes(code: Namespace, args: Namespace) -> dict:
+def measure_processes(args: Namespace) -> dict:
     """Two processes against one, of one thread each: tokens a second of fine-tuning steps."""
     rates = {1: [], 2: []}
     epochs = math.ceil((1 + args.process_steps) * 32 / 120)  # of the split's 120 rows, in batches of 32
@@ -341,44 +329,9 @@ def measure_processes(code: Namespace, args: Namespace) -> dict:
             "ratio": {"one": ratios(rates[1], rates[2])}}
 
 
-def measure_first_command(code: Namespace, args: Namespace) -> dict:
+def measure_first_command(args: Namespace) -> dict:
     """README's first command where nothing has been made yet."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--loss", "npo", "--retain-weight", "1"]
         _, seconds = timed(train_npo, subprocess.check_call, flags, 2, folder)
     return row_of("s", {"ours": [seconds]})
-
-
-# ---------------------------------------------------------------- the synthetic experiment
-
-def measure_synthetic(code: Namespace, args: Namespace) -> dict:
-    """Figure 4 for both alpha: ten methods, five published instances, pi_ref and pi_retr trained too."""
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with plain.fresh_process(**one) as there:
-        seconds, gap = there(time_synthetic, code, args)
-    return row_of("s a figure", seconds, checked=agree("synthetic", {"distances": gap}),
-                  threads="ours: a process a core; S: one process; one thread each")
-
-
-def time_synthetic(code: Namespace, args: Namespace) -> tuple[dict, float]:
-    """(seconds of ours and S, the largest relative gap between them). Ours whole, in as many processes as
-    cores; S in one, on `args.synthetic_steps` steps of each kind, scaled."""
-    torch.set_num_threads(1)
-    steps, seconds, gaps, models = args.synthetic_steps, {"ours": [], "S": []}, [], {}
-    for _ in range(args.few):
-        training = unlearning = 0.0
-        (instances, methods, curves), took = timed(code.figure4, ALPHAS, STEPS, EVAL_EVERY)
-        seconds["ours"].append(took)
-        for alpha, (place, instance) in product(ALPHAS, enumerate(instances)):
-            training += timed(plain.models, instance, alpha, code.train_lr, steps)[1]
-            if (alpha, place) not in models:  # once for all repeats
-                trained = code.train_models(*instance.training_rows(alpha), steps=code.train_steps)
-                models[alpha, place] = torch.from_numpy(trained.T.copy())
-            for method, ours in zip(methods[alpha], curves[alpha][place], strict=True):
-                path, took = timed(plain.unlearning, method, instance, alpha, models[alpha, place], steps,
-                                   EVAL_EVERY)
-                unlearning += took
-                ours = ours[:, :len(path)]
-                gaps.append((abs(np.transpose(path) - ours) / abs(ours)).max())
-        seconds["S"].append((training * code.train_steps + unlearning * STEPS) / steps)
-    return seconds, float(max(gaps))
