@@ -29,8 +29,9 @@ SETTINGS = ("method", "split", "lr", "beta", "forget_weight", "retain_weight", "
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 QUALITY = "forget_quality_log10"
-LABELS = {QUALITY: "forget quality", "model_utility": "model utility", "forget_kl": "nats a token",
-          "world_facts_kl": "nats a token"}
+KLS = ("forget_kl", "world_facts_kl")
+LABELS = {QUALITY: "forget quality", "model_utility": "model utility",
+          **dict.fromkeys(KLS, "KL to the start, nats a token")}
 
 
 def style(method: str) -> tuple[str, str, str]:
@@ -100,6 +101,8 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
         seen[runs[0]["method"]] += 1
     if key == QUALITY:
         dual_axis(axes, study, named[0][1][0]["split"], floor)
+    if key in KLS:
+        axes.set_yscale("symlog", linthresh=0.1)
     axes.set(title=title, xlabel=against, ylabel=LABELS[key])
     axes.grid(alpha=0.25)
 
@@ -125,8 +128,7 @@ def figure2(study: dict, path: Path):
     figure, ((quality, utility, divergence, answers),) = canvas(1, 4, 17, 4.4, width_ratios=(1, 1, 1, 1.25))
     panel(quality, study, named, QUALITY, "steps", "forget05: forget quality")
     panel(utility, study, named, "model_utility", "steps", "model utility")
-    panel(divergence, study, named, "world_facts_kl", "steps", "KL to the start, world facts")
-    divergence.set_yscale("symlog", linthresh=0.01)
+    panel(divergence, study, named, "world_facts_kl", "steps", "divergence, world facts")
     answers.axis("off")
     told = {}
     for method, sample in ((m, s) for m, runs in named if m.endswith("+rt") for r in runs
@@ -181,16 +183,17 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
     return entries
 
 
-def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs):
-    """Forget quality above, utility below, one column a split, over epochs (forget01: over steps)."""
+def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs,
+              keys: tuple = (QUALITY, "model_utility")):
+    """Metrics below each other, one column a split, over epochs (forget01: over steps)."""
     found = [(split, some) for split in splits if (some := with_runs(study, split, study["chosen"], select))]
     if not found:
         return None
-    figure, panels = canvas(2, len(found), 5.2 * len(found), 7.4)
-    for (split, some), (above, below) in zip(found, panels.T, strict=True):
+    figure, panels = canvas(len(keys), len(found), 5.2 * len(found), 2.2 + 2.6 * len(keys))
+    for (split, some), column in zip(found, panels.T, strict=True):
         against = "steps" if split == STEP_SPLIT else "epochs"
-        panel(above, study, some, QUALITY, against, split + note)
-        panel(below, study, some, "model_utility", against, "")
+        for axes, key, title in zip(column, keys, (split + note, ""), strict=False):
+            panel(axes, study, some, key, against, title)
     legends = [axes.get_legend_handles_labels() for axes in panels[0]]
     return finish(figure, max(legends, key=lambda legend: len(legend[0])), path)
 
@@ -244,17 +247,6 @@ def figure7(study: dict, path: Path):
     return save(figure, path)
 
 
-def figure8(study: dict, path: Path):
-    """Divergence from the start on the forget set, forget10."""
-    named = with_runs(study, "forget10", study["chosen"])
-    if not named:
-        return None
-    figure, ((axes,),) = canvas(1, 1, 7.5, 5.2)
-    panel(axes, study, named, "forget_kl", "epochs", "forget10: forget KL to the start")
-    axes.set_yscale("symlog", linthresh=0.1)
-    return finish(figure, axes.get_legend_handles_labels(), path)
-
-
 def retain_weight(study: dict, path: Path):
     """npo+rt on forget10: peak and last forget quality, and utility there, against the retain weight."""
     weights = study["budget"]["retain_weights"]
@@ -281,7 +273,7 @@ def retain_weight(study: dict, path: Path):
 
 MAKERS = {
     "2": figure2, "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
-    "8": figure8,
+    "8": partial(evolution, splits=("forget10",), keys=("forget_kl",)),
     "9": partial(evolution, splits=("forget50", "forget90"), note=", tuned weights", select=tuned_runs),
     "retain-weight": retain_weight, "beyond10": partial(trade_off, splits=LARGE),
 }
