@@ -88,9 +88,11 @@ def run(args: Namespace):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved like Ctrl-C
     path = records.json_path(args)
     with locked(path.with_suffix(".lock")):  # two commands would overwrite each other's records
-        known = records.complete(records.with_attacks(workers.run_missing(open_study(args))))
-        write_json(path, known)
-    for failure in known["failed"]:
+        study = open_study(args)
+        workers.run_missing(study)
+        records.take_attacks(study)
+        write_json(path, records.complete(study))
+    for failure in study.known["failed"]:
         print(f"not made: {failure['name']}: {failure['why']}")
 
 

@@ -49,9 +49,9 @@ SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "
                "seed", "dtype", "eval_every", "retain_pairing")
 
 
-@dataclass(frozen=True, eq=False)  # equal to itself alone, so that what depends on it can be cached
-class Setup:
-    """What a command fixes before it knows of any run."""
+@dataclass(eq=False)  # equal to itself alone, so that what depends on it can be cached
+class Study:
+    """What a command fixes before it knows of any run, and what is known so far."""
     args: Namespace
     task: Task  # of TUNING_SPLIT
     preset_name: str
@@ -59,11 +59,6 @@ class Setup:
     taken: dict  # another study's choices (--choices), else {}
     parameters: int
     log_truth_ratio: Callable
-
-
-class Study(NamedTuple):
-    """Everything that planning depends on: the setup, and what is known so far."""
-    setup: Setup
     known: dict  # the distilled JSON
 
 
@@ -92,12 +87,12 @@ def run_key(settings: dict, data_fingerprint: str, start: str, retrained: str) -
 
 
 @cache
-def model_job(setup: Setup, split: str, seed: int) -> Job | None:
+def model_job(study: Study, split: str, seed: int) -> Job | None:
     """Fine-tuning (split full) or retraining; None where the preset has a published fine-tuned model."""
     from running.settings import resolve, tiny_settings
-    if split == "full" and setup.preset.finetuned:
+    if split == "full" and study.preset.finetuned:
         return None
-    data, task, name = setup.args.data, setup.task, setup.preset_name
+    data, task, name = study.args.data, study.task, study.preset_name
     given = {"loss": "sft", "split": split, "data": data, "seed": seed}
     if split == "full":  # a retrained model is evaluated at its end, which is fine-tuning's default
         given["eval_every"] = "never"
@@ -113,18 +108,18 @@ def model_job(setup: Setup, split: str, seed: int) -> Job | None:
     return Job(given, key, folder, (), {"kind": "model", "split": split, "seed": seed})
 
 
-def start_model(setup: Setup, seed: int) -> str:
+def start_model(study: Study, seed: int) -> str:
     """`--model` of a run from the start that was fine-tuned with this seed."""
-    start = model_job(setup, "full", seed)
-    return f"{setup.preset_name}={start.folder}/model" if start else setup.args.model
+    start = model_job(study, "full", seed)
+    return f"{study.preset_name}={start.folder}/model" if start else study.args.model
 
 
 @cache
-def defaults(setup: Setup) -> dict:
+def defaults(study: Study) -> dict:
     """Every setting of an unlearning run as it is where its job says nothing else."""
     from running.settings import resolve
-    epochs = setup.args.epochs or setup.preset.epochs
-    return vars(resolve({"data": setup.args.data, "epochs": epochs, "model": start_model(setup, 0)}))
+    epochs = study.args.epochs or study.preset.epochs
+    return vars(resolve({"data": study.args.data, "epochs": epochs, "model": start_model(study, 0)}))
 
 
 def has_beta(method: str) -> bool:
@@ -133,25 +128,25 @@ def has_beta(method: str) -> bool:
     return "beta" in OBJECTIVES[method.split("+")[0]].takes
 
 
-def unlearn_job(setup: Setup, method: str, split: str, seed: int, hyper: dict, start_seed: int = 0,
+def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict, start_seed: int = 0,
                 retain_weight: float | None = None) -> Job:
     """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
-    args, base, (loss, *terms) = setup.args, defaults(setup), method.split("+")
-    start, retrained = model_job(setup, "full", start_seed), model_job(setup, complement(split), seed)
+    args, base, (loss, *terms) = study.args, defaults(study), method.split("+")
+    start, retrained = model_job(study, "full", start_seed), model_job(study, complement(split), seed)
     every = STEP_SPLIT_EVERY
     if split != STEP_SPLIT:
-        every = math.ceil(EVALUATE_EPOCHS * len(slice_rows(setup.task.full, split)) / base["batch_size"])
+        every = math.ceil(EVALUATE_EPOCHS * len(slice_rows(study.task.full, split)) / base["batch_size"])
     rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
     given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
              "data": args.data, "epochs": base["epochs"], "eval_every": str(every),
              **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
     s = {**base, **given}
-    key = run_key(s, setup.task.fingerprint, Path(start.folder).name if start else base["start"],
+    key = run_key(s, study.task.fingerprint, Path(start.folder).name if start else base["start"],
                   Path(retrained.folder).name)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
     facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
              "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}, **hyper}
-    given |= {"model": start_model(setup, start_seed), "retain_log": retrained.folder}
+    given |= {"model": start_model(study, start_seed), "retain_log": retrained.folder}
     chosen = "lr" in hyper
     return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
                run_folder(args, facts, key), tuple(filter(None, (start, retrained))), facts)
@@ -183,7 +178,7 @@ def plan(study: Study, figures: list) -> list[Job]:
     """The unlearning runs that the figures need, each once; without settings what waits for a choice."""
     jobs = {}
     for figure in figures:
-        splits, methods = wanted_of(study.setup.args, figure)
+        splits, methods = wanted_of(study.args, figure)
         for method in methods:
             hyper, found = choose(study, method), tuning_jobs(study, method)
             for split in splits:
@@ -201,9 +196,9 @@ def first_beta(preset, method: str) -> float:
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:
     """All learning rates at the first beta; the other betas at the best of these."""
-    if study.setup.taken:
+    if study.taken:
         return []
-    preset = study.setup.preset
+    preset = study.preset
     first = first_beta(preset, method)
     betas = [factor * first for factor in (BETA_FACTORS if has_beta(method) else BETA_FACTORS[:1])]
     rates = [factor * preset.lr for factor in LR_FACTORS]
@@ -216,7 +211,7 @@ def tuning_jobs(study: Study, method: str) -> list[Job]:
 def grid_jobs(study: Study, method: str, name: str, values: list, others: dict) -> list[Job]:
     """A run for each value of a setting; where the best of them stands at an end, one more beyond it."""
     def job(value: float) -> Job:
-        return unlearn_job(study.setup, method, TUNING_SPLIT, TUNING_SEED, {**others, name: value})
+        return unlearn_job(study, method, TUNING_SPLIT, TUNING_SEED, {**others, name: value})
 
     jobs = [job(value) for value in values]
     best = best_of(study, jobs) if len(values) > 1 else None
@@ -229,22 +224,22 @@ def grid_jobs(study: Study, method: str, name: str, values: list, others: dict) 
 
 def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict) -> list[Job]:
     """The runs of one method on one split for one figure, on the reported seeds."""
-    setup, jobs, weights = study.setup, [], RETAIN_WEIGHTS if figure == "retain-weight" else [None]
+    jobs, weights = [], RETAIN_WEIGHTS if figure == "retain-weight" else [None]
     if figure == "9":
         jobs = weight_jobs(study, method, split, hyper)
         weights = [chosen_weight(study, method, split, hyper)]
         hyper = {} if weights == [None] else hyper
-    jobs += [unlearn_job(setup, method, split, seed, hyper, retain_weight=weight) for weight in weights
-             for seed in range(1, seeds_of(setup.args, figure) + 1)]
-    if figure == "5" and split == TUNING_SPLIT and method in SECOND_START and not setup.preset.finetuned:
-        jobs.append(unlearn_job(setup, method, split, 1, hyper, start_seed=SECOND_START_SEED))
+    jobs += [unlearn_job(study, method, split, seed, hyper, retain_weight=weight) for weight in weights
+             for seed in range(1, seeds_of(study.args, figure) + 1)]
+    if figure == "5" and split == TUNING_SPLIT and method in SECOND_START and not study.preset.finetuned:
+        jobs.append(unlearn_job(study, method, split, 1, hyper, start_seed=SECOND_START_SEED))
     return jobs
 
 
 def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]:
     """The retain weights that Figure 9 chooses from; a method without a retain term has none to choose."""
-    weights = () if study.setup.taken or "+rt" not in method else TUNED_WEIGHTS
-    return [unlearn_job(study.setup, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
+    weights = () if study.taken or "+rt" not in method else TUNED_WEIGHTS
+    return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
 
 
 def score(run: dict) -> float:
@@ -266,7 +261,7 @@ def best_of(study: Study, jobs: list) -> dict | None:
 
 def choose(study: Study, method: str) -> dict | None:
     """{"lr", "beta"} of a method, or None while its tuning runs are not all there."""
-    choice = study.setup.taken.get(method) or best_of(study, tuning_jobs(study, method))
+    choice = study.taken.get(method) or best_of(study, tuning_jobs(study, method))
     return choice and {k: choice[k] for k in ("lr", "beta")}
 
 
@@ -274,16 +269,16 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float |
     """The retain weight of Figure 9, or None while its tuning runs are not all there."""
     if "+rt" not in method:
         return 0.0
-    if study.setup.taken:
-        return study.setup.taken[method]["weights"].get(split)
+    if study.taken:
+        return study.taken[method]["weights"].get(split)
     best = best_of(study, weight_jobs(study, method, split, hyper))
     return best and best["retain_weight"]
 
 
 def chosen(study: Study) -> dict:
     """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
-    choices, (splits, methods) = dict(study.setup.taken), FIGURES["9"]
-    for method in (*METHODS, *NEWER) if not study.setup.taken else ():
+    choices, (splits, methods) = dict(study.taken), FIGURES["9"]
+    for method in (*METHODS, *NEWER) if not study.taken else ():
         if hyper := choose(study, method):
             best = best_of(study, tuning_jobs(study, method))
             weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}

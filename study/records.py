@@ -18,7 +18,7 @@ from evaluation.attack_pages import last_states
 from evaluation.logs import MIA, SHARPER
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
-from study.grid import Job, Setup, Study
+from study.grid import Job, Study
 from support.errors import InputError
 from support.files import write_json
 from support.provenance import environment
@@ -92,8 +92,8 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
                          "PRESET=FOLDER: retraining needs to know the base model and its settings")
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
     parameters = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full).parameters
-    setup = Setup(args, task, name, preset, read_choices(args, preset), parameters, log_truth_ratio)
-    start, path = grid.model_job(setup, "full", 0), json_path(args)
+    study = Study(args, task, name, preset, read_choices(args, preset), parameters, log_truth_ratio, {})
+    start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
                 "start": Path(start.folder).name if start else preset.finetuned}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
@@ -105,9 +105,10 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     made = environment()  # without this machine's folders
     words = [Path(word).name if "/" in word else word for word in made["command"].split()]
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
-    known.update(data=data, model=name, failed=[], parameters=parameters, budget=budget, provenance=made,
-                 choices_from=Path(args.choices).name if args.choices else None)
-    return Study(setup, known)
+    study.known = {**known, "data": data, "model": name, "failed": [], "parameters": parameters,
+                   "budget": budget, "provenance": made,
+                   "choices_from": Path(args.choices).name if args.choices else None}
+    return study
 
 
 def only(study: dict, splits: list | None, methods: list | None) -> dict:
@@ -198,13 +199,11 @@ def attacked(folder: Path) -> dict | None:
     return found
 
 
-def with_attacks(study: Study) -> Study:
-    """With what attacks on its runs have found."""
-    runs = []
+def take_attacks(study: Study):
+    """Into the records of its runs, what attacks on them have found."""
     for run in study.known["runs"]:
-        found = attacked(Path(grid.run_folder(study.setup.args, run, run["key"])))
-        runs.append({**run, "attacks": found} if found else run)
-    return study._replace(known={**study.known, "runs": runs})
+        if found := attacked(Path(grid.run_folder(study.args, run, run["key"]))):
+            run["attacks"] = found
 
 
 def short(number: float | None) -> float | None:
@@ -248,28 +247,25 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     return record(folder, facts, settings["data"], log_truth_ratio)
 
 
-def keep(study: Study, job: Job, seconds: float | None) -> Study:
-    """The study with the record of a finished job, written to its JSON."""
+def keep(study: Study, job: Job, seconds: float | None):
+    """Write the record of a finished job to the study's JSON."""
     facts = {"key": job.key, **job.facts, "seconds": seconds and round(seconds, 1)}
-    setup = study.setup
-    return keep_record(study, record(Path(job.folder), facts, setup.args.data, setup.log_truth_ratio))
+    keep_record(study, record(Path(job.folder), facts, study.args.data, study.log_truth_ratio))
 
 
-def keep_record(study: Study, kept: dict) -> Study:
-    """The study with one more record, written to its JSON. Raises InputError for a run from another start
-    than the others of its split and seed: one name's weights differ from machine to machine, in rounding."""
-    place, path = "retrained" if kept["kind"] == "model" else "runs", json_path(study.setup.args)
-    began = {r["start_weights"] for r in study.known["runs"]
+def keep_record(study: Study, kept: dict):
+    """Write one more record to the study's JSON. Raises InputError for a run from another start than the
+    others of its split and seed: one name's weights differ from machine to machine, in rounding."""
+    known, place = study.known, "retrained" if kept["kind"] == "model" else "runs"
+    began = {r["start_weights"] for r in known["runs"]
              if all(r.get(key) == kept.get(key) for key in ("split", "seed", "start_seed"))}
     if began - {kept["start_weights"]}:
-        raise InputError(f"{path} has runs of {kept['split']}, seed {kept['seed']}, that began from weights "
-                         f"{min(began)}, and these begin from {kept['start_weights']}: they can't be "
-                         "compared; bring that start's folder, or give another --out")
-    others = [r for r in study.known[place] if r["key"] != kept["key"]]
-    found = sorted(others + [kept], key=lambda r: [str(r.get(k, "")) for k in ORDER])
-    study = study._replace(known={**study.known, place: found})
-    write_json(path, complete(study))
-    return study
+        raise InputError(f"{json_path(study.args)} has runs of {kept['split']}, seed {kept['seed']}, that "
+                         f"began from weights {min(began)}, and these begin from {kept['start_weights']}: "
+                         "they can't be compared; bring that start's folder, or give another --out")
+    others = [r for r in known[place] if r["key"] != kept["key"]]
+    known[place] = sorted([*others, kept], key=lambda r: [str(r.get(k, "")) for k in ORDER])
+    write_json(json_path(study.args), complete(study))
 
 
 def complete(study: Study) -> dict:

@@ -27,33 +27,32 @@ def command_of(job: Job) -> list[str]:
     return [sys.executable, str(TRAIN), *flags]
 
 
-def run_missing(study: Study) -> Study:
+def run_missing(study: Study):
     """Pass after pass, models before the runs that need them: what is known decides what is planned, until
     nothing is missing."""
-    figures = grid.wanted_figures(study.setup.args)
+    figures = grid.wanted_figures(study.args)
     while True:
-        study = record_finished(study, grid.plan(study, figures))
+        record_finished(study, grid.plan(study, figures))
         todo = records.missing(study, grid.plan(study, figures))
         ready = [job for job in todo if not job.needs] or [job for job in todo if job.given]
         if not ready:
-            return study
+            return
         print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; "
-              f"{duration(study, todo)}; what they print is in {study.setup.args.runs}/*.log", flush=True)
-        study = execute(study, ready)
+              f"{duration(study, todo)}; what they print is in {study.args.runs}/*.log", flush=True)
+        execute(study, ready)
 
 
-def record_finished(study: Study, jobs: list) -> Study:
+def record_finished(study: Study, jobs: list):
     """Records of runs that ended while nobody looked, and of models of other commands."""
     every = {job.key: job for one in jobs for job in (*one.needs, one)}
     for key, job in every.items():
         if job.given and records.is_there(job) and key not in records.recorded_keys(study):
-            study = records.keep(study, job, None)
-    return study
+            records.keep(study, job, None)
 
 
-def execute(study: Study, jobs: list) -> Study:
+def execute(study: Study, jobs: list):
     """Run `jobs`, each in a process of its own, and record each as it ends."""
-    args, waiting, running = study.setup.args, list(jobs), {}  # the last: process -> (job, when it began)
+    args, waiting, running = study.args, list(jobs), {}  # the last: process -> (job, when it began)
     Path(args.runs).mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // min(args.jobs, len(jobs)))
     try:
@@ -67,7 +66,7 @@ def execute(study: Study, jobs: list) -> Study:
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 job, begin = running.pop(process)
-                study, text = ended(study, job, process.returncode, time.perf_counter() - begin)
+                text = ended(study, job, process.returncode, time.perf_counter() - begin)
                 left = duration(study, [*waiting, *(job for job, _ in running.values())])
                 print(f"{job.name}: {text}; {left} left", flush=True)
     except KeyboardInterrupt:
@@ -75,7 +74,6 @@ def execute(study: Study, jobs: list) -> Study:
         raise
     finally:
         stop(running)
-    return study
 
 
 def stop(processes):
@@ -91,21 +89,22 @@ def stop(processes):
 
 
 def log_of(study: Study, job: Job) -> Path:
-    return Path(study.setup.args.runs) / f"{Path(job.folder).name}.log"
+    return Path(study.args.runs) / f"{Path(job.folder).name}.log"
 
 
-def ended(study: Study, job: Job, status: int, seconds: float) -> tuple[Study, str]:
-    """With the record of a job that has ended, or its failure: the others go on. And what to say of it."""
+def ended(study: Study, job: Job, status: int, seconds: float) -> str:
+    """Take down a job that has ended, or its failure: the others go on. What to say of it."""
     if status == 0:
         if job.needs:  # a hundred runs would fill the disk
             for part in ("checkpoints", "reference"):
                 shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
-        return records.keep(study, job, seconds), clock(seconds)
+        records.keep(study, job, seconds)
+        return clock(seconds)
     said = log_of(study, job).read_text(errors="replace").split("\n")
     why = next((line for line in reversed(said) if line.strip()), "")[:300]
     failure = {"key": job.key, "name": job.name, "why": f"exit status {status}: {why}"}
-    study = study._replace(known={**study.known, "failed": [*study.known["failed"], failure]})
-    return study, f"FAILED: {failure['why']}"
+    study.known["failed"].append(failure)
+    return f"FAILED: {failure['why']}"
 
 
 def cores() -> int:
@@ -117,7 +116,7 @@ def duration(study: Study, jobs: list) -> str:
     timed = [r["seconds"] for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
     if not timed:
         return "time unknown before one has ended"
-    return f"about {clock(len(jobs) * statistics.mean(timed) / study.setup.args.jobs)}"
+    return f"about {clock(len(jobs) * statistics.mean(timed) / study.args.jobs)}"
 
 
 def clock(seconds: float) -> str:
@@ -128,7 +127,7 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study):
     """Runs, time and memory, for each figure and together."""
-    args, figures, used = study.setup.args, grid.wanted_figures(study.setup.args), study.known["runs"]
+    args, figures, used = study.args, grid.wanted_figures(study.args), study.known["runs"]
     for figure in [*figures, "together"]:
         jobs = grid.plan(study, figures if figure == "together" else [figure])
         todo = records.missing(study, jobs)
@@ -138,6 +137,6 @@ def print_plan(study: Study):
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "
           f"{len(todo) - len(lacking)} models to fine-tune or retrain first")
     print(f"{duration(study, todo)} with {args.jobs} jobs at a time")
-    each = max([r["memory"] for r in used], default=16 * study.setup.parameters + LIBRARIES)
+    each = max([r["memory"] for r in used], default=16 * study.parameters + LIBRARIES)
     print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together, "
           + ("measured" if used else "16 bytes a parameter and the libraries; activations come on top"))

@@ -461,7 +461,8 @@ def recorded(study, *jobs, ks=0.3, utility=0.5):
     """The study with records for these jobs, as if they had been run."""
     runs = [{"key": job.key, **job.facts, "ks_statistic": [0.8, ks], "model_utility": [0.5, utility],
              "forget_quality_log10": [-9.0, -3.0], "start_weights": "57a7"} for job in jobs]
-    return study._replace(known={**study.known, "runs": study.known["runs"] + runs})
+    study.known["runs"] += runs
+    return study
 
 
 def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
@@ -476,7 +477,7 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     ga = [job for job in ready if job.facts["method"] == "ga"]
     s = recorded(s, ga[0], ga[2])
     s = recorded(s, ga[1], ks=0.1)
-    first = s.setup.preset.beta
+    first = s.preset.beta
     assert grid.choose(s, "ga") == {"lr": ga[1].facts["lr"], "beta": first}
     assert grid.choose(s, "npo+rt") is None
     jobs = grid.plan(s, ["8"])
@@ -539,17 +540,17 @@ def test_a_job_is_a_command_of_train_npo(study):
 def test_other_data_another_start_or_another_retrained_model_make_another_run(study, monkeypatch):
     s = study("--figure", "5", "--methods", "npo+rt", "--seeds", "2")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    job = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper)
-    others = [grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, start_seed=1),
-              grid.unlearn_job(s.setup, "npo+rt", "forget10", 2, hyper),
-              grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
+    job = grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper)
+    others = [grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, start_seed=1),
+              grid.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
+              grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
     assert len({job.key, *(o.key for o in others)}) == 4
 
 
 def test_a_beta_without_effect_makes_no_other_run(study):
     s = study("--figure", "8")
     for method, same in (("ga", True), ("npo", False)):
-        one, other = (grid.unlearn_job(s.setup, method, "forget10", 1, {"lr": 1e-3, "beta": beta})
+        one, other = (grid.unlearn_job(s, method, "forget10", 1, {"lr": 1e-3, "beta": beta})
                       for beta in (0.1, 0.2))
         assert (one.key == other.key) is same and other.facts["beta"] == 0.2
 
@@ -557,8 +558,8 @@ def test_a_beta_without_effect_makes_no_other_run(study):
 def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     s = study("--figure", "retain-weight", "--seeds", "1")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    zero = grid.unlearn_job(s.setup, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
-    assert zero.key == grid.unlearn_job(s.setup, "npo", "forget10", 1, hyper).key
+    zero = grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
+    assert zero.key == grid.unlearn_job(s, "npo", "forget10", 1, hyper).key
     assert zero.facts["method"] == "npo"
     assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
 
@@ -566,7 +567,7 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
 @pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5}))
 def test_a_json_of_another_study_is_refused_and_kept(study, changed):
     s = study("--figure", "8")
-    path = records.json_path(s.setup.args)
+    path = records.json_path(s.args)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({**records.complete(s), **changed}))
     with pytest.raises(InputError, match=f"was made with {next(iter(changed))} .*another --out"):
@@ -582,11 +583,12 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     job, other = [j for j in grid.plan(s, ["8"]) if j.given][:2]
     s = recorded(s, job)
     kept = {**s.known["runs"][0], "key": other.key}
-    assert len(records.keep_record(s, kept).known["runs"]) == 2
+    records.keep_record(s, kept)
+    assert len(s.known["runs"]) == 2
     with pytest.raises(InputError, match="began from weights 57a7"):
         records.keep_record(s, {**kept, "start_weights": "0"})
     for other in ({"start_seed": 1}, {"seed": 9}, {"split": "forget20"}):
-        assert len(records.keep_record(s, {**kept, "start_weights": "0", **other}).known["runs"]) == 2
+        records.keep_record(s, {**kept, "start_weights": "0", **other})
 
 
 FATES = {  # in place of a run
@@ -608,7 +610,8 @@ def run_fates(study, monkeypatch, tmp_path):
         scripts = dict(zip((job.folder for job in jobs), fates, strict=True))
         monkeypatch.setattr(workers, "command_of",
                             lambda job: [sys.executable, "-c", FATES[scripts[job.folder]]])
-        return jobs, workers.execute(s, jobs)
+        workers.execute(s, jobs)
+        return jobs, s
     return run
 
 
@@ -681,10 +684,10 @@ def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
 
 def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     s = study("--figure", "8", "--seeds", "1", "--choices", "preset")
-    preset, jobs = s.setup.preset, grid.plan(s, ["8"])
+    preset, jobs = s.preset, grid.plan(s, ["8"])
     assert len(jobs) == len(grid.METHODS) and {j.facts["lr"] for j in jobs} == {preset.lr}
     assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
-    assert records.json_path(s.setup.args).name.endswith("_tiny_preset.json")
+    assert records.json_path(s.args).name.endswith("_tiny_preset.json")
     assert pages.how(s.known) == "the preset, the same for all methods, as in the paper"
     with pytest.raises(InputError, match="name another --figure"):
         study("--figure", "9", "--choices", "preset")
