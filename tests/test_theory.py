@@ -75,7 +75,7 @@ def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_pa
         raise ValueError(f"{constant} is no JSON")
     record = json.loads((tmp_path / "theory_check.json").read_text(), parse_constant=refuse)
     assert {"claim", "holds", "numbers"} == set(record["verdicts"][0]) and record["provenance"]["command"]
-    assert len(list(tmp_path.glob("*.png"))) == 5 and all(result["holds"] for result in record["verdicts"])
+    assert len(list(tmp_path.glob("*.png"))) == 3 and all(result["holds"] for result in record["verdicts"])
 
     false = theory_check.verdict("a claim", False, measured=1.0)
     monkeypatch.setattr(theory_check, "check", lambda *_: [false])
