@@ -13,7 +13,6 @@ from study.grid import Job, Study
 
 TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
-TIME_TO_SAVE = 60  # seconds for a run that is stopped
 
 
 def command_of(job: Job) -> list[str]:
@@ -71,21 +70,11 @@ def execute(study: Study, jobs: list):
                 print(f"{job.name}: {text}; {left} left", flush=True)
     except KeyboardInterrupt:
         print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
-        raise
-    finally:
-        stop(running)
-
-
-def stop(processes):
-    """Each run finishes its step and is saved."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(TIME_TO_SAVE)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        for process in running:
+            process.terminate()
+        for process in running:
             process.wait()
+        raise
 
 
 def log_of(study: Study, job: Job) -> Path:

@@ -624,12 +624,12 @@ def test_a_run_that_is_killed_or_refused_fails_and_the_others_go_on(run_fates):
 
 def test_a_run_that_ends_as_it_is_asked_to_stop_ends_too(run_fates, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    stopped = []
-    monkeypatch.setattr(workers, "stop", lambda running, stop=workers.stop: (
-        stop(running), stopped.extend(process.returncode for process in running)))
+    started, begin = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(begin(*given, **how))
+                        or started[-1])
     with pytest.raises(KeyboardInterrupt):
         run_fates("asked to stop", "ends")
-    assert stopped == [0]
+    assert started[-1].returncode == 0  # it was waited for
 
 
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
