@@ -19,11 +19,10 @@ set, S one instance of five; all are scaled. Our steps carry their share of the 
 measured at SmolLM2-135M's shape (up to 11 GB). Unless `--only` asks, the tiny model goes without it, the
 others without README's first command.
 
-Results: bench_MODEL.json, .md (the table) and .png. What is kept in results/ was made with `--out results`.
+Results: bench_MODEL.json and .md, the table. What is kept in results/ was made with `--out results`.
 """
 
 import json
-import math
 import os
 import platform
 from argparse import Namespace
@@ -114,20 +113,6 @@ def table(rows: dict, tiny: bool) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: dict, file: Path):
-    """The median ratios as bars, the targets as marks."""
-    from matplotlib.figure import Figure
-    bars = {f"{ROWS[key][0]} / {against}": (ratio["median"], ROWS[key][2].get(against, math.nan))
-            for key, row in rows.items() for against, ratio in row["ratio"].items()}
-    figure = Figure(figsize=(9, 0.4 * len(bars) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(bars), [median for median, _ in bars.values()])
-    axes.plot([target for _, target in bars.values()], list(bars), "k|", markersize=16)
-    axes.set(xscale="log", xlabel="their cost over ours (useful arithmetic: a share); black: target")
-    axes.invert_yaxis()
-    figure.savefig(file, dpi=120)
-
-
 def machine(args: Namespace) -> dict:
     """What the numbers were measured on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -173,7 +158,7 @@ def main():
     model = f"{preset}=PATH" if preset and path else preset or "PATH"
     args.device = join_world(args.device).device
     args.repeats = args.repeats or (5 if tiny else 2)
-    args.few, args.process_steps = (3, 40) if tiny else (1, 2)
+    args.few, args.process_epochs = (3, 11) if tiny else (1, 1)
     if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
         if not tiny:
             raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")
@@ -188,8 +173,7 @@ def main():
         write_json(file, {"model": label, "data": "builtin" if data == "builtin" else "TOFU", "rows": rows})
         file.with_suffix(".md").write_text(table(rows, tiny) + "\n")
         print(f"{row}: {took:.0f} s\n{table({row: rows[row]}, tiny)}", flush=True)
-    draw(rows, file.with_suffix(".png"))
-    print(f"{file}, {file.with_suffix('.md').name}, {file.with_suffix('.png').name}")
+    print(f"{file}, {file.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ what else belongs to it. `args` are the command's, with `train`, the loop of tra
 
 import copy
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -318,12 +317,11 @@ def measure_startup(args: Namespace) -> dict:
 def measure_processes(args: Namespace) -> dict:
     """Two processes against one, of one thread each: tokens a second of fine-tuning steps."""
     rates = {1: [], 2: []}
-    epochs = math.ceil((1 + args.process_steps) * 32 / 120)  # of the split's 120 rows, in batches of 32
-    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(epochs)]
+    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(args.process_epochs)]
     for _, (count, values) in product(range(args.repeats), rates.items()):
         with tempfile.TemporaryDirectory() as folder:
             train_npo(subprocess.check_call, [*flags, *flags_of(args, folder)], count, OMP_NUM_THREADS="1")
-            lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[1:1 + args.process_steps]
+            lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[1:]
         values.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
     return {"unit": "tokens/s", "rates": {str(count): spread(values) for count, values in rates.items()},
             "ratio": {"one": ratios(rates[1], rates[2])}}
