@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
 from study.answers import judgement
-from study.grid import LARGE, METHODS, SMALL, STEP_SPLIT
+from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
 from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, tuned_runs
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
@@ -72,9 +72,9 @@ def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
     return [(m, runs) for m in methods if (runs := select(study, split, m))]
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **more):
+def canvas(rows: int, columns: int, width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **more)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
@@ -107,9 +107,9 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
     axes.grid(alpha=0.25)
 
 
-def finish(figure, legend: tuple, path: Path, most: int = 7, **more) -> Path:
-    """With (handles, labels) below, 1.3 inches each and at most so many in a row, as a file."""
-    columns = min(most, int(figure.get_figwidth() // 1.3))
+def finish(figure, legend: tuple, path: Path, **more) -> Path:
+    """With (handles, labels) below, 1.3 inches each and at most seven in a row, as a file."""
+    columns = min(7, int(figure.get_figwidth() // 1.3))
     figure.legend(*legend, loc="outside lower center", ncol=columns, fontsize=8, **more)
     return save(figure, path)
 
@@ -118,27 +118,6 @@ def save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     return path
-
-
-def figure2(study: dict, path: Path):
-    """forget05 over steps: forget quality, utility, KL to the start, and the rt variants' answers."""
-    named = with_runs(study, "forget05", ("ga", "ga+rt", "npo", "npo+rt"))
-    if not named:
-        return None
-    figure, ((quality, utility, divergence, answers),) = canvas(1, 4, 17, 4.4, width_ratios=(1, 1, 1, 1.25))
-    panel(quality, study, named, QUALITY, "steps", "forget05: forget quality")
-    panel(utility, study, named, "model_utility", "steps", "model utility")
-    panel(divergence, study, named, "world_facts_kl", "steps", "divergence, world facts")
-    answers.axis("off")
-    told = {}
-    for method, sample in ((m, s) for m, runs in named if m.endswith("+rt") for r in runs
-                           for s in r.get("samples", []) if s["set"] == "forget"):
-        told = told or {"question": sample["question"], "true": sample["answer"]}
-        told[method] = f"{sample['generation'] or '(empty)'}  [{sample['kind']}]"
-    texts = [textwrap.fill(f"{name}: {text}", 46, subsequent_indent="  ") for name, text in told.items()]
-    answers.text(0, 1, "\n\n".join(texts), va="top", fontsize=8.5, family="monospace", parse_math=False)
-    answers.set_title("answers at the end, seed 1")
-    return finish(figure, quality.get_legend_handles_labels(), path, 4)
 
 
 def trade_off(study: dict, path: Path, splits: tuple):
@@ -150,7 +129,7 @@ def trade_off(study: dict, path: Path, splits: tuple):
     entries = {}
     for axes, (split, named) in zip(panels[0], found, strict=True):
         entries |= trade_off_panel(axes, study, split, named)
-    return finish(figure, (entries.values(), entries.keys()), path, 8, title_fontsize=8,
+    return finish(figure, (entries.values(), entries.keys()), path, title_fontsize=8,
                   title="dashed red: 0.05; cyan: one retrained model against another")
 
 
@@ -192,8 +171,8 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
     figure, panels = canvas(len(keys), len(found), 5.2 * len(found), 2.2 + 2.6 * len(keys))
     for (split, some), column in zip(found, panels.T, strict=True):
         against = "steps" if split == STEP_SPLIT else "epochs"
-        for axes, key, title in zip(column, keys, (split + note, ""), strict=False):
-            panel(axes, study, some, key, against, title)
+        for axes, key in zip(column, keys, strict=True):
+            panel(axes, study, some, key, against, split + note if key == keys[0] else "")
     legends = [axes.get_legend_handles_labels() for axes in panels[0]]
     return finish(figure, max(legends, key=lambda legend: len(legend[0])), path)
 
@@ -272,7 +251,8 @@ def retain_weight(study: dict, path: Path):
 
 
 MAKERS = {
-    "2": figure2, "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
+    "2": partial(evolution, splits=("forget05",), keys=(QUALITY, "model_utility", "world_facts_kl")),
+    "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
     "8": partial(evolution, splits=("forget10",), keys=("forget_kl",)),
     "9": partial(evolution, splits=("forget50", "forget90"), note=", tuned weights", select=tuned_runs),
     "retain-weight": retain_weight, "beyond10": partial(trade_off, splits=LARGE),
@@ -282,6 +262,9 @@ MAKERS = {
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
     """The wanted figures of the paper that the study has runs for, as STEM_figureN.png; their paths."""
     names = {f: f"figure{f}" if f.isdigit() else f for f in figures if f in MAKERS}
-    study = {**study, "chosen": {m: choice for m, choice in study["chosen"].items() if m in METHODS}}
-    drawn = [MAKERS[f](study, stem.with_name(f"{stem.name}_{name}.png")) for f, name in names.items()]
+    drawn = []
+    for figure, name in names.items():
+        chosen = {m: choice for m, choice in study["chosen"].items() if m in FIGURES[figure][1]}
+        path = stem.with_name(f"{stem.name}_{name}.png")
+        drawn.append(MAKERS[figure]({**study, "chosen": chosen}, path))
     return [path for path in drawn if path]

@@ -27,8 +27,7 @@ CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth
           "world_facts_kl")
 ORDER = ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed", "seed", "key")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
-SAMPLED_SPLITS = ("forget05", "forget10")  # of seed 1, for Figures 2 and 7
-SAMPLED_ROW = 7  # of each of these sets
+SAMPLED_ROW = 7  # of each of these sets, for Figure 7
 TEXT = 160  # characters of a sampled text that are kept
 COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs",
              "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
@@ -156,7 +155,7 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
     told = asked if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
     kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
-    if facts["seed"] == 1 and judged in SAMPLED_SPLITS:
+    if facts["seed"] == 1 and judged == grid.TUNING_SPLIT:
         kept["samples"] = samples_of(data, judged, last)
     ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
     for key in SHARPER:
