@@ -91,20 +91,15 @@ def page(studies: dict) -> str:
              "method has retain weight 1 and the study's budget of learning rates and betas. Means over "
              "seeds ± their standard deviation. docs/beyond.md says how to read each number.", ""]
     for name, study in studies.items():
+        head = f"## {study['data']}, {study['model']}, {SPLIT}: who"
         if objectives(study):
-            lines += section(name, study)
+            lines += [f"{head} forgets best", "", f"![objectives](tofu/{name}_objectives.png)", "",
+                      *objectives_table(study), ""]
+        if attacks := attacks_table(study):
+            lines += [f"{head} stays forgotten", "",
+                      "Extraction strength of forget rows, before and after each attack.", "",
+                      f"![attacks](tofu/{name}_attacks.png)", "", *attacks, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def section(name: str, study: dict) -> list[str]:
-    attacks = attacks_table(study)
-    lines = [f"## {study['data']}, {study['model']}, {SPLIT}: who forgets best", "",
-             f"![objectives](tofu/{name}_objectives.png)", "", *objectives_table(study), ""]
-    if attacks:
-        lines += [f"## {study['data']}, {study['model']}, {SPLIT}: who stays forgotten", "",
-                  "Extraction strength of forget rows, before and after each attack.", "",
-                  f"![attacks](tofu/{name}_attacks.png)", "", *attacks, ""]
-    return lines
 
 
 def points(axes, columns: dict, drawn=float):

@@ -72,8 +72,8 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        told = ("split", "method", "lr", "beta", "retain_weight", "seed", "start_seed")
-        return ", ".join(f"{k} {self.facts[k]}" for k in told if k in self.facts)
+        """Its folder's, and its log's."""
+        return Path(self.folder).name
 
 
 # What needs PyTorch is imported in functions, since drawing does without.

@@ -78,7 +78,7 @@ def execute(study: Study, jobs: list):
 
 
 def log_of(study: Study, job: Job) -> Path:
-    return Path(study.args.runs) / f"{Path(job.folder).name}.log"
+    return Path(study.args.runs) / f"{job.name}.log"
 
 
 def ended(study: Study, job: Job, status: int, seconds: float) -> str:
