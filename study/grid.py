@@ -277,8 +277,10 @@ def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float |
 
 def chosen(study: Study) -> dict:
     """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
-    choices, (splits, methods) = dict(study.taken), FIGURES["9"]
-    for method in (*METHODS, *NEWER) if not study.taken else ():
+    if study.taken:
+        return study.taken
+    choices, (splits, methods) = {}, FIGURES["9"]
+    for method in (*METHODS, *NEWER):
         if hyper := choose(study, method):
             best = best_of(study, tuning_jobs(study, method))
             weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}

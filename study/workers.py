@@ -70,11 +70,12 @@ def execute(study: Study, jobs: list):
                 print(f"{job.name}: {text}; {left} left", flush=True)
     except KeyboardInterrupt:
         print("stopping: each run finishes its step and is saved; the same command goes on", flush=True)
+        raise
+    finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
-        raise
 
 
 def log_of(study: Study, job: Job) -> Path:
