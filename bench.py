@@ -10,7 +10,7 @@ written plainly (benchmark/opponents.py), with the same attention, precision, th
     A   the authors' way: every row padded to 500 tokens, the policy and a resident reference both run forward
         at each step, logits at all positions, the retain rows as a second forward; 2 rows at a time
     B   the framework way: the same, padded to the longest row of 8 in random order
-    B'  evaluation set by set, eight rows at a time as they come; a forward pass of the text for each answer
+    B'  evaluation set by set, eight texts at a time as they come; the whole text again for each answer
     S   the synthetic experiment as a Python loop over methods and instances, with autograd
 
 Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights

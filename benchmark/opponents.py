@@ -147,19 +147,18 @@ def evaluation(s: Namespace, device, rows: list, max_new_tokens: int) -> tuple[l
 
 
 def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> list:
-    """One set the plain way: a pass for the answers, one for the paraphrases, one for each place among the
-    perturbed answers, then `generate`. Of each row {"nll": [..], "generation", "rouge_l_recall"}."""
+    """One set the plain way: a pass for every eight of its answers, then `generate` for every eight rows. Of
+    each row {"nll": [..], "generation", "rouge_l_recall"}."""
     from rouge_score import rouge_scorer
     pad, scorer = tokenizer.eos_token_id, rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    answers = [known_answers(row, "answer", "paraphrased_answer", "perturbed_answer") for row in rows]
+    asked = [(i, text) for i, row in enumerate(rows)
+             for text in known_answers(row, "answer", "paraphrased_answer", "perturbed_answer")]
     results = [{"nll": []} for _ in rows]
-    for place in range(max(map(len, answers))):
-        having = [i for i, some in enumerate(answers) if place < len(some)]
-        for at in range(0, len(having), 8):
-            chunk = having[at:at + 8]
-            encoded = encode(tokenizer, template, [(rows[i]["question"], answers[i][place]) for i in chunk])
-            for i, logp in zip(chunk, answer_logps(lm, encoded, pad).tolist(), strict=True):
-                results[i]["nll"].append(-logp)
+    for at in range(0, len(asked), 8):
+        chunk = asked[at:at + 8]
+        encoded = encode(tokenizer, template, [(rows[i]["question"], text) for i, text in chunk])
+        for (i, _), logp in zip(chunk, answer_logps(lm, encoded, pad).tolist(), strict=True):
+            results[i]["nll"].append(-logp)
     for at in range(0, len(rows), 8):
         chunk = range(at, min(at + 8, len(rows)))
         prompts = encode_prompts(tokenizer, template, [rows[i]["question"] for i in chunk])
