@@ -1,6 +1,5 @@
-"""What is there, and what is kept of it: run folders by their settings, a finished run in two kilobytes, the
-JSON of all of them. All runs of a split and a seed began from the same weights, so methods are always
-compared on one start."""
+"""What is there, and what is kept of it: a finished run in three kilobytes, the JSON of all of them. All runs
+of a split and a seed began from the same weights, so methods are always compared on one start."""
 
 import json
 import math
@@ -136,7 +135,7 @@ def missing(study: Study, jobs: list) -> list[Job]:
 
 
 def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
-    """A finished run in three kilobytes: `facts`, the curves of its metrics, counts of its last answers; of
+    """A finished run: `facts`, the curves of its metrics, counts of its last answers; of
     one that only serves the choice of settings no more than `grid.score` and the page need."""
     files = sorted((folder / "eval").glob("step_*.json"))
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
