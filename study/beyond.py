@@ -44,20 +44,16 @@ def at_the_end(name: str, runs: list) -> list:
     return [value for value in values if value is not None]
 
 
-def spread(values: list) -> str:
-    return mean_sd(values) if values else "-"
-
-
 def objectives_table(study: dict) -> list[str]:
     """Means over seeds and their standard deviations; the retrained models below."""
     keys = ("forget_extraction_strength", "forget_paraphrase_probability", "mia", "privleak")
     rows = [[method, f"{runs[0]['lr']:g}", len(runs), mean_sd([best_at_utility(r, UTILITY) for r in runs]),
              mean_sd([last(r) for r in runs]), mean_sd([kept_utility(r) for r in runs]),
-             *(spread(at_the_end(key, runs)) for key in keys)] for method, runs in objectives(study).items()]
+             *(mean_sd(at_the_end(key, runs)) for key in keys)] for method, runs in objectives(study).items()]
     models = retrained(study)
     if models:
         rows.append(["(retrained)", "", len(models), "", "", "",
-                     *(spread(at_the_end(key, models)) for key in keys[:3]), "0"])
+                     *(mean_sd(at_the_end(key, models)) for key in keys[:3]), "0"])
     best = f"best log10 forget quality at {UTILITY:.0%} of the utility"
     return markdown_table(["method", "lr", "seeds", best, "last log10 forget quality", "utility / start",
                            "extraction strength", "paraphrase probability", "AUC min-k", "PrivLeak"], rows)
@@ -72,13 +68,13 @@ def attacks_table(study: dict) -> list[str]:
     """Extraction strength before and after each attack, steps of relearning to halfway, leak@k."""
     found, rows = attacked(study), []
     for name, models in found.items():
-        cells = [spread([m[what] for m in models if what in m]) for what in STATES]
+        cells = [mean_sd([m[what] for m in models if what in m]) for what in STATES]
         steps = [m.get("halfway", {}).get("forget 100%") for m in models]
         reached = [n for n in steps if n is not None]
         halfway = f"{statistics.mean(reached):.1f}" if reached else "-"
         if reached and len(reached) < len(steps):
             halfway += f" ({len(reached)} of {len(steps)})"
-        leaks = [spread([m["leak"][k] for m in models if "leak" in m]) for k in LEAKS]
+        leaks = [mean_sd([m["leak"][k] for m in models if "leak" in m]) for k in LEAKS]
         rows.append([name, len(models), *cells, halfway, *leaks])
     return markdown_table(["model", "seeds", *STATES.values(), "steps to halfway",
                            *(f"leak@{k}" for k in LEAKS)], rows if len(found) > len(CONTROLS) else [])

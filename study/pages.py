@@ -95,6 +95,8 @@ def runs_table(head: list, named: list) -> list[str]:
 
 
 def mean_sd(values: list, spec: str = ".2f") -> str:
+    if not values:
+        return "-"
     sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{spec}}{sd}"
 
