@@ -17,8 +17,8 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 from pathlib import Path
 
 from data.prompts import encode
-from data.tofu import load_task, parse_split
-from evaluate_tofu import compute_metrics, log_truth_ratio, recorded_split, refuse_unwritable
+from data.tofu import parse_split
+from evaluate_tofu import compute_metrics, log_truth_ratio, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
@@ -59,10 +59,8 @@ def build_parser() -> Parser:
 def make_lab(args, lm, tokenizer, meta: dict) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
     world = ALONE._replace(device=pick_device(args.device))
-    trained_on = meta.get("trained_on", {})
     known = settings_of(split_model(args.model)[0] or meta.get("preset"))
-    task = load_task(args.data or trained_on.get("data", "builtin"), args.split or recorded_split(trained_on),
-                     args.forget, args.retain)
+    task = task_of(args, meta.get("trained_on", {}))
     rows = task.evaluated["forget"][:args.max_rows or None]
     lab = Lab(task, tokenizer, meta.get("template") or known.template,
               getattr(lm.config, "max_position_embeddings", None), rows, known, world, args.lr or known.lr,

@@ -70,8 +70,7 @@ class Lab:
         """MEASURES, and each row's log R (None where the rows have no perturbed answers)."""
         rows = evaluate(model, prepared, self.tokenizer, batch_size=self.preset.eval_batch_size,
                         world=self.world)
-        metrics, ratios = self.metrics_of(rows)["forget"], map(self.log_truth_ratio, rows["forget"])
-        ratios = [ratio and round(ratio, 4) for ratio in ratios]
+        metrics, ratios = self.metrics_of(rows)["forget"], list(map(self.log_truth_ratio, rows["forget"]))
         return {**{key: metrics[key] for key in MEASURES}, "log_truth_ratios": ratios}
 
     def identity(self, models: dict) -> dict:

@@ -52,7 +52,7 @@ def draw_trajectory(method: str, evaluations: dict, log: list, samples: dict) ->
     for axes in grid:
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.4)
         else:
             axes.remove()
     return figure
