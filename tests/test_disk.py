@@ -48,7 +48,7 @@ ROWS = 10  # to forget, and as many to keep: five steps
 def fails(folder: Path, program: str, *words) -> str:
     """The last line on stderr of a run that ends in exit status 2."""
     done = subprocess.run([sys.executable, "-c", program.replace("ROOT", repr(str(ROOT))), *map(str, words)],
-                          cwd=folder, capture_output=True, text=True, timeout=180)
+                          cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
