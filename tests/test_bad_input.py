@@ -220,7 +220,7 @@ def test_status_2_and_one_sentence(command, forked):
 
 def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_data):
     args = ["--model", small_model, "--data", small_data, "--batch-size", 1, "--micro-batch-size", 1]
-    done = command("train_npo.py", *args, processes=2, status=None, timeout=60)
+    done = command("train_npo.py", *args, processes=2, status=None)
     assert done.returncode != 0 and done.stderr.count("2 processes for a global batch of 1") == 1
 
 
