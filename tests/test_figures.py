@@ -447,6 +447,7 @@ def study(small_data, tmp_path, monkeypatch):
     """study("--figure", "8", ...) opens one on the small data set, in an empty folder; a method has three
     learning rates, and two betas where it has one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # its workers' number stays behind in this process
     monkeypatch.setattr(grid, "LR_FACTORS", (0.25, 0.5, 1.0))
     monkeypatch.setattr(grid, "BETA_FACTORS", (1.0, 2.0))
 

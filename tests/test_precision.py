@@ -20,8 +20,7 @@ from train_npo import carry_out, join_world, loss_sums, lr_factor
 def settings(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda **given: resolve({"model": str(small_model), "data": str(small_data), "epochs": 1,
-                                    "batch_size": 8,
-                                    "template": "llama2", "eval_every": "never", **given})
+                                    "batch_size": 8, "template": "llama2", "eval_every": "never", **given})
 
 
 def pure_bf16(s) -> dict:
