@@ -76,8 +76,9 @@ def last(run: dict) -> float:
 
 
 def kept_utility(run: dict, at: int = -1) -> float:
-    """Utility as a share of the start's."""
-    return run["model_utility"][at] / run["model_utility"][0]
+    """Utility as a share of the start's; a start that has none loses none."""
+    start = run["model_utility"][0]
+    return run["model_utility"][at] / start if start else 1.0
 
 
 def lowest_later(run: dict) -> float:
