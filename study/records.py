@@ -239,10 +239,11 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     if not (folder / "model").is_dir():
         raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
     config = json.loads((folder / "config.json").read_text())
-    settings = config["settings"]
-    facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn", "command": config["command"],
-             **{k: settings[k] for k in COLLECTED}}
-    return record(folder, facts, settings["data"], log_truth_ratio)
+    settings, data = config["settings"], config["settings"]["data"]
+    facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
+             "command": config["command"].replace(data, Path(data).name),  # without this machine's folders
+             **{k: settings[k] for k in COLLECTED}, "data": Path(data).name}
+    return record(folder, facts, data, log_truth_ratio)
 
 
 def keep(study: Study, job: Job, seconds: float | None):
