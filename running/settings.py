@@ -16,10 +16,7 @@ from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint
 
-RESOLVED = ("beta", "epochs", "lr", "warmup_epochs", "weight_decay", "micro_batch_size",
-            "eval_every")  # what a preset gives
-DRY_RUN = ("dry_run", "gpus", "gpu_memory")
-NOT_STORED = ("resume", "from_scratch", *DRY_RUN)  # of no meaning for a run folder
+NOT_STORED = ("resume", "from_scratch", "dry_run", "gpus", "gpu_memory")  # of no meaning for a run folder
 
 
 def checkpoint_interval(text: str) -> str:
@@ -28,7 +25,7 @@ def checkpoint_interval(text: str) -> str:
 
 
 def evaluation_interval(text: str) -> str:
-    if text in ("epoch", "step", "never") or positive(int)(text):
+    if text in ("epoch", "step", "never", "end") or positive(int)(text):
         return text
 
 
@@ -111,7 +108,7 @@ def add_training(add):
 
 def add_run(add):
     add("--eval-every", type=evaluation_interval,
-        help="epoch, step, a number of steps, or never (default: epoch; sft: at the end only)")
+        help="epoch, step, a number of steps, end, or never (default: epoch; sft: end)")
     add("--keep", default="last", choices=("last", "best"),
         help="best: also keep, in best/, the weights of the evaluation with the best forget quality or, "
              "without a retain log, the largest retain less forget probability")
@@ -120,7 +117,7 @@ def add_run(add):
     add("--out", help="run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)")
     add("--resume", metavar="DIR",
         help="go on with an interrupted run; its settings hold, and flags that differ are refused")
-    add("--dry-run", action="store_true", default=None,
+    add("--dry-run", action="store_true",
         help="say what the run will need (steps, tokens, memory by part), and do nothing; loads no weights")
     add("--gpus", type=positive(int),
         help="for --dry-run: processes, one a GPU (default: this command's own number)")
@@ -128,7 +125,14 @@ def add_run(add):
 
 
 def resolve(given: dict) -> Namespace:
-    """Flags as given -> every setting: the parser's defaults, the preset's, the flags. Raises InputError."""
+    """Flags as given -> every setting. Raises InputError, also for a flag that would change nothing."""
+    s = completed(given)
+    refuse_without_effect(s, given)
+    return s
+
+
+def completed(given: dict) -> Namespace:
+    """Every setting: the parser's defaults, the preset's, the flags. Raises InputError."""
     s = Namespace(**{**vars(build_parser().parse_args([])), **given})
     preset_name, path = split_model(s.model)
     # A folder that one of our runs wrote says which preset it is of.
@@ -142,12 +146,11 @@ def resolve(given: dict) -> Namespace:
                        "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
-    s.pad_to, s.resume = 0, None  # pad_to: the tests' way to pad to a fixed length
+    s.pad_to = 0  # the tests' way to pad to a fixed length
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)
     s.from_scratch = s.preset == "tiny" and not s.start
     refuse_contradictions(s, given)
-    refuse_without_effect(s, given)
     if s.forget:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     return s
@@ -213,17 +216,15 @@ def parse(argv: list, description: str = "") -> Namespace:
     """The command line's settings; a resumed run's from its folder, also where torchrun has started all
     processes anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
-    dry = {key: given.pop(key) for key in DRY_RUN if key in given}
-    if dry and "dry_run" not in dry:
+    dry = "dry_run" in given
+    if not dry and given.keys() & {"gpus", "gpu_memory"}:
         raise InputError("--gpus and --gpu-memory belong to --dry-run: add it, or leave them out")
     if dry and "resume" in given:
         raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
     if "resume" in given:
         return resumed(Path(given.pop("resume")), given)
-    s = resolve({**given, **dry})
-    if dry:
-        return s
-    if s.out and Path(s.out).exists():
+    s = resolve(given)
+    if s.out and Path(s.out).exists() and not dry:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
@@ -231,7 +232,8 @@ def parse(argv: list, description: str = "") -> Namespace:
 
 
 def resumed(folder: Path, given: dict) -> Namespace:
-    """The settings of a run's folder; flags that differ are refused (InputError)."""
+    """The settings of a run's folder. Raises InputError for flags that differ, and for a config.json that no
+    flags give."""
     for path in (folder, *sorted(folder.rglob("*"))):  # files could lie elsewhere
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link: copy what it points to, or start a new run")
@@ -242,30 +244,19 @@ def resumed(folder: Path, given: dict) -> Namespace:
         if stored.get(key) != value:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
                              f"{stored.get(key)}; leave it out, or start a new run")
-    # A run of an earlier version may lack a setting: then its default holds.
-    s = Namespace(**{**vars(build_parser().parse_args([])), **stored, "resume": str(folder)})
-    refuse_edited(s, folder)
-    s.from_scratch = s.preset == "tiny" and not s.start
-    return s
-
-
-def refuse_edited(s: Namespace, folder: Path):
-    """What a config.json says passes the parser's types, as flags do. Raises InputError."""
-    parser, words = build_parser(), []
-    for action in parser._actions:
-        name, value = action.dest, getattr(s, action.dest, None)
-        ours_alone = (name, value) in (("eval_every", "end"), ("split", "own"))
-        is_absent = value is None and name not in RESOLVED or action.nargs == 0 and not value
-        if not (ours_alone or is_absent or name == "resume"):
-            words.append(action.option_strings[0])
-            words += [] if action.nargs == 0 else [str(value)]
+    parser = build_parser()
+    flags = vars(parser.parse_args([])).keys() - ({"split", "data"} if stored.get("forget") else set())
+    words = [f"--{key.replace('_', '-')}" + (f"={value}" if value is not True else "")
+             for key, value in stored.items() if key in flags and value is not None and value is not False]
     try:
-        wrong = [name for name, value in given_flags(parser, words).items() if value != getattr(s, name)]
+        s = completed(given_flags(parser, words))
+        wrong = [key for key, value in stored.items() if getattr(s, key, value) != value]
     except InputError as error:
         wrong = [error]
     if wrong:
-        raise InputError(f"--resume {folder}: its config.json is not a run's ({wrong[0]})")
-    refuse_contradictions(s, {})
+        raise InputError(f"--resume {folder}: cannot go on with its config.json ({wrong[0]})")
+    # As stored, where 1 may stand for 1.0. What a run of an earlier version lacks has its default.
+    return Namespace(**{**vars(s), **stored, "resume": str(folder)})
 
 
 def read_config(folder: Path) -> dict:
