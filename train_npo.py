@@ -21,7 +21,6 @@ the reference, and that is checked.
 
 import math
 import os
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -51,7 +50,7 @@ from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
 from support.command_line import run_command
 from support.errors import InputError
-from support.files import locked
+from support.files import locked, whole_folder
 from support.world import World
 
 TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a checkpoint or holds a lock
@@ -218,8 +217,8 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         # fp16 may overflow: the scaler then skips the update and lowers its scale.
         skipped = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(grad_norm)
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
-            if finite(model, world):  # kept beside the earlier checkpoints, which may be the healthier
-                run.checkpoint(step, model, optimizer, scaler, kept=1000)
+            if finite(model, world):
+                run.checkpoint(step, model, optimizer, scaler)
             give_up(step + 1, f"the loss is {logged['loss']}, the gradient's norm {grad_norm}", run, s)
         if step == 0:
             check_start(s, plan, logged)
@@ -327,17 +326,10 @@ def run_job(job: Job, begin: float, world: World):
     s, model = job.settings, policy_of(job, world)
     reference = None
     if s.loss != "sft":
-        folder, aside, mark = job.folder / "reference", job.folder / ".reference.partial", job.mark()
+        folder, mark = job.folder / "reference", job.mark()
         if not world.agree(folder.exists()):
-            if world.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)  # shares of an interrupted pass, of other processes
-            world.wait()
-            with autocast(s.dtype, world.device):
+            with whole_folder(folder, world) as aside, autocast(s.dtype, world.device):
                 reference_pass(s, model, job.plan, job.prepared, aside, mark, world)
-            world.wait()
-            if world.rank == 0:
-                aside.rename(folder)
-            world.wait()
         reference = Reference(folder, mark, job.plan, world.device)
     with RunFolder(job, reference, compute_metrics, log_truth_ratio, world) as run:
         train(s, job.plan, model, reference, run, world)

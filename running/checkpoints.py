@@ -15,46 +15,33 @@ from collections import ChainMap
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.sharded import first_row, local
+from support.files import whole_folder
 from support.world import World
 
 KEPT = 2
 
 
-def save(folder: Path, step: int, model, optimizer, state: dict, world: World, kept: int = KEPT):
-    """Write `folder/step_NNNNNN`, then drop all but the last `kept`. `state` is JSON: log length and scaler.
-    Raises OSError on all processes where one's disk is full or read-only; what was there stays."""
-    target, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.partial"
-    writes = world.sharded or world.rank == 0
-    if world.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    world.wait()
-    try:
-        part = _write_part(aside, model, optimizer, world.rank) if writes else {}
-    except (OSError, SafetensorError) as error:
-        part = OSError(str(error))
-    parts = world.collect(part)
-    try:
-        for failed in (part for part in parts if isinstance(part, OSError)):
-            raise failed
+def save(folder: Path, step: int, model, optimizer, state: dict, world: World):
+    """Write `folder/step_NNNNNN`, then drop all but the last KEPT. `state` is JSON: log length and scaler.
+    Raises OSError where the disk is full or read-only; what was there stays."""
+    with whole_folder(folder / f"step_{step:06d}", world) as aside:
+        writes = world.sharded or world.rank == 0
+        parts = world.collect(_write_part(aside, model, optimizer, world.rank) if writes else {})
         if world.rank == 0:
             (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n")
             manifest = dict(ChainMap({"state.json": _entry(aside / "state.json")}, *parts))
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in (aside / "state.json", aside / "manifest.json", aside):
                 _fsync(path)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(aside, target)
-            _fsync(folder)
-            for old in sorted(folder.glob("step_*"))[:-kept]:
-                old.unlink() if old.is_symlink() else shutil.rmtree(old)
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+    if world.rank == 0:
+        _fsync(folder)
+        for old in sorted(folder.glob("step_*"))[:-KEPT]:
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def trained(model) -> dict:
@@ -64,7 +51,6 @@ def trained(model) -> dict:
 
 def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
     """This process's weights and moments, flushed to the disk; their entries in the manifest."""
-    aside.mkdir(parents=True, exist_ok=True)
     weights = trained(model)
     moments = {f"{name}/{key}": value for name, p in weights.items()
                for key, value in optimizer.state.get(p, {}).items()}

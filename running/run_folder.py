@@ -29,7 +29,7 @@ from running.pages import draw_trajectory, model_card
 from running.processes import peak_memory
 from support.command_line import number
 from support.errors import InputError
-from support.files import write_json
+from support.files import whole_folder, write_json
 from support.provenance import environment
 from support.world import World
 
@@ -126,13 +126,12 @@ class RunFolder:
         self.bar.update(state["step"])
         return state["step"]
 
-    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler, kept: int = checkpoints.KEPT):
-        """Save what resume needs; all processes wait for it. Raises OSError where it can't be written."""
+    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
+        """Save what resume needs. Raises OSError where it can't be written."""
         self.saved_at = time.monotonic()
         state = {"run": self.mark, "scaler": scaler.state_dict(),
                  "log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0}
-        checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world, kept)
-        self.world.wait()
+        checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world)
 
     # ---- the log, evaluations
 
@@ -191,24 +190,17 @@ class RunFolder:
 
     def save_aside(self, lm, name: str, evaluations: dict, step: int):
         """The model with its card in folder/NAME, whole or not at all. Raises OSError without room."""
-        target, aside = self.folder / name, self.folder / f".{name}.partial"
-        try:
+        with whole_folder(self.folder / name, self.world) as aside:
             save_model(lm, self.job.tokenizer, aside, self.meta, self.world)
             if self.world.rank == 0:
                 config = json.loads((self.folder / "config.json").read_text())
                 card = model_card(self.s, config, evaluations, step)
                 (aside / "README.md").write_text(card, encoding="utf-8")
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(aside, target)
-        finally:
-            if self.world.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
         evaluations, files = self.evaluations(), self.evaluation_files()
         self.save_aside(model.lm, "model", evaluations, self.plan.steps)
-        self.world.wait()  # whoever goes on may read it
         self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
         if self.world.rank > 0 or len(evaluations) < 2:
             return

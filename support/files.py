@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +31,27 @@ def locked(file: Path, wait: bool = False):
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def whole_folder(target: Path, world):
+    """A folder that all processes write into. It takes `target`'s place in one rename, or nothing is left of
+    it; processes that read it then wait for nobody."""
+    aside = target.with_name(f".{target.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir(parents=True)
+    world.wait()
+    try:
+        yield aside
+        world.wait()
+        if world.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+        world.wait()
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def fingerprint(*parts) -> str:
