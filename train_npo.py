@@ -293,32 +293,25 @@ def carry_out(s: Namespace, world: World) -> Path:
 
 def tiny_models(last: Job, world: World) -> dict[str, Path]:
     """split -> the folder of the tiny model that learned it, of those that unlearning needs: its start's, and
-    the retrained model's where there is no log of it. Two processes train one each: nothing is exchanged."""
-    s = last.settings
+    the retrained model's where there is no log of it. Each is an earlier run's, or made now by one process
+    (an interrupted one goes on). Of two commands that need the same model the second waits for the first."""
+    s, folders = last.settings, {}
     if s.loss == "sft" or not s.from_scratch:
         return {}
-    splits = ["full"] if last.retrained[0] else ["full", complement(s.split)]
-    trainings = {split: tiny_settings(s, split, last.task) for split in splits}
-    if 1 < len(trainings) <= world.size:
-        for sft in list(trainings.values())[world.rank:world.rank + 1]:
-            trained_tiny(sft, last.folder, World(0, 1, world.device))
-        world.wait()
-    return {split: trained_tiny(sft, last.folder, world) for split, sft in trainings.items()}
-
-
-def trained_tiny(sft: Namespace, for_run: Path, world: World) -> Path:
-    """The folder of the tiny model that these settings make: an earlier run's, or made now (an interrupted
-    one goes on). Of two commands that need the same model the second waits for the first."""
-    folder = Path(sft.out)
-    with locked(folder.with_name(f".{folder.name}.lock"), wait=True) if world.rank == 0 else nullcontext():
-        if not world.agree((folder / "model").is_dir()):
-            begun = world.agree(folder.exists())
-            try:
-                carry_out(resumed(folder, {}) if begun else sft, world)
-            except Stopped:
-                raise Stopped("stopped while training the tiny model; go on with: "
-                              f"--resume {for_run}") from None
-    return folder
+    for number, split in enumerate(["full"] if last.retrained[0] else ["full", complement(s.split)]):
+        sft = tiny_settings(s, split, last.task)
+        folder = folders[split] = Path(sft.out)
+        if number % world.size != world.rank:
+            continue
+        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
+            if not (folder / "model").is_dir():
+                try:
+                    carry_out(resumed(folder, {}) if folder.exists() else sft, World(0, 1, world.device))
+                except Stopped:
+                    raise Stopped("stopped while training the tiny model; go on with: "
+                                  f"--resume {last.folder}") from None
+    world.wait()
+    return folders
 
 
 def run_job(job: Job, begin: float, world: World):
