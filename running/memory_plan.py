@@ -71,66 +71,49 @@ def shape_of(lm) -> Shape:
                  config.hidden_size, key_value, config.intermediate_size, config.vocab_size)
 
 
-class Load(NamedTuple):
-    """How a run is cut: what decides its memory."""
-    processes: int
-    parallel: str
-    dtype: str
-    checkpointing: bool
-    sequences: int  # S: that pass at once
-    width: int  # T: the longest row
-    answers: int  # N: answer tokens among the n = S * T
-    compared: int  # of them with a K, or a loss against the reference's logits
-    more_micro_batches: bool  # a process runs more than one a step
-    lora: int = 0  # rank of the adapters that alone are trained
-
-    @property
-    def sharded(self) -> bool:
-        return self.parallel == "fsdp" and self.processes > 1
-
-    @property
-    def element(self) -> int:
-        """Bytes of a number in the products."""
-        return 4 if self.dtype == "fp32" else 2
-
-
-def token_bytes(x: Shape, load: Load) -> int:
+def token_bytes(x: Shape, dtype: str, parallel: str, checkpointing: bool) -> int:
     """What one decoder layer keeps of each token for the backward pass, bytes. Float32: the residual stream
     twice, what the two norms return, queries, the attention's result, keys, values, gate and up: 4 (6 H + 2 K
     + 2 I); norms' insides and the gated product are computed again (`layers.py`), a small model keeps them: 2
     H + 2 I more. Autocast keeps float32 streams and a 16-bit copy a product; sharded, all has 16 bits."""
-    element, autocast = load.element, load.dtype != "fp32" and load.parallel == "ddp"
-    if load.checkpointing:
-        return x.hidden * (element if load.parallel == "fsdp" else 4)
+    element, autocast = 4 if dtype == "fp32" else 2, dtype != "fp32" and parallel == "ddp"
+    if checkpointing:
+        return x.hidden * (element if parallel == "fsdp" else 4)
     copies = 2 * 4 + 2 * 5 + 2 * 2 if autocast else 6 * element
     inside = 2 * 4 * x.hidden + 2 * element * x.inner if x.hidden < layers.SMALL_HIDDEN else 0
     return copies * x.hidden + element * (2 * x.key_value + 2 * x.inner) + inside
 
 
-def memory(x: Shape, load: Load) -> dict:
-    """Bytes of one process at its peak, by part; "peak" is their sum."""
-    share, element, n = load.processes if load.sharded else 1, load.element, load.sequences * load.width
-    adapters = load.lora * x.layers * (9 * x.hidden + 2 * x.key_value + 3 * x.inner)  # in + out, 7 products
+def memory(x: Shape, s: Namespace, work: Namespace, processes: int) -> dict:
+    """Bytes of one process at its peak, by part; "peak" is their sum. work: what `count_work` returns."""
+    n = s.micro_batch_size * work.sequences * work.width  # tokens of S sequences, as long as the longest
+    answers = math.ceil(n * work.answer_tokens / work.tokens)  # N of them
+    on_logits = "reference_logits" in OBJECTIVES[s.loss].takes
+    compared = answers // work.sequences * ((s.kl_weight > 0) + on_logits)  # of N, with the reference's
+    sharded, element = s.parallel == "fsdp" and processes > 1, 4 if s.dtype == "fp32" else 2  # bytes a number
+    share = processes if sharded else 1
+    adapters = (s.lora or 0) * x.layers * (9 * x.hidden + 2 * x.key_value + 3 * x.inner)  # of 7 products
     gradients, head_weight = 4 * (adapters or x.parameters) / share, 4 * x.vocabulary * x.hidden
     weights = 4 * x.parameters / share
     if adapters:  # frozen ones in the products' precision
         weights = element * x.layers * x.layer + 4 * x.root + 4 * adapters
     parts = {"weights": weights, "gradients": gradients, "AdamW's moments": 2 * gradients}
-    if load.sharded:  # the root, its gradient and the float32 that is reduced; two layers, and so on
+    if sharded:  # the root, its gradient and the float32 that is reduced; two layers, and so on
         parts["FSDP: gathered root and layers"] = (2 * element + 4) * x.root + (4 * element + 4) * x.layer
     elif element == 2 and not adapters:
         parts["16-bit copies of the weights"] = 2 * (x.layers * x.layer + x.vocabulary * x.hidden)
-    parts["reference"] = head_weight * (load.compared > 0) + 4 * load.compared * x.hidden
-    parts["activations"] = x.layers * n * token_bytes(x, load)
+    parts["reference"] = head_weight * (compared > 0) + 4 * compared * x.hidden
+    parts["activations"] = x.layers * n * token_bytes(x, s.dtype, s.parallel, s.activation_checkpointing)
     # Behind the layers: the chunks that are kept and one at work, with the gradients for head and embedding.
-    tokens, heads = min(load.answers, chunk_tokens(x.vocabulary)), 2 if load.compared else 1
+    tokens, heads = min(answers, chunk_tokens(x.vocabulary)), 2 if compared else 1
     chunk = 4 * tokens * x.vocabulary
-    kept = min(KEPT_CHUNKS, math.ceil(load.answers / tokens)) * heads * chunk * element / 4
+    kept = min(KEPT_CHUNKS, math.ceil(answers / tokens)) * heads * chunk * element / 4
     # Inside a layer's backward pass: gradients of gate, up and product, the product itself, and the stream's.
-    again = token_bytes(x, load._replace(checkpointing=False)) if load.checkpointing else 0
+    again = token_bytes(x, s.dtype, s.parallel, False) if s.activation_checkpointing else 0
     layer = n * (element * 5 * x.inner + 4 * 4 * x.hidden + again)
     parts["logits in chunks, or a layer at work"] = max(kept + 4 * heads * chunk + head_weight, layer)
-    if not load.more_micro_batches and (load.parallel == "fsdp" or load.processes == 1):
+    one_micro_batch = s.micro_batch_size >= math.ceil(s.batch_size / processes)
+    if one_micro_batch and (s.parallel == "fsdp" or processes == 1):
         # Gradients are made as activations go: the larger counts.
         parts["gradients that come as activations go"] = -min(gradients, parts["activations"])
     return {**parts, "peak": sum(parts.values())}
@@ -163,21 +146,17 @@ def count_work(s: Namespace, task: Task) -> Namespace:
                      sequences=len(texts) // (plan.rows * s.epochs), width=max(len(e.ids) for e in texts))
 
 
-def load_of(s, work, processes: int, parallel: str, micro: int, checkpointing: bool) -> Load:
-    sequences = micro * work.sequences
-    answers = math.ceil(sequences * work.width * work.answer_tokens / work.tokens)
-    on_logits = "reference_logits" in OBJECTIVES[s.loss].takes
-    compared = answers // work.sequences * ((s.kl_weight > 0) + on_logits)
-    return Load(processes, parallel, s.dtype, checkpointing, sequences, work.width, answers, compared,
-                micro < math.ceil(s.batch_size / processes), s.lora or 0)
-
-
-def suggest(s: Namespace, x: Shape, work: Namespace, processes: int, room: float) -> Load | None:
-    """The fastest that fits in `room` bytes: no recomputing, whole models, large micro-batches come first."""
+def suggest(s: Namespace, x: Shape, work: Namespace, processes: int, room: float) -> Namespace | None:
+    """The settings of the fastest that fits in `room` bytes: no recomputing, whole models, large
+    micro-batches come first."""
     micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= math.ceil(s.batch_size / processes)]
-    ways = product((False, True), ("ddp", "fsdp") if processes > 1 and not s.lora else ("ddp",), micros)
-    loads = (load_of(s, work, processes, parallel, micro, again) for again, parallel, micro in ways)
-    return next((load for load in loads if memory(x, load)["peak"] <= room), None)
+    modes = ("ddp", "fsdp") if processes > 1 and not s.lora else ("ddp",)
+    for again, parallel, micro in product((False, True), modes, micros):
+        way = Namespace(**{**vars(s), "activation_checkpointing": again, "parallel": parallel,
+                           "micro_batch_size": micro})
+        if memory(x, way, work, processes)["peak"] <= room:
+            return way
+    return None
 
 
 def as_published(s: Namespace) -> Task:
@@ -196,21 +175,20 @@ def dry_run(s: Namespace, processes: int):
     at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
     task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
     x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
-    asked = load_of(s, work, processes, s.parallel, s.micro_batch_size, s.activation_checkpointing)
-    best, fits = suggest(s, x, work, processes, room), memory(x, asked)["peak"] <= room
+    best, fits = suggest(s, x, work, processes, room), memory(x, s, work, processes)["peak"] <= room
     print(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "
           f"{s.dtype}\n{work.rows} rows, {s.epochs} epochs in batches of {s.batch_size}: {work.steps} steps; "
           f"{work.tokens:,.0f} tokens a step, {work.answer_tokens:,.0f} of them answers; the longest text "
           f"{work.width}{' (estimated: no tokenizer at hand)' * work.estimated}")
-    ways = {"as asked": asked, "as suggested": best} if best else {"as asked": asked}
-    for how, load in ways.items():
-        print(f"\nmemory of one process at its peak, {how}, GB")
-        for part, size in memory(x, load).items():
-            print(f"  {part:44}{size / GB:8.2f}")
+    for how, way in {"as asked": s, "as suggested": best}.items():
+        if way:
+            print(f"\nmemory of one process at its peak, {how}, GB")
+            for part, size in memory(x, way, work, processes).items():
+                print(f"  {part:44}{size / GB:8.2f}")
     print(f"\nAs asked it {'fits' if fits else 'does not fit'} on {processes} x {gpu_memory / GB:g} GB "
           f"({USABLE:.0%} of it usable).")
     if best is None:
         print("Nothing fits: more --gpus, or larger ones, are needed.")
-    elif best != asked:
+    elif best != s:
         print(f"{'Faster' if fits else 'This fits'}: --parallel {best.parallel} --micro-batch-size "
-              f"{best.sequences // work.sequences}{' --activation-checkpointing' * best.checkpointing}")
+              f"{best.micro_batch_size}{' --activation-checkpointing' * best.activation_checkpointing}")
