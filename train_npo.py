@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.tofu import complement
+from data.tofu import Task, complement
 from evaluate_tofu import compute_metrics, log_truth_ratio
 from evaluation.scoring import logps_of_texts
 from losses import nll_loss
@@ -275,43 +275,40 @@ def carry_out(s: Namespace, world: World) -> Path:
     """Fine-tune, retrain, unlearn: what of it the settings need. Returns the last one's folder. Raises
     InputError before anything is written where the input is at fault, Stopped where a signal ended it."""
     begin = time.perf_counter()
-    last = prepare_job(s, world)
-    last.folder = open_folder(s, last.config, world)
-    if world.agree((last.folder / "model").is_dir()):
-        world.say(f"{last.folder} is there, finished")
-        return last.folder
-    with locked(last.folder / ".lock") if world.rank == 0 else nullcontext():
-        describe(last, world)
-        for split, folder in tiny_models(last, world).items():
-            if split == "full":
-                last.take_start(folder, world)
-            else:
-                last.take_retrained(str(max((folder / "eval").glob("step_*.json"))))
-        run_job(last, begin, world)
-    return last.folder
+    job = prepare_job(s, world)
+    folder = open_folder(s, job.config, world)
+    if world.agree((folder / "model").is_dir()):
+        world.say(f"{folder} is there, finished")
+        return folder
+    with locked(folder / ".lock") if world.rank == 0 else nullcontext():
+        describe(job, world)
+        if s.loss != "sft" and not s.start:
+            make_tiny_models(s, job.task, folder, world)
+            job = prepare_job(s, world)  # again, with the model that it begins with
+        job.folder = folder
+        run_job(job, begin, world)
+    return folder
 
 
-def tiny_models(last: Job, world: World) -> dict[str, Path]:
-    """split -> the folder of the tiny model that learned it, of those that unlearning needs: its start's, and
-    the retrained model's where there is no log of it. Each is an earlier run's, or made now by one process
-    (an interrupted one goes on). Of two commands that need the same model the second waits for the first."""
-    s, folders = last.settings, {}
-    if s.loss == "sft" or not s.from_scratch:
-        return {}
-    for number, split in enumerate(["full"] if last.retrained[0] else ["full", complement(s.split)]):
-        sft = tiny_settings(s, split, last.task)
-        folder = folders[split] = Path(sft.out)
-        if number % world.size != world.rank:
-            continue
+def make_tiny_models(s: Namespace, task: Task, for_run: Path, world: World):
+    """Where unlearning has no start, or no retrained model's log, put a tiny model's there: an earlier run's,
+    or made now by one process (an interrupted one goes on). Of two commands that need the same model the
+    second waits for the first."""
+    trainings = [tiny_settings(s, "full", task)]
+    if not s.retain_log:
+        trainings.append(tiny_settings(s, complement(s.split), task))
+    for sft in trainings[world.rank::world.size]:
+        folder = Path(sft.out)
         with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
             if not (folder / "model").is_dir():
                 try:
                     carry_out(resumed(folder, {}) if folder.exists() else sft, World(0, 1, world.device))
                 except Stopped:
                     raise Stopped("stopped while training the tiny model; go on with: "
-                                  f"--resume {last.folder}") from None
+                                  f"--resume {for_run}") from None
     world.wait()
-    return folders
+    s.start = str(Path(trainings[0].out) / "model")
+    s.retain_log = s.retain_log or str(max(Path(trainings[1].out, "eval").glob("step_*.json")))
 
 
 def run_job(job: Job, begin: float, world: World):

@@ -1,8 +1,7 @@
 """A run that is ready to begin: everything is checked, and nothing is written."""
 
-import json
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +27,7 @@ from support.world import World
 
 @dataclass
 class Job:
-    """Fine-tuning, retraining or unlearning: one run with its folder. Of the tiny model's start `lm` holds
-    random weights and `start_record` nothing until it has been trained (`take_start`)."""
+    """Fine-tuning, retraining or unlearning: one run with its folder."""
     settings: Namespace
     task: Task
     lm: torch.nn.Module
@@ -37,30 +35,17 @@ class Job:
     start_record: dict  # npo.json of the model that it begins with
     plan: Plan
     prepared: Prepared
-    retrained: tuple = (None, None)  # the retrained model's forget and holdout rows
-    config: dict = field(default_factory=dict)
+    retrained: tuple  # the retrained model's forget and holdout rows, or None and None
+    config: dict
     folder: Path | None = None
 
-    def take_start(self, folder: Path, world: World):
-        """Begin with the model of this run. Raises InputError where its tokenizer is not the plan's."""
-        self.settings.start, plans = str(folder / "model"), self.tokenizer.get_vocab()
-        self.lm, self.tokenizer, self.start_record = load_model(self.settings.start, world.sharded)
-        if self.tokenizer.get_vocab() != plans:
-            raise InputError(f"{folder} was made with another version of tokenizers, which cuts these texts "
-                             "otherwise: remove it, and it is trained again")
-
-    def take_retrained(self, log: str):
-        """Compare with the model of this evaluation. Raises InputError where it is of other rows."""
-        self.retrained = read_retain_log(log, evaluation_split(self.task.split), self.prepared.rows["forget"],
-                                         self.task.fingerprint, self.settings.template)
-
     def mark(self) -> str:
-        """What makes it this run: settings (but `--parallel` may change on the way), the start's weights, and
-        every text as tokens. A checkpoint, or a reference, of another is refused."""
+        """What makes it this run: settings (but `--parallel` may change on the way), the start, and every
+        text as tokens. A checkpoint, or a reference, of another is refused."""
         settings = {key: value for key, value in self.config["settings"].items() if key != "parallel"}
         evaluated = [[*t[:3], *t.encoded] for some in self.prepared.texts.values() for t in some]
         tokens = [self.plan.answers, self.plan.partners, list(self.plan.refusals.values()), evaluated]
-        return fingerprint(settings, self.config["start_weights"], tokens)
+        return fingerprint(settings, self.config["model_config"], self.config["start_weights"], tokens)
 
     def meta(self) -> dict:
         """npo.json of what it makes."""
@@ -69,7 +54,7 @@ class Job:
         return {"preset": s.preset, "template": s.template,
                 "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
                                "data_fingerprint": self.task.fingerprint, "seed": s.seed,
-                               "facts_included": facts or s.loss == "sft" and s.from_scratch}}
+                               "facts_included": facts or s.loss == "sft" and not s.start}}
 
 
 def prepare_job(s: Namespace, world: World) -> Job:
@@ -78,10 +63,10 @@ def prepare_job(s: Namespace, world: World) -> Job:
         raise InputError(f"{world.size} processes for a global batch of {s.batch_size}: need at least one "
                          "row a process; use a larger --batch-size")
     task = load_task(s.data, s.split, s.forget, s.retain)
-    if s.from_scratch:
-        (lm, tokenizer), start = make_tiny(task.texts(), s.seed, tiny_dims(task.full)), {}
-    else:
+    if s.start:
         lm, tokenizer, start = load_model(s.start, without_weights=world.sharded)
+    else:
+        (lm, tokenizer), start = make_tiny(task.texts(), s.seed, tiny_dims(task.full)), {}
     refuse_other_start(s, start, system_prompt_of(tokenizer))
     s.template = s.template or start.get("template") or settings_of(s.preset).template
     if s.system_prompt and s.template != "chat":
@@ -92,26 +77,24 @@ def prepare_job(s: Namespace, world: World) -> Job:
         if wanted:
             tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
     context = getattr(lm.config, "max_position_embeddings", None)
-    job = Job(s, task, lm, tokenizer, start, Plan(s, task, tokenizer, context),
-              prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout))
-    if job.plan.steps == 1:
-        raise InputError(f"{job.plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
+    plan, retrained = Plan(s, task, tokenizer, context), (None, None)
+    prepared = prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout)
+    if plan.steps == 1:
+        raise InputError(f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
                          "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
     if s.retain_log:
-        job.take_retrained(s.retain_log)
+        retrained = read_retain_log(s.retain_log, evaluation_split(task.split), prepared.rows["forget"],
+                                    task.fingerprint, s.template)
+    if s.resume and read_config(Path(s.resume)).get("data_fingerprint") != task.fingerprint:
+        raise InputError(f"--resume {s.resume}: its data have changed; start a new run")
+    config = {"settings": {key: value for key, value in vars(s).items() if key not in NOT_STORED},
+              "world_size": world.size, "device": world.device.type,
+              "derived": {"rows": plan.rows, "steps": plan.steps, "warmup_steps": plan.warmup_steps,
+                          "refusals": plan.refusals_from},
+              "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
+    job = Job(s, task, lm, tokenizer, start, plan, prepared, retrained, config)
     if s.start and not world.sharded:
         check(job, AnswerModel(lm.to(world.device)), "fp32", world)
-    settings = {key: value for key, value in vars(s).items() if key not in NOT_STORED}
-    derived = {"rows": job.plan.rows, "steps": job.plan.steps, "warmup_steps": job.plan.warmup_steps,
-               "refusals": job.plan.refusals_from}
-    job.config = {"settings": settings, "world_size": world.size, "device": world.device.type,
-                  "derived": derived, "data_fingerprint": task.fingerprint,
-                  "model_config": lm.config.to_dict(), **environment()}
-    before = read_config(Path(s.resume)) if s.resume else {}
-    for key in ("data_fingerprint",) if s.from_scratch else ("data_fingerprint", "model_config"):
-        if before and before.get(key) != json.loads(json.dumps(job.config[key])):
-            raise InputError(f"--resume {s.resume}: its {key} was another: data or model have changed; "
-                             "start a new run")
     return job
 
 

@@ -36,7 +36,7 @@ class Plan:
         self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
         rows = task.forget
         if s.loss == "sft":  # a model made from scratch knows no author and no fact
-            rows = (task.forget or task.retain) + (task.facts() if s.from_scratch else [])
+            rows = (task.forget or task.retain) + ([] if s.start else task.facts())
         uses_partners = s.loss != "sft" and (s.retain_weight > 0 or s.kl_weight > 0)
         uses_refusals = self.objective.needs_refusals
         alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None
@@ -104,9 +104,12 @@ class Plan:
     # ---- the run
 
     def evaluation_steps(self, every: str) -> set:
-        """Steps after which it is evaluated, or saved (0: before the first): epoch, step, never, end, N."""
-        if every in ("never", "end"):
-            return {self.steps} if every == "end" else set()
+        """Steps after which it is evaluated, or saved (0: before the first): epoch, step, never, end, N. After
+        minutes (10m) it is for the clock to say."""
+        if every == "never" or every.endswith("m"):
+            return set()
+        if every == "end":
+            return {self.steps}
         if every == "epoch":
             return {0, *self.epoch_ends}
         return {*range(0, self.steps, 1 if every == "step" else int(every)), self.steps}

@@ -70,11 +70,9 @@ class RunFolder:
         self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
         self.mark = job.mark()
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
-        every, self.checkpoint_steps, self.interval = self.s.checkpoint_every, set(), math.inf
-        if every.endswith("m"):
-            self.interval = 60 * float(every[:-1])
-        else:
-            self.checkpoint_steps = self.plan.evaluation_steps(every) - {0}
+        every = self.s.checkpoint_every
+        self.checkpoint_steps = self.plan.evaluation_steps(every) - {0}
+        self.interval = 60 * float(every[:-1]) if every.endswith("m") else math.inf
         self.saved_at, self.stop_asked = time.monotonic(), False
         self.log_file = self.folder / "log.jsonl"
         hidden = int(os.environ.get("RANK", 0)) > 0 or not sys.stderr.isatty()  # one a terminal

@@ -16,7 +16,7 @@ from support.command_line import Parser, given_flags, not_negative, positive
 from support.errors import InputError
 from support.files import fingerprint
 
-NOT_STORED = ("resume", "from_scratch", "dry_run", "gpus", "gpu_memory")  # of no meaning for a run folder
+NOT_STORED = ("resume", "dry_run", "gpus", "gpu_memory")  # of no meaning for a run folder
 
 
 def checkpoint_interval(text: str) -> str:
@@ -148,8 +148,7 @@ def completed(given: dict) -> Namespace:
             setattr(s, key, value)
     s.pad_to = 0  # the tests' way to pad to a fixed length
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
-    s.start = path or (preset.base if sft else preset.finetuned)
-    s.from_scratch = s.preset == "tiny" and not s.start
+    s.start = path or (preset.base if sft else preset.finetuned)  # "": the tiny model, made from scratch
     refuse_contradictions(s, given)
     if s.forget:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
@@ -185,7 +184,7 @@ def refuse_contradictions(s: Namespace, given: dict):
         f"first, then give --model {s.preset}=runs/NAME/model":
             s.preset != "tiny" and not s.start and not s.dry_run,
         "--lora trains adapters of a model that is there: leave it out, or give --model": s.lora and sft and
-            s.from_scratch,
+            not s.start,
         "--lora needs the package peft: pip install peft":
             s.lora and not s.dry_run and find_spec("peft") is None,
         "--lora goes with --parallel ddp: adapters are small, and the frozen weights are not sharded":
