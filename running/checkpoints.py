@@ -79,16 +79,15 @@ def load(path: Path, model, optimizer):
     """Put weights and moments back, whichever processes wrote them."""
     weights, moments = Rows(path, "weights"), Rows(path, "optimizer")
     parameters = trained(model)
-    # AdamW keeps its step count, a scalar, on the CPU unless it is fused on a GPU.
-    fused = any(group.get("fused") for group in optimizer.param_groups)
     with torch.no_grad():
         for name, parameter in parameters.items():
             weights.read(name, parameter)
         for key in moments.pieces:
             name, kind = key.rsplit("/", 1)
             p = parameters[name]
-            count = torch.zeros((), device=local(p).device if fused else "cpu")
-            optimizer.state[p][kind] = moments.read(key, count if kind == "step" else torch.zeros_like(p))
+            # AdamW's step count is a scalar, on the parameter's device where it is fused.
+            into = torch.zeros((), device=local(p).device) if kind == "step" else torch.zeros_like(p)
+            optimizer.state[p][kind] = moments.read(key, into)
 
 
 class Rows:

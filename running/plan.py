@@ -104,8 +104,8 @@ class Plan:
     # ---- the run
 
     def evaluation_steps(self, every: str) -> set:
-        """Steps after which it is evaluated, or saved (0: before the first): epoch, step, never, end, N. After
-        minutes (10m) it is for the clock to say."""
+        """Steps after which it is evaluated, or saved (0: before the first): epoch, step, never, end, N; none
+        of the clock's (10m)."""
         if every == "never" or every.endswith("m"):
             return set()
         if every == "end":

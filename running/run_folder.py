@@ -41,22 +41,23 @@ class Stopped(Exception):
 
 
 def open_folder(s: Namespace, config: dict, world: World) -> Path:
-    """The run folder, which appears with its config.json in one rename. Raises InputError where it exists."""
+    """The run folder, which appears with its config.json in one rename."""
     if s.resume:
         return Path(s.resume)
-    name = f"runs/{s.method}_{s.split}"  # and a number, where that is taken
-    names = [s.out] if s.out else [name, *(f"{name}-{k}" for k in range(2, 10_000))]
-    folder = next((path for path in map(Path, names) if not path.exists()), None)
-    if folder and world.rank == 0:
+    name, k = f"runs/{s.method}_{s.split}", 1
+    folder = Path(s.out or name)
+    while not s.out and folder.exists():
+        k += 1
+        folder = Path(f"{name}-{k}")
+    folder = world.agree(folder)
+    if world.rank == 0:
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         try:
             write_json(aside / "config.json", config)
             os.rename(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # nothing is left of it after the rename
-    folder = world.agree(folder)
-    if folder is None:
-        raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
+    world.wait()
     return folder
 
 
@@ -66,9 +67,9 @@ class RunFolder:
 
     def __init__(self, job, reference, metrics_of: Callable, log_ratio_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
-        self.reference, self.meta, self.world = reference, job.meta(), world
+        self.reference, self.mark, self.world = reference, job.mark(), world
         self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
-        self.mark = job.mark()
+        self.evaluations = {}  # step -> metrics
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
         every = self.s.checkpoint_every
         self.checkpoint_steps = self.plan.evaluation_steps(every) - {0}
@@ -115,12 +116,15 @@ class RunFolder:
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+        for path in sorted((self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")):
+            step = int(path.stem.removeprefix("step_"))
+            if step <= state["step"]:
+                self.evaluations[step] = json.loads(path.read_text())["metrics"]
+            elif self.world.rank == 0:
+                path.unlink()
         if self.world.rank == 0:
             with open(self.log_file, "ab") as file:
                 file.truncate(state["log_bytes"])
-            for step, later in self.evaluation_files().items():
-                if step > state["step"]:
-                    later.unlink()
         self.bar.update(state["step"])
         return state["step"]
 
@@ -157,55 +161,46 @@ class RunFolder:
             rows = evaluate(model, self.job.prepared, self.job.tokenizer, world=self.world,
                             batch_size=settings_of(self.s.preset).eval_batch_size,
                             reference=self.reference and self.reference.evaluation())
-        metrics = self.metrics_of(rows, *self.job.retrained)
+        metrics = self.evaluations[step] = self.metrics_of(rows, *self.job.retrained)
         if self.world.rank == 0:
             # Before its first step the model is the start.
-            trained_on = self.meta["trained_on"] if step > 0 else self.job.start_record.get("trained_on", {})
-            provenance = {"run": self.folder.name, "step": step, "trained_on": trained_on,
+            meta = self.job.meta() if step > 0 else self.job.start_record
+            provenance = {"run": self.folder.name, "step": step, "trained_on": meta.get("trained_on", {}),
                           "split": evaluation_split(self.job.task.split), "data": self.s.data,
                           "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
                           "dtype": self.s.dtype, **environment()}
-            content = {"metrics": metrics, "rows": rows, "provenance": provenance}
-            write_json(self.folder / "eval" / f"step_{step:06d}.json", content)
-        if self.s.keep == "best" and step > 0:
-            evaluations = self.evaluations() if self.world.rank == 0 else {}
-            if self.world.agree(self.world.rank == 0 and best_step(evaluations) == step):
-                self.save_aside(model.lm, "best", evaluations, step)
+            write_json(self.evaluation_file(step),
+                       {"metrics": metrics, "rows": rows, "provenance": provenance})
+        if self.s.keep == "best" and step > 0 and best_step(self.evaluations) == step:
+            self.save_aside(model.lm, "best", step)
         self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
                        f"({time.perf_counter() - begin:.1f} s)")
 
-    def evaluation_files(self) -> dict:
-        """step -> file of the evaluations so far."""
-        files = (self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")
-        return {int(path.stem.removeprefix("step_")): path for path in sorted(files)}
-
-    def evaluations(self) -> dict:
-        """step -> metrics of the evaluations so far."""
-        return {step: json.loads(path.read_text())["metrics"]
-                for step, path in self.evaluation_files().items()}
+    def evaluation_file(self, step: int) -> Path:
+        return self.folder / "eval" / f"step_{step:06d}.json"
 
     # ---- the end
 
-    def save_aside(self, lm, name: str, evaluations: dict, step: int):
+    def save_aside(self, lm, name: str, step: int):
         """The model with its card in folder/NAME, whole or not at all. Raises OSError without room."""
         with whole_folder(self.folder / name, self.world) as aside:
-            save_model(lm, self.job.tokenizer, aside, self.meta, self.world)
+            save_model(lm, self.job.tokenizer, aside, self.job.meta(), self.world)
             if self.world.rank == 0:
                 config = json.loads((self.folder / "config.json").read_text())
-                card = model_card(self.s, config, evaluations, step)
+                card = model_card(self.s, config, self.evaluations, step)
                 (aside / "README.md").write_text(card, encoding="utf-8")
 
     def finish(self, model: AnswerModel, seconds: float):
         """The result in model/, the picture, and what a reader wants to see first."""
-        evaluations, files = self.evaluations(), self.evaluation_files()
-        self.save_aside(model.lm, "model", evaluations, self.plan.steps)
+        evaluations = self.evaluations
+        self.save_aside(model.lm, "model", self.plan.steps)
         self.world.say(f"{self.folder / 'model'}: written after {seconds:.0f} s")
         if self.world.rank > 0 or len(evaluations) < 2:
             return
         start, last = min(evaluations), max(evaluations)
         for name, step in {"start": start, "best": best_step(evaluations), "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
-        before, after = (json.loads(files[step].read_text())["rows"] for step in (start, last))
+        before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
         forget_rows = {"start": before["forget"], "retrained": self.job.retrained[0],
                        "unlearned": after["forget"]}
         samples = {name: list(map(self.log_ratio_of, rows or [])) for name, rows in forget_rows.items()}

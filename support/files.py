@@ -15,22 +15,18 @@ from support.errors import InputError
 MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
 
 
-@contextmanager
 def locked(file: Path, wait: bool = False):
-    """Hold `file` as a lock. Raises InputError where another process holds it and `wait` is False."""
+    """Hold `file` as a lock until the `with` ends. Raises InputError where another process holds it and
+    `wait` is False."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if not wait:
             raise InputError(f"{file.parent} is in use by a run: wait for it, or choose another") from None
         print(f"waiting for another run to finish {file.name}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 @contextmanager
