@@ -297,7 +297,7 @@ def recorded_split(trained_on: dict) -> str:
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):
     """States and head of the model before unlearning; the rest of it is let go. Raises InputError."""
-    lm = load_model(split_model(source)[1])[0]
+    lm = load_model(split_model(source)[1], flag="--reference")[0]
     if lm.config.vocab_size != vocabulary:
         raise InputError(f"--reference {source} has a vocabulary of {lm.config.vocab_size}, --model of "
                          f"{vocabulary}: need the model before unlearning")

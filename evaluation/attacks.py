@@ -313,7 +313,7 @@ def load_models(args) -> tuple[dict, object, dict]:
     for name in ("model", "start", "retrained"):
         source = getattr(args, name)
         if source:
-            models[name], tokenizer, meta = load_model(split_model(source)[1])
+            models[name], tokenizer, meta = load_model(split_model(source)[1], flag=f"--{name}")
             facts = {"another tokenizer": tokenizer.get_vocab(),
                      "other shapes": {key: tuple(x.shape) for key, x in models[name].state_dict().items()}}
             first = first or (facts, tokenizer, meta)

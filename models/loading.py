@@ -54,17 +54,18 @@ def make_tiny(texts: list, seed: int, dims: dict):
         return LlamaForCausalLM(config), tokenizer
 
 
-def load_model(source: str, without_weights: bool = False):
+def load_model(source: str, without_weights: bool = False, flag: str = "--model"):
     """(model, tokenizer, npo.json's content) from a folder, a `.gguf` file or a Hub id; float32, no dropout.
-    `without_weights`: its parameters have no memory yet, `sharded.fill` gives it. Raises InputError."""
+    `without_weights`: its parameters have no memory yet, `sharded.fill` gives it. Raises InputError, which
+    names the flag that asked for it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
     folder = Path(source)
     if folder.is_dir():
-        check_folder(folder, source)
+        check_folder(folder, f"{flag} {source}")
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise InputError(f"--model {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
+        raise InputError(f"{flag} {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
     try:
         # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -77,7 +78,7 @@ def load_model(source: str, without_weights: bool = False):
     except Exception as error:  # network, format and version errors: the sentence carries the cause
         where = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"--model {source}: cannot load it as safetensors ({cause}){where}") from None
+        raise InputError(f"{flag} {source}: cannot load it as safetensors ({cause}){where}") from None
     rows = model.get_input_embeddings().weight.shape[0]
     flaw = None
     if info["missing_keys"]:
@@ -87,7 +88,7 @@ def load_model(source: str, without_weights: bool = False):
     elif len(tokenizer) > rows:
         flaw = f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows: not of one model"
     if flaw:
-        raise InputError(f"--model {source}: {flaw}")
+        raise InputError(f"{flag} {source}: {flaw}")
     return model.eval(), tokenizer, read_meta(source)
 
 
@@ -131,7 +132,7 @@ def weights_folder(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def check_folder(folder: Path, source: str):
+def check_folder(folder: Path, named: str):
     """A model's folder is whole, no file's size is meant to fill the memory, no index and no adapter points
     elsewhere (code and pickles are never read). Raises InputError."""
     flaw = None
@@ -147,7 +148,7 @@ def check_folder(folder: Path, source: str):
     elif (folder / "adapter_config.json").exists():
         flaw = "holds an adapter (adapter_config.json) of another model; merge it, save the whole model"
     if flaw:
-        raise InputError(f"--model {source}: {flaw}")
+        raise InputError(f"{named}: {flaw}")
     weight_names(folder)
 
 
