@@ -38,7 +38,7 @@ def draw_trajectory(method: str, evaluations: dict, log: list, samples: dict) ->
     draw_curves(weight, [line["step"] for line in log],
                 {part.replace("_", " "): [line.get(part) for line in log] for part in parts})
     quality.set(title="forget quality")
-    kept.set(title="what is kept and what is lost", ylim=(-0.02, 1.02))
+    kept.set(title="what is kept and what is lost", ylim=(-0.02, 1.45))  # above 1: room for the legend
     weight.set(title="weight on gradient ascent's gradient" if weighted else "parts of the loss")
     if quality.lines:
         quality.axhline(math.log10(0.05), color="tab:red", linestyle="--", label="0.05")
@@ -52,7 +52,7 @@ def draw_trajectory(method: str, evaluations: dict, log: list, samples: dict) ->
     for axes in grid:
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(fontsize=8, framealpha=0.4)
+            axes.legend(fontsize=8, framealpha=0.4, ncols=2 if axes is kept else 1)
         else:
             axes.remove()
     return figure
