@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 
 from evaluation.logs import metrics_table
 from losses import OBJECTIVES
-from models.presets import PRESETS
 from support.command_line import markdown_table
 
 BINS = 30  # of a histogram
@@ -68,7 +67,7 @@ def draw_curves(axes, steps: list, curves: dict, look: str = "-"):
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-{base}tags:
+tags:
 - {kind}
 - {loss}
 ---
@@ -100,9 +99,7 @@ SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batc
 
 def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics, of which
-    the start's and the last up to `step` are told. No path of this machine is in it: data and start are named
-    as far as others can know them."""
-    published = {name for preset in PRESETS.values() for name in (preset.base, preset.finetuned) if name}
+    the start's and the last up to `step` are told. No path of this machine is in it."""
     is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
     data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
@@ -111,8 +108,8 @@ def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     settings["step"] = f"{step} of {config['derived']['steps']}"
     settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(
-        base=f"base_model: {s.start}\n" if s.start in published else "", kind=kind, loss=s.loss,
-        method=s.method, split=s.split, about=about.format(split=s.split, data=data, method=s.method),
+        kind=kind, loss=s.loss, method=s.method, split=s.split,
+        about=about.format(split=s.split, data=data, method=s.method),
         numbers="\n\n".join(f"Step {k}:\n\n{metrics_table(evaluations[k])}"
                             for k in sorted({*evaluated[:1], *evaluated[-1:]})),
         settings="\n".join(markdown_table(["setting", ""], settings.items())))
