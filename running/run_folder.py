@@ -106,16 +106,15 @@ class RunFolder:
         path, passed_over = checkpoints.latest(self.folder / "checkpoints")
         for sentence in passed_over:
             self.world.say(sentence)
-        state = {"step": 0, "log_bytes": 0, "scaler": {}}
+        state = {"step": 0, "log_bytes": 0}
         if path:
             state = json.loads((path / "state.json").read_text())
-            if state.get("run") != self.mark or state["step"] > self.plan.steps:
+            if state.get("run") != self.mark:
                 raise InputError(f"{path} was written by another run, or by an earlier version; move it "
                                  "away, or start a new run")
             checkpoints.load(path, model.lm, optimizer)
-            self.world.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
-        if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+            self.world.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
         for path in sorted((self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")):
             step = int(path.stem.removeprefix("step_"))
             if step <= state["step"]:
