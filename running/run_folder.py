@@ -1,8 +1,6 @@
 """What a training run leaves, and what happens around its steps: evaluations, checkpoints, the log, signals.
 
     config.json  log.jsonl  eval/step_000013.json  checkpoints/  reference/  model/  trajectory.png
-
-Process 0 writes every file, aside first and then renamed; only `reference/` has a file a process.
 """
 
 import json
@@ -168,8 +166,8 @@ class RunFolder:
                           "split": evaluation_split(self.job.task.split), "data": self.s.data,
                           "data_fingerprint": self.job.task.fingerprint, "template": self.s.template,
                           "dtype": self.s.dtype, **environment()}
-            write_json(self.evaluation_file(step),
-                       {"metrics": metrics, "rows": rows, "provenance": provenance})
+            content = {"metrics": metrics, "rows": rows, "provenance": provenance}
+            write_json(self.evaluation_file(step), content)
         if self.s.keep == "best" and step > 0 and best_step(self.evaluations) == step:
             self.save_aside(model.lm, "best", step)
         self.world.say(f"step {step:5d}/{self.plan.steps}  evaluation: {told(metrics)}  "
@@ -185,8 +183,7 @@ class RunFolder:
         with whole_folder(self.folder / name, self.world) as aside:
             save_model(lm, self.job.tokenizer, aside, self.job.meta(), self.world)
             if self.world.rank == 0:
-                config = json.loads((self.folder / "config.json").read_text())
-                card = model_card(self.s, config, self.evaluations, step)
+                card = model_card(self.s, self.job.config, self.evaluations, step)
                 (aside / "README.md").write_text(card, encoding="utf-8")
 
     def finish(self, model: AnswerModel, seconds: float):

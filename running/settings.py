@@ -57,10 +57,8 @@ def add_objective(add):
         help="weight of K, the divergence from the reference on retain rows")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
         help="K's order; policy_reference is the paper's")
-    published = {name: objective.published for name, objective in OBJECTIVES.items() if objective.published}
-    of_beta = ", ".join(f"{name} {settings['beta']:g}" for name, settings in published.items())
     add("--beta", type=positive(float),
-        help=f"inverse temperature (default: the preset's for npo, dpo, kto, simnpo; {of_beta})")
+        help="inverse temperature (default: the loss's published one, else the preset's)")
     add("--beta2", type=positive(float), help="satimp's power of 1 - p (default: 1)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
