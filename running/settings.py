@@ -200,8 +200,7 @@ def refuse_without_effect(s: Namespace, given: dict):
     objective = OBJECTIVES[s.loss]
     pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
     idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs,
-            "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
-            "system_prompt": s.template not in (None, "chat")}
+            "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never"}
     for other in OBJECTIVES.values():
         idle.update({name: name not in objective.settings or s.forget_weight == 0 for name in other.settings})
     here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
