@@ -63,11 +63,18 @@ def log_truth_ratio(row: dict) -> float | None:
     perturbed answers."""
     if not row.get("perturbed_nll"):
         return None
-    truth_nll, truth_tokens = row.get("paraphrased_nll"), row.get("paraphrased_tokens")
-    if truth_nll is None:  # real authors and world facts: the answer stands for its paraphrase
-        truth_nll, truth_tokens = row["answer_nll"], row["answer_tokens"]
+    # Real authors and world facts: the answer stands for its paraphrase.
+    truth = "answer" if row.get("paraphrased_nll") is None else "paraphrased"
     perturbed = np.divide(row["perturbed_nll"], row["perturbed_tokens"])
-    return float(perturbed.mean() - truth_nll / truth_tokens)
+    return float(perturbed.mean() - row[f"{truth}_nll"] / row[f"{truth}_tokens"])
+
+
+def truth_ratio(row: dict, forget: bool) -> float | None:
+    """min(R, 1/R) of a forget row, max(0, 1 - 1/R) of another; None without perturbed answers."""
+    log_ratio = log_truth_ratio(row)
+    if log_ratio is None:
+        return None
+    return np.exp(-abs(log_ratio)) if forget else -np.expm1(-max(log_ratio, 0))
 
 
 def probability(row: dict, of: str = "answer") -> float | None:
@@ -87,18 +94,10 @@ def probability_among_options(row: dict) -> float | None:
 
 def set_metrics(name: str, rows: list) -> dict:
     """{"rouge_l_recall", "probability", "truth_ratio", "rows", ..} of a set; None: rows can't tell."""
-    log_ratios = [log_truth_ratio(row) for row in rows]
     of_answer = probability_among_options if name in ("real_authors", "world_facts") else probability
-    truth_ratio = None
-    if None not in log_ratios:
-        x = np.array(log_ratios)
-        if name == "forget":
-            truth_ratio = float(np.exp(-np.abs(x)).mean())
-        else:
-            truth_ratio = float(np.maximum(0, -np.expm1(-np.maximum(x, 0))).mean())
-    return {"rouge_l_recall": float(np.mean([row["rouge_l_recall"] for row in rows])),
+    return {"rouge_l_recall": mean([row["rouge_l_recall"] for row in rows]),
             "probability": mean([of_answer(row) for row in rows]),
-            "truth_ratio": truth_ratio, "rows": len(rows),
+            "truth_ratio": mean([truth_ratio(row, name == "forget") for row in rows]), "rows": len(rows),
             "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
             "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
             "paraphrase_probability": mean([probability(row, "paraphrased") for row in rows])}
