@@ -28,10 +28,10 @@ its logarithm, so that a model that has collapsed gives numbers too.
 """
 
 import math
-import os
 import sys
 import zlib
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -280,18 +280,12 @@ def task_of(args, trained_on: dict) -> Task:
     """The rows that a model is judged on: own ones, or of the data and the split that flags or its record
     name. Raises InputError."""
     own = args.forget or args.retain
+    split = args.split or evaluation_split(trained_on.get("split") or "full")
     if own and (args.data or args.split):
         raise InputError("--forget and --retain are the data and the split: leave out --data and --split")
-    split = "own" if own else args.split or recorded_split(trained_on)
-    return load_task(args.data or trained_on.get("data") or "builtin", split, args.forget, args.retain)
-
-
-def recorded_split(trained_on: dict) -> str:
-    """The forget split that a model, by its record, is to be judged on. Raises InputError for own rows."""
-    split = trained_on.get("split") or "full"
-    if split == "own":
+    if split == "own" and not own:
         raise InputError("the model was trained on rows of its own: give them with --forget and --retain")
-    return evaluation_split(split)
+    return load_task(args.data or trained_on.get("data") or "builtin", split, args.forget, args.retain)
 
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):
@@ -306,10 +300,10 @@ def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world)
 def refuse_unwritable(files: list):
     """Raises InputError where one of the files can't be written: before minutes of work, not after."""
     for file in files:
-        absolute = Path(file).absolute()
-        place = next(p for p in absolute.parents if p.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK) or str(absolute).startswith("/proc/"):
-            raise InputError(f"cannot write {file}: choose a place with the right to write")
+        try:
+            TemporaryFile(dir=next(p for p in Path(file).absolute().parents if p.exists())).close()
+        except OSError as error:
+            raise InputError(f"cannot write {file} ({error}): choose another place") from None
 
 
 def check_arguments(args, given: dict):
@@ -323,21 +317,17 @@ def check_arguments(args, given: dict):
     if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
         raise InputError(f"--plot {args.plot}: need a name that ends in .png, .pdf or .svg")
     refuse_unwritable([file for file in (args.out, args.plot) if file])
-    measuring = {"data", "forget", "retain", "template", "reference", "max_rows", "max_new_tokens",
-                 "batch_size", "dtype", "device"}
-    without = sorted(measuring & set(given)) if args.log else []
-    if without:
-        raise InputError(f"--log holds what was measured: --{without[0].replace('_', '-')} has no effect "
-                         "there, leave it out")
+    idle = sorted(given.keys() - {"log", "split", "retain_log", "out", "plot"}) if args.log else []
+    if idle:
+        raise InputError(f"--log holds what was measured: --{idle[0].replace('_', '-')} has no effect there, "
+                         "leave it out")
 
 
 def judge_log(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, retrained model's rows) of `--log`."""
     rows, provenance = read_log(args.log)
-    own = provenance.get("split") == "own"
-    split = "own" if own else args.split or provenance.get("split") or "forget10"
-    if not own:
-        expect_split(rows, provenance, split, args.log)
+    split = args.split or provenance.get("split") or "forget10"
+    expect_split(rows, provenance, split, args.log)
     retrained = read_retain_log(args.retain_log, split, rows["forget"], provenance.get("data_fingerprint"),
                                 provenance.get("template"), args.log)
     return rows, provenance, retrained

@@ -138,11 +138,12 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, fingerprint
 
 def expect_split(rows: dict, provenance: dict, split: str, path: str):
     """A log's split, or a released one's number of forget rows, is this one's. Raises InputError."""
-    if provenance.get("split") not in (None, "own", split):
+    if provenance.get("split") not in (None, split):
         raise InputError(f"{path} was measured for --split {provenance['split']}, not {split}")
-    expected = min(MAX_ROWS, 40 * parse_split(split)[1])
-    if provenance.get("format") == "TOFU" and len(rows["forget"]) != expected:
-        raise InputError(f"{path} holds {len(rows['forget'])} rows, {split} has {expected}: of another split")
+    if provenance.get("format") == "TOFU":
+        expected, rows_there = min(MAX_ROWS, 40 * parse_split(split)[1]), len(rows["forget"])
+        if rows_there != expected:
+            raise InputError(f"{path} holds {rows_there} rows, {split} has {expected}: of another split")
 
 
 def metrics_table(metrics: dict) -> str:

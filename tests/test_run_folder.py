@@ -4,11 +4,12 @@ made."""
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
-from evaluate_tofu import log_truth_ratio, recorded_split
+from evaluate_tofu import log_truth_ratio, task_of
 from models.loading import load_model
 from running import run_folder
 from running.job import describe, prepare_job
@@ -177,9 +178,12 @@ def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tm
 
 
 def test_evaluation_takes_the_split_from_the_models_record():
-    assert [recorded_split(record)
+    args = Namespace(data=None, split=None, forget=None, retain=None)
+    assert [task_of(args, record).split
             for record in ({"split": "forget05"}, {"split": "retain95"}, {"split": "full"}, {})] \
         == ["forget05", "forget05", "forget10", "forget10"]
+    with pytest.raises(InputError, match="rows of its own"):
+        task_of(args, {"split": "own"})
 
 
 def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
