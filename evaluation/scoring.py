@@ -155,21 +155,19 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
              reference: ReferenceStates | None = None, progress: bool = False) -> dict:
     """Score all rows: set -> list of row results, complete and in order, the same on every process. Rows are
     dealt over processes. `reference` adds KL(reference || model)."""
-    mine = list(prepared.texts)[world.rank::world.size]
-    asked = [key for key in mine if key in prepared.prompts]
-    results = {key: {"index": key[1]} for key in mine}
-    total = sum(len(prepared.texts[key]) for key in mine) + len(asked)
+    results = {key: {"index": key[1]} for key in list(prepared.texts)[world.rank::world.size]}
+    asked = [key for key in results if key in prepared.prompts]
+    asked.sort(key=lambda key: (len(prepared.prompts[key]), key))
+    total = sum(len(prepared.texts[key]) for key in results) + len(asked)
     with untouched(model, world), tqdm(total=total, desc="evaluate", unit="text", leave=False,
                                 disable=not progress) as bar:
         score_answers(model, prepared, results, reference, tokenizer.eos_token_id, world, bar)
-        by_length = sorted(asked, key=lambda key: (len(prepared.prompts[key]), key))
-        batches = [by_length[at:at + batch_size] for at in range(0, len(asked), batch_size)]
-        for keys, counts in in_step(batches, asked or list(prepared.prompts), world):
-            prompts = [prepared.prompts[key] for key in keys]
-            texts = generate(model, tokenizer, prompts, max_new_tokens, world)
+        batches = [asked[at:at + batch_size] for at in range(0, len(asked), batch_size)]
+        for keys, counts in in_step(batches, list(prepared.prompts), world):
+            texts = generate(model, tokenizer, [prepared.prompts[key] for key in keys], max_new_tokens, world)
             for key, text in zip(keys if counts else [], texts, strict=False):
-                answer = prepared.rows[key[0]][key[1]]["answer"]
-                results[key].update(rouge_l_recall=rouge_l_recall(answer, text), generation=text)
+                row = results[key]
+                row.update(rouge_l_recall=rouge_l_recall(row["answer"], text), generation=text)
             bar.update(len(keys))
     gathered = world.collect(results)
     merged = {key: row for part in gathered for key, row in part.items()}
