@@ -1,9 +1,6 @@
-"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024),
-written once.
-
-Every function is a pure function of log-probabilities: it knows no model, no device and no setting. The Llama
-of `train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call
-the same ones.
+"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024): pure
+functions of log-probabilities, which know no model, no device and no setting. The Llama of `train_npo.py`,
+the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call them.
 
     NPO, Eq. 3:         L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
     its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
@@ -156,7 +153,7 @@ def wga_loss(policy_token_logps: Tensor, beta: float) -> Tensor:
     """p^beta log p, (N,): gradient ascent with a weight that vanishes on what is forgotten (WGA, Wang et al.
     2025, arXiv 2502.19301)."""
     _check(beta, policy_token_logps)
-    return (beta * _capped(policy_token_logps)).exp() * policy_token_logps
+    return (beta * policy_token_logps.detach().clamp(max=0)).exp() * policy_token_logps
 
 
 def satimp_loss(policy_token_logps: Tensor, beta: float, beta2: float) -> Tensor:
@@ -164,7 +161,7 @@ def satimp_loss(policy_token_logps: Tensor, beta: float, beta2: float) -> Tensor
     2505.11953; beta and beta2 are its beta_1 and beta_2)."""
     _check(beta, policy_token_logps)
     _check(beta2)
-    logps = _capped(policy_token_logps)
+    logps = policy_token_logps.detach().clamp(max=0)  # rounding may lift it above 0, where 1 - p has no power
     return (beta * logps).exp() * (-logps.expm1()) ** beta2 * policy_token_logps
 
 
@@ -176,10 +173,10 @@ def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: f
 
 def ceu_loss(policy_logits: Tensor, targets: Tensor) -> Tensor:
     """-sum_v r_v log p_v, (N, V) and (N,) -> (N,), r the softmax of the policy's own logits with the target's
-    at -infinity (CE-U, Yang 2025, arXiv 2503.01224). That an answer's first token is skipped, as published,
-    is the caller's (`Objective.skips`): here every token has a value."""
-    assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
-    return _cross_entropy(policy_logits, policy_logits.detach().scatter(-1, targets.unsqueeze(-1), -math.inf))
+    at -infinity (CE-U, Yang 2025, arXiv 2503.01224): UNDIAL of the policy itself. That an answer's first
+    token is skipped, as published, is the caller's (`Objective.skips`)."""
+    beyond_every_logit = torch.finfo(torch.float64).max
+    return undial_loss(policy_logits, policy_logits, targets, beyond_every_logit)
 
 
 def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float) -> Tensor:
@@ -187,20 +184,11 @@ def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor
     reference's distribution with the target made less likely (UNDIAL, Dong et al. 2024, arXiv 2402.10052)."""
     _check(beta, policy_logits, reference_logits)
     assert policy_logits.shape[:-1] == targets.shape, (policy_logits.shape, targets.shape)
-    reference = reference_logits.detach().to(torch.promote_types(reference_logits.dtype, torch.float32))
-    less = reference.new_full((*targets.shape, 1), -min(beta, torch.finfo(reference.dtype).max))
-    return _cross_entropy(policy_logits, reference.scatter_add(-1, targets.unsqueeze(-1), less))
-
-
-def _capped(logps: Tensor) -> Tensor:
-    """Without gradient, and at most 0: rounding may lift log p above it, where 1 - p has no power."""
-    return logps.detach().clamp(max=0)
-
-
-def _cross_entropy(policy_logits: Tensor, target_logits: Tensor) -> Tensor:
     dtype = torch.promote_types(policy_logits.dtype, torch.float32)
-    target = target_logits.softmax(-1, dtype=dtype)
-    return -(target * policy_logits.log_softmax(-1, dtype=dtype)).sum(-1)
+    reference = reference_logits.detach().to(dtype)
+    less = reference.new_full((*targets.shape, 1), -min(beta, torch.finfo(dtype).max))
+    r = reference.scatter_add(-1, targets.unsqueeze(-1), less).softmax(-1)
+    return -(r * policy_logits.log_softmax(-1, dtype=dtype)).sum(-1)
 
 
 # ---------------------------------------------------------------- what `--loss NAME` means
