@@ -1,9 +1,8 @@
 """log pi(answer | prompt), the one thing that unlearning asks of a language model, and K against a reference.
 
 Only hidden states at answer positions meet the LM head, a chunk of tokens at a time: logits of every token,
-(S, T, V), never exist. `losses.token_logps` and `losses.kl_loss` say what is computed, here is how little of
-it is held. Shapes: S sequences of T tokens; N answer tokens, M the last of them, which have a K; H hidden
-size, V vocabulary.
+(S, T, V), never exist. Shapes: S sequences of T tokens; N answer tokens, M the last of them, which have a K;
+H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -49,15 +48,10 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: TokenBatch, kl_states: tuple[Tensor, Tensor] | None = None,
-                direction: str = "policy_reference",
-                on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
-        """log pi of each answer token (N,), in its place the loss of those that have one `on_logits`; and K
-        of the last M (M,), empty without `kl_states`: the reference's hidden states at these M tokens (M, H)
-        and its LM head's weight (V, H)."""
-        hidden = self.hidden(batch)
+    def forward(self, batch: TokenBatch, *asked) -> tuple[Tensor, Tensor]:
+        """`answer_values` of the batch; asked: its `kl_states`, `direction` and `on_logits`."""
         head = self.lm.get_output_embeddings().weight
-        return answer_values(hidden, head, batch.targets, kl_states, direction, on_logits)
+        return answer_values(self.hidden(batch), head, batch.targets, *asked)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
@@ -70,8 +64,7 @@ class AnswerModel(nn.Module):
                reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
         """All that an evaluation asks, from one pass: A is `own_tokens`, `reference` as `forward`'s
         `kl_states`. The head's logits are taken once, a chunk at a time."""
-        head = self.lm.get_output_embeddings().weight
-        hidden, weight = as_products(self.hidden(batch), head)
+        hidden, weight = as_products(self.hidden(batch), self.lm.get_output_embeddings().weight)
         known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
         others, size, chunks = len(hidden) - own_tokens, chunk_tokens(len(weight)), []
         for at in range(0, len(hidden), size):
@@ -114,7 +107,9 @@ def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
                   kl_states: tuple[Tensor, Tensor] | None = None,
                   direction: str = "policy_reference",
                   on_logits: OnLogits = NOTHING) -> tuple[Tensor, Tensor]:
-    """`AnswerModel.forward` from the hidden states (N, H) and the LM head's weight (V, H); targets (N,)."""
+    """From hidden states (N, H), the LM head's weight (V, H) and targets (N,): log pi of each answer token
+    (N,), in its place the loss of those that have one `on_logits`; and K of the last M (M,), empty without
+    `kl_states`: the reference's hidden states at these M tokens (M, H) and its LM head's weight (V, H)."""
     hidden, weight = as_products(hidden, weight)
     first_hidden, reference_weight = on_logits.states or (hidden[:0].detach(), weight.detach())
     kl_hidden, reference_weight = kl_states or (hidden[:0].detach(), reference_weight)  # M = 0: no K

@@ -58,7 +58,6 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
     """(model, tokenizer, npo.json's content) from a folder, a `.gguf` file or a Hub id; float32, no dropout.
     `without_weights`: its parameters have no memory yet, `sharded.fill` gives it. Raises InputError, which
     names the flag that asked for it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     if source.endswith(".gguf"):
         source = str(converted(Path(source)))
     folder = Path(source)
@@ -66,44 +65,49 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
         check_folder(folder, f"{flag} {source}")
     elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise InputError(f"{flag} {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
-    try:
-        # A crafted folder can't run code here: remote code stays off, and only safetensors are opened.
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if without_weights:
-            model, info = empty_model(source), {"missing_keys": []}
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, config=config_without_dropout(source), dtype=torch.float32, use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True)
-    except Exception as error:  # network, format and version errors: the sentence carries the cause
-        where = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{flag} {source}: cannot load it as safetensors ({cause}){where}") from None
+    advice = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
+    model, tokenizer = read(source, f"{flag} {source}: cannot load it as safetensors", advice,
+                            without_weights)
     rows = model.get_input_embeddings().weight.shape[0]
-    flaw = None
-    if info["missing_keys"]:
-        flaw = f"weights are missing, among them {min(info['missing_keys'])}; need the whole model"
-    elif not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        flaw = "need a fast tokenizer (tokenizer.json) with an end-of-sequence token"
-    elif len(tokenizer) > rows:
-        flaw = f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows: not of one model"
-    if flaw:
-        raise InputError(f"{flag} {source}: {flaw}")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None or len(tokenizer) > rows:
+        raise InputError(f"{flag} {source}: need a fast tokenizer (tokenizer.json) with an end-of-sequence "
+                         f"token and at most {rows} tokens, as the embedding has rows; it has "
+                         f"{len(tokenizer)}: not of one model")
     return model.eval(), tokenizer, read_meta(source)
 
 
-def config_without_dropout(source: str):
+def read(source, flaw: str, advice: str, without_weights: bool = False, **gguf):
+    """(model, tokenizer) by transformers, all weights there. A crafted folder can't run code here: remote
+    code stays off, and only safetensors are opened. Raises InputError: `flaw`, the cause, `advice`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
+        config = config_without_dropout(source, **gguf)
+        if without_weights:
+            return empty_model(source, config), tokenizer
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, **gguf)
+    except Exception as error:  # network, format and version errors: the sentence carries the cause
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"{flaw} ({cause}){advice}") from None
+    if info["missing_keys"]:
+        raise InputError(f"{flaw}: weights are missing, among them {min(info['missing_keys'])}")
+    return model, tokenizer
+
+
+def config_without_dropout(source, **gguf):
     """Dropout off for good: at step 0 the policy IS the reference, and resuming needs no random state."""
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
 
-def empty_model(source: str):
-    """The model of a config.json, its parameters without memory; buffers (rotary frequencies) are real."""
+def empty_model(source: str, config):
+    """The model of this config, its parameters without memory; buffers (rotary frequencies) are real."""
     from transformers import AutoModelForCausalLM, GenerationConfig
     register = nn.Module.register_parameter
 
@@ -113,8 +117,7 @@ def empty_model(source: str):
         register(module, name, parameter)
     nn.Module.register_parameter = on_meta
     try:
-        model = AutoModelForCausalLM.from_config(config_without_dropout(source), dtype=torch.float32,
-                                                 trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     finally:
         nn.Module.register_parameter = register
     if (Path(source) / "generation_config.json").is_file():
@@ -177,22 +180,14 @@ def converted(file: Path) -> Path:
 
 def read_gguf(file: Path):
     """(LlamaForCausalLM in float32, tokenizer with its chat template). Raises InputError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    try:
-        source = dict(gguf_file=file.name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-        read, info = AutoModelForCausalLM.from_pretrained(file.parent, **source, dtype=torch.float32,
-                                                          output_loading_info=True)
-    except Exception as error:  # format and version errors of every kind: the sentence carries the cause
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{file}: cannot read it as a Llama ({cause}); need a GGUF file, and the packages "
-                         "of pip install gguf accelerate") from None
-    if type(read) is not LlamaForCausalLM:
-        raise InputError(f"{file} holds a {type(read).__name__}, no Llama; take a folder of safetensors")
-    if info["missing_keys"]:
-        raise InputError(f"{file}: weights are missing, such as {min(info['missing_keys'])}; need them all")
+    from transformers import LlamaForCausalLM
+    quantised, tokenizer = read(file.parent, f"{file}: cannot read it as a Llama",
+                                "; need a GGUF file, and the packages of pip install gguf accelerate",
+                                gguf_file=file.name)
+    if type(quantised) is not LlamaForCausalLM:
+        raise InputError(f"{file} holds a {type(quantised).__name__}, no Llama; take a folder of safetensors")
     # A fresh model, so that nothing of the file's quantisation stays in what is saved.
-    vars(read.config).pop("quantization_config", None)
-    model = LlamaForCausalLM(read.config)
-    model.load_state_dict(read.state_dict())
+    vars(quantised.config).pop("quantization_config", None)
+    model = LlamaForCausalLM(quantised.config)
+    model.load_state_dict(quantised.state_dict())
     return model.eval(), tokenizer
