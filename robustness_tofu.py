@@ -62,23 +62,25 @@ def make_lab(args, lm, tokenizer, meta: dict) -> Lab:
     known = settings_of(split_model(args.model)[0] or meta.get("preset"))
     task = task_of(args, meta.get("trained_on", {}))
     rows = task.evaluated["forget"][:args.max_rows or None]
+    args.lr = args.lr or known.lr
     lab = Lab(task, tokenizer, meta.get("template") or known.template,
-              getattr(lm.config, "max_position_embeddings", None), rows, known, world, args.lr or known.lr,
-              tuple(args.shares), args.samples, args.sample_rows, args.seed, compute_metrics, log_truth_ratio)
+              getattr(lm.config, "max_position_embeddings", None), rows, known, world, args,
+              compute_metrics, log_truth_ratio)
     texts = [t.encoded for some in lab.prepared().texts.values() for t in some]
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
-    if "relearn" in (args.attacks or ATTACKS):  # a text above the context is refused now, not halfway
+    wanted = args.attacks or list(ATTACKS)
+    if "relearn" in wanted:  # a text above the context is refused now, not halfway
         pairs = [(row["question"], row["answer"]) for row in [*task.forget, *task.retain]]
         encode(tokenizer, lab.template, pairs, lab.context)
-    if "prompts" in (args.attacks or ATTACKS):
+    if "prompts" in wanted:
         try:
             asked_otherwise(lab)
         except InputError as error:
             if args.attacks:
                 raise
             print(f"note: prompts is left out: {error}")
-            args.attacks = [name for name in ATTACKS if name != "prompts"]
-    args.attacks = args.attacks or list(ATTACKS)
+            wanted.remove("prompts")
+    args.attacks = wanted
     return lab
 
 
@@ -103,7 +105,7 @@ def main(argv=None):
                           ("retrained", "no control, no forget quality")):
         if name not in models:
             print(f"note: without --{name}: {without}")
-    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {lab.lr:g}")
+    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
         carry_out(lab, models, result, args.attacks, out / "robustness.json")

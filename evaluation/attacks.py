@@ -9,6 +9,7 @@ quality compares a model with the retrained one in the SAME state.
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ NF4 = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.
 LEVELS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": torch.tensor(NF4)}
 PREFIX = "Sure, here is the answer:"
 SHOTS = 4  # retain rows before the question
+SETTINGS = ("lr", "shares", "samples", "sample_rows", "seed")
 STATED = 0.8  # ROUGE-L recall from which a sample states the fact, where no exact value is known
 
 
@@ -55,11 +57,7 @@ class Lab:
     rows: list  # the forget rows that are measured
     preset: object  # sizes of batches
     world: World
-    lr: float
-    shares: tuple  # of the forget rows, per cent, to relearn on
-    samples: int
-    sample_rows: int
-    seed: int
+    settings: Namespace  # the command's; of them SETTINGS decide numbers
     metrics_of: Callable  # evaluate_tofu's compute_metrics
     log_truth_ratio: Callable
 
@@ -77,9 +75,8 @@ class Lab:
         """What the numbers depend on: two results with equal ones can stand in one file."""
         return {"weights": {name: weights_hash(lm) for name, lm in models.items()}, "data": self.task.source,
                 "data_fingerprint": self.task.fingerprint, "split": self.task.split,
-                "template": self.template, "rows": len(self.rows), "lr": self.lr,
-                "shares": list(self.shares), "samples": self.samples, "sample_rows": self.sample_rows,
-                "seed": self.seed}
+                "template": self.template, "rows": len(self.rows),
+                **{name: getattr(self.settings, name) for name in SETTINGS}}
 
 
 def attacked(lab: Lab, attack: str, model: AnswerModel, start: nn.Module | None) -> list[dict]:
@@ -88,17 +85,14 @@ def attacked(lab: Lab, attack: str, model: AnswerModel, start: nn.Module | None)
             for state, prepared in ATTACKS[attack](lab, model, start)]
 
 
-def with_quality(states: list[dict], retrained: list[dict] | None) -> list[dict]:
-    """The states with forget quality against the retrained model's equal ones, in place of the log R."""
-    judged = []
+def add_quality(states: list[dict], retrained: list[dict] | None):
+    """To the states forget quality against the retrained model's equal ones, in place of the log R."""
     for place, state in enumerate(states):
-        judged.append({key: value for key, value in state.items() if key != "log_truth_ratios"})
         if "log_truth_ratios" in state:
-            ratios, quality = state["log_truth_ratios"], None
+            ratios, state["forget_quality"] = state.pop("log_truth_ratios"), None
             if retrained and None not in ratios:
-                quality = float(ks_2samp(ratios, retrained[place]["log_truth_ratios"]).pvalue)
-            judged[-1]["forget_quality"] = quality
-    return judged
+                test = ks_2samp(ratios, retrained[place]["log_truth_ratios"])
+                state["forget_quality"] = float(test.pvalue)
 
 
 @contextmanager
@@ -114,12 +108,13 @@ def put_back(model: nn.Module):
 
 def relearn(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
     """One epoch over each share of the forget rows, then as many steps as the largest on retain rows."""
-    prepared, most = lab.prepared(), 0
-    sets = {f"forget {share:g}%": (lab.task.forget, share) for share in lab.shares}
-    for what, (rows, share) in {**sets, "retain": (lab.task.retain, None)}.items():
-        count = most if share is None else max(1, round(len(rows) * share / 100))
-        most = max(most, math.ceil(count / BATCH) * BATCH)
-        order = permutations(lab.seed, 0, len(rows), count)
+    prepared, forget = lab.prepared(), lab.task.forget
+    counts = [max(1, round(len(forget) * share / 100)) for share in lab.settings.shares]
+    sets = {f"forget {share:g}%": (forget, count)
+            for share, count in zip(lab.settings.shares, counts, strict=True)}
+    sets["retain"] = lab.task.retain, math.ceil(max(counts) / BATCH) * BATCH
+    for what, (rows, count) in sets.items():
+        order = permutations(lab.settings.seed, 0, len(rows), count)
         pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]
         with put_back(model):
             for step in fine_tuning(lab, model, encode(lab.tokenizer, lab.template, pairs, lab.context)):
@@ -129,7 +124,7 @@ def relearn(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[t
 def fine_tuning(lab: Lab, model: AnswerModel, texts: list) -> Iterator[int]:
     """One epoch of AdamW at a constant rate on the mean over answer tokens. Yields after step 1, 2, 4, 8 ..
     and the last."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lab.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lab.settings.lr)
     size, steps = lab.preset.micro_batch_size, math.ceil(len(texts) / BATCH)
     for step in range(1, steps + 1):
         batch = texts[(step - 1) * BATCH:step * BATCH]
@@ -224,7 +219,7 @@ def asked_otherwise(lab: Lab) -> dict:
               "paraphrased_answer": f"{PREFIX} {row.get('paraphrased_answer', row['answer'])}",
               "perturbed_answer": [f"{PREFIX} {text}" for text in row.get("perturbed_answer", [])]}
              for row in lab.rows]
-    shots = [lab.task.retain[i] for i in permutations(lab.seed, 1, len(lab.task.retain), SHOTS)]
+    shots = [lab.task.retain[i] for i in permutations(lab.settings.seed, 1, len(lab.task.retain), SHOTS)]
     pairs = [(row["question"], row["answer"]) for row in shots]
     before = [token for e in encode(lab.tokenizer, lab.template, pairs, lab.context) for token in e.ids]
     prefixes = encode(lab.tokenizer, lab.template, [(row["question"], PREFIX) for row in lab.rows])
@@ -256,20 +251,20 @@ def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
 
 def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
     """leak@k (2511.04934) for k = 1, 2, 4 .. samples, the mean over the first `sample_rows` forget rows."""
-    rows, prepared = lab.rows[:lab.sample_rows], lab.prepared(lab.rows[:lab.sample_rows])
-    asked = [ids for ids in prepared.prompts.values() for _ in range(lab.samples)]
+    rows, n = lab.rows[:lab.settings.sample_rows], lab.settings.samples
+    prepared = lab.prepared(rows)
+    asked = [ids for ids in prepared.prompts.values() for _ in range(n)]
     longest = max(texts[0].encoded.answer_tokens for texts in prepared.texts.values())
     room = min(2 * longest, MAX_NEW_TOKENS)  # tokens: what comes later is no answer
-    generator = torch.Generator(lab.world.device).manual_seed(lab.seed)
+    generator = torch.Generator(lab.world.device).manual_seed(lab.settings.seed)
     texts, size = [], lab.preset.eval_batch_size
     with untouched(model):
         for at in range(0, len(asked), size):
             texts += generate(model, lab.tokenizer, asked[at:at + size], room, lab.world, generator)
-    counts = [sum(stated(row, texts[at:at + lab.samples], lab.task.source))
-              for row, at in zip(rows, range(0, len(texts), lab.samples), strict=True)]
-    ks = [2**i for i in range(lab.samples.bit_length())]
-    leak = {str(k): sum(leak_at(lab.samples, c, k) for c in counts) / len(counts) for k in ks}
-    yield {"what": "sampled", "leak": leak, "rows": len(rows), "samples": lab.samples}, None
+    counts = [sum(stated(row, texts[i * n:(i + 1) * n], lab.task.source)) for i, row in enumerate(rows)]
+    ks = [2**i for i in range(n.bit_length())]
+    leak = {str(k): sum(leak_at(n, c, k) for c in counts) / len(counts) for k in ks}
+    yield {"what": "sampled", "leak": leak, "rows": len(rows), "samples": n}, None
 
 
 def leak_at(n: int, c: int, k: int) -> float:
@@ -353,7 +348,7 @@ def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
             states = [{"what": "before", "step": 0, **before},
                       *attacked(lab, attack, model, models.get("start"))]
             if name != "retrained":
-                states = with_quality(states, entries.get("retrained", {}).get("states"))
+                add_quality(states, entries.get("retrained", {}).get("states"))
             entries[name] = {"states": states}
             if attack == "relearn":
                 add_halfway(entries)

@@ -2,6 +2,7 @@
 tells them apart, and the weights come back."""
 
 import json
+from argparse import Namespace
 from itertools import combinations
 
 import pytest
@@ -62,8 +63,9 @@ def models(small_data, tmp_path_factory):
 def lab(models, small_data):
     _, tokenizer, _ = load_model(str(models["start"]))
     task = load_task(str(small_data), "forget10")
-    return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE, 2e-3,
-               (50, 100), 16, 5, 0, compute_metrics, log_truth_ratio)
+    return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE,
+               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics,
+               log_truth_ratio)
 
 
 def loaded(models, name):
