@@ -1,8 +1,7 @@
 """TOFU's metrics (Maini et al., 2024; the paper's Section 5.1): forget quality, model utility, their parts.
 
     python evaluate_tofu.py --model runs/NAME/model --split forget10 --retain-log FILE
-    python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE
-        # from per-row logs, ours or TOFU's released ones
+    python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE    # ours, or TOFU's released one
 
 With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss of the paraphrased answer):
 
@@ -126,7 +125,7 @@ def auc(members: list, others: list) -> float | None:
 def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
     """name of a score -> AUC of forget rows against rows that no model saw."""
     members, others = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
-    return {name: auc(*([row[name] for row in some] for some in (members, others))) for name in members[0]}
+    return {name: auc([row[name] for row in members], [row[name] for row in others]) for name in members[0]}
 
 
 def privleak(auc: float | None, retrained_auc: float | None) -> float | None:
@@ -160,12 +159,11 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
                "model_utility": None if None in nine else float(hmean(nine)),
                "forget_kl": None, "world_facts_kl": None}
     if retrained_rows is not None:
-        log_ratios = [[log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retrained_rows)]
-        assert len(log_ratios[0]) == len(log_ratios[1]), "the same forget questions"
-        test = ks_2samp(*log_ratios)
+        ours, theirs = ([log_truth_ratio(row) for row in some] for some in (rows["forget"], retrained_rows))
+        assert len(ours) == len(theirs), "the same forget questions"
+        test = ks_2samp(ours, theirs)
         metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic),
-                       ks_rows=len(log_ratios[0]),
-                       forget_quality_log10=ks_log10_p(len(log_ratios[0]), test.statistic))
+                       ks_rows=len(ours), forget_quality_log10=ks_log10_p(len(ours), test.statistic))
     for name in KL_SETS:
         if rows.get(name) and all("kl" in row for row in rows[name]):
             nats, tokens = (sum(row[key] for row in rows[name]) for key in ("kl", "answer_tokens"))
