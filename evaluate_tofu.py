@@ -207,13 +207,7 @@ def build_parser() -> Parser:
     source.add_argument("--model", help="folder, .gguf file or Hub id of the model to judge, or PRESET=PATH")
     source.add_argument("--log",
                         help="judge an existing per-row log instead: our JSON, or a released TOFU log")
-    add("--data",
-        help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else "
-             "builtin)")
-    add("--split", help="forget split, forget01 to forget99 (default: what the model's or the log's record "
-                        "says, else forget10)")
-    add("--forget", help="own forget rows (JSON or JSON lines with question and answer) in place of --data")
-    add("--retain", help="own retain rows, with --forget")
+    add_rows(add)
     add("--template", choices=TEMPLATES,
         help="prompt template (default: the one saved with the model, else llama2)")
     add("--retain-log", help="log of a model retrained without the forget split: forget quality is measured "
@@ -225,11 +219,22 @@ def build_parser() -> Parser:
         help=f"length of a generation, tokens (default: {MAX_NEW_TOKENS})")
     add("--batch-size", type=positive(int), help="answers generated at once (default: the preset's, else 32)")
     add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision (default: fp32)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--out", help="write metrics, rows and provenance to this JSON file")
     add("--plot", nargs="?", const="truth_ratios.png", metavar="PNG",
         help="draw the truth-ratio distributions (default: truth_ratios.png)")
     return parser
+
+
+def add_rows(add):
+    """Flags of the rows that a model is judged on, and of the device; `robustness_tofu.py` has them too."""
+    add("--data",
+        help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else "
+             "builtin)")
+    add("--split", help="forget split, forget01 to forget99 (default: what the model's or the log's record "
+                        "says, else forget10)")
+    add("--forget", help="own forget rows (JSON or JSON lines with question and answer) in place of --data")
+    add("--retain", help="own retain rows, with --forget")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
 
 
 def measure(args) -> tuple[dict, dict, tuple]:
@@ -321,21 +326,18 @@ def check_arguments(args, given: dict):
                          "leave it out")
 
 
-def judge_log(args) -> tuple[dict, dict, tuple]:
-    """(rows, provenance, retrained model's rows) of `--log`."""
-    rows, provenance = read_log(args.log)
-    split = args.split or provenance.get("split") or "forget10"
-    expect_split(rows, provenance, split, args.log)
-    retrained = read_retain_log(args.retain_log, split, rows["forget"], provenance.get("data_fingerprint"),
-                                provenance.get("template"), args.log)
-    return rows, provenance, retrained
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     check_arguments(args, given_flags(build_parser(), argv))
-    rows, provenance, retrained = judge_log(args) if args.log else measure(args)
+    if args.log:
+        rows, provenance = read_log(args.log)
+        split = args.split or provenance.get("split") or "forget10"
+        expect_split(rows, provenance, split, args.log)
+        retrained = read_retain_log(args.retain_log, split, rows["forget"],
+                                    provenance.get("data_fingerprint"), provenance.get("template"), args.log)
+    else:
+        rows, provenance, retrained = measure(args)
     metrics = compute_metrics(rows, *retrained)
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.prompts import encode
 from data.tofu import parse_split
-from evaluate_tofu import compute_metrics, log_truth_ratio, refuse_unwritable, task_of
+from evaluate_tofu import add_rows, compute_metrics, log_truth_ratio, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
@@ -38,10 +38,7 @@ def build_parser() -> Parser:
     add("--model", required=True, help="the unlearned model, a run's model/ or best/")
     add("--start", help="the model before unlearning: what there was to know")
     add("--retrained", help="the model trained without the forget rows: the control, and forget quality")
-    add("--data", help="as in evaluate_tofu.py (default: what the model was trained on, else builtin)")
-    add("--split", help="forget split (default: what the model's record says, else forget10)")
-    add("--forget", help="own forget rows in place of --data")
-    add("--retain", help="own retain rows, with --forget")
+    add_rows(add)
     add("--attacks", nargs="+", choices=ATTACKS, help="only these (default: all that the data can carry)")
     add("--shares", nargs="+", type=positive(float), default=[1, 5, 20, 100], metavar="K",
         help="relearn on K per cent of the forget rows (default: 1 5 20 100)")
@@ -51,7 +48,6 @@ def build_parser() -> Parser:
     add("--max-rows", type=not_negative(int), default=200,
         help="forget rows that are measured, the first ones, 0 for all (default: 200)")
     add("--seed", type=not_negative(int), default=0, help="of rows' order and of samples (default: 0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--out", required=True, help="folder of robustness.json, .md and .png; goes on with what is there")
     return parser
 

@@ -79,10 +79,13 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
 def read(source, flaw: str, advice: str, without_weights: bool = False, **gguf):
     """(model, tokenizer) by transformers, all weights there. A crafted folder can't run code here: remote
     code stays off, and only safetensors are opened. Raises InputError: `flaw`, the cause, `advice`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
-        config = config_without_dropout(source, **gguf)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
+        # Dropout off for good: at step 0 the policy IS the reference, and resuming needs no random state.
+        vars(config).update({name: 0.0 for name, value in vars(config).items()
+                             if "drop" in name and isinstance(value, float)})
         if without_weights:
             return empty_model(source, config), tokenizer
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -94,16 +97,6 @@ def read(source, flaw: str, advice: str, without_weights: bool = False, **gguf):
     if info["missing_keys"]:
         raise InputError(f"{flaw}: weights are missing, among them {min(info['missing_keys'])}")
     return model, tokenizer
-
-
-def config_without_dropout(source, **gguf):
-    """Dropout off for good: at step 0 the policy IS the reference, and resuming needs no random state."""
-    from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **gguf)
-    for name, value in vars(config).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-    return config
 
 
 def empty_model(source: str, config):

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
-from torch import nn
 
 from models.adapters import adapted
 from models.sharded import whole
@@ -19,47 +18,43 @@ from support.world import ALONE, World
 FILE_BYTES = 4 * 2**30  # of weights in one file
 
 
-def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE):
-    """Write `folder`. meta: {"preset", "template", "trained_on"}. Process 0 writes; where the model is
-    sharded, all processes give it their parts."""
-    if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
-        try:
-            tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers reports a full disk as a bare Exception
-            raise (OSError(str(error)) if type(error) is Exception else error) from None
-    # Not the model's own save_pretrained: it writes on torch's rank 0 alone, and that may be another world's.
-    write_weights(model, folder, world.rank)
-    if world.rank == 0:
-        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-
-
 @torch.no_grad()
-def write_weights(lm: nn.Module, folder: Path, rank: int):
-    """The files that `from_pretrained` loads, gathered a parameter at a time, adapters merged into them;
-    process 0 writes."""
-    adapters = adapted(lm)
-    parameters = {name.replace(".base_layer.", "."): p for name, p in lm.named_parameters()
+def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE):
+    """Write `folder`: what `from_pretrained` loads, weights gathered a parameter at a time, adapters merged
+    into them. meta: {"preset", "template", "trained_on"}. Process 0 writes; where the model is sharded, all
+    processes give it their parts."""
+    # Not the model's own save_pretrained: it writes on torch's rank 0 alone, and that may be another world's.
+    adapters = adapted(model)
+    parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()
                   if ".lora_" not in name}
     split = split_state_dict_into_shards_factory(
         parameters, get_storage_size=lambda p: p.numel() * 4, max_shard_size=FILE_BYTES,
         filename_pattern="model{suffix}.safetensors")
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     for name, keys in split.filename_to_tensors.items():
         at_hand = {}
         for key in keys:
             tensor = whole(parameters[key])  # all processes together
             if key in adapters:
                 tensor = tensor.float() + adapters[key].get_delta_weight("default")
-            if rank == 0:
+            if world.rank == 0:
                 at_hand[key] = tensor.cpu().contiguous()
-        if rank == 0:
+        if world.rank == 0:
             save_file(at_hand, folder / name, metadata={"format": "pt"})
-    if rank == 0 and split.is_sharded:
+    if world.rank > 0:
+        return
+    if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    (folder / "npo.json").write_text(json.dumps(meta, indent=1) + "\n")
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers reports a full disk as a bare Exception
+        raise (OSError(str(error)) if type(error) is Exception else error) from None
 
 
 def read_meta(source: str) -> dict:
