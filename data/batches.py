@@ -84,11 +84,6 @@ class TokenBatch(NamedTuple):
     branches: Tensor | None = None
     order: Tensor | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Sequences x padded length: what the forward pass computes."""
-        return self.ids.numel()
-
     def per_text(self, values: Tensor) -> Tensor:
         """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M: 0 elsewhere."""
         rows = self.rows[len(self.rows) - len(values):]
@@ -111,9 +106,9 @@ class TokenBatch(NamedTuple):
         return TokenBatch(*(x if x is None else sent(x, device) for x in self))
 
 
-def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0) -> TokenBatch:
-    """Encoded texts -> TokenBatch, each a sequence, padded to the longest or to `pad_to` tokens."""
-    width = max(pad_to, *(len(e.ids) for e in encoded))
+def collate(encoded: list, pad_id: int, device="cpu") -> TokenBatch:
+    """Encoded texts -> TokenBatch, each a sequence, padded to the longest."""
+    width = max(len(e.ids) for e in encoded)
     ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)

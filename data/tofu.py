@@ -1,8 +1,7 @@
 """TOFU's rows and splits (Maini et al., 2024), the built-in stand-in, or own forget and retain files.
 
 Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest.
-Evaluation rows carry paraphrased and perturbed answers besides, and are the last (forget) and first (retain)
-rows of `full`. A row is a dict with `question` and `answer`; its key is its index in its set.
+Evaluation rows, with paraphrased and perturbed answers, are its last (forget) and first (retain) rows.
 
 Folders and own files are read here, so that an error names file and line and a private forget set leaves no
 copy in a cache; a Hub id goes through `datasets`.
@@ -71,9 +70,9 @@ def complement(split: str) -> str:
 
 def evaluation_split(split: str) -> str:
     """The forget split a model is judged on: its own, or what its retain split leaves out; full: forget10."""
-    if split in ("own", "full"):
-        return {"own": "own", "full": "forget10"}[split]
-    return complement(split) if parse_split(split)[0] == "retain" else split
+    if split == "full":
+        return "forget10"
+    return complement(split) if split.startswith("retain") else split
 
 
 def slice_rows(rows: list, split: str) -> list:
@@ -92,15 +91,15 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
         return _own_task(forget_file, retain_file)
     forgets, judged_split = parse_split(split)[0] == "forget", evaluation_split(split)
     sets, refusals, refusals_from = load_sets(data)
-    if len(sets["full"]) < 2:
+    full = sets["full"]
+    if len(full) < 2:
         raise InputError(f"{data}: full.json has one row: need one to forget and one to keep")
-    full, perturbed = sets["full"], sets["forget10_perturbed"]
     # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
-    perturbed = perturbed[-min(len(slice_rows(full, judged_split)), len(perturbed)):]
-    for row, perturbed_row in zip(full[-len(perturbed):], perturbed, strict=True):
-        if row["question"] != perturbed_row["question"]:
-            raise InputError(f"{data}: forget10_perturbed is not the end of full: "
-                             f"{perturbed_row['question']!r} against {row['question']!r}")
+    perturbed = sets["forget10_perturbed"][-len(slice_rows(full, judged_split)):]
+    for row, other in zip(full[-len(perturbed):], perturbed, strict=True):
+        if row["question"] != other["question"]:
+            raise InputError(f"{data}: forget10_perturbed is not the end of full: {other['question']!r} "
+                             f"against {row['question']!r}")
     forget = slice_rows(full, split) if forgets else []
     check_optional(forget, f"{data}: full.json", {ALTERNATIVE: str}, len(full) - len(forget) + 1)
     # A split so large that it reaches into retain_perturbed shortens it.
