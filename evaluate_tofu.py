@@ -42,8 +42,8 @@ from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, rea
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_model
-from models.presets import AUTOCAST, autocast, settings_of, split_model
+from models.loading import load_named
+from models.presets import AUTOCAST, autocast
 from running.processes import flush_denormals, keep_freed_memory, pick_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
 from support.errors import InputError
@@ -242,14 +242,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     world = ALONE._replace(device=pick_device(args.device))
     keep_freed_memory(world.device)
     flush_denormals()
-    preset, path = split_model(args.model)
-    known = settings_of(preset)
-    source = path or known.finetuned or known.base
-    if not source:
-        raise InputError(f"--model {args.model}: train_npo.py makes it on the spot; give the model/ of a "
-                         "run's folder")
-    lm, tokenizer, meta = load_model(source)
-    known = settings_of(preset or meta.get("preset"))
+    lm, tokenizer, meta, known = load_named(args.model)
     trained_on = meta.get("trained_on", {})
     task = task_of(args, trained_on)
     template = args.template or meta.get("template") or known.template
@@ -293,7 +286,7 @@ def task_of(args, trained_on: dict) -> Task:
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):
     """States and head of the model before unlearning; the rest of it is let go. Raises InputError."""
-    lm = load_model(split_model(source)[1], flag="--reference")[0]
+    lm, *_ = load_named(source, "--reference")
     if lm.config.vocab_size != vocabulary:
         raise InputError(f"--reference {source} has a vocabulary of {lm.config.vocab_size}, --model of "
                          f"{vocabulary}: need the model before unlearning")

@@ -23,7 +23,7 @@ from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.presets import settings_of, split_model
+from models.presets import Preset
 from running.processes import flush_denormals, keep_freed_memory, pick_device
 from support.command_line import Parser, not_negative, positive, run_command
 from support.errors import InputError
@@ -52,10 +52,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_lab(args, lm, tokenizer, meta: dict) -> Lab:
+def make_lab(args, lm, tokenizer, meta: dict, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
     world = ALONE._replace(device=pick_device(args.device))
-    known = settings_of(split_model(args.model)[0] or meta.get("preset"))
     task = task_of(args, meta.get("trained_on", {}))
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
@@ -92,8 +91,8 @@ def main(argv=None):
     refuse_unwritable([out / "robustness.json"])
     keep_freed_memory(pick_device(args.device))
     flush_denormals()
-    models, tokenizer, meta = load_models(args)
-    lab = make_lab(args, models["model"], tokenizer, meta)
+    models, *known = load_models(args)
+    lab = make_lab(args, models["model"], *known)
     identity = lab.identity(models)
     result = read_result(out / "robustness.json", identity)
     result["provenance"] = {**environment(), **identity}

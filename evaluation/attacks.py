@@ -28,8 +28,7 @@ from evaluation.attack_pages import LABELS, MEASURES
 from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall, untouched
 from models.answers import AnswerModel
 from models.generation import generate
-from models.loading import load_model
-from models.presets import split_model
+from models.loading import load_named
 from models.saving import weights_hash
 from support.errors import InputError
 from support.files import read_text, write_json
@@ -301,22 +300,22 @@ ATTACKS = {"relearn": relearn, "quantize": quantize, "prompts": prompts, "sample
 
 # ---------------------------------------------------------------- all of them, on all models
 
-def load_models(args) -> tuple[dict, object, dict]:
-    """(name -> model, tokenizer, npo.json of the unlearned one). Raises InputError where they differ in
-    tokenizer or shape."""
+def load_models(args) -> tuple:
+    """(name -> model, tokenizer, npo.json and preset of the unlearned one). Raises InputError where they
+    differ in tokenizer or shape."""
     models, first = {}, None
     for name in ("model", "start", "retrained"):
         source = getattr(args, name)
         if source:
-            models[name], tokenizer, meta = load_model(split_model(source)[1], flag=f"--{name}")
+            models[name], tokenizer, *known = load_named(source, f"--{name}")
             facts = {"another tokenizer": tokenizer.get_vocab(),
                      "other shapes": {key: tuple(x.shape) for key, x in models[name].state_dict().items()}}
-            first = first or (facts, tokenizer, meta)
+            first = first or (facts, tokenizer, *known)
             for what, fact in facts.items():
                 if fact != first[0][what]:
                     raise InputError(f"--{name} {source} has {what} than --model {args.model}: need models "
                                      "of one architecture, size and fine-tuning")
-    return models, first[1], first[2]
+    return models, *first[1:]
 
 
 def read_result(path: Path, identity: dict) -> dict:

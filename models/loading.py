@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.presets import PRESETS
+from models.presets import PRESETS, settings_of, split_model
 from models.saving import read_meta, save_model
 from models.sharded import weight_names
 from support.errors import InputError
@@ -74,6 +74,16 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
                          f"token and at most {rows} tokens, as the embedding has rows; it has "
                          f"{len(tokenizer)}: not of one model")
     return model.eval(), tokenizer, read_meta(source)
+
+
+def load_named(model: str, flag: str = "--model"):
+    """`load_model` of what a flag names (of a preset its checkpoint), and its preset's settings."""
+    preset, path = split_model(model)
+    source = path or settings_of(preset).finetuned or settings_of(preset).base
+    if not source:
+        raise InputError(f"{flag} {model}: train_npo.py makes it on the spot; give the model/ of a run's folder")
+    lm, tokenizer, meta = load_model(source, flag=flag)
+    return lm, tokenizer, meta, settings_of(preset or meta.get("preset"))
 
 
 def read(source, flaw: str, advice: str, without_weights: bool = False, **gguf):

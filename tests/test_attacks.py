@@ -232,7 +232,8 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     (("--shares", 0), "must be positive"), (("--shares", 101), "at most 100"), (("--samples", 0), "positive"),
     (("--attacks", "steal"), "invalid choice"), (("--start", "OTHER"), "another tokenizer"),
     (("--retrained", "LARGER"), "other shapes"), (("--data", "nowhere"), "no Hub id"),
-    (("--start", "nowhere"), "--start nowhere: neither a preset"), (("--out", "/proc/x"), "cannot write"),
+    (("--start", "nowhere"), "--start nowhere: neither a preset"), (("--start", "tiny"), "on the spot"),
+    (("--out", "/proc/x"), "cannot write"),
     (("--split", "retain90"), "need a forget split"), (("--seed", 2**63), "too large")])
 def test_the_command_refuses_and_writes_nothing(models, small_model, tmp_path, monkeypatch, more, sentence):
     if "LARGER" in more:

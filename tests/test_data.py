@@ -139,7 +139,8 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     encoded = encode(tokenizer, "llama2", pairs)
     batch, lengths = collate(encoded, tokenizer.pad_token_id), [len(e.ids) for e in encoded]
     assert lengths[0] < lengths[1] and batch.ids[0, lengths[0]:].eq(tokenizer.pad_token_id).all()
-    assert batch.ids.shape == (2, lengths[1]) and batch.answer_tokens.tolist() == [e.answer_tokens for e in encoded]
+    assert batch.ids.shape == (2, lengths[1])
+    assert batch.answer_tokens.tolist() == [e.answer_tokens for e in encoded]
     assert batch.targets.tolist() == [i for e in encoded for i in e.ids[e.start:]]
     assert torch.equal(batch.ids[batch.rows, batch.positions + 1], batch.targets)
 
