@@ -1,8 +1,5 @@
-"""A model's scores on the evaluation's rows: log-probabilities of answers, paraphrases and perturbed answers,
-what memorisation and membership are told by, greedy generations with their ROUGE-L recall, and the divergence
-from a reference. What they mean is `evaluate_tofu.py`'s.
-
-Evaluation changes nothing: mode, random state and tokenizer come out as they went in.
+"""A model's scores on the evaluation's rows; what they mean is `evaluate_tofu.py`'s. Evaluation changes
+nothing: mode, random state and tokenizer come out as they went in.
 """
 
 import functools
@@ -52,10 +49,9 @@ class Prepared(NamedTuple):
 
 
 class ReferenceStates(NamedTuple):
-    """What KL(reference || model) needs: the reference's hidden states at the answers' tokens, and its LM
-    head; and for membership its -log pi of the answers."""
-    states: dict  # (set, index) -> (tokens, H), on the CPU
-    head: Tensor  # (V, H)
+    """What KL(reference || model) needs, and for membership -log pi of the answers."""
+    states: dict  # (set, index) -> hidden states at the answer's tokens, (tokens, H), on the CPU
+    head: Tensor  # the LM head, (V, H)
     nlls: dict = {}  # (set, index) -> nats
 
 
@@ -97,8 +93,7 @@ def untouched(model: AnswerModel, world: World = ALONE):
 
 def batches_of(texts: dict, batch_size: int, pad: int, world: World) -> Iterator[tuple[list, TokenBatch]]:
     """This process's share of `texts`, key -> Encoded, as (keys, batch), one text a sequence: without a mask
-    attention takes its fastest way. A sharded model needs all processes: one without a row gets a ghost, a
-    batch that has no keys."""
+    attention takes its fastest way. Where the model is sharded, one without a row gets a ghost: no keys."""
     keys = list(texts)
     for mine in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
         if mine or world.sharded:
@@ -178,9 +173,8 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
 @torch.no_grad()
 def score_answers(model: AnswerModel, prepared: Prepared, results: dict, reference: ReferenceStates | None,
                   pad: int, world: World, bar):
-    """Add to `results`, (set, index) -> row, the sums of negative log-probabilities over each answer, nats,
-    their tokens, KL and `token_measures`. SCORED_TOKENS a forward pass, a question once for all of its
-    answers."""
+    """Add to `results`, (set, index) -> row, each answer's negative log-probability, nats, its tokens, KL and
+    `token_measures`. SCORED_TOKENS a forward pass, a question once for all of its answers."""
     keys = list(results)
     lengths = [packed_tokens([t.encoded for t in prepared.texts[key]]) for key in keys]
     batches = [[t for i in places for t in prepared.texts[keys[i]]]
@@ -235,8 +229,8 @@ def token_measures(logps: list, hits: list, standardised: list) -> dict:
 
 
 def in_step(batches: list, ghost: list, world: World) -> list:
-    """(batch, whether it counts) of all of this process's batches; where the model is sharded, with as many
-    ghosts behind them, whose results go nowhere, as it takes for all processes to have equally many."""
+    """(batch, whether it counts) of this process's batches; where the model is sharded, with ghosts behind
+    them, whose results go nowhere, so that all processes have equally many."""
     missing = world.most(len(batches)) - len(batches) if world.sharded else 0
     return [(batch, True) for batch in batches] + [(ghost[:1], False)] * missing
 

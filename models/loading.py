@@ -1,9 +1,8 @@
 """Models from a folder, a `.gguf` file or a Hub id, and the tiny Llama made from scratch.
 
 Weights are float32 and safetensors only: pickled weights and code from a model folder are never read. A GGUF
-file holds a Llama's tensors, often in 4 to 8 bits a weight, its tokenizer and its chat template. They become
-a fresh `LlamaForCausalLM` in float32, kept in `runs/models/gguf-NAME-HASH/` for next time: exactly the
-quantised model, not the one it was made from. The optional packages gguf and accelerate read it.
+file's tensors, often of 4 to 8 bits a weight, become a float32 Llama: exactly the quantised model, not the
+one it was made from. The optional packages gguf and accelerate read it.
 """
 
 import hashlib

@@ -2,11 +2,8 @@
 
 Each decoder layer is gathered when it is needed and let go behind it, in both passes; embedding, final norm
 and head stay gathered from one micro-batch to the next. No process ever holds the whole model: it is built
-without weights, cut, and filled with each process's rows from the safetensors files.
-
-A parameter's first dimension is cut into equal runs of rows, process r holds the r-th. `whole` and `local`
-are the only two ways across: `whole` is a collective operation, `local` is not. Uncut parameters pass through
-both as they are.
+without weights, cut, and filled with each process's rows from the safetensors files. A parameter's first
+dimension is cut into equal runs of rows, process r holds the r-th.
 """
 
 import json
@@ -37,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def first_row(tensor: Tensor) -> int:
-    """Where this process's rows begin: FSDP2 cuts the first dimension into equal runs, the last shorter."""
+    """Where this process's rows begin, of equal runs, the last shorter."""
     if not isinstance(tensor, DTensor):
         return 0
     rows, mesh = tensor.shape[0], tensor.device_mesh
