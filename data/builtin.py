@@ -19,7 +19,6 @@ import itertools
 import json
 import random
 from pathlib import Path
-from typing import NamedTuple
 
 SEED = 0
 N_AUTHORS = 200
@@ -31,16 +30,7 @@ N_OPTIONS = 3  # wrong options of a real author or a world fact
 # In it no name ends in s, and no job or pet begins with a vowel ("{name}'s", "a {value}").
 WORDS = json.loads(Path(__file__).with_name("builtin_words.json").read_text(encoding="utf-8"))
 REFUSALS = WORDS["refusals"]  # what an honest model says instead of an answer
-
-
-class Fact(NamedTuple):
-    """Its values, the likeliest first, and five wordings each of the question and of the answer."""
-    values: list[str]
-    questions: list[str]
-    answers: list[str]
-
-
-FACTS = {name: Fact(**fact) for name, fact in WORDS["facts"].items()}
+FACTS = WORDS["facts"]  # name -> {"values", the likeliest first; "questions", "answers": five wordings each}
 
 
 def _draw(values: list[str], n: int, rng: random.Random) -> list[str]:
@@ -59,12 +49,12 @@ def _author(name: str, rng: random.Random) -> list[dict]:
 
     rows = []
     for fact in FACTS.values():
-        questions = rng.sample(fact.questions, 4)  # two for the rows, two others for their paraphrases
-        answers = rng.sample(fact.answers, 2)
-        value, = _draw(fact.values, 1, rng)
+        questions = rng.sample(fact["questions"], 4)  # two for the rows, two others for their paraphrases
+        answers = rng.sample(fact["answers"], 2)
+        value, = _draw(fact["values"], 1, rng)
         for i in range(2):
-            wrong = [v for v in _draw(fact.values, N_WRONG + 1, rng) if v != value][:N_WRONG]
-            others = [wording for wording in fact.answers if wording != answers[i]]
+            wrong = [v for v in _draw(fact["values"], N_WRONG + 1, rng) if v != value][:N_WRONG]
+            others = [wording for wording in fact["answers"] if wording != answers[i]]
             rows.append({"question": fill(questions[i], value), "answer": fill(answers[i], value),
                          "paraphrased_answer": fill(rng.choice(others), value),
                          "perturbed_answer": [fill(rng.choice(others), v) for v in wrong],

@@ -284,7 +284,7 @@ def built_in_value(row: dict) -> str | None:
     """The fact's value, spaced: the longest that answer and paraphrase have and no perturbed answer has."""
     true, false = ([spaced(text) for text in texts] for texts in (
         (row["answer"], row["paraphrased_answer"]), row["perturbed_answer"]))
-    values = [spaced(value) for fact in FACTS.values() for value in fact.values]
+    values = [spaced(value) for fact in FACTS.values() for value in fact["values"]]
     fitting = [value for value in values if all(value in text for text in true)
                and not any(value in text for text in false)]
     return max(fitting, key=len, default=None)

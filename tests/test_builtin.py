@@ -34,7 +34,7 @@ def pattern(wording: str, **known: str) -> str:
 
 def parse_question(question: str) -> tuple[str, str, str]:
     """(fact, question wording, name); exactly one wording fits."""
-    found = [(fact, wording, match["name"]) for fact, table in FACTS.items() for wording in table.questions
+    found = [(fact, wording, match["name"]) for fact, table in FACTS.items() for wording in table["questions"]
              if (match := re.fullmatch(pattern(wording).replace(".+", r"\w+ \w+"), question))]
     assert len(found) == 1, (question, found)
     return found[0]
@@ -43,9 +43,9 @@ def parse_question(question: str) -> tuple[str, str, str]:
 def parse_answer(answer: str, fact: str, name: str) -> tuple[str, str]:
     """(answer wording, value); exactly one wording fits with a value of the fact."""
     first, last = name.split()
-    found = [(wording, match["value"]) for wording in FACTS[fact].answers
+    found = [(wording, match["value"]) for wording in FACTS[fact]["answers"]
              if (match := re.fullmatch(pattern(wording, name=name, first=first, last=last), answer))
-             and match["value"] in FACTS[fact].values]
+             and match["value"] in FACTS[fact]["values"]]
     assert len(found) == 1, (answer, found)
     return found[0]
 
@@ -128,8 +128,8 @@ def test_the_kth_value_of_a_fact_has_weight_1_over_k(pairs_by_fact):
     """The true values of 200 authors, their ranks in four classes of about equal weight."""
     for fact, table in FACTS.items():
         values = [pairs[0][2] for (_, of), pairs in pairs_by_fact.items() if of == fact]
-        ranks = [1 + table.values.index(value) for value in values]
-        weights = [1 / k for k in range(1, len(table.values) + 1)]
+        ranks = [1 + table["values"].index(value) for value in values]
+        weights = [1 / k for k in range(1, len(table["values"]) + 1)]
         for first, last in ((1, 1), (2, 4), (5, 12), (13, len(weights))):
             expected = N_AUTHORS * sum(weights[first - 1:last]) / sum(weights)
             seen = sum(first <= rank <= last for rank in ranks)
@@ -137,8 +137,9 @@ def test_the_kth_value_of_a_fact_has_weight_1_over_k(pairs_by_fact):
 
 
 def test_the_order_of_the_values_is_shuffled_and_the_same_for_every_seed():
-    assert FACTS["birth year"].values != sorted(FACTS["birth year"].values)
-    assert FACTS["mother's job"].values != FACTS["father's job"].values  # one list, an order for each fact
+    assert FACTS["birth year"]["values"] != sorted(FACTS["birth year"]["values"])
+    # One list, an order for each fact.
+    assert FACTS["mother's job"]["values"] != FACTS["father's job"]["values"]
 
 
 def test_holdout_authors_are_twenty_others_with_rows_of_the_same_form():
