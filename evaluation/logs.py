@@ -25,7 +25,6 @@ BOUNDS = {"answer_nll": SUM, "answer_tokens": COUNT, "paraphrased_nll": SUM, "pa
           "reference_nll": SUM, "min_k": ANY, "min_k_plus_plus": ANY, "kl": ANY}
 TEXTS = ("question", "answer", "generation")
 NEEDED = (*TEXTS, "answer_nll", "answer_tokens", "rouge_l_recall")
-UNASKED = ("generation", "rouge_l_recall")  # what rows of the holdout lack
 # Names of what is measured of a set beside the paper's metrics, and of what membership is guessed by.
 SHARPER = ("exact_memorization", "extraction_strength", "paraphrase_probability")
 MIA = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
@@ -50,8 +49,9 @@ def read_log(path: str) -> tuple[dict, dict]:
                          f"{', '.join(TOFU_LOGS.values())} (TOFU's)")
     if not rows.get("forget"):
         raise InputError(f"{path} has no forget rows")
-    return {name: check_rows(some, f"{path}: {name}", UNASKED if name == "holdout" else ())
-            for name, some in rows.items()}, provenance
+    for name, some in rows.items():  # the holdout is not asked
+        check_rows(some, f"{path}: {name}", ("generation", "rouge_l_recall") if name == "holdout" else ())
+    return rows, provenance
 
 
 def _tofu_rows(columns: dict, where: str) -> list:
@@ -71,9 +71,9 @@ def _tofu_rows(columns: dict, where: str) -> list:
     return rows
 
 
-def check_rows(rows: list, where: str, unasked=()) -> list:
-    """Every index once and in order, every number there and finite; those named in `unasked` may lack. Raises
-    InputError, with `where`."""
+def check_rows(rows: list, where: str, unasked: tuple):
+    """Raises InputError, with `where`, unless every index is there once and in order, and every number there
+    and finite; those named in `unasked` may lack."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{where}: need a list of row objects, got {str(rows)[:60]}")
     if [row.get("index") for row in rows] != list(range(len(rows))):
@@ -94,7 +94,6 @@ def check_rows(rows: list, where: str, unasked=()) -> list:
             raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
                              "rouge_l_recall and finite sums (.._nll) with as many token counts of "
                              "at least 1 (.._tokens)")
-    return rows
 
 
 def words(text) -> str:

@@ -192,15 +192,14 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
         if with_kl:
             known = torch.cat([reference.states[t[:2]] for t in with_kl])
             states = known.to(world.device), reference.head
-        found = model.scores(batch, sum(tokens), states)
-        sums = batch.per_text(-found.logps).tolist()
-        kls = batch.per_text(found.kls).tolist()
+        logps, hits, standardised, kls = model.scores(batch, sum(tokens), states)
+        sums, kls = batch.per_text(-logps).tolist(), batch.per_text(kls).tolist()
         if counts:
             for t, nll, kl in zip(texts, sums, kls, strict=True):
                 scores[t[:3]] = nll, t.encoded.answer_tokens
                 if t.has_kl and reference is not None:
                     results[t[:2]]["kl"] = kl
-            of_own = found.logps[len(found.logps) - sum(tokens):], found.hits, found.standardised
+            of_own = logps[len(logps) - sum(tokens):], hits, standardised
             for t, *values in zip(own, *(x.cpu().split(tokens) for x in of_own), strict=True):
                 results[t[:2]].update(token_measures(*(x.tolist() for x in values)))
             bar.update(len(texts))

@@ -22,15 +22,6 @@ KEPT_CHUNKS = 4  # the last ones' logits stay for the backward pass; the others'
 LEAST_VARIANCE = 1e-6  # square nats, of log pi under the model's own distribution; min-k++ divides by it
 
 
-class AnswerScores(NamedTuple):
-    """What an evaluation measures of N answer tokens, nats, float32:
-    more of the last A than of the others, and of the last M what compares them with a reference."""
-    logps: Tensor  # (N,) log pi
-    hits: Tensor  # (A,) whether no token is likelier
-    standardised: Tensor  # (A,) log pi less its mean, over its deviation, under the model's own distribution
-    kls: Tensor  # (M,) D(pi_ref || pi)
-
-
 class OnLogits(NamedTuple):
     """A loss that asks for logits, at a batch's first answer tokens."""
     tokens: int = 0  # so many
@@ -61,9 +52,9 @@ class AnswerModel(nn.Module):
 
     @torch.no_grad()
     def scores(self, batch: TokenBatch, own_tokens: int,
-               reference: tuple[Tensor, Tensor] | None = None) -> AnswerScores:
-        """All that an evaluation asks, from one pass: A is `own_tokens`, `reference` as `forward`'s
-        `kl_states`. The head's logits are taken once, a chunk at a time."""
+               reference: tuple[Tensor, Tensor] | None = None) -> tuple:
+        """All that an evaluation asks, from one pass: log pi (N,), nats; of the last A = `own_tokens` the
+        `hits_and_standardised` (A,); of the last M D(pi_ref || pi) (M,), `reference` as `kl_states`."""
         hidden, weight = as_products(self.hidden(batch), self.lm.get_output_embeddings().weight)
         known, known_weight = (x.to(hidden.dtype) for x in reference or (hidden[:0], weight))
         others, size, chunks = len(hidden) - own_tokens, chunk_tokens(len(weight)), []
@@ -75,7 +66,7 @@ class AnswerModel(nn.Module):
             logps = token_logps(logits, targets)
             kls = kl_loss(logits[len(logits) - len(known_logits):], known_logits, "reference_policy")
             chunks.append((logps, *hits_and_standardised(logits[own:], targets[own:], logps[own:]), kls))
-        return AnswerScores(*map(torch.cat, zip(*chunks, strict=True)))
+        return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
@@ -160,7 +151,8 @@ def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor, 
 
 
 def hits_and_standardised(logits: Tensor, targets: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """`hits` and `standardised` of AnswerScores, (n,), from logits (n, V) and log pi of the targets (n,)."""
+    """Of logits (n, V): whether no token is likelier than the target; log pi of the target (`logps`) less its
+    mean, over its deviation, under the model's own distribution. (n,) each."""
     every = logits.float().log_softmax(-1)
     weighted = every.exp() * every
     mean = weighted.sum(-1)
