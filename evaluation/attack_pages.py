@@ -17,17 +17,17 @@ def last_states(entry: dict) -> dict:
 
 def table(attacks: dict) -> list[str]:
     """Markdown: a line a state, what was measured of each model in it; leak@k; how fast relearning is."""
-    names = [name for name in ("model", "retrained", "start") if any(name in e for e in attacks.values())]
+    names = [name for name in LABELS if any(name in entries for entries in attacks.values())]
     head = ["attack", "state", *(f"{label} {LABELS[name]}" for label in MEASURES.values() for name in names),
             *(f"forget quality {LABELS[name]}" for name in names if name != "retrained"), "codes changed"]
     lines, further = [], []
     for attack, entries in attacks.items():
         found = {name: last_states(entries[name]) for name in names if name in entries}
-        for what in next(iter(found.values())):
+        for what, known in next(iter(found.values())).items():
             states = {name: some[what] for name, some in found.items()}
             if what == "before" and lines:
                 continue  # the same for all attacks
-            if "leak" in (known := next(iter(states.values()))):
+            if "leak" in known:
                 for name, state in states.items():
                     leaks = ", ".join(f"{k}: {number(leak)}" for k, leak in state["leak"].items())
                     further.append(f"leak@k, {known['samples']} samples of {known['rows']} rows, "

@@ -1,5 +1,4 @@
-"""Attacks on an unlearned model: does what was forgotten come back? Their command, and what each of them is:
-`robustness_tofu.py`.
+"""Attacks on an unlearned model: does what was forgotten come back? `robustness_tofu.py` says what each is.
 
 An attack is a generator: it changes the weights or the prompts and yields, and the forget rows are measured;
 then the weights are put back. The retrained model is attacked too, since relearning teaches, and forget
@@ -108,10 +107,10 @@ def put_back(model: nn.Module):
 def relearn(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
     """One epoch over each share of the forget rows, then as many steps as the largest on retain rows."""
     prepared, forget = lab.prepared(), lab.task.forget
-    counts = [max(1, round(len(forget) * share / 100)) for share in lab.settings.shares]
-    sets = {f"forget {share:g}%": (forget, count)
-            for share, count in zip(lab.settings.shares, counts, strict=True)}
-    sets["retain"] = lab.task.retain, math.ceil(max(counts) / BATCH) * BATCH
+    sets = {f"forget {share:g}%": (forget, max(1, round(len(forget) * share / 100)))
+            for share in lab.settings.shares}
+    most = max(count for _, count in sets.values())
+    sets["retain"] = lab.task.retain, math.ceil(most / BATCH) * BATCH
     for what, (rows, count) in sets.items():
         order = permutations(lab.settings.seed, 0, len(rows), count)
         pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]

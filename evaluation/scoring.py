@@ -72,9 +72,9 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
         if name != HOLDOUT_SET:
             prompt_ids = encode_prompts(tokenizer, template, [row["question"] for row in set_rows])
             prompts.update({(name, index): ids for index, ids in enumerate(prompt_ids)})
-    texts = {place[:2]: [] for place in places}
+    texts = {}
     for place, encoded in zip(places, encode(tokenizer, template, pairs, context), strict=True):
-        texts[place[:2]].append(Text(*place, encoded))
+        texts.setdefault(place[:2], []).append(Text(*place, encoded))
     return Prepared(rows, texts, prompts)
 
 

@@ -62,16 +62,15 @@ def read_meta(source: str) -> dict:
     file = Path(source) / "npo.json"
     if not file.is_file():
         return {}
-    flaw = "what it says is of another type"
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
         own = holds_texts(meta, "preset", "template")
-        if own and holds_texts(meta.get("trained_on", {}), "split", "data"):
-            return meta
+        if not (own and holds_texts(meta.get("trained_on", {}), "split", "data")):
+            raise ValueError("what it says is of another type")
     except ValueError as error:
-        flaw = str(error)
-    raise InputError(f"{file} must hold an object with preset, template and trained_on ({flaw}); remove it, "
-                     "and name template and settings by flags")
+        raise InputError(f"{file} must hold an object with preset, template and trained_on ({error}); remove "
+                         "it, and name template and settings by flags") from None
+    return meta
 
 
 def weights_hash(model) -> str:
