@@ -1,1 +1,1 @@
-"""Opponents and measurements of speed and memory."""
+"""Opponents and measurements of speed."""
