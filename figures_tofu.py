@@ -35,8 +35,8 @@ def build_parser() -> Parser:
     add("--splits", nargs="+", choices=grid.SMALL + grid.LARGE, metavar="SPLIT", help="only these")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER")
     add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
-    add("--choices", metavar="FILE",
-        help="in place of tuning: another study's JSON, or preset, one lr and beta for all as in the paper")
+    add("--choices", choices=["preset"],
+        help="in place of tuning: the preset's lr and beta for all methods, as in the paper")
     add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
     add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
     add("--plan", action="store_true", help="print runs, time and memory, and stop")

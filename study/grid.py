@@ -56,7 +56,6 @@ class Study:
     task: Task  # of TUNING_SPLIT
     preset_name: str
     preset: object  # models' Preset
-    taken: dict  # another study's choices (--choices), else {}
     parameters: int
     log_truth_ratio: Callable
     known: dict  # the distilled JSON
@@ -196,7 +195,7 @@ def first_beta(preset, method: str) -> float:
 
 def tuning_jobs(study: Study, method: str) -> list[Job]:
     """All learning rates at the first beta; the other betas at the best of these."""
-    if study.taken:
+    if study.args.choices:
         return []
     preset = study.preset
     first = first_beta(preset, method)
@@ -238,7 +237,7 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict)
 
 def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]:
     """The retain weights that Figure 9 chooses from; a method without a retain term has none to choose."""
-    weights = () if study.taken or "+rt" not in method else TUNED_WEIGHTS
+    weights = TUNED_WEIGHTS if "+rt" in method else ()
     return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
 
 
@@ -260,30 +259,27 @@ def best_of(study: Study, jobs: list) -> dict | None:
 
 
 def choose(study: Study, method: str) -> dict | None:
-    """{"lr", "beta"} of a method, or None while its tuning runs are not all there."""
-    choice = study.taken.get(method) or best_of(study, tuning_jobs(study, method))
-    return choice and {k: choice[k] for k in ("lr", "beta")}
+    """{"lr", "beta"} of a method: with --choices preset its, else those of its best tuning run; None while
+    these are not all there."""
+    if study.args.choices:
+        return {"lr": study.preset.lr, "beta": first_beta(study.preset, method)}
+    best = best_of(study, tuning_jobs(study, method))
+    return best and {k: best[k] for k in ("lr", "beta")}
 
 
 def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float | None:
     """The retain weight of Figure 9, or None while its tuning runs are not all there."""
     if "+rt" not in method:
         return 0.0
-    if study.taken:
-        return study.taken[method]["weights"].get(split)
     best = best_of(study, weight_jobs(study, method, split, hyper))
     return best and best["retain_weight"]
 
 
 def chosen(study: Study) -> dict:
-    """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "score", "weights"}."""
-    if study.taken:
-        return study.taken
+    """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "weights"}."""
     choices, (splits, methods) = {}, FIGURES["9"]
     for method in (*METHODS, *NEWER):
         if hyper := choose(study, method):
-            best = best_of(study, tuning_jobs(study, method))
             weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}
-            choices[method] = {**hyper, "score": round(score(best), 4),
-                               "weights": {s: w for s, w in weights.items() if w is not None}}
+            choices[method] = {**hyper, "weights": {s: w for s, w in weights.items() if w is not None}}
     return choices

@@ -75,9 +75,9 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
 
 def how(study: dict) -> str:
     """Where a study's learning rates and betas come from."""
-    if study.get("choices_from") == "preset":
+    if study["choices_from"]:
         return "the preset, the same for all methods, as in the paper"
-    return f"`{study['choices_from']}`" if study.get("choices_from") else "each method's own tuning"
+    return "each method's own tuning"
 
 
 def runs_table(head: list, named: list) -> list[str]:
@@ -163,7 +163,7 @@ def hyper_parameters(study: dict) -> list[str]:
     budget, choices = study["budget"], study["chosen"].items()
     tried = [r for r in study["runs"] if r["seed"] == budget["seed"]]
     source = f"Not tuned here: those of {how(study)}."
-    if tried:
+    if not study["choices_from"]:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
                  "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \
                  "Kolmogorov-Smirnov statistic, U: utility)."

@@ -35,7 +35,7 @@ COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_w
 def json_path(args: Namespace) -> Path:
     """OUT/tofu/DATA_MODEL.json, with `--choices preset` DATA_MODEL_preset.json."""
     names = [Path(text).name for text in (args.data, args.model.partition("=")[0])]
-    names += ["preset"] * (args.choices == "preset")
+    names += ["preset"] * bool(args.choices)
     plain = ["".join(c if c.isalnum() or c in "-." else "-" for c in name) for name in names]
     return Path(args.out) / "tofu" / f"{'_'.join(plain)}.json"
 
@@ -46,38 +46,13 @@ def read_study(path: Path) -> dict:
         study = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; run without --draw-only, or move it away") from None
-    needed = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model"}
+    needed = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model",
+              "choices_from"}
     lacking = needed - set(study if isinstance(study, dict) else ())
     if lacking:
         raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; "
                          "move it away")
     return study
-
-
-def read_choices(args: Namespace, preset) -> dict:
-    """--choices in place of tuning: method -> {"lr", "beta", "weights"}. Raises InputError."""
-    if not args.choices:
-        return {}
-    chosen, begin = {}, f"--choices {args.choices}:"
-    if args.choices == "preset":
-        for method in (*grid.METHODS, *grid.NEWER):
-            chosen[method] = {"lr": preset.lr, "beta": grid.first_beta(preset, method), "weights": {}}
-    else:
-        other = read_study(Path(args.choices))
-        chosen = other["chosen"]
-        if other["model"] != args.model.partition("=")[0]:
-            raise InputError(f"{begin} made with --model {other['model']}: learning rates are a model's own")
-    for figure in grid.wanted_figures(args):
-        splits, methods = grid.wanted_of(args, figure)
-        for method in methods:
-            if method not in chosen:
-                raise InputError(f"{begin} nothing was chosen for {method}; name the --methods that it has "
-                                 f"({', '.join(chosen)})")
-            lacking = sorted(set(splits) - set(chosen[method]["weights"]))
-            if figure == "9" and lacking and "+rt" in method:
-                raise InputError(f"{begin} no retain weight was chosen for {method} on {lacking[0]}; run "
-                                 "--figure 9 there first, or name another --figure")
-    return chosen
 
 
 def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
@@ -90,7 +65,7 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
                          "PRESET=FOLDER: retraining needs to know the base model and its settings")
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
     parameters = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full).parameters
-    study = Study(args, task, name, preset, read_choices(args, preset), parameters, log_truth_ratio, {})
+    study = Study(args, task, name, preset, parameters, log_truth_ratio, {})
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
                 "start": Path(start.folder).name if start else preset.finetuned}
@@ -105,7 +80,7 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
     study.known = {**known, "data": data, "model": name, "failed": [], "parameters": parameters,
                    "budget": budget, "provenance": made,
-                   "choices_from": Path(args.choices).name if args.choices else None}
+                   "choices_from": args.choices}
     return study
 
 

@@ -132,7 +132,7 @@ def hand_made_study(seeds=6, change=None) -> dict:
     for run in runs:
         if change:
             change(run)
-    hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "score": 0.8, "weights": {}}
+    hyper = {m: {"lr": 1e-3 if "rt" in m else 2e-3, "beta": 0.1, "weights": {}}
              for m in grid.METHODS}
     for run in runs:  # a method's main runs have its chosen lr; the weight-0 runs of the sweep have npo+rt's
         if run["method"] in hyper and run["key"].startswith(run["method"] + " "):
@@ -146,7 +146,7 @@ def hand_made_study(seeds=6, change=None) -> dict:
                  for split in PER_CENT for seed in (1, 2)]
     return {"data": "builtin", "model": "tiny", "parameters": 900_000, "epochs": 10, "runs": runs,
             "retrained": retrained, "failed": [],
-            "chosen": hyper,
+            "chosen": hyper, "choices_from": None,
             "budget": {"split": "forget10", "seed": 0, "retain_weights": [0.0, 0.5, 1.0, 2.0, 5.0]},
             "forget_rows": {"forget01": 40, "forget10": 300},
             "ceilings": {"forget01": [{"seeds": [1, 2], "log10": -0.3}],
@@ -380,7 +380,7 @@ def with_newer_objectives() -> dict:
     states = dict.fromkeys(beyond.STATES, 0.25)
     for method in ("tnpo+rt", "undial+rt"):
         study["runs"] += [hand_made_run(method, "forget10", seed) for seed in (1, 2, 3)]
-        study["chosen"][method] = {"lr": 1e-3, "beta": 0.1, "score": 0.5, "weights": {}}
+        study["chosen"][method] = {"lr": 1e-3, "beta": 0.1, "weights": {}}
     for run in study["runs"]:
         run.update(forget_extraction_strength=[0.9, 0.3], forget_paraphrase_probability=[0.8, 0.2],
                    mia={"min_k": [1.0, 0.2 + 0.1 * run["seed"]]}, privleak=[-100.0, 40.0])
@@ -672,26 +672,6 @@ def test_a_ceiling_compares_different_retrained_models():
                      for a, b in ((1, 2), (1, 3), (2, 3))}
 
 
-def test_another_studys_choices_take_the_place_of_tuning(study, tmp_path):
-    words = ("--figure", "9", "--splits", "forget50", "--methods", "npo+rt", "--seeds", "2", "--choices",
-             "other.json")
-    other = {**records.complete(study()), "chosen": {
-        "npo+rt": {"lr": 3e-4, "beta": 0.3, "score": 1, "weights": {"forget50": 2.0}}}}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    s = study(*words)
-    jobs = grid.plan(s, ["9"])
-    assert [(j.facts["lr"], j.facts["beta"], j.facts["retain_weight"], j.facts["seed"]) for j in jobs] == \
-        [(3e-4, 0.3, 2.0, 1), (3e-4, 0.3, 2.0, 2)] and all(j.given for j in jobs)
-    with pytest.raises(InputError, match="no retain weight was chosen for npo[+]rt on forget90"):
-        study(*words, "--splits", "forget90")
-    refusal = "nothing was chosen for ga[+]rt; name the --methods that it has .npo[+]rt"
-    with pytest.raises(InputError, match=refusal):
-        study(*words, "--methods", "ga+rt")
-    (tmp_path / "other.json").write_text(json.dumps({**other, "model": "llama2-7b"}))
-    with pytest.raises(InputError, match="made with --model llama2-7b"):
-        study(*words)
-
-
 def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     s = study("--figure", "8", "--seeds", "1", "--choices", "preset")
     preset, jobs = s.preset, grid.plan(s, ["8"])
@@ -699,8 +679,10 @@ def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
     assert records.json_path(s.args).name.endswith("_tiny_preset.json")
     assert pages.how(s.known) == "the preset, the same for all methods, as in the paper"
-    with pytest.raises(InputError, match="name another --figure"):
-        study("--figure", "9", "--choices", "preset")
+    s = study("--figure", "9", "--seeds", "1", "--methods", "npo+rt", "--choices", "preset")
+    tuned = [j.facts for j in grid.plan(s, ["9"]) if j.given]  # the retain weight is still the method's own
+    assert {facts["retain_weight"] for facts in tuned} == set(grid.TUNED_WEIGHTS)
+    assert {facts["lr"] for facts in tuned} == {preset.lr}
 
 
 def test_a_model_that_is_no_preset_is_refused(study):
@@ -736,7 +718,7 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     tuned = sum(r["seed"] == 0 for r in known["runs"])  # one more where the best lr or beta stood at an end
     assert tuning <= tuned <= tuning + 2 and len(known["runs"]) == tuned + 1, done
     assert len(known["retrained"]) == 3 and not known["failed"], done
-    assert set(known["chosen"]) == {"npo+rt"} and "score" in known["chosen"]["npo+rt"]
+    assert set(known["chosen"]) == {"npo+rt"} and "beta" in known["chosen"]["npo+rt"]
     assert str(tmp_path) not in json.dumps(known) and str(small_data) not in json.dumps(known)
     run = next(r for r in known["runs"] if r["method"] == "npo+rt" and r["seed"] == 1)
     assert run["steps"][0] == 0 and run["samples"][0]["set"] == "forget"
