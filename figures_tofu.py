@@ -28,9 +28,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="figures_tofu.py", description=__doc__)
     add = parser.add_argument
     add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to make")
-    add("--seeds", type=positive(int), default=5,
-        help=f"unlearning seeds 1 to N; with --figure all, figures {', '.join(grid.FEWER_SEEDS)} have at "
-        f"most {grid.ALL_SEEDS}")
+    add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N")
     add("--methods", nargs="+", choices=grid.METHODS + grid.NEWER, metavar="METHOD", help="only these")
     add("--splits", nargs="+", choices=grid.SMALL + grid.LARGE, metavar="SPLIT", help="only these")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER")

@@ -32,8 +32,6 @@ FIGURES = {  # name -> (splits, methods)
     "beyond10": (LARGE, ("npo", "npo+rt", "ga+rt", "dpo+rt", "idk+rt")),
     "objectives": (("forget10",), (*(m for m in METHODS if m.endswith("+rt")), *NEWER)),
 }
-FEWER_SEEDS = ("9", "retain-weight", "beyond10", "objectives")
-ALL_SEEDS = 3  # with --figure all: at most so many of these
 TUNING_SEED, TUNING_SPLIT = 0, "forget10"
 LR_FACTORS = (0.1875, 0.375, 0.75, 1.5, 3.0)  # of the preset's lr, which lies between
 BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta, or the published; the first while lr is chosen
@@ -166,13 +164,6 @@ def wanted_of(args: Namespace, figure: str) -> list[list]:
             for names, wanted in zip(FIGURES[figure], (args.splits, args.methods), strict=True)]
 
 
-def seeds_of(args: Namespace, figure: str) -> int:
-    """How many seeds a figure has: --seeds, with --figure all at most ALL_SEEDS of the costly ones."""
-    if figure == "7":
-        return 1
-    return min(args.seeds, ALL_SEEDS) if args.figure == "all" and figure in FEWER_SEEDS else args.seeds
-
-
 def plan(study: Study, figures: list) -> list[Job]:
     """The unlearning runs that the figures need, each once; without settings what waits for a choice."""
     jobs = {}
@@ -229,7 +220,7 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict)
         weights = [chosen_weight(study, method, split, hyper)]
         hyper = {} if weights == [None] else hyper
     jobs += [unlearn_job(study, method, split, seed, hyper, retain_weight=weight) for weight in weights
-             for seed in range(1, seeds_of(study.args, figure) + 1)]
+             for seed in range(1, study.args.seeds + 1)]
     if figure == "5" and split == TUNING_SPLIT and method in SECOND_START and not study.preset.finetuned:
         jobs.append(unlearn_job(study, method, split, 1, hyper, start_seed=SECOND_START_SEED))
     return jobs

@@ -655,14 +655,6 @@ def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
     assert grid.chosen_weight(s, "npo", "forget50", hyper) == 0.0
 
 
-def test_all_figures_together_have_fewer_seeds_where_runs_are_costly(study):
-    def seeds(*words: str) -> dict:
-        args = figures_tofu.build_parser().parse_args(words)
-        return {figure: grid.seeds_of(args, figure) for figure in "59"}
-
-    assert seeds("--seeds", "5") == {"5": 5, "9": 3} and seeds("--figure", "9", "--seeds", "5")["9"] == 5
-
-
 def test_a_ceiling_compares_different_retrained_models():
     from scipy.stats import ks_2samp
 
