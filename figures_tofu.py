@@ -56,10 +56,9 @@ def draw(args: Namespace):
     """Pictures of this study, and the pages over all studies in OUT/tofu."""
     path, out = records.json_path(args), Path(args.out)
     study = records.read_study(path)
-    shown = records.only(study, args.splits, args.methods) if args.draw_only else study
-    drawn = pictures.draw(shown, grid.wanted_figures(args), path.with_suffix(""))
+    drawn = pictures.draw(study, grid.wanted_figures(args), path.with_suffix(""))
     if "objectives" in grid.wanted_figures(args):
-        drawn += beyond.draw(shown, path.with_suffix(""))
+        drawn += beyond.draw(study, path.with_suffix(""))
     studies = {p.stem: records.read_study(p) for p in sorted(path.parent.glob("*.json"))}
     (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
     (out / "beyond.md").write_text(beyond.page(studies), encoding="utf-8")

@@ -84,12 +84,6 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     return study
 
 
-def only(study: dict, splits: list | None, methods: list | None) -> dict:
-    """What --splits and --methods leave of a JSON, to be drawn."""
-    return {**study, "runs": [r for r in study["runs"] if not splits or r["split"] in splits],
-            "chosen": {m: choice for m, choice in study["chosen"].items() if not methods or m in methods}}
-
-
 def is_there(job: Job) -> bool:
     """The run is over: its result is in its folder."""
     return (Path(job.folder) / "model").is_dir()

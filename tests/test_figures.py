@@ -331,15 +331,6 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     assert pictures.draw({**study, "runs": []}, list(grid.FIGURES), tmp_path / "c") == []
 
 
-def test_drawing_keeps_to_splits_and_methods(monkeypatch):
-    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
-    some = records.only(hand_made_study(), ["forget10"], ["npo+rt", "ga"])
-    evolution, divergence = pictures.draw(some, ["2", "6", "8"], Path("x"))
-    assert [axes.get_title() for axes in evolution.axes] == ["forget10", ""]
-    assert sorted(divergence.axes[0].get_legend_handles_labels()[1]) == ["ga", "npo+rt"]
-    assert pages.peak_table(hand_made_study(), grid.SMALL) != pages.peak_table(some, grid.SMALL)
-
-
 def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
     """Seeds in which the mean of p-values would be far from the mean of their logarithms."""
     spread = setting(of("forget10", "npo+rt", 1),
