@@ -3,39 +3,43 @@
 It draws two pictures and writes one page, results/beyond.md; docs/beyond.md says how to read each number.
 """
 
-import math
 import statistics
-from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from study.grid import FIGURES, NEWER
 from study.pages import mean_sd
-from study.pictures import LABELS, QUALITY, canvas, dual_axis, floor_of, height, save, style
-from study.verdicts import best_at_utility, chosen_runs, kept_utility, last
+from study.pictures import canvas, save, with_runs
+from study.verdicts import LINE, best_at_utility, kept_utility, last
 from support.command_line import markdown_table
 
 SPLIT, UTILITY = "forget10", 0.9  # share of the start's utility at which objectives are compared
+# What attacks find -> column: extraction strength in a state, steps of relearning, leak@k.
 STATES = {"before": "before", "forget 100%": "relearned", "retain": "after retain rows", "int8": "8 bits",
           "int4": "4 bits", "nf4": "NF4", "paraphrased question": "paraphrased", "prefix": "answer begun",
-          "few-shot": "few-shot"}  # of an attack -> column
-LEAKS = ("1", "64")
-CONTROLS = ("retrained", "start")
+          "few-shot": "few-shot", "halfway": "steps to halfway", "1": "leak@1", "64": "leak@64"}
 
 
 def objectives(study: dict) -> dict:
     """method -> its runs of the reported seeds; none where the study has no newer objective."""
-    found = {method: chosen_runs(study, SPLIT, method) for method in FIGURES["objectives"][1]}
-    found = {method: runs for method, runs in found.items() if runs}
+    found = dict(with_runs(study, SPLIT, FIGURES["objectives"][1]))
     return found if found.keys() & set(NEWER) else {}
 
 
 def attacked(study: dict) -> dict:
-    """method -> what attacks found of its seeds; "(retrained)" and "(start)" are the controls."""
+    """method -> what attacks found of its seeds, by STATES; "(retrained)" and "(start)" are the controls.
+    Empty where none was attacked."""
+    def flat(model: dict) -> dict:
+        return {**model, **model.get("leak", {}), "halfway": model.get("halfway", {}).get("forget 100%")}
+
     found = {m: [r["attacks"] for r in runs if "attacks" in r] for m, runs in objectives(study).items()}
     found = {method: attacks for method, attacks in found.items() if attacks}
-    most = max(found.values(), key=len, default=[])
-    controls = {f"({name})": [a[name] for a in most if name in a] for name in CONTROLS}
-    return controls | {method: [a["model"] for a in attacks] for method, attacks in found.items()}
+    if not found:
+        return {}
+    most = max(found.values(), key=len)
+    controls = {f"({name})": [flat(a[name]) for a in most if name in a] for name in ("retrained", "start")}
+    return controls | {method: [flat(a["model"]) for a in attacks] for method, attacks in found.items()}
 
 
 def at_the_end(name: str, runs: list) -> list:
@@ -64,20 +68,21 @@ def retrained(study: dict) -> list:
     return [m for m in study["retrained"] if m["split"] == "retain90" and "mia" in m]
 
 
+def measured(models: list, what: str) -> list:
+    """What attacks found of these models, without those of which it is not known."""
+    return [m[what] for m in models if m.get(what) is not None]
+
+
 def attacks_table(study: dict) -> list[str]:
     """Extraction strength before and after each attack, steps of relearning to halfway, leak@k."""
-    found, rows = attacked(study), []
-    for name, models in found.items():
-        cells = [mean_sd([m[what] for m in models if what in m]) for what in STATES]
-        steps = [m.get("halfway", {}).get("forget 100%") for m in models]
-        reached = [n for n in steps if n is not None]
-        halfway = f"{statistics.mean(reached):.1f}" if reached else "-"
-        if reached and len(reached) < len(steps):
-            halfway += f" ({len(reached)} of {len(steps)})"
-        leaks = [mean_sd([m["leak"][k] for m in models if "leak" in m]) for k in LEAKS]
-        rows.append([name, len(models), *cells, halfway, *leaks])
-    return markdown_table(["model", "seeds", *STATES.values(), "steps to halfway",
-                           *(f"leak@{k}" for k in LEAKS)], rows if len(found) > len(CONTROLS) else [])
+    rows = []
+    for name, models in attacked(study).items():
+        cells = {what: mean_sd(measured(models, what)) for what in STATES}
+        if reached := measured(models, "halfway"):
+            some = f" ({len(reached)} of {len(models)})" if len(reached) < len(models) else ""
+            cells["halfway"] = f"{statistics.mean(reached):.1f}{some}"
+        rows.append([name, len(models), *cells.values()])
+    return markdown_table(["model", "seeds", *STATES.values()], rows)
 
 
 def page(studies: dict) -> str:
@@ -98,73 +103,47 @@ def page(studies: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def points(axes, columns: dict, drawn=float):
-    """A point for the mean of each method's values, a bar from the smallest to the largest."""
-    for place, (method, values) in enumerate(columns.items()):
-        if not values:
-            continue
-        color, _, marker = style(method)
-        middle, low, high = (drawn(pick(values)) for pick in (statistics.mean, min, max))
-        axes.errorbar(place, middle, yerr=[[max(0, middle - low)], [max(0, high - middle)]], fmt=marker,
-                      color=color, markersize=7, elinewidth=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-    axes.grid(alpha=0.25)
-
-
 def draw(study: dict, stem: Path) -> list[Path]:
-    """Both pictures, where the study has runs for them: STEM_objectives.png, STEM_attacks.png."""
-    drawn = [draw_objectives(study, stem.with_name(f"{stem.name}_objectives.png")),
-             draw_attacks(study, stem.with_name(f"{stem.name}_attacks.png"))]
-    return [path for path in drawn if path]
+    """STEM_objectives.png and STEM_attacks.png, where the study has runs for them; their paths."""
+    named, found, drawn = objectives(study), attacked(study), []
+    if named:
+        best = {m: [best_at_utility(r, UTILITY) for r in runs] for m, runs in named.items()}
+        extraction, leak = ({m: at_the_end(key, runs) for m, runs in named.items()}
+                            for key in ("forget_extraction_strength", "privleak"))
+        controls = at_the_end("forget_extraction_strength", retrained(study))
+        title = f"log10 forget quality, best with {UTILITY:.0%} of the utility"
+        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"), {
+            title: {"line: 0.05": (best, [LINE])},
+            "extraction strength, end of the run": {"line: retrained": (extraction, controls)},
+            "PrivLeak, end of the run": {"line: retrained": (leak, [0])}}))
+    if found:
+        shown = {"relearning; lines: the retrained model": ("before", "forget 100%", "retain"),
+                 "rounding to 4 bits, another wording": ("before", "int4", "paraphrased question"),
+                 "sampling: leak@k": ("1", "64")}
+        panels, control = {title: {} for title in shown}, found["(retrained)"]
+        for title, what in [(title, what) for title, whats in shown.items() for what in whats]:
+            columns = {m: measured(models, what) for m, models in found.items() if not m.startswith("(")}
+            panels[title][STATES[what]] = columns, measured(control, what)
+        drawn.append(picture(stem.with_name(f"{stem.name}_attacks.png"), panels))
+    return drawn
 
 
-def draw_objectives(study: dict, path: Path) -> Path | None:
-    """Forget quality at equal utility, what is left of the answers, and whether membership shows."""
-    named = objectives(study)
-    if not named:
-        return None
-    figure, ((quality, extraction, leak),) = canvas(1, 3, 16, 4.6)
-    best = {m: [best_at_utility(r, UTILITY) for r in runs] for m, runs in named.items()}
-    floor = floor_of([value for values in best.values() for value in values])
-    points(quality, best, partial(height, floor=floor))
-    dual_axis(quality, study, SPLIT, floor)
-    quality.set(title=f"best with {UTILITY:.0%} of the start's utility", ylabel=LABELS[QUALITY])
-    for axes, key, title, control in (
-            (extraction, "forget_extraction_strength", "extraction strength, end of the run",
-             at_the_end("forget_extraction_strength", retrained(study))),
-            (leak, "privleak", "PrivLeak, end of the run", [0])):
-        points(axes, {m: at_the_end(key, runs) for m, runs in named.items()})
+def picture(path: Path, panels: dict) -> Path:
+    """Panels side by side, title -> {what: (method -> its seeds' values, the control's values)}. A point for
+    a mean, a bar from the smallest to the largest seed, a line for the control."""
+    figure, axes_of = canvas(1, len(panels), 16, 4.6)
+    for axes, (title, shown) in zip(axes_of[0], panels.items(), strict=True):
+        looks = zip(shown.items(), "o^s", ("black", "tab:red", "tab:blue"), strict=False)
+        for (what, (columns, control)), marker, color in looks:
+            some = {place: values for place, values in enumerate(columns.values()) if values}
+            middle, low, high = (np.array(list(map(pick, some.values())))
+                                 for pick in (statistics.mean, min, max))
+            axes.errorbar(list(some), middle, np.maximum(0, [middle - low, high - middle]), fmt=marker,
+                          color=color, elinewidth=1, label=what)
+            if control:
+                axes.axhline(statistics.mean(control), color=color, linewidth=0.9, linestyle="-.")
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
         axes.set_title(title)
-        if control:
-            axes.axhline(statistics.mean(control), color="tab:cyan", linestyle="-.", label="retrained")
-            axes.legend(fontsize=8)
-    return save(figure, path)
-
-
-def mean_after(models: list, what: str) -> float:
-    """Of extraction strength after an attack, or of leak@what; nan where none was attacked so."""
-    values = [(m.get("leak", {}) if what in LEAKS else m).get(what, math.nan) for m in models]
-    return statistics.mean(values) if values else math.nan
-
-
-def draw_attacks(study: dict, path: Path) -> Path | None:
-    """Before and after relearning, rounded and asked otherwise, and what sampling finds."""
-    found = attacked(study)
-    methods = {name: models for name, models in found.items() if not name.startswith("(")}
-    if not methods:
-        return None
-    figure, panels = canvas(1, 3, 16, 4.6)
-    shown = ((("before", "forget 100%", "retain"), "extraction strength: relearning"),
-             (("before", "int4", "paraphrased question"), "rounding to 4 bits, another wording"),
-             (LEAKS, "sampling: leak@k"))
-    for axes, (whats, title) in zip(panels[0], shown, strict=True):
-        for what, marker, color in zip(whats, "o^s", ("black", "tab:red", "tab:blue"), strict=False):
-            means = {name: mean_after(models, what) for name, models in found.items()}
-            axes.plot(range(len(methods)), [means[m] for m in methods], marker, color=color,
-                      label=STATES.get(what, f"leak@{what}"))
-            axes.axhline(means["(retrained)"], color=color, linewidth=0.9, linestyle="-.")
-        axes.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
-        axes.set(title=title, ylim=(-0.02, 1.3))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, title="lines: the retrained model's", title_fontsize=7)
+        axes.legend(fontsize=8)
     return save(figure, path)
