@@ -29,8 +29,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to make")
     add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N")
-    add("--methods", nargs="+", choices=grid.METHODS + grid.NEWER, metavar="METHOD", help="only these")
-    add("--splits", nargs="+", choices=grid.SMALL + grid.LARGE, metavar="SPLIT", help="only these")
+    methods, splits = grid.METHODS + grid.NEWER, grid.SMALL + grid.LARGE
+    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
+        help="make runs of these only (default: all)")
+    add("--splits", nargs="+", choices=splits, default=splits, metavar="SPLIT",
+        help="likewise (default: all)")
     add("--model", default="tiny", help="preset, or PRESET=FOLDER")
     add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
     add("--choices", choices=["preset"],

@@ -54,7 +54,6 @@ class Study:
     task: Task  # of TUNING_SPLIT
     preset_name: str
     preset: object  # models' Preset
-    parameters: int
     log_truth_ratio: Callable
     known: dict  # the distilled JSON
 
@@ -158,20 +157,15 @@ def wanted_figures(args: Namespace) -> list:
     return list(FIGURES) if args.figure == "all" else [args.figure]
 
 
-def wanted_of(args: Namespace, figure: str) -> list[list]:
-    """[splits, methods] of a figure, without those that --splits and --methods leave out."""
-    return [[name for name in names if name in (wanted or names)]
-            for names, wanted in zip(FIGURES[figure], (args.splits, args.methods), strict=True)]
-
-
-def plan(study: Study, figures: list) -> list[Job]:
-    """The unlearning runs that the figures need, each once; without settings what waits for a choice."""
-    jobs = {}
-    for figure in figures:
-        splits, methods = wanted_of(study.args, figure)
-        for method in methods:
+def plan(study: Study) -> list[Job]:
+    """The unlearning runs that the wanted figures need, each once; without settings what waits for a
+    choice."""
+    args, jobs = study.args, {}
+    for figure in wanted_figures(args):
+        splits, methods = FIGURES[figure]
+        for method in [m for m in methods if m in args.methods]:
             hyper, found = choose(study, method), tuning_jobs(study, method)
-            for split in splits:
+            for split in [s for s in splits if s in args.splits]:
                 found += figure_jobs(study, figure, method, split, hyper or {})
             jobs = {job.key: job for job in found} | jobs
     return list(jobs.values())

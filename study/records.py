@@ -23,7 +23,7 @@ from support.files import write_json
 from support.provenance import environment
 
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
-          "world_facts_kl")
+          "world_facts_kl", "privleak")
 ORDER = ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed", "seed", "key")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_ROW = 7  # of each of these sets, for Figure 7
@@ -64,8 +64,8 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
                          "PRESET=FOLDER: retraining needs to know the base model and its settings")
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
-    parameters = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full).parameters
-    study = Study(args, task, name, preset, parameters, log_truth_ratio, {})
+    shape = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full)
+    study = Study(args, task, name, preset, log_truth_ratio, {})
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
                 "start": Path(start.folder).name if start else preset.finetuned}
@@ -78,9 +78,8 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     made = environment()  # without this machine's folders
     words = [Path(word).name if "/" in word else word for word in made["command"].split()]
     made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
-    study.known = {**known, "data": data, "model": name, "failed": [], "parameters": parameters,
-                   "budget": budget, "provenance": made,
-                   "choices_from": args.choices}
+    study.known = {**known, "data": data, "model": name, "failed": [], "parameters": shape.parameters,
+                   "budget": budget, "provenance": made, "choices_from": args.choices}
     return study
 
 
@@ -114,10 +113,15 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
             "memory": max(line["memory"] for line in log)}
     if not evaluations:
         return kept
-    curves = {key: [short(e["metrics"].get(key)) for e in evaluations] for key in CURVES}
+
+    def curve(key: str, part: str = "") -> list:
+        """A metric, or that of a part of them, over the evaluations; None where it wasn't measured."""
+        metrics = [e["metrics"].get(part, {}) if part else e["metrics"] for e in evaluations]
+        return [short(some.get(key)) for some in metrics]
+
     steps = {"steps": [e["provenance"]["step"] for e in evaluations], "total_steps": log[-1]["step"]}
     if "key" in facts and facts["kind"] == "unlearn" and facts["seed"] == grid.TUNING_SEED:
-        return kept | steps | {key: curves[key] for key in CURVES[:3]}
+        return kept | steps | {key: curve(key) for key in CURVES[:3]}
     split, first, last = facts["split"], evaluations[0]["rows"], evaluations[-1]["rows"]
     judged = evaluation_split(split)
     asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
@@ -125,33 +129,26 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
     if facts["seed"] == 1 and judged == grid.TUNING_SPLIT:
         kept["samples"] = samples_of(data, judged, last)
+    kept |= {f"forget_{key}": curve(key, "forget") for key in SHARPER}
+    kept["mia"] = {key: curve(key, "mia") for key in MIA}
     ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
-    for key in SHARPER:
-        kept[f"forget_{key}"] = [short(e["metrics"]["forget"].get(key)) for e in evaluations]
-    kept["mia"] = {key: [short(e["metrics"].get("mia", {}).get(key)) for e in evaluations] for key in MIA}
     if facts["kind"] == "model":
-        kept["model_utility"] = curves["model_utility"][-1]
-        kept["log_truth_ratios"] = [round(ratio, 4) for ratio in ratios[-1]]
-        return kept
+        return kept | {"model_utility": curve("model_utility")[-1],
+                       "log_truth_ratios": [round(ratio, 4) for ratio in ratios[-1]]}
     if "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
         kept["samples_start"] = samples_of(data, judged, first)
         kept["answers_start"] = answers_of(data, judged, {name: first[name] for name in told})
-    kept |= steps | curves
-    for name in ("forget", "retain"):
-        kept[f"{name}_probability"] = [short(e["metrics"][name]["probability"]) for e in evaluations]
-    kept["privleak"] = [short(e["metrics"].get("privleak")) for e in evaluations]
-    # What the Kolmogorov-Smirnov test sees, in two numbers.
-    kept["log_truth_ratio_mean"] = [short(statistics.mean(some)) for some in ratios]
-    kept["log_truth_ratio_sd"] = [short(statistics.pstdev(some)) for some in ratios]
-    return kept
+    # The last two are what the Kolmogorov-Smirnov test sees, in two numbers.
+    return kept | steps | {key: curve(key) for key in CURVES} | {
+        "forget_probability": curve("probability", "forget"),
+        "retain_probability": curve("probability", "retain"),
+        "log_truth_ratio_mean": [short(statistics.mean(some)) for some in ratios],
+        "log_truth_ratio_sd": [short(statistics.pstdev(some)) for some in ratios]}
 
 
-def attacked(folder: Path) -> dict | None:
-    """What `robustness_tofu.py --out FOLDER/robustness` found, of the unlearned, the retrained and the start
-    model: {name: {state: extraction strength in it, "leak": {k: leak@k}, "halfway": {rows: steps}}}."""
-    path = folder / "robustness" / "robustness.json"
-    if not path.is_file():
-        return None
+def attacked(path: Path) -> dict:
+    """What a robustness.json found, of the unlearned, the retrained and the start model: {name: {state:
+    extraction strength in it, "leak": {k: leak@k}, "halfway": {rows: steps}}}."""
     found = {}
     for entries in json.loads(path.read_text(encoding="utf-8"))["attacks"].values():
         for name, entry in entries.items():
@@ -167,10 +164,11 @@ def attacked(folder: Path) -> dict | None:
 
 
 def take_attacks(study: Study):
-    """Into the records of its runs, what attacks on them have found."""
+    """Into the records of its runs, what `robustness_tofu.py --out FOLDER/robustness` found of them."""
     for run in study.known["runs"]:
-        if found := attacked(Path(grid.run_folder(study.args, run, run["key"]))):
-            run["attacks"] = found
+        path = Path(grid.run_folder(study.args, run, run["key"])) / "robustness" / "robustness.json"
+        if path.is_file():
+            run["attacks"] = attacked(path)
 
 
 def short(number: float | None) -> float | None:
@@ -248,12 +246,9 @@ def complete(study: Study) -> dict:
             "ceilings": {split: ceilings(by_seed) for split, by_seed in samples.items()}}
 
 
-def log10_p(first: list, second: list) -> float:
-    """Of the Kolmogorov-Smirnov test, exact: for the rows of TOFU, whose p-values are all above 1e-308."""
-    return math.log10(ks_2samp(first, second, method="exact").pvalue)
-
-
 def ceilings(log_ratios: dict) -> list:
-    """log10 forget quality of pairs of retrained models: what perfect unlearning would score."""
-    return [{"seeds": [a, b], "log10": round(log10_p(log_ratios[a], log_ratios[b]), 4)}
-            for a, b in combinations(sorted(log_ratios), 2)]
+    """log10 forget quality of pairs of retrained models: what perfect unlearning would score. The test is
+    exact, for the rows of TOFU, whose p-values are all above 1e-308."""
+    tests = {pair: ks_2samp(*map(log_ratios.get, pair), method="exact")
+             for pair in combinations(sorted(log_ratios), 2)}
+    return [{"seeds": list(pair), "log10": round(math.log10(test.pvalue), 4)} for pair, test in tests.items()]

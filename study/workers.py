@@ -29,10 +29,9 @@ def command_of(job: Job) -> list[str]:
 def run_missing(study: Study):
     """Pass after pass, models before the runs that need them: what is known decides what is planned, until
     nothing is missing."""
-    figures = grid.wanted_figures(study.args)
     while True:
-        record_finished(study, grid.plan(study, figures))
-        todo = records.missing(study, grid.plan(study, figures))
+        record_finished(study, grid.plan(study))
+        todo = records.missing(study, grid.plan(study))
         ready = [job for job in todo if not job.needs] or [job for job in todo if job.given]
         if not ready:
             return
@@ -116,17 +115,14 @@ def clock(seconds: float) -> str:
 
 
 def print_plan(study: Study):
-    """Runs, time and memory, for each figure and together."""
-    args, figures, used = study.args, grid.wanted_figures(study.args), study.known["runs"]
-    for figure in [*figures, "together"]:
-        jobs = grid.plan(study, figures if figure == "together" else [figure])
-        todo = records.missing(study, jobs)
-        lacking = [job for job in todo if job.needs]
-        print(f"{figure:14}{len(jobs):6} runs,{len(lacking):6} missing")
+    """Runs, time and memory."""
+    args, known, jobs = study.args, study.known, grid.plan(study)
+    todo = records.missing(study, jobs)
+    lacking = [job for job in todo if job.needs]
     print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "
           f"{len(todo) - len(lacking)} models to fine-tune or retrain first")
     print(f"{duration(study, todo)} with {args.jobs} jobs at a time")
-    each = max([r["memory"] for r in used], default=16 * study.parameters + LIBRARIES)
-    print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together, "
-          + ("measured" if used else "16 bytes a parameter and the libraries; activations come on top"))
+    each = max([r["memory"] for r in known["runs"]], default=16 * known["parameters"] + LIBRARIES)
+    print(f"memory: {each / 1e9:.1f} GB a job, {args.jobs * each / 1e9:.1f} GB together; where no run "
+          "has ended, 16 bytes a parameter and the libraries, without activations")

@@ -424,10 +424,8 @@ def test_what_attacks_found_is_kept_with_the_run(tmp_path):
     sampled = [states[0], {"what": "sampled", "leak": {"1": 0.25}, "rows": 4}]
     attacks = {"relearn": {"model": {"states": states, "halfway": halfway}},
                "sample": {"model": {"states": sampled}}}
-    assert records.attacked(tmp_path) is None
-    (tmp_path / "robustness").mkdir()
-    (tmp_path / "robustness" / "robustness.json").write_text(json.dumps({"attacks": attacks}))
-    assert records.attacked(tmp_path) == {"model": {
+    (tmp_path / "robustness.json").write_text(json.dumps({"attacks": attacks}))
+    assert records.attacked(tmp_path / "robustness.json") == {"model": {
         "before": 0.12346, "forget 100%": 0.4, "halfway": {"forget 100%": None}, "leak": {"1": 0.25}}}
 
 
@@ -459,7 +457,7 @@ def recorded(study, *jobs, ks=0.3, utility=0.5):
 
 def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     s = study("--figure", "8", "--methods", "npo+rt", "ga", "--seeds", "2")
-    jobs = grid.plan(s, ["8"])
+    jobs = grid.plan(s)
     ready = [job for job in jobs if job.given]
     assert len(ready) == 2 * 3 and len(jobs) == 3 + (3 + 1) + 2 * 2
     assert {(job.facts["seed"], job.facts["split"]) for job in ready} == {(0, "forget10")}
@@ -472,7 +470,7 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     first = s.preset.beta
     assert grid.choose(s, "ga") == {"lr": ga[1].facts["lr"], "beta": first}
     assert grid.choose(s, "npo+rt") is None
-    jobs = grid.plan(s, ["8"])
+    jobs = grid.plan(s)
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
     assert [job.facts["lr"] for job in chosen] == [ga[1].facts["lr"]] * 2
     rates = [job for job in jobs if job.given and job.facts["method"] == "npo+rt"]
@@ -506,7 +504,7 @@ def test_a_score_rewards_the_smaller_of_forgetting_and_keeping():
 
 def test_a_run_is_known_by_its_folder_whose_name_has_its_key(study):
     s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
-    jobs = [job for job in grid.plan(s, ["8"]) if job.given]
+    jobs = [job for job in grid.plan(s) if job.given]
     assert len({job.folder for job in jobs}) == len(jobs) and all(job.key[:8] in job.folder for job in jobs)
     assert [job.key for job in records.missing(s, jobs)][-3:] == [job.key for job in jobs]
     assert records.missing(recorded(s, *jobs), jobs) == []  # the JSON is enough
@@ -514,7 +512,7 @@ def test_a_run_is_known_by_its_folder_whose_name_has_its_key(study):
 
 def test_what_is_in_the_json_is_not_made_again(study, capsys):
     s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
-    while jobs := [job for job in records.missing(s, grid.plan(s, ["8"])) if job.needs]:
+    while jobs := [job for job in records.missing(s, grid.plan(s)) if job.needs]:
         recorded(s, *[job for job in jobs if job.given])
     workers.run_missing(s)
     assert "runs to make" not in capsys.readouterr().out and not Path("runs").exists()
@@ -525,7 +523,7 @@ def test_a_job_is_a_command_of_train_npo(study):
     """Begun with its flags, gone on with by its folder."""
     from running.settings import parse, resolve
     s = study("--figure", "8", "--methods", "npo+rt", "--seeds", "1")
-    for job in records.missing(s, grid.plan(s, ["8"]))[:3]:
+    for job in records.missing(s, grid.plan(s))[:3]:
         if job.needs:
             evaluations = Path(job.given["retain_log"]) / "eval"
             evaluations.mkdir(parents=True, exist_ok=True)
@@ -562,7 +560,7 @@ def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     zero = grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
     assert zero.key == grid.unlearn_job(s, "npo", "forget10", 1, hyper).key
     assert zero.facts["method"] == "npo"
-    assert len(grid.plan(s, ["retain-weight"])) == 4 + len(grid.RETAIN_WEIGHTS)
+    assert len(grid.plan(s)) == 4 + len(grid.RETAIN_WEIGHTS)
 
 
 @pytest.mark.parametrize("changed", ({"start": "another"}, {"data_fingerprint": "another"}, {"epochs": 5}))
@@ -581,7 +579,7 @@ def test_a_json_of_another_study_is_refused_and_kept(study, changed):
 
 def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     s = study("--figure", "8", "--methods", "ga")
-    job, other = [j for j in grid.plan(s, ["8"]) if j.given][:2]
+    job, other = [j for j in grid.plan(s) if j.given][:2]
     s = recorded(s, job)
     kept = {**s.known["runs"][0], "key": other.key}
     records.keep_record(s, kept)
@@ -607,7 +605,7 @@ def run_fates(study, monkeypatch, tmp_path):
     def run(*fates):
         s = study("--figure", "8", "--methods", "ga", "--jobs", "1")
         monkeypatch.setattr(records, "keep", lambda s, job, seconds: recorded(s, job))
-        jobs = [j for j in grid.plan(s, ["8"]) if j.given][:len(fates)]
+        jobs = [j for j in grid.plan(s) if j.given][:len(fates)]
         scripts = dict(zip((job.folder for job in jobs), fates, strict=True))
         monkeypatch.setattr(workers, "command_of",
                             lambda job: [sys.executable, "-c", FATES[scripts[job.folder]]])
@@ -657,13 +655,13 @@ def test_a_ceiling_compares_different_retrained_models():
 
 def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     s = study("--figure", "8", "--seeds", "1", "--choices", "preset")
-    preset, jobs = s.preset, grid.plan(s, ["8"])
+    preset, jobs = s.preset, grid.plan(s)
     assert len(jobs) == len(grid.METHODS) and {j.facts["lr"] for j in jobs} == {preset.lr}
     assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
     assert records.json_path(s.args).name.endswith("_tiny_preset.json")
     assert pages.how(s.known) == "the preset, the same for all methods, as in the paper"
     s = study("--figure", "9", "--seeds", "1", "--methods", "npo+rt", "--choices", "preset")
-    tuned = [j.facts for j in grid.plan(s, ["9"]) if j.given]  # the retain weight is still the method's own
+    tuned = [j.facts for j in grid.plan(s) if j.given]  # the retain weight is still the method's own
     assert {facts["retain_weight"] for facts in tuned} == set(grid.TUNED_WEIGHTS)
     assert {facts["lr"] for facts in tuned} == {preset.lr}
 
