@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator
 from data.tofu import complement
 from study.answers import judgement
 from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
-from study.verdicts import LINE, chosen_runs, kept_utility, last, peak, peak_at, tuned_runs
+from study.verdicts import LINE, chosen_runs, peak, peak_at, tuned_runs
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple", "wga": "tab:brown", "satimp": "tab:pink", "tnpo": "tab:gray",
@@ -77,14 +77,6 @@ def canvas(rows: int, columns: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def band(axes, x: list, columns: list, drawn, alpha: float, opacity: float = 1.0, **line):
-    """A line through the means of the columns (values of the seeds), a band from smallest to largest."""
-    axes.plot(x, [drawn(statistics.mean(column)) for column in columns], alpha=opacity, **line)
-    if max(map(len, columns)) > 1:
-        low, high = ([drawn(pick(column)) for column in columns] for pick in (min, max))
-        axes.fill_between(x, low, high, color=line["color"], alpha=alpha, linewidth=0)
-
-
 def panel(axes, study: dict, named: list, key: str, against: str, title: str):
     """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is paler."""
     drawn, seen = float, Counter()
@@ -96,8 +88,12 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
         steps = runs[0]["steps"]  # seeds have the same
         x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
         columns = [[r[key][i] for r in runs] for i in range(len(steps))]
-        band(axes, x, columns, drawn, 0.1, color=color, linestyle=line, label=label, linewidth=1.4,
-             marker=marker, markersize=3, opacity=0.6 ** seen[runs[0]["method"]])
+        middle, low, high = ([drawn(pick(column)) for column in columns]
+                             for pick in (statistics.mean, min, max))
+        axes.plot(x, middle, line, color=color, label=label, linewidth=1.4, marker=marker, markersize=3,
+                  alpha=0.6 ** seen[runs[0]["method"]])
+        if len(runs) > 1:
+            axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
         seen[runs[0]["method"]] += 1
     if key == QUALITY:
         dual_axis(axes, study, named[0][1][0]["split"], floor)
@@ -227,27 +223,13 @@ def figure7(study: dict, path: Path):
 
 
 def retain_weight(study: dict, path: Path):
-    """npo+rt on forget10: peak and last forget quality, and utility there, against the retain weight."""
+    """npo+rt on forget10 over epochs, a line for each of two or more retain weights."""
     weights = study["budget"]["retain_weights"]
-    found = {w: runs for w in weights if (runs := chosen_runs(study, "forget10", "npo+rt", w))}
+    found = {f"weight {w:g}": runs for w in weights if (runs := chosen_runs(study, "forget10", "npo+rt", w))}
     if len(found) < 2:
         return None
-    figure, ((left, right),) = canvas(1, 2, 10.5, 4.4)
-    floor = floor_of([last(r) for runs in found.values() for r in runs])
-    for label, color, quality, place in (("peak", "black", peak, peak_at),
-                                         ("end of the run", "tab:gray", last, lambda r: -1)):
-        line = {"color": color, "label": label, "marker": "o", "linestyle": "-"}
-        utilities = [[kept_utility(r, place(r)) for r in runs] for runs in found.values()]
-        qualities = [list(map(quality, runs)) for runs in found.values()]
-        band(left, list(found), qualities, partial(height, floor=floor), 0.12, **line)
-        band(right, list(found), utilities, float, 0.12, **line)
-    dual_axis(left, study, "forget10", floor)
-    left.set(xlabel="retain weight", ylabel="forget quality", title="npo+rt, forget10")
-    right.set(xlabel="retain weight", ylabel="utility, share of the start's", title="utility kept")
-    left.grid(alpha=0.25)
-    right.grid(alpha=0.25)
-    left.legend(fontsize=8)
-    return save(figure, path)
+    return evolution({**study, "chosen": found}, path, ("forget10",),
+                     select=lambda _study, _split, weight: found[weight])
 
 
 MAKERS = {

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from support.command_line import markdown_table
 from support.files import write_json
 
 # Of the first curve in a panel, the second, ..: told apart in grey too.
@@ -26,11 +27,9 @@ def verdict(claim: str, holds: bool, **numbers) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: a column a key of the first row."""
-    head = list(rows[0])
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
-             for row in rows]
-    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)]
-    return "\n".join(lines).replace(" None |", " - |")
+    cells = [["-" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+              for value in row.values()] for row in rows]
+    return "\n".join(markdown_table(list(rows[0]), cells))
 
 
 def write(stem: Path, record: dict, title: str, *paragraphs: str) -> str:
