@@ -79,7 +79,6 @@ FIGURE3_METHODS = [Method("ga", 5e-4)]
 FIGURE3_METHODS += [Method(f"npo@{beta:g}", 5e-4, beta) for beta in (0.01, 0.1, 0.2, 0.5, 1.0)]
 GRID_LR, GRID_BETA = (2e-5, 1e-4, 5e-4, 2e-3, 5e-3, 2e-2, 5e-2), (0.1, 0.5, 1.0, 5.0, 10.0)
 DISTANCES, START = ("forget_distance", "retain_distance"), "start ($\\pi_{ref}$)"
-MEAN, MEDIAN = "mean, band $\\pm$ 1 sd", "median, band 10-90%"
 FAMILY_STYLE = {"npo": {"color": "#000000", "marker": "o"}, "dpo": {"color": "#1b7fb8", "marker": "s"},
                 "ga": {"color": "#d1495b", "marker": "^"}, "idk": {"color": "#8f8f8f", "marker": "D"}}
 TERM_LINE = {"rt": "-", "": "--", "kl": ":"}
@@ -233,42 +232,37 @@ def curves_record(alpha: float, methods: list, curves: np.ndarray, steps: list) 
     return record
 
 
-def middle(told: str, distance: np.ndarray) -> tuple:
-    """What is drawn of K instances, (K, E): a line, its band's edges. Nothing where one is infinite."""
-    distance = np.where(np.isfinite(distance), distance, math.nan)
-    if told == MEDIAN:
-        return tuple(np.quantile(distance, (0.5, 0.1, 0.9), axis=0))
-    mean, sd = distance.mean(0), distance.std(0)
-    return mean, np.maximum(mean - sd, 0.1 * mean), mean + sd  # cut for the log axis
-
-
-def against_each_other(told: str, alpha: float, paths: dict) -> tuple:
+def against_each_other(title: str, alpha: float, paths: dict) -> tuple:
     """The panel of retain against forget distance; paths {method: (forget, retain)}."""
     scale = "log" if alpha > 0 else "linear"
     start = [distances[:1] for distances in next(iter(paths.values()))]
-    return {"title": f"retain against forget distance\n{told.partition(',')[0]}", "xlabel": "forget distance",
+    return {"title": f"retain against forget distance\n{title}", "xlabel": "forget distance",
             "ylabel": "retain distance", "xscale": scale, "yscale": scale}, {**paths, START: start}
 
 
-def draw_figure(path: Path, figure: int, methods: list, curves: np.ndarray, record: dict):
-    """Figure 4: distances over steps and against each other; Figure 3: the latter, and one instance's.
+def over_steps(key: str, methods: dict) -> tuple:
+    """The panel of a distance over steps, as far as it is finite: its mean in a band of 1 sd."""
+    curves = {}
+    for name, own in methods.items():
+        finite = np.isfinite(own[key]["mean"])
+        mean, sd = own[key]["mean"][finite], own[key]["sd"][finite]
+        curves[name] = (np.array(own["steps"])[finite], mean,
+                        np.maximum(mean - sd, 0.1 * mean), mean + sd)  # cut for the log axis
+    return {"title": f"{key}\nmean, band $\\pm$ 1 sd", "xlabel": "step", "ylabel": "nats",
+            "yscale": "log"}, curves
 
-    Means, as published; of more than five instances the medians too.
-    """
-    panels, styles = [], {START: {"marker": "*", "color": "0", "linestyle": "", "markersize": 12}}
-    distances = {method.name: curves[:, m].swapaxes(0, 1) for m, method in enumerate(methods)}  # (2, K, E)
-    steps = record["methods"][methods[0].name]["steps"]
-    for told in (MEAN, MEDIAN) if len(curves) > 5 else (MEAN,):
-        drawn = {name: [middle(told, distance) for distance in own] for name, own in distances.items()}
-        for axis, key in enumerate(DISTANCES) if figure == 4 else ():
-            settings = {"title": f"{key}\n{told}", "xlabel": "step", "ylabel": "nats", "yscale": "log"}
-            panels.append((settings, {name: (steps, *own[axis]) for name, own in drawn.items()}))
-        panels.append(against_each_other(told, record["alpha"], {
-            name: [line for line, *_ in own] for name, own in drawn.items()}))
+
+def draw_figure(path: Path, figure: int, methods: list, record: dict):
+    """Figure 4: means over steps and against each other; Figure 3: the latter, and one instance's."""
+    found = record["methods"]
+    styles = {START: {"marker": "*", "color": "0", "linestyle": "", "markersize": 12}}
+    panels = [against_each_other("mean", record["alpha"], {
+        name: [own[key]["mean"] for key in DISTANCES] for name, own in found.items()})]
     if figure == 3:
         panels.append(against_each_other("the first instance by itself", record["alpha"], {
-            name: [distance[0] for distance in own] for name, own in distances.items()}))
+            name: [own[key]["instances"][0] for key in DISTANCES] for name, own in found.items()}))
     else:
+        panels = [*(over_steps(key, found) for key in DISTANCES), *panels]
         styles |= {method.name: {**FAMILY_STYLE[method.family], "linestyle": TERM_LINE[method.retain]}
                    for method in methods}
     draw(path, panels, styles)
@@ -283,7 +277,7 @@ def run_figures(args, instances: list):
         judged = verdicts(args.figure, alpha, list(record["methods"]), curves, np.array(args.eval_steps))
         alone = "figure3" if args.figure == 3 else f"alpha{alpha:g}"
         name, title = f"synthetic_{alone}", f"Figure {args.figure}, alpha = {alpha:g}"
-        draw_figure(args.out / f"{name}.png", args.figure, methods[alpha], curves, record)
+        draw_figure(args.out / f"{name}.png", args.figure, methods[alpha], record)
         shown = [{"method": method, "lr": own["lr"], "beta": own["beta"]} | {
             f"last {key}, {of}": own[key][of][-1] for key in DISTANCES for of in ("mean", "sd")}
             for method, own in record["methods"].items()]
