@@ -5,7 +5,7 @@
     python bench.py --only npo+rt --only evaluation              # some rows, merged into the same JSON
 
 What is timed is the real code: `train_npo.train` itself, `evaluate`, `synthetic.run`. The opponents are
-written plainly (benchmark/opponents.py), with the same attention, precision, threads and optimizer:
+written plainly (benchmark/opponents.py), with the same attention, threads and optimizer, in float32:
 
     A   the authors' way: every row padded to 500 tokens, the policy and a resident reference both run forward
         at each step, logits at all positions, the retain rows as a second forward; 2 rows at a time
@@ -35,9 +35,9 @@ import benchmark.measurements as measure
 import synthetic
 from benchmark import opponents
 from data.tofu import load_task
-from models.presets import AUTOCAST, PRESETS, split_model
+from models.presets import PRESETS, split_model
 from running.settings import resolve
-from support.command_line import Parser, positive, run_command
+from support.command_line import Parser, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment
@@ -115,7 +115,7 @@ def machine(args: Namespace) -> dict:
     cpu = info.partition("model name")[2].partition("\n")[0].lstrip("\t :") or platform.processor()
     gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "threads": torch.get_num_threads(),
-            "device": args.device.type, "dtype": args.dtype}
+            "device": args.device.type}
 
 
 def small_start(args: Namespace) -> str:
@@ -134,9 +134,7 @@ def build_parser() -> Parser:
     add("--model", default="tiny", help="tiny, or PRESET=FOLDER, or a folder")
     add("--data", default="builtin", help="builtin, or a folder with TOFU's files")
     add("--only", action="append", choices=ROWS, help="measure this row only; may be given again")
-    add("--repeats", type=positive(int), help="timed steps a side (default: tiny 5, else 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs")
-    add("--dtype", choices=AUTOCAST, default="fp32", help="autocast precision of both sides")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     parser.set_defaults(batch_size=32, a_rows=4, plain_rows=40, max_rows=300, max_new_tokens=200,
                         train=train)
@@ -153,8 +151,7 @@ def main():
     data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
     model = f"{preset}=PATH" if preset and path else preset or "PATH"
     args.device = join_world(args.device).device
-    args.repeats = args.repeats or (5 if tiny else 2)
-    args.few, args.process_epochs = (3, 11) if tiny else (1, 1)
+    args.repeats, args.few, args.process_epochs = (5, 3, 11) if tiny else (2, 1, 1)
     if preset and not path:
         if not tiny:
             raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")

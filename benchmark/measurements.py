@@ -25,7 +25,7 @@ from data.tofu import load_task
 from evaluation.scoring import Prepared, evaluate, prepare
 from models.answers import AnswerModel
 from models.loading import load_model
-from models.presets import autocast, settings_of
+from models.presets import settings_of
 from running.memory_plan import Shape, shape_of
 from running.plan import Plan
 from running.reference import Reference, reference_pass
@@ -118,7 +118,7 @@ class Side:
     def __init__(self, args: Namespace, given: dict, batches: list):
         self.loop, self.world = args.train, World(0, 1, args.device)
         given = {"eval_every": "never", "batch_size": sum(batches), "micro_batch_size": 8, **given}
-        self.s = s = resolve({"model": args.model, "data": args.data, "dtype": args.dtype, **given})
+        self.s = s = resolve({"model": args.model, "data": args.data, **given})
         self.lm, self.tokenizer, meta = load_model(s.start)
         self.lm.to(args.device)
         s.template = s.template or meta.get("template") or settings_of(s.preset).template
@@ -131,9 +131,8 @@ class Side:
     def refer(self, folder: str, model: AnswerModel) -> tuple[Reference, float]:
         """The reference's cache, and the seconds of the pass that makes it, for a use of a forget row."""
         s, plan, world, folder = self.s, self.plan, self.world, Path(folder)
-        with autocast(s.dtype, world.device):
-            _, seconds = timed(reference_pass, s, model, plan, Prepared({}, {}, {}), folder, "bench", world,
-                               device=world.device)
+        _, seconds = timed(reference_pass, s, model, plan, Prepared({}, {}, {}), folder, "bench", world,
+                           device=world.device)
         return Reference(folder, "bench", plan, world.device), seconds / (plan.rows * s.epochs)
 
     def run(self, model: AnswerModel, reference, turn=None, rows: int | None = None) -> tuple:
@@ -185,7 +184,7 @@ def measure_evaluation(args: Namespace, process=plain.fresh_process) -> dict:
     picked = {name: range(0, len(rows), max(1, len(rows) // args.plain_rows))
               for name, rows in prepared.rows.items()}
     seconds, gaps, same = {"ours": [], "B'": []}, [], []
-    with autocast(args.dtype, args.device), process() as there:
+    with process() as there:
         for _ in range(args.few):
             ours, took = timed(evaluate, AnswerModel(side.lm), prepared, side.tokenizer, device=args.device,
                                batch_size=settings_of(side.s.preset).eval_batch_size,

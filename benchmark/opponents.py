@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from data.prompts import encode, encode_prompts
 from losses import dpo_loss, kl_loss, npo_loss, token_logps
 from models.loading import load_model
-from models.presets import autocast
 
 
 def padded(lists: list, value: int, width: int) -> torch.Tensor:
@@ -96,8 +95,7 @@ class PlainLoop:
                   "retain_tokens": sum(e.answer_tokens for e in retain)}
         for at in range(0, len(forget), self.rows_at_once):
             chunk = slice(at, at + self.rows_at_once)
-            with autocast(self.s.dtype, self.device):
-                loss = self.objective(forget[chunk], refusal[chunk], retain[chunk], counts)
+            loss = self.objective(forget[chunk], refusal[chunk], retain[chunk], counts)
             loss.backward()
             total += float(loss.detach())
         passed = now(self.device)
@@ -142,7 +140,7 @@ def evaluation(s: Namespace, device, rows: list, max_new_tokens: int) -> tuple[l
     lm, tokenizer, _ = load_model(s.start)
     lm.to(device).eval()
     begin = now(device)
-    with torch.no_grad(), autocast(s.dtype, device):
+    with torch.no_grad():
         return scores(lm, tokenizer, s.template, rows, max_new_tokens), now(device) - begin
 
 

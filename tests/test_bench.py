@@ -33,8 +33,8 @@ def here():
 
 @pytest.fixture
 def args(small_model, small_data):
-    return Namespace(model=str(small_model), data=str(small_data), device=torch.device("cpu"), dtype="fp32",
-                     batch_size=4, repeats=2, a_rows=2, few=1, plain_rows=3, max_rows=6, max_new_tokens=8,
+    return Namespace(model=str(small_model), data=str(small_data), device=torch.device("cpu"), batch_size=4,
+                     repeats=2, a_rows=2, few=1, plain_rows=3, max_rows=6, max_new_tokens=8,
                      train=train)
 
 
