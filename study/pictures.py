@@ -18,14 +18,13 @@ from matplotlib.ticker import FixedLocator
 from data.tofu import complement
 from study.answers import judgement
 from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
+from study.records import COLLECTED
 from study.verdicts import LINE, chosen_runs, peak, peak_at, tuned_runs
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
           "simnpo": "tab:purple", "wga": "tab:brown", "satimp": "tab:pink", "tnpo": "tab:gray",
           "ceu": "tab:olive", "undial": "tab:cyan"}
 LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}  # what keeps the rest
-SETTINGS = ("method", "split", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs", "data",
-            "model")  # of a single run; what differs in its seed alone is one line
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
 KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 QUALITY = "forget_quality_log10"
@@ -103,10 +102,12 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
     axes.grid(alpha=0.25)
 
 
-def finish(figure, legend: tuple, path: Path, **more) -> Path:
-    """With (handles, labels) below, 1.3 inches each and at most seven in a row, as a file."""
+def finish(figure, path: Path, **more) -> Path:
+    """With the legend of the fullest panel below, 1.3 inches an entry, at most seven in a row, as a file."""
     columns = min(7, int(figure.get_figwidth() // 1.3))
-    figure.legend(*legend, loc="outside lower center", ncol=columns, fontsize=8, **more)
+    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
+    fullest = max(legends, key=lambda legend: len(legend[0]))
+    figure.legend(*fullest, loc="outside lower center", ncol=columns, fontsize=8, **more)
     return save(figure, path)
 
 
@@ -122,16 +123,15 @@ def trade_off(study: dict, path: Path, splits: tuple):
     if not found:
         return None
     figure, panels = canvas(1, len(found), 5.2 * len(found), 5.2)
-    entries = {}
     for axes, (split, named) in zip(panels[0], found, strict=True):
-        entries |= trade_off_panel(axes, study, split, named)
-    return finish(figure, (entries.values(), entries.keys()), path, title_fontsize=8,
+        trade_off_panel(axes, study, split, named)
+    return finish(figure, path, title_fontsize=8,
                   title="dashed red: 0.05; cyan: one retrained model against another")
 
 
-def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
-    """Each method's point with the seeds' range, the start and the retrained model; the legend's entries."""
-    runs, entries = [r for _, own in named for r in own], {}
+def trade_off_panel(axes, study: dict, split: str, named: list):
+    """Each method's point with the seeds' range, the start and the retrained model."""
+    runs = [r for _, own in named for r in own]
     floor = floor_of([q for r in runs for q in (r[QUALITY][0], peak(r))])
     for method, own in named:
         color, _, marker = style(method)
@@ -139,23 +139,20 @@ def trade_off_panel(axes, study: dict, split: str, named: list) -> dict:
         middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
         x_error, y_error = ([[max(0, mean - min(values))], [max(0, max(values) - mean)]]
                             for values, mean in zip((x, y), middle, strict=True))
-        entries[method] = axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color,
-                                        markerfacecolor=color if "+" in method else "white", markersize=7,
-                                        elinewidth=0.8, label=method)
+        axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color, markersize=7,
+                      markerfacecolor=color if "+" in method else "white", elinewidth=0.8, label=method)
     start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", QUALITY))
-    entries["fine-tuned start"] = axes.plot(start, height(quality, floor), "P", color="tab:brown",
-                                            markersize=10)[0]
+    axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10, label="fine-tuned start")
     utilities = [m["model_utility"] for m in study["retrained"]
                  if m["split"] == complement(split) and m.get("model_utility")]
     if utilities:
-        entries["retrained (p = 1)"] = axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan",
-                                                 markersize=14)[0]
+        axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan", markersize=14,
+                  label="retrained (p = 1)")
     dual_axis(axes, study, split, floor)
     axes.grid(alpha=0.25)
     seeds = sorted({len(own) for _, own in named})
     axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
              ylabel="forget quality at its peak", xlim=(-0.03, max([start, *utilities]) * 1.1))
-    return entries
 
 
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs,
@@ -169,8 +166,7 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
         against = "steps" if split == STEP_SPLIT else "epochs"
         for axes, key in zip(column, keys, strict=True):
             panel(axes, study, some, key, against, split + note if key == keys[0] else "")
-    legends = [axes.get_legend_handles_labels() for axes in panels[0]]
-    return finish(figure, max(legends, key=lambda legend: len(legend[0])), path)
+    return finish(figure, path)
 
 
 def single_runs(runs: list, path: Path):
@@ -178,7 +174,8 @@ def single_runs(runs: list, path: Path):
     lr and beta, and by its place too where these are the same."""
     alike = {}  # settings without the seed -> runs
     for run in runs:
-        alike.setdefault((*run["steps"], *(run[key] for key in SETTINGS)), []).append(run)
+        settings = [run[key] for key in COLLECTED if key != "seed"]
+        alike.setdefault((*run["steps"], *settings), []).append(run)
     firsts = [some[0] for some in alike.values()]
     methods = [r["method"] for r in firsts]
     telling = [key for key in ("lr", "beta") if len({r[key] for r in firsts}) > 1]
