@@ -126,6 +126,13 @@ def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model
         assert file in refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
 
 
+def test_one_row_cannot_be_forgotten_and_kept(small_data, small_model, tmp_path, monkeypatch):
+    data = copy_of(small_data, tmp_path / "data")
+    rows = (data / "full.json").read_text().splitlines(keepends=True)
+    (data / "full.json").write_text(rows[0])
+    assert "one row" in refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
+
+
 def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monkeypatch):
     long, good = tmp_path / "long.json", tmp_path / "good.json"
     good.write_text('{"question": "Who?", "answer": "Ann."}')

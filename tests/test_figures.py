@@ -246,6 +246,11 @@ def test_one_seed_or_none_decides_nothing():
     assert len(pages.LESSONS) == 10 and set(pages.LESSONS) < {claim.__name__ for claim in verdicts.CLAIMS}
 
 
+def test_a_start_without_utility_loses_none():
+    assert verdicts.kept_utility({"model_utility": [0.0, 0.1]}) == 1.0
+    assert verdicts.kept_utility({"model_utility": [0.5, 0.4, 0.1]}, at=1) == 0.8
+
+
 def test_a_verdicts_line_has_its_numbers_and_scale():
     line = verdicts.line(verdicts.verdicts(hand_made_study())[0])
     for expected in ("holds", "12 of 12 tests", "tiny (0.9 M parameters), builtin, 10 epochs", "6 seeds"):
