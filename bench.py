@@ -1,4 +1,4 @@
-"""Speed as ratios: this code against the loops that people use today, in one run on one machine.
+"""Speed and memory as ratios: this code against the loops that people use today, in one run on one machine.
 
     python bench.py                                              # the tiny model, about 8 minutes
     python bench.py --model smollm2-135m=PATH --data TOFU_DIR    # the figures that count, about 40 minutes
@@ -15,8 +15,9 @@ written plainly (benchmark/opponents.py), with the same attention, threads and o
 
 Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights
 and scores. A first step is discarded. A takes 4 rows of a batch, since each costs it the same, B' 40 rows a
-set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Unless
-`--only` asks, other models than tiny go without README's first command.
+set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Memory is
+measured at SmolLM2-135M's shape (up to 11 GB). Unless `--only` asks, the tiny model goes without it, the
+others without README's first command.
 
 Results: bench_MODEL.json and .md, the table. What is kept in results/ was made with `--out results`.
 """
@@ -83,12 +84,14 @@ ROWS = {
     "dpo+rt": ("dpo+rt step", partial(measure.measure_step, method="dpo+rt"), {"A": 12, "B": 2}),
     "sft": ("fine-tuning step", partial(measure.measure_step, method="sft"), {"A": 8, "B": 1.6}),
     "evaluation": ("whole evaluation", measure.measure_evaluation, {"B'": 3}),
+    "memory": ("peak memory, npo+rt, 135M", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
     "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
     "start-up": ("start-up to the first step", measure.measure_startup, {"s": 6}),
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
     "synthetic": ("synthetic, Figure 4, both alpha", measure_synthetic, {"S": 20}),
     "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}
 MET = {True: "yes", False: "**no**"}
+WITHOUT_THE_MODEL = {"memory", "first-command", "synthetic"}
 
 
 def table(rows: dict, tiny: bool) -> str:
@@ -102,7 +105,8 @@ def table(rows: dict, tiny: bool) -> str:
             said = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['repeats']})"
             target = targets.get(against)
             judged = f"{target:.2f} | {MET[ratio['median'] >= target]}" if target else " | "
-            lines.append(f"| {name} | {cost} | {against} | {said} | {judged} |")
+            own = row.get("costs", {}).get(against, cost)
+            lines.append(f"| {name} | {own} | {against} | {said} | {judged} |")
         if "s" in targets:
             judged = f"{targets['s']} s | {MET[ours <= targets['s']]}" if tiny else " | "
             lines.append(f"| {name} | {cost} | | | {judged} |")
@@ -146,13 +150,13 @@ def main():
     preset, path = split_model(args.model)
     label = preset or Path(path).name
     tiny = label == "tiny"
-    wanted = args.only or [row for row in ROWS if tiny or row != "first-command"]
+    wanted = args.only or [row for row in ROWS if row != ("memory" if tiny else "first-command")]
     # No path of this machine: where model and data lie is nobody's business.
     data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
     model = f"{preset}=PATH" if preset and path else preset or "PATH"
     args.device = join_world(args.device).device
     args.repeats, args.few, args.process_epochs = (5, 3, 11) if tiny else (2, 1, 1)
-    if preset and not path:
+    if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
         if not tiny:
             raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")
         args.model = small_start(args)

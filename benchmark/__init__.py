@@ -1,1 +1,1 @@
-"""Opponents and measurements of speed."""
+"""Opponents and measurements of speed and memory."""

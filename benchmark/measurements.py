@@ -24,10 +24,12 @@ from benchmark import opponents as plain
 from data.tofu import load_task
 from evaluation.scoring import Prepared, evaluate, prepare
 from models.answers import AnswerModel
-from models.loading import load_model
-from models.presets import settings_of
-from running.memory_plan import Shape, shape_of
+from models.loading import load_model, make_tiny
+from models.presets import PRESETS, settings_of
+from models.saving import save_model
+from running.memory_plan import GB, Shape, shape_of
 from running.plan import Plan
+from running.processes import keep_freed_memory, peak_memory
 from running.reference import Reference, reference_pass
 from running.settings import resolve
 from support.world import World
@@ -36,6 +38,9 @@ TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 TOLERANCE = 1e-4  # relative: losses, scores, and every weight matrix as a whole
 METHODS = {"npo+rt": dict(loss="npo", retain_weight=1.0), "npo+kl": dict(loss="npo", kl_weight=1.0),
            "dpo+rt": dict(loss="dpo", retain_weight=1.0), "sft": dict(loss="sft", split="full")}
+# Unset, glibc's threshold for blocks of their own rises to 32 MB; smaller ones lie in a heap with holes, and
+# more is resident than is held. For the plain loop; ours sets its own.
+PLAIN_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 
 
 # ---------------------------------------------------------------- comparing
@@ -231,6 +236,49 @@ def measure_arithmetic(args: Namespace) -> dict:
     return {"unit": "of the rate", "ratio": {"matmul": spread(shares)},
             "matmul_gflops": spread([rate / 1e9 for rate in rates]),
             "useful_gflops": spread([rate / 1e9 for rate in reached])}
+
+
+# ---------------------------------------------------------------- memory
+
+def measure_memory(args: Namespace) -> dict:
+    """Peaks of npo+rt at SmolLM2-135M's shape (random weights), ours and B's, a process of its own each."""
+    row = {"unit": "GB", "costs": {}, "ratio": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        dims = {**PRESETS["smollm2-135m"].dims, "max_position_embeddings": 2048}
+        del dims["tie_word_embeddings"]  # make_tiny's are
+        texts = load_task(args.data, "full").texts()
+        save_model(*make_tiny(texts, 0, dims), Path(folder), {"template": "llama2"})
+        args = Namespace(**{**vars(args), "model": f"smollm2-135m={folder}"})
+        for size in (8, 32):
+            with plain.fresh_process() as there:
+                peak = there(peak_of, args, size, True)
+            with plain.fresh_process(**PLAIN_ALLOCATOR) as there:
+                theirs = there(peak_of, args, size, False)
+            row["ratio"][f"B, {size} rows"] = spread([theirs / peak])
+            row["costs"][f"B, {size} rows"] = f"{peak:.2f} GB"
+    return row
+
+
+def peak_of(args: Namespace, micro_batch: int, ours: bool) -> float:
+    """GB above this process's size before the model was loaded, of the real loop or of B. A first step of one
+    row makes AdamW's moments; the second, of 32 rows, sets the peak."""
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (a part of the size before)
+    load_task(args.data, "forget10")
+    if ours:
+        keep_freed_memory(args.device)  # as a run begins
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    side = Side(args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
+    if ours:
+        model = AnswerModel(side.lm)
+        with tempfile.TemporaryDirectory() as folder:
+            reference, _ = side.refer(folder, model)
+            side.run(model, reference)
+    else:
+        loop, side.lm = plain.PlainLoop(side.s, args.device, 0, micro_batch), None
+        for items in side.stream:
+            loop.step(side.s.lr, *side.plan.whole_batch(items))
+    on_gpu = args.device.type == "cuda"
+    return (torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before) / GB
 
 
 # ---------------------------------------------------------------- commands as a user types them

@@ -14,10 +14,12 @@ from benchmark.measurements import (
     METHODS,
     measure_evaluation,
     measure_step,
+    peak_of,
     ratios,
     spread,
     training_flops,
 )
+from conftest import FORKS
 from data.prompts import Encoded
 from models.loading import load_model
 from running.memory_plan import shape_of
@@ -89,10 +91,17 @@ def test_useful_flops_by_hand(small_model):
     assert useful == 6 * 2 * a_layer * 10 + 6 * 400 * 32 * 3 + 6 * 2 * 32 * 10**2
 
 
+def test_a_case_of_memory_is_measured(args, monkeypatch):
+    """In processes of their own; so small a model is lost in what Python itself holds."""
+    monkeypatch.setattr(opponents, "get_context", lambda kind: FORKS)
+    with opponents.fresh_process() as ours, opponents.fresh_process() as theirs:
+        assert ours(peak_of, args, 8, True) > 0 and theirs(peak_of, args, 8, False) > 0
+
+
 def test_the_table():
-    ratio = {"B": ratios([2.0], [4.0]), "untold": spread([0.9])}
-    rows = {"sft": {"unit": "s a row", "seconds": {"ours": spread([2.0])}, "ratio": ratio},
+    ratio = {"B, 8 rows": ratios([2.0], [4.0]), "untold": spread([0.9])}
+    rows = {"memory": {"unit": "GB", "costs": {"B, 8 rows": "2.00 GB"}, "ratio": ratio},
             "start-up": {"unit": "s", "seconds": {"ours": spread([7.0])}, "ratio": {}}}
     _, _, plain, untold, started = bench.table(rows, tiny=True).splitlines()
-    assert "| 2 s a row | B | 2.00 (2.00 to 2.00, 1) | 1.60 | yes |" in plain
+    assert "| 2.00 GB | B, 8 rows | 2.00 (2.00 to 2.00, 1) | 1.54 | yes |" in plain
     assert "0.90" in untold and untold.endswith("|  |  |") and "| 6 s | **no** |" in started
