@@ -80,7 +80,8 @@ def load_named(model: str, flag: str = "--model"):
     preset, path = split_model(model)
     source = path or settings_of(preset).finetuned or settings_of(preset).base
     if not source:
-        raise InputError(f"{flag} {model}: train_npo.py makes it on the spot; give the model/ of a run's folder")
+        raise InputError(f"{flag} {model}: train_npo.py makes it on the spot; give the model/ of a run's "
+                         "folder")
     lm, tokenizer, meta = load_model(source, flag=flag)
     return lm, tokenizer, meta, settings_of(preset or meta.get("preset"))
 
