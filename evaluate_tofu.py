@@ -44,7 +44,7 @@ from models.answers import AnswerModel
 from models.checks import check_model
 from models.loading import load_named
 from models.presets import AUTOCAST, autocast
-from running.processes import flush_denormals, keep_freed_memory, pick_device
+from running.processes import take_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
 from support.errors import InputError
 from support.files import write_json
@@ -239,9 +239,7 @@ def add_rows(add):
 
 def measure(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, retrained model's rows) of `--model`: load, check everything, then score."""
-    world = ALONE._replace(device=pick_device(args.device))
-    keep_freed_memory(world.device)
-    flush_denormals()
+    world = ALONE._replace(device=take_device(args.device))
     lm, tokenizer, meta, known = load_named(args.model)
     trained_on = meta.get("trained_on", {})
     task = task_of(args, trained_on)

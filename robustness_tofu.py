@@ -24,12 +24,12 @@ from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_mo
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.presets import Preset
-from running.processes import flush_denormals, keep_freed_memory, pick_device
+from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
 from support.errors import InputError
 from support.files import locked
 from support.provenance import environment
-from support.world import ALONE
+from support.world import ALONE, World
 
 
 def build_parser() -> Parser:
@@ -52,9 +52,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_lab(args, lm, tokenizer, meta: dict, known: Preset) -> Lab:
+def make_lab(args, world: World, lm, tokenizer, meta: dict, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
-    world = ALONE._replace(device=pick_device(args.device))
     task = task_of(args, meta.get("trained_on", {}))
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
@@ -89,10 +88,9 @@ def main(argv=None):
         raise InputError(f"--seed {args.seed} is too large: need less than 2^63")
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
-    keep_freed_memory(pick_device(args.device))
-    flush_denormals()
+    world = ALONE._replace(device=take_device(args.device))
     models, *known = load_models(args)
-    lab = make_lab(args, models["model"], *known)
+    lab = make_lab(args, world, models["model"], *known)
     identity = lab.identity(models)
     result = read_result(out / "robustness.json", identity)
     result["provenance"] = {**environment(), **identity}

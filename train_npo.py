@@ -44,7 +44,7 @@ from models.sharded import local, whole
 from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
 from running.plan import Counts, MicroBatch, Plan
-from running.processes import flush_denormals, keep_freed_memory, meeting_place, pick_device, share_cores
+from running.processes import meeting_place, share_cores, take_device
 from running.reference import Reference, reference_pass
 from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
@@ -130,9 +130,7 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     """The processes that torchrun started, or this one alone, which has nothing to shard."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    keep_freed_memory(chosen)
-    flush_denormals()
+    chosen = take_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     else:

@@ -29,7 +29,7 @@ from models.presets import PRESETS, settings_of
 from models.saving import save_model
 from running.memory_plan import GB, Shape, shape_of
 from running.plan import Plan
-from running.processes import keep_freed_memory, peak_memory
+from running.processes import peak_memory, take_device
 from running.reference import Reference, reference_pass
 from running.settings import resolve
 from support.world import World
@@ -265,7 +265,7 @@ def peak_of(args: Namespace, micro_batch: int, ours: bool) -> float:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401  (a part of the size before)
     load_task(args.data, "forget10")
     if ours:
-        keep_freed_memory(args.device)  # as a run begins
+        take_device(args.device.type)  # as a run begins
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     side = Side(args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
     if ours:

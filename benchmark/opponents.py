@@ -128,7 +128,8 @@ def fresh_process(**environ):
     its own (`keep_freed_memory`): that must neither help nor hurt the opponents."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         with patch.dict(os.environ, environ):
-            os.environ.pop("THP_MEM_ALLOC_ENABLE", None)
+            for name in ("THP_MEM_ALLOC_ENABLE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+                os.environ.pop(name, None)
             pool.submit(int).result()  # it has started
         yield lambda function, *given: pool.submit(function, *given).result()
 

@@ -14,13 +14,19 @@ from support.errors import InputError
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 
-def pick_device(name: str, rank: int = 0) -> torch.device:
-    """auto: CUDA, else CPU. Raises InputError for a device that isn't there."""
+def take_device(name: str, rank: int = 0) -> torch.device:
+    """auto: CUDA, else CPU; and how this process uses its memory and numbers, so before the first product.
+    Raises InputError for a device that isn't there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
     if not there[name]:
         usable = " or ".join(device for device, is_there in there.items() if is_there)
         raise InputError(f"--device {name}: this machine has none; use --device {usable}")
+    # Below float32's smallest normal number, 1e-38, is 0: a CPU is many times slower with denormal ones, and
+    # a collapsed model is full of them. Threads inherit this.
+    torch.set_flush_denormal(True)
+    if name == "cpu":  # elsewhere host memory is for loading alone
+        keep_freed_memory()
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
 
 
@@ -33,24 +39,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def keep_freed_memory(device: torch.device):
-    """On a CPU, let a freed tensor's memory serve the next one: glibc hands large pieces back to the system,
-    which clears every page of the next, in every step. Large tensors come on huge pages, which leaves fewer
-    holes. Who sets one of glibc's MALLOC_ variables has decided otherwise."""
-    if device.type != "cpu":  # host memory is for loading alone there
-        return
+def keep_freed_memory():
+    """Let a freed tensor's memory serve the next one: glibc hands large pieces back to the system, which
+    clears every page of the next, in every step. Large tensors come on huge pages, which leaves fewer holes.
+    Who sets one of glibc's MALLOC_ variables has decided otherwise. And oneDNN, which computes bf16, keeps
+    what it made for the last shapes only: of its default of 1024 it holds gigabytes."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "gnu_get_libc_version"):
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def flush_denormals():
-    """Take numbers below float32's smallest normal one, 1e-38, for 0: a CPU is many times slower with them,
-    and a collapsed model is full of them. Threads inherit this, so it must come before the first product."""
-    torch.set_flush_denormal(True)
 
 
 def meeting_place(rank: int, size: int) -> dict:
