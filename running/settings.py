@@ -162,6 +162,7 @@ def refuse(cases: dict):
 
 def refuse_contradictions(s: Namespace, given: dict):
     sft, own, objective = s.loss == "sft", s.forget or s.retain, OBJECTIVES[s.loss]
+    tiny = PRESETS["tiny"].template
     unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
         f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
@@ -181,6 +182,8 @@ def refuse_contradictions(s: Namespace, given: dict):
         f"--model {s.preset} has no published fine-tuned checkpoint: fine-tune with --loss sft --split full "
         f"first, then give --model {s.preset}=runs/NAME/model":
             s.preset != "tiny" and not s.start and not s.dry_run,
+        f"--template {s.template}: the tiny model learns to be asked with {tiny}; leave it out":
+            s.preset == "tiny" and not sft and not s.start and s.template not in (None, tiny),
         "--lora trains adapters of a model that is there: leave it out, or give --model": s.lora and sft and
             not s.start,
         "--lora needs the package peft: pip install peft":

@@ -18,7 +18,8 @@ TRAIN = [
     ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown "
                                                                                                  "split"),
     ("--split forget100", "unknown split"), ("--split full", "needs a forget split"),
-    ("--template alpaca", "invalid choice"), ("--kl-direction both", "invalid choice"),
+    ("--template alpaca", "invalid choice"), ("--template qa", "learns to be asked with llama2"),
+    ("--kl-direction both", "invalid choice"),
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"), ("--epochs 0", "must be "
                                                                                              "positive"),
