@@ -171,16 +171,16 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 def single_runs(runs: list, path: Path):
     """Records of any settings, a line for those that differ in their seed alone; the same method is named by
-    lr and beta, and by its place too where these are the same."""
+    what differs of lr, beta and retain weight, and by its place too where nothing does."""
     alike = {}  # settings without the seed -> runs
     for run in runs:
         settings = [run[key] for key in COLLECTED if key != "seed"]
         alike.setdefault((*run["steps"], *settings), []).append(run)
-    firsts = [some[0] for some in alike.values()]
-    methods = [r["method"] for r in firsts]
-    telling = [key for key in ("lr", "beta") if len({r[key] for r in firsts}) > 1]
-    names = [" ".join([r["method"], *(f"{key} {r[key]:g}" for key in telling)])
-             if methods.count(r["method"]) > 1 else r["method"] for r in firsts]
+    firsts, names = [some[0] for some in alike.values()], []
+    for run in firsts:
+        same = [r for r in firsts if r["method"] == run["method"]]
+        telling = [key for key in ("lr", "beta", "retain_weight") if len({r[key] for r in same}) > 1]
+        names.append(" ".join([run["method"], *(f"{key.replace('_', ' ')} {run[key]:g}" for key in telling)]))
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
     named = dict(zip(names, alike.values(), strict=True))
