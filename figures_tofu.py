@@ -77,7 +77,7 @@ def collect(folders: list, out: Path):
     found = [records.collected(folder, log_truth_ratio) for folder in folders]
     runs, models = ([r for r in found if r["kind"] == kind] for kind in ("unlearn", "model"))
     write_json(out, {"runs": runs, "retrained": models, "provenance": environment()})
-    lines = [*pages.single_runs_table(runs), "", *pages.sharper_table(runs)]
+    lines = [*pages.single_runs_table(runs), "", *pages.sharper_table(runs), "", *pages.samples_table(found)]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     pictures.single_runs(runs, out.with_suffix(".png"))
     print("\n".join(lines))

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from evaluation.logs import MIA
+from evaluation.logs import MIA, words
 from study import grid, verdicts
 from study.answers import KINDS
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
@@ -126,6 +126,17 @@ def sharper_table(runs: list) -> list[str]:
             values = [run[key][-1] for key in keys.values()] + [run["mia"][name][-1] for name in MIA]
             rows.append([run["method"], run["seed"], *("-" if v is None else f"{v:.3g}" for v in values)])
     return markdown_table(["method", "seed", *keys, *(f"AUC {name.replace('_', '-')}" for name in MIA)], rows)
+
+
+def samples_table(runs: list) -> list[str]:
+    """What each record's model answers in the end, to one question a set."""
+    runs = [r for r in runs if "samples" in r]
+    asked = [f"{sample['set'].replace('_', ' ')}: {sample['question']} ({sample['answer']})"
+             for run in runs[:1] for sample in run["samples"]]
+    keys = ("method", "beta", "retain_weight")
+    return markdown_table([*(key.replace("_", " ") for key in keys), *asked], [
+        [*(r[key] for key in keys), *(words(s["generation"].replace("|", "/")) for s in r["samples"])]
+        for r in runs])
 
 
 def ceiling_table(study: dict) -> list[str]:

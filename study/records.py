@@ -127,7 +127,7 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
     told = asked if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
     kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
-    if facts["seed"] == 1 and judged == grid.TUNING_SPLIT:
+    if "key" not in facts or facts["seed"] == 1 and judged == grid.TUNING_SPLIT:  # a single run has no key
         kept["samples"] = samples_of(data, judged, last)
     kept |= {f"forget_{key}": curve(key, "forget") for key in SHARPER}
     kept["mia"] = {key: curve(key, "mia") for key in MIA}
@@ -135,7 +135,7 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     if facts["kind"] == "model":
         return kept | {"model_utility": curve("model_utility")[-1],
                        "log_truth_ratios": [round(ratio, 4) for ratio in ratios[-1]]}
-    if "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
+    if "key" in facts and "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
         kept["samples_start"] = samples_of(data, judged, first)
         kept["answers_start"] = answers_of(data, judged, {name: first[name] for name in told})
     # The last two are what the Kolmogorov-Smirnov test sees, in two numbers.

@@ -466,6 +466,7 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.
+    assert "| method | beta | retain weight | forget: " in (tmp_path / "collected.md").read_text()
     utility, of_one_process = (run["model_utility"] for run in collected)
     assert utility == pytest.approx(of_one_process, rel=1e-4)
     wrong = forked("evaluate_tofu.py", "--model", folder / "model", "--data", data,
