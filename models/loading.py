@@ -8,7 +8,6 @@ one it was made from. The optional packages gguf and accelerate read it.
 import hashlib
 import logging
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from models.presets import PRESETS, settings_of, split_model
 from models.saving import read_meta, save_model
 from models.sharded import weight_names
 from support.errors import InputError
-from support.files import locked
+from support.files import locked, whole_folder
+from support.world import ALONE
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough
@@ -168,16 +168,11 @@ def converted(file: Path) -> Path:
     with open(file, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     folder = Path(f"runs/models/gguf-{file.stem}-{digest[:16]}")
-    aside = folder.with_name(f".{folder.name}.partial")
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
         if not folder.is_dir():
             print(f"{file}: dequantising into {folder}, once", flush=True)
-            model, tokenizer = read_gguf(file)
-            try:
-                save_model(model, tokenizer, aside, {"converted_from": {"file": file.name, "sha256": digest}})
-                os.replace(aside, folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            with whole_folder(folder, ALONE) as aside:
+                save_model(*read_gguf(file), aside, {"converted_from": {"file": file.name, "sha256": digest}})
     return folder
 
 
