@@ -119,9 +119,8 @@ def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, refe
                  world: World) -> Tensor:
     """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): no gradient."""
     refusals = [plan.refusals[i.row, i.refusal] for i in items]
-    # Those of this process's share; 0 elsewhere.
     logps, _ = logps_of_texts(model, refusals, 2 * s.micro_batch_size, plan.pad, world)
-    return (world.sum(logps.to(world.device)) - reference.refusal_logps(items)).mean().clamp(min=0)
+    return (logps - reference.refusal_logps(items)).mean().clamp(min=0)
 
 
 # ---------------------------------------------------------------- processes, optimizer, schedule

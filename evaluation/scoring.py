@@ -115,16 +115,16 @@ def states_of_answers(model: AnswerModel, texts: dict, batch_size: int, pad: int
 @torch.no_grad()
 def logps_of_texts(model: AnswerModel, texts: list, batch_size: int, pad: int,
                    world: World) -> tuple[Tensor, dict]:
-    """log pi of each text's answer, (len(texts),), 0 where another process computes it; and of this
-    process's, place -> log pi of each token."""
-    result, of_tokens = torch.zeros(len(texts)), {}
+    """log pi of each text's answer, (len(texts),) on the device; and of this process's share, place -> log pi
+    of each token, on the CPU. All processes ask together."""
+    result, of_tokens = torch.zeros(len(texts), device=world.device), {}
     for places, batch in batches_of(dict(enumerate(texts)), batch_size, pad, world):
         logps = model(batch)[0]
         if places:
-            result[places] = batch.per_text(logps).cpu()
+            result[places] = batch.per_text(logps)
             each = logps.cpu().split(batch.answer_tokens.tolist())
             of_tokens.update(zip(places, each, strict=True))
-    return result, of_tokens
+    return world.sum(result), of_tokens
 
 
 def own_answers(prepared: Prepared, sets: tuple) -> dict:

@@ -29,18 +29,14 @@ class Reference:
     one is refused (InputError)."""
 
     def __init__(self, folder: Path, mark: str, plan: Plan, device):
-        self.device, self.file_of, parts = device, {}, {name: [] for name in NUMBERS}
+        self.device, self.file_of = device, {}
         for path in sorted(folder.glob("rank*.safetensors")):
             file = safe_open(path, framework="pt")
-            if file.metadata()["fingerprint"] != mark:
+            if (made_for := file.metadata().get("mark")) != mark:
                 raise InputError(f"{path} is stale: it was made from other weights, data, template or "
-                                 f"precision (fingerprint {file.metadata()['fingerprint']}, now {mark}); "
-                                 "start a new run")
-            for name, numbers in parts.items():
-                numbers.append(file.get_tensor(name))
+                                 f"precision (mark {made_for}, now {mark}); start a new run")
             self.file_of.update(dict.fromkeys(file.keys(), file))
-        # A process's file holds the numbers that it computed, and zeros.
-        self.answers, self.refusals, *self.scored = (sum(numbers) for numbers in parts.values())
+        self.answers, self.refusals, *self.scored = (self[name] for name in NUMBERS)
         self.refusal_place = {key: place for place, key in enumerate(plan.refusals)}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -81,7 +77,8 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
     scored = [scoring.own_answers(prepared, (name,)).values() for name in scoring.MIA_SETS]
     tensors, of_tokens = {}, {}
     for name, some in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True):
-        tensors[name], of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
+        logps, of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
+        tensors[name] = logps.cpu()
     if "reference_token_logps" in plan.objective.takes:
         tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens["answers"].items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
@@ -96,4 +93,4 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
     if world.rank == 0:
         tensors["head"] = head.detach().cpu().clone()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"rank{world.rank:04d}.safetensors", metadata={"fingerprint": mark})
+    save_file(tensors, folder / f"rank{world.rank:04d}.safetensors", metadata={"mark": mark})
