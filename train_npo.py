@@ -328,9 +328,6 @@ def main():
     if s.dry_run:
         return dry_run(s, int(os.environ.get("WORLD_SIZE", 1)))
     world = join_world(s.device, s.parallel)
-    if s.parallel == "fsdp" and world.size == 1 and not s.resume:
-        raise InputError("--parallel fsdp has no effect in one process: leave it out, or start several with "
-                         "torchrun")
     try:
         carry_out(s, world)
     except Stopped as stopped:

@@ -202,11 +202,14 @@ def refuse_without_effect(s: Namespace, given: dict):
     """A flag that changes nothing is a misunderstanding. Raises InputError."""
     objective = OBJECTIVES[s.loss]
     pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs,
-            "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never"}
+            "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
+            "gpus": not s.dry_run, "gpu_memory": not s.dry_run,
+            "parallel": s.parallel == "fsdp" and processes == 1 and not s.dry_run}
     for other in OBJECTIVES.values():
         idle.update({name: name not in objective.settings or s.forget_weight == 0 for name in other.settings})
-    here = f"{s.method}, --eval-every {s.eval_every}, --keep {s.keep}"
+    here = f"{s.method}, {processes} process(es), --eval-every {s.eval_every}, --keep {s.keep}"
     refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
             changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})
 
@@ -216,8 +219,6 @@ def parse(argv: list, description: str = "") -> Namespace:
     processes anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
     dry = "dry_run" in given
-    if not dry and given.keys() & {"gpus", "gpu_memory"}:
-        raise InputError("--gpus and --gpu-memory belong to --dry-run: add it, or leave them out")
     if dry and "resume" in given:
         raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
     if "resume" in given:

@@ -43,7 +43,7 @@ TRAIN = [
     ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
     ("--keep best --eval-every never", "--keep has no effect"),
     ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
-    ("--model MODEL --data DATA --parallel fsdp", "--parallel fsdp has no effect in one process"),
+    ("--model MODEL --data DATA --parallel fsdp", r"--parallel has no effect here \(npo, 1 process"),
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --resume MODEL", "has not begun"),
     ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
