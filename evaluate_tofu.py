@@ -46,7 +46,7 @@ from models.loading import load_named
 from models.presets import AUTOCAST, autocast
 from running.processes import take_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
-from support.errors import InputError
+from support.errors import InputError, refuse
 from support.files import write_json
 from support.provenance import environment
 from support.world import ALONE
@@ -302,19 +302,17 @@ def refuse_unwritable(files: list):
 
 def check_arguments(args, given: dict):
     """Raises InputError for what can't be done."""
-    if not (args.model or args.log):
-        raise InputError("--model DIR or --log FILE is required: what is to be judged?")
-    if args.split and not (args.forget or args.retain) and parse_split(args.split)[0] != "forget":
-        raise InputError(f"--split {args.split}: a model is judged on a forget split, forget01 to forget99")
-    if args.out and Path(args.out).exists():
-        raise InputError(f"--out {args.out} exists: choose another file, or remove it")
-    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
-        raise InputError(f"--plot {args.plot}: need a name that ends in .png, .pdf or .svg")
+    own, idle = args.forget or args.retain, given.keys() - {"log", "split", "retain_log", "out", "plot"}
+    refuse({
+        "--model DIR or --log FILE is required: what is to be judged?": not (args.model or args.log),
+        f"--split {args.split}: a model is judged on a forget split, forget01 to forget99":
+            args.split and not own and parse_split(args.split)[0] != "forget",
+        f"--out {args.out} exists: choose another file, or remove it": args.out and Path(args.out).exists(),
+        f"--plot {args.plot}: need a name that ends in .png, .pdf or .svg":
+            args.plot and not args.plot.endswith((".png", ".pdf", ".svg")),
+        **{f"--log holds what was measured: --{flag.replace('_', '-')} has no effect there, leave it out":
+           args.log for flag in sorted(idle)}})
     refuse_unwritable([file for file in (args.out, args.plot) if file])
-    idle = sorted(given.keys() - {"log", "split", "retain_log", "out", "plot"}) if args.log else []
-    if idle:
-        raise InputError(f"--log holds what was measured: --{idle[0].replace('_', '-')} has no effect there, "
-                         "leave it out")
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ from models.checks import check_model
 from models.presets import Preset
 from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
-from support.errors import InputError
+from support.errors import InputError, refuse
 from support.files import locked
 from support.provenance import environment
 from support.world import ALONE, World
@@ -80,12 +80,11 @@ def make_lab(args, world: World, lm, tokenizer, meta: dict, known: Preset) -> La
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    if max(args.shares) > 100:
-        raise InputError(f"--shares {max(args.shares):g}: per cent of the forget rows, at most 100")
-    if args.split and not (args.forget or args.retain) and parse_split(args.split)[0] != "forget":
-        raise InputError(f"--split {args.split}: need a forget split, forget01 to forget99")
-    if args.seed >= 2**63:
-        raise InputError(f"--seed {args.seed} is too large: need less than 2^63")
+    own, most = args.forget or args.retain, max(args.shares)
+    refuse({f"--shares {most:g}: per cent of the forget rows, at most 100": most > 100,
+            f"--split {args.split}: need a forget split, forget01 to forget99":
+                args.split and not own and parse_split(args.split)[0] != "forget",
+            f"--seed {args.seed} is too large: need less than 2^63": args.seed >= 2**63})
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
     world = ALONE._replace(device=take_device(args.device))

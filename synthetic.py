@@ -47,7 +47,7 @@ from data.synthetic_instances import PUBLISHED_SEEDS, fresh_instance, published_
 from study.sections import draw, plain, table, write
 from study.synthetic_claims import verdicts
 from support.command_line import Parser, not_negative, positive, run_command
-from support.errors import InputError
+from support.errors import refuse
 from support.provenance import environment
 
 
@@ -353,15 +353,12 @@ def parse_args(argv: list | None):
     add("--grid-search", action="store_true", help="choose lr and beta on a grid, beside the published")
     add("--out", type=Path, default=Path("runs/synthetic"), help="folder to write (default runs/synthetic)")
     args = parser.parse_args(argv)
-    for wrong, sentence in (
-            (len(set(args.methods)) < len(args.methods), "--methods names one twice: name each once"),
-            (args.figure == 3 and (args.all or args.grid_search or args.methods != METHODS),
-             "--figure 3 has its own methods, lr and beta: drop --all, --methods and --grid-search"),
-            (args.seed is not None and not args.instances,
-             "--seed given, but the published instances have their own: add --instances 5"),
-            (args.grid_search and args.eval_every, "--grid-search has one evaluation: drop --eval-every")):
-        if wrong:
-            raise InputError(sentence)
+    refuse({"--methods names one twice: name each once": len(set(args.methods)) < len(args.methods),
+            "--figure 3 has its own methods, lr and beta: drop --all, --methods and --grid-search":
+                args.figure == 3 and (args.all or args.grid_search or args.methods != METHODS),
+            "--seed given, but the published instances have their own: add --instances 5":
+                args.seed is not None and not args.instances,
+            "--grid-search has one evaluation: drop --eval-every": args.grid_search and args.eval_every})
     args.alphas = [1.0, 0.0] if args.all else [args.alpha]
     args.steps = args.steps or (10_000 if args.figure == 3 else 2000)
     args.eval_every = min(args.eval_every or (5 if args.figure == 3 else 25), args.steps)

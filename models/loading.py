@@ -16,7 +16,7 @@ from torch import nn
 from models.presets import PRESETS, settings_of, split_model
 from models.saving import read_meta, save_model
 from models.sharded import weight_names
-from support.errors import InputError
+from support.errors import InputError, refuse
 from support.files import locked, whole_folder
 from support.world import ALONE
 
@@ -141,20 +141,18 @@ def weights_folder(source: str) -> Path:
 def check_folder(folder: Path, named: str):
     """A model's folder is whole, no file's size is meant to fill the memory, no index and no adapter points
     elsewhere (code and pickles are never read). Raises InputError."""
-    flaw = None
     large = [path.name for path in folder.glob("*.json") if path.stat().st_size > MAX_JSON_BYTES]
-    if (folder / "model").is_dir() and not list(folder.glob("*.safetensors")):
-        flaw = f"that is a run's folder; the model is in {folder / 'model'}"
-    elif not (folder / "config.json").is_file():
-        flaw = "the folder has no config.json; need one written by save_pretrained"
-    elif not list(folder.glob("*.safetensors")):
-        flaw = "no weights as safetensors (pickled weights can run code); need model.safetensors"
-    elif large:
-        flaw = f"{large[0]} has more than {MAX_JSON_BYTES >> 20} MB"
-    elif (folder / "adapter_config.json").exists():
-        flaw = "holds an adapter (adapter_config.json) of another model; merge it, save the whole model"
-    if flaw:
-        raise InputError(f"{named}: {flaw}")
+    weights = list(folder.glob("*.safetensors"))
+    refuse({
+        f"{named}: that is a run's folder; the model is in {folder / 'model'}":
+            (folder / "model").is_dir() and not weights,
+        f"{named}: the folder has no config.json; need one written by save_pretrained":
+            not (folder / "config.json").is_file(),
+        f"{named}: no weights as safetensors (pickled weights can run code); need model.safetensors":
+            not weights,
+        f"{named}: {', '.join(large)} has more than {MAX_JSON_BYTES >> 20} MB": large,
+        f"{named}: holds an adapter (adapter_config.json) of another model; merge it, save the whole model":
+            (folder / "adapter_config.json").exists()})
     weight_names(folder)
 
 

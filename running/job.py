@@ -77,14 +77,13 @@ def prepare_job(s: Namespace, world: World) -> Job:
         if wanted:
             tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
     context = getattr(lm.config, "max_position_embeddings", None)
-    plan, retrained = Plan(s, task, tokenizer, context), (None, None)
+    plan = Plan(s, task, tokenizer, context)
     prepared = prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout)
     if plan.steps == 1:
         raise InputError(f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
                          "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
-    if s.retain_log:
-        retrained = read_retain_log(s.retain_log, evaluation_split(task.split), prepared.rows["forget"],
-                                    task.fingerprint, s.template)
+    retrained = read_retain_log(s.retain_log, evaluation_split(task.split), prepared.rows["forget"],
+                                task.fingerprint, s.template)
     if s.resume and read_config(Path(s.resume)).get("data_fingerprint") != task.fingerprint:
         raise InputError(f"--resume {s.resume}: its data have changed; start a new run")
     config = {"settings": {key: value for key, value in vars(s).items() if key not in NOT_STORED},

@@ -13,7 +13,7 @@ from losses import KL_DIRECTIONS, OBJECTIVES
 from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
 from models.saving import read_meta
 from support.command_line import Parser, given_flags, not_negative, positive
-from support.errors import InputError
+from support.errors import InputError, refuse
 from support.files import fingerprint
 
 NOT_STORED = ("resume", "dry_run", "gpus", "gpu_memory")  # of no meaning for a run folder
@@ -151,13 +151,6 @@ def completed(given: dict) -> Namespace:
     if s.forget:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     return s
-
-
-def refuse(cases: dict):
-    """Raises InputError with the first sentence whose case holds. cases: sentence -> whether it does."""
-    for sentence, holds in cases.items():
-        if holds:
-            raise InputError(sentence)
 
 
 def refuse_contradictions(s: Namespace, given: dict):

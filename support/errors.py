@@ -3,3 +3,10 @@
 
 class InputError(ValueError):
     """Says what was given, what is needed, what to type. Commands exit with status 2."""
+
+
+def refuse(cases: dict):
+    """Raises InputError with the first sentence whose case holds. cases: sentence -> whether it does."""
+    for sentence, holds in cases.items():
+        if holds:
+            raise InputError(sentence)
