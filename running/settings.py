@@ -122,15 +122,9 @@ def add_run(add):
     add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
 
 
-def resolve(given: dict) -> Namespace:
-    """Flags as given -> every setting. Raises InputError, also for a flag that would change nothing."""
-    s = completed(given)
-    refuse_without_effect(s, given)
-    return s
-
-
-def completed(given: dict) -> Namespace:
-    """Every setting: the parser's defaults, the preset's, the flags. Raises InputError."""
+def resolve(given: dict, typed: dict | None = None) -> Namespace:
+    """Every setting: the parser's defaults, the preset's, the flags. Raises InputError, also where a flag of
+    those `typed` (default: all that are given) would change nothing."""
     s = Namespace(**{**vars(build_parser().parse_args([])), **given})
     preset_name, path = split_model(s.model)
     # A folder that one of our runs wrote says which preset it is of.
@@ -148,6 +142,7 @@ def completed(given: dict) -> Namespace:
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)  # "": the tiny model, made from scratch
     refuse_contradictions(s, given)
+    refuse_without_effect(s, given if typed is None else typed)
     if s.forget:
         s.split, s.data = "own", f"{s.forget}, {s.retain}"
     return s
@@ -191,7 +186,7 @@ def refuse_contradictions(s: Namespace, given: dict):
             not own and not sft and parse_split(s.split)[0] != "forget"})
 
 
-def refuse_without_effect(s: Namespace, given: dict):
+def refuse_without_effect(s: Namespace, typed: dict):
     """A flag that changes nothing is a misunderstanding. Raises InputError."""
     objective = OBJECTIVES[s.loss]
     pairs = s.retain_weight > 0 or s.kl_weight > 0 or objective.needs_refusals
@@ -204,20 +199,19 @@ def refuse_without_effect(s: Namespace, given: dict):
         idle.update({name: name not in objective.settings or s.forget_weight == 0 for name in other.settings})
     here = f"{s.method}, {processes} process(es), --eval-every {s.eval_every}, --keep {s.keep}"
     refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
-            changes_nothing and given.get(flag) is not None for flag, changes_nothing in idle.items()})
+            changes_nothing and typed.get(flag) is not None for flag, changes_nothing in idle.items()})
 
 
 def parse(argv: list, description: str = "") -> Namespace:
     """The command line's settings; a resumed run's from its folder, also where torchrun has started all
     processes anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
-    dry = "dry_run" in given
-    if dry and "resume" in given:
+    if "dry_run" in given and "resume" in given:
         raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
     if "resume" in given:
         return resumed(Path(given.pop("resume")), given)
     s = resolve(given)
-    if s.out and Path(s.out).exists() and not dry:
+    if s.out and Path(s.out).exists() and not s.dry_run:
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
@@ -242,7 +236,7 @@ def resumed(folder: Path, given: dict) -> Namespace:
     words = [f"--{key.replace('_', '-')}" + (f"={value}" if value is not True else "")
              for key, value in stored.items() if key in flags and value is not None and value is not False]
     try:
-        s = completed(given_flags(parser, words))
+        s = resolve(given_flags(parser, words), typed={})
         wrong = [key for key, value in stored.items() if getattr(s, key, value) != value]
     except InputError as error:
         wrong = [error]
