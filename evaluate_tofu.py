@@ -275,10 +275,10 @@ def task_of(args, trained_on: dict) -> Task:
     name. Raises InputError."""
     own = args.forget or args.retain
     split = args.split or evaluation_split(trained_on.get("split") or "full")
-    if own and (args.data or args.split):
-        raise InputError("--forget and --retain are the data and the split: leave out --data and --split")
-    if split == "own" and not own:
-        raise InputError("the model was trained on rows of its own: give them with --forget and --retain")
+    refuse({"--forget and --retain are the data and the split: leave out --data and --split":
+                own and (args.data or args.split),
+            "the model was trained on rows of its own: give them with --forget and --retain":
+                split == "own" and not own})
     return load_task(args.data or trained_on.get("data") or "builtin", split, args.forget, args.retain)
 
 

@@ -36,8 +36,8 @@ class Reference:
                 raise InputError(f"{path} is stale: it was made from other weights, data, template or "
                                  f"precision (mark {made_for}, now {mark}); start a new run")
             self.file_of.update(dict.fromkeys(file.keys(), file))
-        self.answers, self.refusals, *self.scored = (self[name] for name in NUMBERS)
-        self.refusal_place = {key: place for place, key in enumerate(plan.refusals)}
+        self.answers, refusals, *self.scored = (self[name] for name in NUMBERS)
+        self.refusals = dict(zip(plan.refusals, refusals, strict=True))
 
     def __getitem__(self, key: str) -> Tensor:
         return self.file_of[key].get_tensor(key)
@@ -48,7 +48,7 @@ class Reference:
 
     def refusal_logps(self, items: list[Item]) -> Tensor:
         """log pi_ref of the rows' refusals, (B,)."""
-        return sent(self.refusals[[self.refusal_place[i.row, i.refusal] for i in items]], self.device)
+        return sent(torch.stack([self.refusals[i.row, i.refusal] for i in items]), self.device)
 
     def of_tokens(self, kind: str, numbers: list[int]) -> Tensor:
         """Of each token of these answers: "tokens", log pi_ref of rows to unlearn, (N,); "forget" and
