@@ -5,7 +5,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a command 
 from data.builtin import N_AUTHORS, REFUSALS, SEED, make_builtin  # noqa: E402
 from support.command_line import Parser, not_negative, run_command  # noqa: E402
 from support.errors import InputError  # noqa: E402
+from support.files import whole_folder  # noqa: E402
+from support.world import ALONE  # noqa: E402
 
 
 def write_sets(folder: Path, sets: dict, refusals=()):
@@ -25,14 +26,9 @@ def write_sets(folder: Path, sets: dict, refusals=()):
              for name, rows in sets.items()}
     if refusals:
         lines["idontknow.jsonl"] = refusals
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    try:
+    with whole_folder(folder, ALONE) as aside:
         for name, texts in lines.items():
-            (unfinished / name).write_bytes("".join(text + "\n" for text in texts).encode())
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)  # nothing is left of it after the rename
+            (aside / name).write_bytes("".join(text + "\n" for text in texts).encode())
 
 
 def main():
