@@ -24,8 +24,8 @@ from data.builtin import FACTS
 from data.prompts import Encoded, encode
 from data.tofu import Task
 from evaluation.attack_pages import LABELS, MEASURES
-from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall, untouched
-from models.answers import AnswerModel
+from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall
+from models.answers import AnswerModel, untouched
 from models.generation import generate
 from models.loading import load_named
 from models.saving import weights_hash

@@ -4,7 +4,6 @@ nothing: mode, random state and tokenizer come out as they went in.
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ from tqdm import tqdm
 from data.batches import TokenBatch, collate, collate_packed, deal, packed_tokens, within
 from data.prompts import Encoded, encode, encode_prompts
 from evaluation.logs import MAX_ROWS
-from models.answers import AnswerModel
+from models.answers import AnswerModel, untouched
 from models.generation import generate
-from models.sharded import gathered
 from support.world import ALONE, World
 
 MAX_NEW_TOKENS = 200
@@ -76,19 +74,6 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
     for place, encoded in zip(places, encode(tokenizer, template, pairs, context), strict=True):
         texts.setdefault(place[:2], []).append(Text(*place, encoded))
     return Prepared(rows, texts, prompts)
-
-
-@contextmanager
-def untouched(model: AnswerModel, world: World = ALONE):
-    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by
-    the model's generation settings."""
-    training = model.lm.training
-    model.lm.eval()
-    try:
-        with gathered(model, world):
-            yield
-    finally:
-        model.lm.train(training)
 
 
 def batches_of(texts: dict, batch_size: int, pad: int, world: World) -> Iterator[tuple[list, TokenBatch]]:

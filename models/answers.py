@@ -6,6 +6,7 @@ H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data.batches import TokenBatch
 from losses import kl_loss, token_logps
+from models.sharded import gathered
+from support.world import ALONE, World
 
 CHUNK_BYTES = 32 * 2**20  # of float32 logits at a time: enough for a fast product, little beside the model
 KEPT_CHUNKS = 4  # the last ones' logits stay for the backward pass; the others' are computed once more there
@@ -75,6 +78,19 @@ class AnswerModel(nn.Module):
     def all_logits(self, **inputs) -> Tensor:
         """Logits at every position, (S, T, V), as the model itself computes them: for checks alone."""
         return self.lm(**inputs, use_cache=False).logits
+
+
+@contextmanager
+def untouched(model: AnswerModel, world: World = ALONE):
+    """Evaluation mode inside, the mode as it was outside. Nothing inside draws a random number, or goes by
+    the model's generation settings."""
+    training = model.lm.training
+    model.lm.eval()
+    try:
+        with gathered(model, world):
+            yield
+    finally:
+        model.lm.train(training)
 
 
 def chunk_tokens(vocabulary: int) -> int:

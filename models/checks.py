@@ -9,9 +9,8 @@ import torch
 from data.batches import collate_packed
 from data.prompts import Encoded
 from losses import token_logps
-from models.answers import AnswerModel
+from models.answers import AnswerModel, untouched
 from models.generation import greedy
-from models.sharded import release
 from support.errors import InputError
 from support.world import World
 
@@ -32,17 +31,14 @@ def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str,
     check_attention(lm.config, len(longest.ids), name)
     # Two texts, the longest, and a second answer to the first one's prompt.
     again = Encoded(first.ids[:first.start] + second.ids[second.start:], first.start)
-    tolerance, training = TOLERANCE[dtype], lm.training
-    lm.eval()
+    tolerance = TOLERANCE[dtype]
     try:
-        flaw = (_flaw_of_scores(model, [first, second, longest, again], end, tolerance, world.device)
-                or _flaw_of_generation(model, texts, end, tolerance, world))
+        with untouched(model, world):
+            flaw = (_flaw_of_scores(model, [first, second, longest, again], end, tolerance, world.device)
+                    or _flaw_of_generation(model, texts, end, tolerance, world))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
         flaw = f"cannot run as it is needed here ({type(error).__name__}: {cause})"
-    finally:
-        lm.train(training)
-        release(model)
     if flaw:
         raise InputError(f"{name} {flaw}, so its numbers would be wrong; take a Llama-like model")
 

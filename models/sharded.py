@@ -78,13 +78,6 @@ def fill(model, lm_folder: Path, device):
         mine.copy_(stored[start:start + len(mine)])
 
 
-def release(model):
-    """Let go what a sharded model still holds gathered after passes that no backward pass followed."""
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-
-
 @contextmanager
 def gathered(model, world: World):
     """Inside, a sharded model's layers stay gathered once they are, where all of it fits in memory:
@@ -95,7 +88,9 @@ def gathered(model, world: World):
     try:
         yield
     finally:
-        release(model)
+        for module in model.modules():  # let go what passes without a backward pass have left gathered
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
         if keeps:
             model.set_reshard_after_forward(True)
             model.set_reshard_after_forward(False, recurse=False)  # embedding and head stay

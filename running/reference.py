@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batches import Item, sent
 from evaluation import scoring
-from models.answers import AnswerModel
+from models.answers import AnswerModel, untouched
 from models.sharded import whole
 from running.plan import Plan
 from support.errors import InputError
@@ -87,7 +87,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
     evaluated = scoring.own_answers(prepared, scoring.KL_SETS)
     texts |= {f"evaluation/{name}/{index}": e for (name, index), e in evaluated.items()}
-    with scoring.untouched(model, world):
+    with untouched(model, world):
         tensors |= scoring.states_of_answers(model, texts, batch_size, plan.pad, world)
     head = whole(model.lm.get_output_embeddings().weight)
     if world.rank == 0:
