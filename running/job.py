@@ -116,7 +116,7 @@ def check(job: Job, model: AnswerModel, dtype: str, world: World):
 
 def policy_of(job: Job, world: World) -> AnswerModel:
     """The model that the run begins with, on the device; where it is sharded, cut, filled and tried out.
-    Raises InputError where the code can't compute it rightly."""
+    Raises InputError where the code can't compute it rightly, or a resumed run began with other weights."""
     s, model = job.settings, AnswerModel(job.lm)
     if world.sharded:
         shard(model, AUTOCAST[s.dtype], world)
@@ -126,8 +126,11 @@ def policy_of(job: Job, world: World) -> AnswerModel:
     model.to(world.device)
     now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
     job.config.update(now)
+    stored = read_config(job.folder)
+    if stored.get("start_weights", now["start_weights"]) != now["start_weights"]:
+        raise InputError(f"--resume {job.folder}: the start's weights have changed since; start a new run")
     if world.rank == 0:
-        write_json(job.folder / "config.json", {**read_config(job.folder), **now})
+        write_json(job.folder / "config.json", {**stored, **now})
     if s.lora:
         world.say(add_adapters(model.lm, s.lora, s.seed, AUTOCAST[s.dtype]))
     return model

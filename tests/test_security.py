@@ -247,6 +247,13 @@ def test_another_runs_checkpoint_is_refused(interrupted):
     assert (resume(interrupted) / "model").is_dir()
 
 
+def test_a_start_with_other_weights_is_refused_and_the_record_of_the_first_stays(interrupted):
+    edit(interrupted / "config.json", start_weights="0" * 16)
+    before = (interrupted / "config.json").read_bytes()
+    assert "the start's weights have changed" in refusal(resume, interrupted)
+    assert (interrupted / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("changes",
                          ({"epochs": "x"}, {"checkpoint_every": "zz"}, {"micro_batch_size": 0}, {"lr": None},
                                      {"lr": "1e-3"}, {"loss": "nope"}, {"seed": -1}))
