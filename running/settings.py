@@ -193,6 +193,7 @@ def refuse_without_effect(s: Namespace, typed: dict):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     idle = {"kl_direction": s.kl_weight == 0, "retain_pairing": not pairs,
             "keep": s.keep == "best" and s.eval_every == "never", "retain_log": s.eval_every == "never",
+            "system_prompt": s.template not in (None, "chat"),
             "gpus": not s.dry_run, "gpu_memory": not s.dry_run,
             "parallel": s.parallel == "fsdp" and processes == 1 and not s.dry_run}
     for other in OBJECTIVES.values():

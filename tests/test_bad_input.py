@@ -45,6 +45,7 @@ TRAIN = [
     ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
     ("--model MODEL --data DATA --parallel fsdp", r"--parallel has no effect here \(npo, 1 process"),
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
+    ("--dry-run --template qa --loss sft --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --resume MODEL", "has not begun"),
     ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
     ("--model MODEL --data MODEL", "not found"),
