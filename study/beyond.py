@@ -111,10 +111,11 @@ def draw(study: dict, stem: Path) -> list[Path]:
         extraction, leak = ({m: at_the_end(key, runs) for m, runs in named.items()}
                             for key in ("forget_extraction_strength", "privleak"))
         controls = at_the_end("forget_extraction_strength", retrained(study))
+        line = "line: retrained" if controls else "no retrained model was measured so"
         title = f"log10 forget quality, best with {UTILITY:.0%} of the utility"
         drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"), {
             title: {"line: 0.05": (best, [LINE])},
-            "extraction strength, end of the run": {"line: retrained": (extraction, controls)},
+            "extraction strength, end of the run": {line: (extraction, controls)},
             "PrivLeak, end of the run": {"line: retrained": (leak, [0])}}))
     if found:
         shown = {"relearning; lines: the retrained model": ("before", "forget 100%", "retain"),

@@ -412,13 +412,16 @@ def test_newer_objectives_have_a_page_and_pictures_of_their_own(tmp_path):
     assert "| forget10 | tnpo+rt |" not in pages.page({"builtin_tiny": study}, tmp_path)
 
 
-def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path):
+def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path, monkeypatch):
     assert "##" not in beyond.page({"builtin_tiny": hand_made_study()})
     study = with_newer_objectives()
     for run in study["runs"]:
         run.pop("attacks", None)
     assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
     assert [path.name for path in beyond.draw(study, tmp_path / "a")] == ["a_objectives.png"]
+    monkeypatch.setattr(beyond, "picture", lambda path, panels: panels)
+    panels, = beyond.draw({**study, "retrained": []}, tmp_path / "a")
+    assert "line: retrained" not in panels["extraction strength, end of the run"]  # there is no such line
 
 
 def test_what_attacks_found_is_kept_with_the_run(tmp_path):
