@@ -103,11 +103,12 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
 
 
 def finish(figure, path: Path, **more) -> Path:
-    """With the legend of the fullest panel below, 1.3 inches an entry, at most seven in a row, as a file."""
+    """With one legend of all panels below, 1.3 inches an entry, at most seven in a row, as a file."""
     columns = min(7, int(figure.get_figwidth() // 1.3))
-    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
-    fullest = max(legends, key=lambda legend: len(legend[0]))
-    figure.legend(*fullest, loc="outside lower center", ncol=columns, fontsize=8, **more)
+    entries = {label: handle for axes in figure.axes
+               for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, fontsize=8,
+                  **more)
     return save(figure, path)
 
 

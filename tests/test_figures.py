@@ -356,6 +356,15 @@ def test_lines_are_means_in_decades_and_points_stand_at_the_peak(monkeypatch):
     assert (point.get_xdata()[0], point.get_ydata()[0]) == (pytest.approx(0.4), log_height(-1.5))
 
 
+def test_a_legend_names_what_only_one_panel_has(monkeypatch):
+    study = hand_made_study()
+    study["runs"] = [r for r in study["runs"] if r["method"] != "ga" or r["split"] == "forget01"]
+    study["runs"] = [r for r in study["runs"] if r["method"] in ("ga", "npo") or r["split"] != "forget01"]
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    for figure in pictures.draw(study, ["6", "5"], Path("x")):
+        assert {"ga", "npo+rt"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+
+
 def test_the_page_follows_from_the_json(tmp_path):
     study = hand_made_study()
     for key in pages.FIGURE_TITLES:
