@@ -112,15 +112,17 @@ def draw(study: dict, stem: Path) -> list[Path]:
                             for key in ("forget_extraction_strength", "privleak"))
         controls = at_the_end("forget_extraction_strength", retrained(study))
         line = "line: retrained" if controls else "no retrained model was measured so"
-        title = f"log10 forget quality, best with {UTILITY:.0%} of the utility"
-        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"), {
-            title: {"line: 0.05": (best, [LINE])},
-            "extraction strength, end of the run": {line: (extraction, controls)},
-            "PrivLeak, end of the run": {"line: retrained": (leak, [0])}}))
+        panels = {f"log10 forget quality, best with {UTILITY:.0%} of the utility\nline: 0.05": (best, [LINE]),
+                  f"extraction strength, end of the run\n{line}": (extraction, controls),
+                  "PrivLeak, end of the run\nline: retrained": (leak, [0])}
+        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"),
+                             {title: {"": values} for title, values in panels.items()}))
     if found:
-        shown = {"relearning; lines: the retrained model": ("before", "forget 100%", "retain"),
-                 "rounding to 4 bits, another wording": ("before", "int4", "paraphrased question"),
-                 "sampling: leak@k": ("1", "64")}
+        strength, retrained_too = "extraction strength", "\nlines: retrained"
+        shown = {f"{strength}, relearning{retrained_too}": ("before", "forget 100%", "retain"),
+                 f"{strength}, rounding, another wording{retrained_too}":
+                     ("before", "int4", "paraphrased question"),
+                 f"sampling, leak@k{retrained_too}": ("1", "64")}
         panels, control = {title: {} for title in shown}, found["(retrained)"]
         for title, what in [(title, what) for title, whats in shown.items() for what in whats]:
             columns = {m: measured(models, what) for m, models in found.items() if not m.startswith("(")}
@@ -146,5 +148,6 @@ def picture(path: Path, panels: dict) -> Path:
         axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
         axes.set_title(title)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        if len(shown) > 1:
+            axes.legend(fontsize=8)
     return save(figure, path)
