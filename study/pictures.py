@@ -103,10 +103,11 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
 
 
 def finish(figure, path: Path, **more) -> Path:
-    """With one legend of all panels below, 1.3 inches an entry, at most seven in a row, as a file."""
-    columns = min(7, int(figure.get_figwidth() // 1.3))
+    """With one legend of all panels below, at most seven entries in a row, as a file."""
     entries = {label: handle for axes in figure.axes
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    inches = max(1.3, 0.5 + 0.06 * max(map(len, entries)))  # an entry
+    columns = max(1, min(7, int(figure.get_figwidth() // inches)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, fontsize=8,
                   **more)
     return save(figure, path)
