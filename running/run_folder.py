@@ -53,6 +53,10 @@ def open_folder(s: Namespace, config: dict, world: World) -> Path:
         try:
             write_json(aside / "config.json", config)
             os.rename(aside, folder)
+        except OSError:
+            if folder.exists():
+                raise InputError(f"{folder} is of another command by now: choose another --out") from None
+            raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # nothing is left of it after the rename
     world.wait()

@@ -161,6 +161,14 @@ def test_another_template_than_the_starts_is_refused(small_model, small_data, tm
         start_of(model, small_data, tmp_path, template="llama2")
 
 
+def test_of_two_commands_with_one_folder_the_second_says_so(tmp_path):
+    s = Namespace(resume=None, out=str(tmp_path / "run"), method="npo", split="forget10")
+    run_folder.open_folder(s, {}, ALONE)
+    with pytest.raises(InputError, match="another command"):  # both had looked before either was there
+        run_folder.open_folder(s, {}, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_the_start_was_trained_on_is_said(small_model, small_data, tmp_path, capsys):
     trained_on = {"split": "retain90", "loss": "sft", "data": "elsewhere", "data_fingerprint": "0"}
     model = model_with(small_model, tmp_path / "model", trained_on=trained_on)
