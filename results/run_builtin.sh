@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Built-in data, tiny, forget10, everything by the preset: npo+rt on five seeds; npo, ga, ga+rt and idk+rt on one; then npo+rt on five further starts, each with
-# a retrained model of its own. From the root, after README's first command, which leaves the first start and its retrained model in runs/models:
-#     bash results/run_builtin.sh        # half an hour on two cores: a collapsed model's answers never end
+# Built-in data, tiny, forget10: npo+rt by the preset on five further starts, each with a retrained model of its own. From the root, after README's first
+# command, whose run stands beside them:
+#     bash results/run_builtin.sh        # twenty minutes on two cores
 set -euo pipefail
 run() {  # run FOLDER SEED FLAGS...
   [ -e "runs/$1/model" ] || OMP_NUM_THREADS=1 python train_npo.py --out "runs/$1" --seed "${@:2}"
@@ -10,15 +10,9 @@ from_start() {  # from_start N: seed N throughout
   run "starts/npo+rt-start$1" "$1" --loss npo --retain-weight 1 --model "runs/starts/full$1/model" --retain-log runs/starts/retain90-"$1"/eval/*.json
 }
 export -f run from_start
-{ for seed in 0 1 2 3 4; do echo "run builtin/npo+rt-seed$seed $seed --loss npo --retain-weight 1"; done
-  echo "run builtin/npo-seed0 0 --loss npo"
-  echo "run builtin/ga-seed0 0 --loss ga"
-  echo "run builtin/ga+rt-seed0 0 --loss ga --retain-weight 1"
-  echo "run builtin/idk+rt-seed0 0 --loss idk --retain-weight 1"
-  for seed in 1 2 3 4 5; do
-    echo "run starts/full$seed $seed --loss sft --split full"
-    echo "run starts/retain90-$seed $seed --loss sft --split retain90"
-  done; } | xargs -P 2 -I{} bash -c '{} > /dev/null'
+for seed in 1 2 3 4 5; do
+  echo "run starts/full$seed $seed --loss sft --split full"
+  echo "run starts/retain90-$seed $seed --loss sft --split retain90"
+done | xargs -P 2 -I{} bash -c '{} > /dev/null'
 printf "%s\n" 1 2 3 4 5 | xargs -P 2 -I{} bash -c 'from_start {} > /dev/null'
-python figures_tofu.py --collect runs/builtin/* runs/models/tiny-retain90-seed0-* --out results/builtin_forget10.json
-python figures_tofu.py --collect runs/builtin/npo+rt-seed0 runs/starts/npo+rt-* runs/models/tiny-retain90-seed0-* runs/starts/retain90-* --out results/builtin_starts.json
+python figures_tofu.py --collect runs/npo+rt_forget10 runs/starts/npo+rt-* runs/models/tiny-retain90-seed0-* runs/starts/retain90-* --out results/builtin_starts.json

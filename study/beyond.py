@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from study.grid import FIGURES, NEWER
-from study.pages import mean_sd
+from study.pages import how, mean_sd
 from study.pictures import canvas, save, with_runs
 from study.verdicts import LINE, best_at_utility, kept_utility, last
 from support.command_line import markdown_table
@@ -89,13 +89,13 @@ def page(studies: dict) -> str:
     """results/beyond.md from the JSON of every study; name -> study."""
     lines = ["# Beyond the paper: newer objectives, sharper metrics, attacks", "",
              "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`. Each "
-             "method has retain weight 1 and the study's budget of learning rates and betas. Means over "
-             "seeds ± their standard deviation. docs/beyond.md says how to read each number.", ""]
+             "method has retain weight 1. Means over seeds ± their standard deviation. docs/beyond.md says "
+             "how to read each number.", ""]
     for name, study in studies.items():
         head = f"## {study['data']}, {study['model']}, {SPLIT}: who"
         if objectives(study):
-            lines += [f"{head} forgets best", "", f"![objectives](tofu/{name}_objectives.png)", "",
-                      *objectives_table(study), ""]
+            lines += [f"{head} forgets best", "", f"Hyper-parameters of {how(study)}.", "",
+                      f"![objectives](tofu/{name}_objectives.png)", "", *objectives_table(study), ""]
         if attacks := attacks_table(study):
             lines += [f"{head} stays forgotten", "",
                       "Extraction strength of forget rows, before and after each attack.", "",

@@ -22,6 +22,7 @@ METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "
 NEWER = ("wga+rt", "satimp+rt", "tnpo+rt", "ceu+rt", "undial+rt")  # docs/beyond.md
 SMALL, LARGE = ("forget01", "forget05", "forget10"), ("forget20", "forget30", "forget50", "forget90")
 FIGURES = {  # name -> (splits, methods)
+    "overview": (("forget10",), ("ga", "ga+rt", "idk+rt", "npo", "npo+rt")),  # README's
     "2": (("forget05",), ("ga", "ga+rt", "npo", "npo+rt")),
     "5": (SMALL, METHODS),
     "6": (SMALL, METHODS),

@@ -232,6 +232,7 @@ def retain_weight(study: dict, path: Path):
 
 
 MAKERS = {
+    "overview": partial(evolution, splits=("forget10",)),
     "2": partial(evolution, splits=("forget05",), keys=(QUALITY, "model_utility", "world_facts_kl")),
     "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
     "8": partial(evolution, splits=("forget10",), keys=("forget_kl",)),
