@@ -106,7 +106,7 @@ def finish(figure, path: Path, **more) -> Path:
     """With one legend of all panels below, at most seven entries in a row, as a file."""
     entries = {label: handle for axes in figure.axes
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    inches = max(1.3, 0.5 + 0.06 * max(map(len, entries)))  # an entry
+    inches = max(1.3, 0.75 + 0.055 * max(map(len, entries)))  # an entry
     columns = max(1, min(7, int(figure.get_figwidth() // inches)))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, fontsize=8,
                   **more)
@@ -173,7 +173,7 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 def single_runs(runs: list, path: Path):
     """Records of any settings, a line for those that differ in their seed alone; the same method is named by
-    what differs of lr, beta and retain weight, and by its place too where nothing does."""
+    what differs of lr, beta, retain weight and seed, and by its place too where nothing does."""
     alike = {}  # settings without the seed -> runs
     for run in runs:
         settings = [run[key] for key in COLLECTED if key != "seed"]
@@ -181,7 +181,8 @@ def single_runs(runs: list, path: Path):
     firsts, names = [some[0] for some in alike.values()], []
     for run in firsts:
         same = [r for r in firsts if r["method"] == run["method"]]
-        telling = [key for key in ("lr", "beta", "retain_weight") if len({r[key] for r in same}) > 1]
+        told = ("lr", "beta", "retain_weight", "seed")
+        telling = [key for key in told if len({r[key] for r in same}) > 1]
         names.append(" ".join([run["method"], *(f"{key.replace('_', ' ')} {run[key]:g}" for key in telling)]))
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
