@@ -365,6 +365,15 @@ def test_a_legend_names_what_only_one_panel_has(monkeypatch):
         assert {"ga", "npo+rt"} <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
+@pytest.mark.parametrize("name,labels", [("builtin_starts", {"npo+rt seed 0", "npo+rt seed 5"}),
+                                         ("smollm2_forget10", {"npo+rt beta 0.05 retain weight 5", "npo"})])
+def test_single_runs_of_one_method_are_named_by_what_differs(name, labels, monkeypatch):
+    runs = json.loads((ROOT / "results" / f"{name}.json").read_text())["runs"]
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    figure = pictures.single_runs(runs, Path("x"))
+    assert labels <= {text.get_text() for text in figure.legends[0].get_texts()}
+
+
 def test_the_page_follows_from_the_json(tmp_path):
     study = hand_made_study()
     for key in pages.FIGURE_TITLES:
