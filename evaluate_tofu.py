@@ -42,7 +42,7 @@ from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, rea
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_named
+from models.loading import load_named, prompt_template
 from models.presets import AUTOCAST, autocast
 from running.processes import take_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
@@ -195,6 +195,7 @@ def plot_truth_ratios(rows: list, retrained_rows: list | None, path):
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
              ylabel="share of forget rows below")
     axes.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
@@ -209,7 +210,7 @@ def build_parser() -> Parser:
                         help="judge an existing per-row log instead: our JSON, or a released TOFU log")
     add_rows(add)
     add("--template", choices=TEMPLATES,
-        help="prompt template (default: the one saved with the model, else llama2)")
+        help="prompt template (default: the one saved with the model, else its preset's)")
     add("--retain-log", help="log of a model retrained without the forget split: forget quality is measured "
                              "against it")
     add("--reference", help="the model before unlearning, given like --model: adds KL(reference || model)")
@@ -243,7 +244,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     lm, tokenizer, meta, known = load_named(args.model)
     trained_on = meta.get("trained_on", {})
     task = task_of(args, trained_on)
-    template = args.template or meta.get("template") or known.template
+    template = prompt_template(tokenizer, meta, known, args.template)
     if meta.get("template") not in (None, template):
         print(f"note: {args.model} was trained with --template {meta['template']}; it is asked with "
               f"{template}")

@@ -23,6 +23,7 @@ from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
 from models.checks import check_model
+from models.loading import prompt_template
 from models.presets import Preset
 from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
@@ -57,7 +58,7 @@ def make_lab(args, world: World, lm, tokenizer, meta: dict, known: Preset) -> La
     task = task_of(args, meta.get("trained_on", {}))
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
-    lab = Lab(task, tokenizer, meta.get("template") or known.template,
+    lab = Lab(task, tokenizer, prompt_template(tokenizer, meta, known),
               getattr(lm.config, "max_position_embeddings", None), rows, known, world, args,
               compute_metrics, log_truth_ratio)
     texts = [t.encoded for some in lab.prepared().texts.values() for t in some]
@@ -91,8 +92,6 @@ def main(argv=None):
     models, *known = load_models(args)
     lab = make_lab(args, world, models["model"], *known)
     identity = lab.identity(models)
-    result = read_result(out / "robustness.json", identity)
-    result["provenance"] = {**environment(), **identity}
     for name, without in (("start", "no measure of what there was to know, none of changed codes"),
                           ("retrained", "no control, no forget quality")):
         if name not in models:
@@ -100,6 +99,8 @@ def main(argv=None):
     print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
+        result = read_result(out / "robustness.json", identity)
+        result["provenance"] = {**environment(), **identity}
         carry_out(lab, models, result, args.attacks, out / "robustness.json")
     lines = table(result["attacks"])
     (out / "robustness.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

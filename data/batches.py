@@ -42,7 +42,7 @@ def permutations(seed: int, stream: int, n: int, length: int) -> list[int]:
     if n == 0:
         return [0] * length
     each = (np.random.default_rng((seed, stream, k)).permutation(n) for k in range(math.ceil(length / n)))
-    return np.concatenate([np.empty(0, int), *each])[:length].tolist()
+    return np.concatenate([*each])[:length].tolist()
 
 
 def first_randint(seed: int, n: int) -> int:

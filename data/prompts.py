@@ -7,7 +7,7 @@ code). The end-of-sequence token is supervised.
 
 from typing import NamedTuple
 
-from support.errors import InputError
+from support.errors import InputError, cause_of
 
 TEMPLATES = ("llama2", "qa", "chat")
 TODAY = "10 Apr 2025"  # for chat templates that write the date: a run must see the same prompts tomorrow
@@ -46,8 +46,8 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
         return tokenizer.apply_chat_template(messages, chat_template=SAME_DAY + tokenizer.get_chat_template(),
                                              add_generation_prompt=True, tokenize=False, date_string=TODAY)
     except Exception as error:  # whatever the sandbox or the template objects to: the sentence carries it
-        raise InputError(f"--template chat: this model's chat template fails ({type(error).__name__}: "
-                         f"{str(error)[:200]}); use --template llama2 or qa") from None
+        raise InputError(f"--template chat: this model's chat template fails ({cause_of(error)}); "
+                         "use --template llama2 or qa") from None
 
 
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:

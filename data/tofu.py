@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.builtin import REFUSALS, make_builtin
-from support.errors import InputError
+from support.errors import InputError, cause_of
 from support.files import fingerprint, read_text
 
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -152,7 +152,7 @@ def read_rows(path: Path) -> list:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 at = f"{path} line {number + getattr(error, 'lineno', 1)}"
                 raise InputError(f"{at}: not JSON ({error}); write one object a line") from None
     rows = rows[0] if is_list else rows
@@ -202,6 +202,6 @@ def _from_hub(data: str, name: str) -> list:
     try:
         return [dict(row) for row in datasets.load_dataset(data, name, split="train")]
     except Exception as error:  # network, cache and format failures: the sentence carries it
-        cause = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause}); without network, bring "
-                         f"{'.json, '.join(SETS)}.json by hand into a folder, or take builtin") from None
+        raise InputError(f"--data {data}: cannot load {name} from the Hub ({cause_of(error)}); without "
+                         f"network, bring {'.json, '.join(SETS)}.json by hand into a folder, or take builtin"
+                         ) from None

@@ -167,9 +167,8 @@ def steps_to(curve: list[dict], target: float) -> float | None:
 def quantize(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
     """8 and 4 bits (Zhang et al., 2024, "Catastrophic failure of LLM unlearning via quantization").
     `codes_changed`: the share of weights whose code is not the start's."""
-    prepared = lab.prepared()
+    prepared, starts = lab.prepared(), dict(linear_weights(start)) if start else {}
     for kind, levels in LEVELS.items():
-        starts = dict(linear_weights(start)) if start else {}
         changed = total = 0
         with put_back(model), torch.no_grad():
             for name, weight in linear_weights(model.lm):
@@ -214,8 +213,8 @@ def asked_otherwise(lab: Lab) -> dict:
         raise InputError("--attacks prompts needs paraphrased_question in every forget row, and this data "
                          "has rows without; leave prompts out")
     begun = [{**row, "answer": f"{PREFIX} {row['answer']}",
-              "paraphrased_answer": f"{PREFIX} {row.get('paraphrased_answer', row['answer'])}",
-              "perturbed_answer": [f"{PREFIX} {text}" for text in row.get("perturbed_answer", [])]}
+              "paraphrased_answer": f"{PREFIX} {row.get('paraphrased_answer') or row['answer']}",
+              "perturbed_answer": [f"{PREFIX} {text}" for text in row.get("perturbed_answer") or []]}
              for row in lab.rows]
     shots = [lab.task.retain[i] for i in permutations(lab.settings.seed, 1, len(lab.task.retain), SHOTS)]
     pairs = [(row["question"], row["answer"]) for row in shots]

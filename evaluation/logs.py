@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.tofu import EVALUATED, complement, parse_split
 from support.command_line import markdown_table, number
-from support.errors import InputError
+from support.errors import InputError, cause_of
 from support.files import MAX_FILE_BYTES, holds_texts, read_text
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
@@ -67,7 +67,7 @@ def _tofu_rows(columns: dict, where: str) -> list:
             rows.append(row)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where} needs {', '.join(TOFU_KEYS.values())} of the same rows, the last with "
-                         f"prompt, generation and truth ({type(error).__name__}: {error})") from None
+                         f"prompt, generation and truth ({cause_of(error)})") from None
     return rows
 
 

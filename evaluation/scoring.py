@@ -164,7 +164,7 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
     lengths = [packed_tokens([t.encoded for t in prepared.texts[key]]) for key in keys]
     batches = [[t for i in places for t in prepared.texts[keys[i]]]
                for places in within(lengths, SCORED_TOKENS)]
-    ghost = next(iter(prepared.texts.values()))[:1]
+    ghost = next(iter(prepared.texts.values()))
     scores = {}  # Text without its tokens -> (nll, tokens)
     for texts, counts in in_step(batches, ghost, world):
         # The rows' own answers come last, and of them those with a KL, as the model wants them.

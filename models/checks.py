@@ -11,7 +11,7 @@ from data.prompts import Encoded
 from losses import token_logps
 from models.answers import AnswerModel, untouched
 from models.generation import greedy
-from support.errors import InputError
+from support.errors import InputError, cause_of
 from support.world import World
 
 # Of a token's log-probability or logit, nats. In 16 bits two attention kernels differ by up to a tenth.
@@ -36,9 +36,11 @@ def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str,
         with untouched(model, world):
             flaw = (_flaw_of_scores(model, [first, second, longest, again], end, tolerance, world.device)
                     or _flaw_of_generation(model, texts, end, tolerance, world))
+    except torch.OutOfMemoryError:
+        raise InputError(f"{name} and three texts do not fit in the memory of {world.device}; --dry-run says "
+                         "what does") from None
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        cause = " ".join(str(error).split())[:200]
-        flaw = f"cannot run as it is needed here ({type(error).__name__}: {cause})"
+        flaw = f"cannot run as it is needed here ({cause_of(error)})"
     if flaw:
         raise InputError(f"{name} {flaw}, so its numbers would be wrong; take a Llama-like model")
 

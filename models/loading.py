@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.prompts import system_prompt_of
 from models.presets import PRESETS, settings_of, split_model
 from models.saving import read_meta, save_model
 from models.sharded import weight_names
-from support.errors import InputError, refuse
+from support.errors import InputError, cause_of, refuse
 from support.files import locked, whole_folder
 from support.world import ALONE
 
@@ -75,6 +76,17 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
     return model.eval(), tokenizer, read_meta(source)
 
 
+def prompt_template(tokenizer, meta: dict, preset, template: str | None = None,
+                    system_prompt: str | None = None) -> str:
+    """How a model is asked: as flags say, else its record, else its preset; so, too, the chat template's
+    system prompt, which goes into the tokenizer."""
+    template = template or meta.get("template") or preset.template
+    wanted = system_prompt or system_prompt_of(tokenizer) or preset.system_prompt
+    if template == "chat" and wanted:
+        tokenizer.init_kwargs["system_prompt"] = wanted
+    return template
+
+
 def load_named(model: str, flag: str = "--model"):
     """`load_model` of what a flag names (of a preset its checkpoint), and its preset's settings."""
     preset, path = split_model(model)
@@ -102,8 +114,7 @@ def read(source, flaw: str, advice: str, without_weights: bool = False, **gguf):
             source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **gguf)
     except Exception as error:  # network, format and version errors: the sentence carries the cause
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise InputError(f"{flaw} ({cause}){advice}") from None
+        raise InputError(f"{flaw} ({cause_of(error)}){advice}") from None
     if info["missing_keys"]:
         raise InputError(f"{flaw}: weights are missing, among them {min(info['missing_keys'])}")
     return model, tokenizer

@@ -67,7 +67,7 @@ def read_meta(source: str) -> dict:
         own = holds_texts(meta, "preset", "template")
         if not (own and holds_texts(meta.get("trained_on", {}), "split", "data")):
             raise ValueError("what it says is of another type")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} must hold an object with preset, template and trained_on ({error}); remove "
                          "it, and name template and settings by flags") from None
     return meta

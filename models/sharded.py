@@ -19,7 +19,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from support.errors import InputError
+from support.errors import InputError, cause_of
 from support.world import World
 
 
@@ -122,7 +122,7 @@ def weight_names(folder: Path) -> list[str]:
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{index} is not an index of weights: {type(error).__name__}: {error}") from None
+        raise InputError(f"{index} is not an index of weights: {cause_of(error)}") from None
     astray = [name for name in named if name not in there]
     if astray:
         raise InputError(f"{index} points to {astray[0]!r}: only .safetensors files in the folder itself")

@@ -27,8 +27,8 @@ KEPT = 2
 
 
 def save(folder: Path, step: int, model, optimizer, state: dict, world: World):
-    """Write `folder/step_NNNNNN`, then drop all but the last KEPT. `state` is JSON: log length and scaler.
-    Raises OSError where the disk is full or read-only; what was there stays."""
+    """Write `folder/step_NNNNNN`, then drop all others but the KEPT - 1 before it. `state` is JSON: log
+    length and scaler. Raises OSError where the disk is full or read-only; what was there stays."""
     with whole_folder(folder / f"step_{step:06d}", world) as aside:
         writes = world.sharded or world.rank == 0
         parts = world.collect(_write_part(aside, model, optimizer, world.rank) if writes else {})
@@ -40,7 +40,9 @@ def save(folder: Path, step: int, model, optimizer, state: dict, world: World):
                 _fsync(path)
     if world.rank == 0:
         _fsync(folder)
-        for old in sorted(folder.glob("step_*"))[:-KEPT]:
+        saved = sorted(folder.glob("step_*"))
+        newest = saved.index(folder / f"step_{step:06d}")  # behind it: torn ones, which were passed over
+        for old in saved[:max(0, newest + 1 - KEPT)] + saved[newest + 1:]:
             shutil.rmtree(old)
 
 

@@ -13,7 +13,7 @@ from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_model, make_tiny, weights_folder
+from models.loading import load_model, make_tiny, prompt_template, weights_folder
 from models.presets import AUTOCAST, settings_of, tiny_dims
 from models.saving import weights_hash
 from models.sharded import fill, shard
@@ -68,14 +68,12 @@ def prepare_job(s: Namespace, world: World) -> Job:
     else:
         (lm, tokenizer), start = make_tiny(task.texts(), s.seed, tiny_dims(task.full)), {}
     refuse_other_start(s, start, system_prompt_of(tokenizer))
-    s.template = s.template or start.get("template") or settings_of(s.preset).template
+    s.template = prompt_template(tokenizer, start, settings_of(s.preset), s.template, s.system_prompt)
     if s.system_prompt and s.template != "chat":
         raise InputError(f"--system-prompt has no effect with the template {s.template}: leave it out, or "
                          "give --template chat")
     if s.template == "chat":
-        wanted = s.system_prompt or system_prompt_of(tokenizer) or settings_of(s.preset).system_prompt
-        if wanted:
-            tokenizer.init_kwargs["system_prompt"] = s.system_prompt = wanted
+        s.system_prompt = system_prompt_of(tokenizer)
     context = getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, tokenizer, context)
     prepared = prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout)

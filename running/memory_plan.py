@@ -18,11 +18,12 @@ from data.tofu import Task, complement, load_task, parse_split, slice_rows
 from losses import OBJECTIVES
 from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
-from models.presets import PRESETS, tiny_dims
+from models.loading import prompt_template
+from models.presets import PRESETS, settings_of, tiny_dims
 from models.saving import read_meta
 from models.sharded import decoder_layers
 from running.plan import Plan
-from support.errors import InputError
+from support.errors import InputError, cause_of
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
 TOFU_ROWS = 4000
@@ -48,16 +49,16 @@ def read_shape(s: Namespace, rows: list) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     try:
         if s.start and (Path(s.start) / "config.json").is_file():
-            config = AutoConfig.from_pretrained(s.start, local_files_only=True)
+            config = AutoConfig.from_pretrained(s.start, local_files_only=True, trust_remote_code=False)
         elif s.preset == "tiny":
             config = LlamaConfig(**tiny_dims(rows), tie_word_embeddings=True)
         else:
             config = LlamaConfig(**PRESETS[s.preset].dims)
         with torch.device("meta"):
-            return shape_of(AutoModelForCausalLM.from_config(config))
+            return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"--dry-run: {s.model} is neither a preset ({', '.join(PRESETS)}) nor a model's "
-                         f"folder ({type(error).__name__}: {error})") from None
+                         f"folder ({cause_of(error)})") from None
 
 
 def shape_of(lm) -> Shape:
@@ -137,8 +138,13 @@ def count_work(s: Namespace, task: Task) -> Namespace:
     tokenizer, template = CharacterTokenizer(), "llama2"
     if not estimated:
         from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True)
-        template = s.template or read_meta(s.start).get("template") or template
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a torn file is reported in many ways
+            raise InputError(f"--dry-run: {s.start} has no tokenizer that can be read ({cause_of(error)})"
+                             ) from None
+        template = prompt_template(tokenizer, read_meta(s.start), settings_of(s.preset), s.template,
+                                   s.system_prompt)
     plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, None)
     texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
     return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
@@ -149,7 +155,8 @@ def count_work(s: Namespace, task: Task) -> Namespace:
 def suggest(s: Namespace, x: Shape, work: Namespace, processes: int, room: float) -> Namespace | None:
     """The settings of the fastest that fits in `room` bytes: no recomputing, whole models, large
     micro-batches come first."""
-    micros = [m for m in (32, 16, 8, 4, 2, 1) if m <= math.ceil(s.batch_size / processes)]
+    sizes = sorted({32, 16, 8, 4, 2, 1, s.micro_batch_size}, reverse=True)
+    micros = [m for m in sizes if m <= math.ceil(s.batch_size / processes)]
     modes = ("ddp", "fsdp") if processes > 1 and not s.lora else ("ddp",)
     for again, parallel, micro in product((False, True), modes, micros):
         way = Namespace(**{**vars(s), "activation_checkpointing": again, "parallel": parallel,

@@ -33,7 +33,7 @@ class Plan:
 
     def __init__(self, s: Namespace, task, tokenizer, context: int | None):
         self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id  # nothing looks at padding
-        self.micro_batch_size, self.pad_to = s.micro_batch_size, s.pad_to
+        self.micro_batch_size = s.micro_batch_size
         rows = task.forget
         if s.loss == "sft":  # a model made from scratch knows no author and no fact
             rows = (task.forget or task.retain) + ([] if s.start else task.facts())
@@ -93,7 +93,7 @@ class Plan:
     def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
         """Its texts as one batch, and how many of them are answers, refusals and retain answers."""
         texts = self.texts(micro.items, micro.partners)
-        return collate_packed(sum(texts, []), self.pad, device, self.pad_to), [len(some) for some in texts]
+        return collate_packed(sum(texts, []), self.pad, device), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
         texts = self.whole_batch(items)

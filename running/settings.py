@@ -13,7 +13,7 @@ from losses import KL_DIRECTIONS, OBJECTIVES
 from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
 from models.saving import read_meta
 from support.command_line import Parser, given_flags, not_negative, positive
-from support.errors import InputError, refuse
+from support.errors import InputError, cause_of, refuse
 from support.files import fingerprint
 
 NOT_STORED = ("resume", "dry_run", "gpus", "gpu_memory")  # of no meaning for a run folder
@@ -138,7 +138,6 @@ def resolve(given: dict, typed: dict | None = None) -> Namespace:
                        "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
         if getattr(s, key) is None:
             setattr(s, key, value)
-    s.pad_to = 0  # the tests' way to pad to a fixed length
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)  # "": the tiny model, made from scratch
     refuse_contradictions(s, given)
@@ -253,9 +252,9 @@ def read_config(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if missing := {"loss", "method", "model", "start", "split", "data"} - set(config["settings"]):
             raise KeyError(", ".join(sorted(missing)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--resume {folder}: its config.json is not a run's ({type(error).__name__}: "
-                         f"{error}); need a run folder, such as runs/NAME") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"--resume {folder}: its config.json is not a run's ({cause_of(error)}); need a run "
+                         "folder, such as runs/NAME") from None
     return config
 
 

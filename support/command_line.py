@@ -79,9 +79,11 @@ def run_command(main, name: str):
         return main()
     except InputError as error:
         sentence, status = str(error), 2
-    except (OSError, SafetensorError) as error:  # no room, no right to write
+    except (OSError, SafetensorError) as error:  # no room, no right to write; or a torn file
         cause = " ".join(str(error).split())
         sentence, status = f"cannot write: {cause}; need a place with room and the right to write", 2
+        if "deserializing" in cause:
+            sentence = f"cannot read weights: {cause}; a .safetensors file is torn, bring it again"
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "Connection reset" not in str(error):
             raise

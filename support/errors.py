@@ -10,3 +10,8 @@ def refuse(cases: dict):
     for sentence, holds in cases.items():
         if holds:
             raise InputError(sentence)
+
+
+def cause_of(error: Exception) -> str:
+    """Its kind and its first 300 characters, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

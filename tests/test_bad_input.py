@@ -28,7 +28,8 @@ TRAIN = [
     ("--batch-size 4 --micro-batch-size 8", "above --batch-size"), ("--checkpoint-every soon", "invalid"),
     ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
     ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"),
-    ("--model big=MODEL", "no preset"), ("--model smollm2-135m", "no published fine-tuned"),
+    ("--model big=MODEL", "no preset"), ("--model llama2-7b=", "nothing behind the ="),
+    ("--model smollm2-135m", "no published fine-tuned"),
     ("--forget a.json", "needs the model|needs both files|need the model"), ("--warmup-epochs 99", "above "
                                                                                                    "the"),
     ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),

@@ -1,16 +1,17 @@
 """Splits, answer tokens, the batch stream: what is trained on, and in which order."""
 
 import json
+from argparse import Namespace
 from collections import Counter
 
 import pytest
 import torch
 
 from data.batches import collate, deal, make_stream
-from data.prompts import encode, encode_prompts, prompt_text
+from data.prompts import encode, encode_prompts, prompt_text, system_prompt_of
 from data.tofu import complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
-from models.loading import make_tiny
-from models.presets import TINY_DIMS
+from models.loading import make_tiny, prompt_template
+from models.presets import PRESETS, TINY_DIMS
 from support.errors import InputError
 
 
@@ -175,3 +176,16 @@ def test_a_chat_prompt_is_the_same_on_every_day_and_has_its_system_turn():
     assert prompt_text(tokenizer, "chat", "Who?") == "10 Apr 2025|10 Apr 2025|<user>Who?"
     tokenizer.init_kwargs["system_prompt"] = "Be brief."
     assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?")
+
+
+def test_flags_then_a_models_record_then_its_preset_say_how_it_is_asked():
+    """In every command: a preset's checkpoint has learned with its system prompt."""
+    preset, record = PRESETS["llama3.2-1b"], {"template": "qa"}
+    for flags, meta, own, expected in ((("llama2",), record, None, ("llama2", None)),
+                                       ((), record, None, ("qa", None)),
+                                       ((), {}, None, ("chat", preset.system_prompt)),
+                                       ((), {}, "Own.", ("chat", "Own.")),
+                                       ((None, "Flag."), {}, "Own.", ("chat", "Flag."))):
+        tokenizer = Namespace(init_kwargs={"system_prompt": own} if own else {})
+        template = prompt_template(tokenizer, meta, preset, *flags)
+        assert (template, system_prompt_of(tokenizer)) == expected

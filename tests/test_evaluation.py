@@ -364,7 +364,9 @@ def test_the_command_measures_a_folder_writes_json_and_draws(forked, small_model
     assert {"metrics", "rows", "provenance"} == set(result)
     assert "model utility" in done.stdout and "true:" in done.stdout
     assert (tmp_path / "truth_ratios.png").stat().st_size > 5000
-    again = forked("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json")
+    again = forked("evaluate_tofu.py", "--log", "a.json", "--retain-log", "a.json", "--out", "b.json",
+                   "--plot", "new/ratios.png")
+    assert (tmp_path / "new" / "ratios.png").is_file()
     metrics = json.loads((tmp_path / "b.json").read_text())["metrics"]
     assert metrics["forget_quality"] == 1.0 and metrics["privleak"] == 0 and len(metrics["mia"]) == 5
     assert "KS statistic" in again.stdout and "MIA AUC" in again.stdout and "note:" not in done.stdout

@@ -267,6 +267,18 @@ def test_a_folders_own_shape_and_tokens_are_used(capsys, small_model, small_data
     assert "estimated" not in said and "20 rows" in said
 
 
+def test_a_torn_tokenizer_is_one_sentence(capsys, small_model, small_data, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "torn")
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="no tokenizer that can be read"):
+        plan_of(capsys, "--model", str(folder), "--data", str(small_data))
+
+
+def test_a_micro_batch_that_fits_is_not_called_slow(capsys):
+    said = plan_of(capsys, "--batch-size", "64", "--micro-batch-size", "64")
+    assert "As asked it fits" in said and "Faster" not in said
+
+
 @pytest.mark.parametrize("flags, reason", ((["--gpu-memory", "80X"], "gigabytes such as 80G"),
                                            (["--gpu-memory", "0G"], "positive"),
                                            (["--gpus", "0"], "positive")))

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from data.prompts import prompt_text
 from data.tofu import load_task, read_rows
 from evaluation.logs import read_log
 from models.loading import MAX_JSON_BYTES, load_model
+from models.saving import read_meta
 from running import checkpoints
-from running.settings import parse
+from running.memory_plan import read_shape
+from running.settings import parse, read_config
 from support.errors import InputError
 from support.files import MAX_FILE_BYTES, MAX_LINE, locked
 from support.world import ALONE
@@ -100,6 +103,8 @@ def test_code_in_a_model_folder_does_not_run(crafted, tmp_path):
         assert "trust_remote_code" in str(error) or "cannot load" in str(error)
     edit(crafted / "config.json", model_type="trap")
     assert "cannot load" in refusal(load_model, str(crafted))
+    planned = Namespace(start=str(crafted), preset=None, model="it")
+    assert "custom code" in refusal(read_shape, planned, [])
     assert not ran.exists()
     exec(compile(code, "trap", "exec"), {})  # the trap works
     assert ran.exists()
@@ -121,6 +126,16 @@ def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):
     with open(crafted / "tokenizer.json", "r+b") as file:
         file.truncate(MAX_JSON_BYTES + 1)  # sparse: it takes no room
     assert "tokenizer.json has more than 256 MB" in refusal(load_model, str(crafted))
+
+
+def test_json_that_is_too_deep_is_refused(crafted, tmp_path):
+    deep = "[" * 10**5
+    (crafted / "npo.json").write_text(deep)
+    assert "must hold an object" in refusal(read_meta, str(crafted))
+    (tmp_path / "config.json").write_text(deep)
+    assert "not a run's" in refusal(read_config, tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": ' + "1" * 10**4 + "}\n")
+    assert "not JSON" in refusal(read_rows, tmp_path / "rows.jsonl")
 
 
 def test_an_adapter_that_names_another_model_is_refused(crafted):
@@ -188,6 +203,9 @@ def test_a_checkpoint_s_pickle_or_foreign_manifest_is_passed_over(small_model, t
     (newest / "manifest.json").write_text(manifest)
     (newest / "weights-00000.safetensors").write_bytes(pickle.dumps(Touch(ran)))
     assert checkpoints.latest(folder)[0].name == "step_000003" and not ran.exists()
+    # Going on before it, what is saved next stays.
+    checkpoints.save(folder, 2, lm, optimizer, {"log_bytes": 0, "scaler": {}}, ALONE)
+    assert [path.name for path in folder.iterdir()] == ["step_000002"]
 
 
 # ---------------------------------------------------------------- run folders

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import losses
 import train_npo
 from conftest import ROOT, SMALL
-from data.batches import collate
+from data.batches import collate, collate_packed
 from data.tofu import load_task
 from evaluation.scoring import Prepared
 from models.answers import AnswerModel
@@ -49,12 +50,10 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
     land in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
-    def make(**given) -> Namespace:
-        s = resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
-                     "batch_size": 8, "eval_every": "never", "template": "llama2",
-                     **{k: v for k, v in given.items() if k != "pad_to"}})
-        s.pad_to = given.get("pad_to", 0)
-        return s
+    def make(pad_to: int = 0, **given) -> Namespace:
+        monkeypatch.setattr("running.plan.collate_packed", partial(collate_packed, pad_to=pad_to))
+        return resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
+                        "batch_size": 8, "eval_every": "never", "template": "llama2", **given})
     return make
 
 
