@@ -122,7 +122,7 @@ class Side:
 
     def __init__(self, args: Namespace, given: dict, batches: list):
         self.loop, self.world = args.train, World(0, 1, args.device)
-        given = {"eval_every": "never", "batch_size": sum(batches), "micro_batch_size": 8, **given}
+        given = {"eval_every": "never", "batch_size": sum(batches), **given}
         self.s = s = resolve({"model": args.model, "data": args.data, **given})
         self.lm, self.tokenizer, meta = load_model(s.start)
         self.lm.to(args.device)
@@ -313,17 +313,28 @@ def measure_startup(args: Namespace) -> dict:
     return row_of("s to the first step", {"ours": seconds})
 
 
-def measure_processes(args: Namespace) -> dict:
-    """Two processes against one, of one thread each: tokens a second of fine-tuning steps."""
-    rates = {1: [], 2: []}
+def training_rate(args: Namespace, runs: int, processes: int) -> float:
+    """Tokens a second, added up, of runs at the same time, of so many processes each, of one thread each."""
     flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(args.process_epochs)]
-    for _, (count, values) in product(range(args.repeats), rates.items()):
-        with tempfile.TemporaryDirectory() as folder:
-            train_npo(subprocess.check_call, [*flags, *flags_of(args, folder)], count, OMP_NUM_THREADS="1")
-            lines = (Path(folder) / "run" / "log.jsonl").read_text().splitlines()[1:]
-        values.append(statistics.median(json.loads(line)["tokens_per_s"] for line in lines))
-    return {"unit": "tokens/s", "rates": {str(count): spread(values) for count, values in rates.items()},
-            "ratio": {"one": ratios(rates[1], rates[2])}}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = [train_npo(subprocess.Popen, [*flags, *flags_of(args, f"{folder}/{number}")], processes,
+                           OMP_NUM_THREADS="1") for number in range(runs)]
+        if any([process.wait() for process in begun]):
+            raise RuntimeError("train_npo.py ended before its last step, and says why above")
+        logs = [file.read_text().splitlines()[1:] for file in Path(folder).glob("*/run/log.jsonl")]
+    return sum(statistics.median(json.loads(line)["tokens_per_s"] for line in log) for log in logs)
+
+
+def measure_processes(args: Namespace) -> dict:
+    """Two processes against one; and two runs of a process each against one, what the machine has for two
+    that exchange nothing. Fine-tuning steps."""
+    shapes = {"one": (1, 1), "two": (1, 2), "two runs": (2, 1)}  # runs, processes of each
+    rates = {name: [] for name in shapes}
+    for _, (name, shape) in product(range(args.repeats), shapes.items()):
+        rates[name].append(training_rate(args, *shape))
+    return {"unit": "tokens/s", "rates": {name: spread(values) for name, values in rates.items()},
+            "ratio": {"one": ratios(rates["one"], rates["two"]),
+                      "one (two that exchange nothing)": ratios(rates["one"], rates["two runs"])}}
 
 
 def measure_first_command(args: Namespace) -> dict:
