@@ -122,7 +122,8 @@ class Side:
 
     def __init__(self, args: Namespace, given: dict, batches: list):
         self.loop, self.world = args.train, World(0, 1, args.device)
-        given = {"eval_every": "never", "batch_size": sum(batches), **given}
+        # With the paper's lr: a large one makes steps of rounding's differences.
+        given = {"eval_every": "never", "batch_size": sum(batches), "lr": 1e-5, **given}
         self.s = s = resolve({"model": args.model, "data": args.data, **given})
         self.lm, self.tokenizer, meta = load_model(s.start)
         self.lm.to(args.device)
