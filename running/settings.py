@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,7 +205,7 @@ def refuse_without_effect(s: Namespace, typed: dict):
 
 def parse(argv: list, description: str = "") -> Namespace:
     """The command line's settings; a resumed run's from its folder, also where torchrun has started all
-    processes anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
+    processes of the same command anew after a failure (`--max-restarts`, with `--out`). Raises InputError."""
     given = given_flags(build_parser(description), argv)
     if "dry_run" in given and "resume" in given:
         raise InputError("--dry-run is for a run that has not begun: leave out --resume, and give its flags")
@@ -212,7 +213,8 @@ def parse(argv: list, description: str = "") -> Namespace:
         return resumed(Path(given.pop("resume")), given)
     s = resolve(given)
     if s.out and Path(s.out).exists() and not s.dry_run:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if restarted and read_config(Path(s.out)).get("command", "").endswith(f".py {shlex.join(argv)}"):
             return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return s

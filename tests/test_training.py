@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -336,6 +337,15 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     with pytest.raises(InputError, match="differs"):
         parse(["--resume", "halves", "--lr", "0.5"])
     assert parse(["--resume", "halves", "--lr", "0.001"])
+    # torchrun's restart goes on with its own run alone.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = json.loads((halves / "config.json").read_text())
+    again = ["--model", config["settings"]["model"], "--out", "halves"]
+    config["command"] = shlex.join(["train_npo.py", *again])
+    (halves / "config.json").write_text(json.dumps(config))
+    assert parse(again).resume == "halves"
+    with pytest.raises(InputError, match="halves exists"):
+        parse([*again, "--keep", "last"])
 
 
 def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
