@@ -90,7 +90,7 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
         middle, low, high = ([drawn(pick(column)) for column in columns]
                              for pick in (statistics.mean, min, max))
         axes.plot(x, middle, line, color=color, label=label, linewidth=1.4, marker=marker, markersize=3,
-                  alpha=0.6 ** seen[runs[0]["method"]])
+                  alpha=max(0.25, 0.6 ** seen[runs[0]["method"]]))
         if len(runs) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
         seen[runs[0]["method"]] += 1
