@@ -1,7 +1,7 @@
 """Speed and memory as ratios: this code against the loops that people use today, in one run on one machine.
 
-    python bench.py                                              # the tiny model, about 8 minutes
-    python bench.py --model smollm2-135m=PATH --data TOFU_DIR    # the figures that count, about 40 minutes
+    python bench.py                                              # the tiny model, about 10 minutes
+    python bench.py --model smollm2-135m=PATH --data TOFU_DIR    # the figures that count, about 50 minutes
     python bench.py --only npo+rt --only evaluation              # some rows, merged into the same JSON
 
 What is timed is the real code: `train_npo.train` itself, `evaluate`, `synthetic.run`. The opponents are
