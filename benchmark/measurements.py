@@ -320,7 +320,7 @@ def training_rate(args: Namespace, runs: int, processes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         begun = [train_npo(subprocess.Popen, [*flags, *flags_of(args, f"{folder}/{number}")], processes,
                            OMP_NUM_THREADS="1") for number in range(runs)]
-        if any([process.wait() for process in begun]):
+        if any([process.wait() for process in begun]):  # a list: all are waited for
             raise RuntimeError("train_npo.py ended before its last step, and says why above")
         logs = [file.read_text().splitlines()[1:] for file in Path(folder).glob("*/run/log.jsonl")]
     return sum(statistics.median(json.loads(line)["tokens_per_s"] for line in log) for log in logs)
