@@ -256,8 +256,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     retrained = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint,
                                 template)
     model = AnswerModel(lm.to(world.device))
-    texts = [t.encoded for some in prepared.texts.values() for t in some]
-    check_model(model, texts, tokenizer.eos_token_id, args.model, "fp32", world)
+    check_model(model, prepared.encoded(), tokenizer.eos_token_id, args.model, "fp32", world)
     with autocast(args.dtype, world.device):
         reference = None
         if args.reference:
@@ -275,6 +274,8 @@ def task_of(args, trained_on: dict) -> Task:
     """The rows that a model is judged on: own ones, or of the data and the split that flags or its record
     name. Raises InputError."""
     own = args.forget or args.retain
+    if trained_on.get("split") == "own" and (args.data or args.split):
+        trained_on = {}  # of a published data set that it did not learn
     split = args.split or evaluation_split(trained_on.get("split") or "full")
     refuse({"--forget and --retain are the data and the split: leave out --data and --split":
                 own and (args.data or args.split),

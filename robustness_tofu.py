@@ -17,12 +17,12 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 from pathlib import Path
 
 from data.prompts import encode
-from data.tofu import parse_split
+from data.tofu import complement, parse_split
 from evaluate_tofu import add_rows, compute_metrics, log_truth_ratio, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
-from models.checks import check_model
+from models.checks import check_attention, check_model
 from models.loading import prompt_template
 from models.presets import Preset
 from running.processes import take_device
@@ -53,23 +53,26 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_lab(args, world: World, lm, tokenizer, meta: dict, known: Preset) -> Lab:
+def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
-    task = task_of(args, meta.get("trained_on", {}))
+    task = task_of(args, records["model"].get("trained_on", {}))
+    template = prompt_template(tokenizer, records["model"], known)
+    note_control(task.split, template, records)
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
-    lab = Lab(task, tokenizer, prompt_template(tokenizer, meta, known),
-              getattr(lm.config, "max_position_embeddings", None), rows, known, world, args,
-              compute_metrics, log_truth_ratio)
-    texts = [t.encoded for some in lab.prepared().texts.values() for t in some]
+    lab = Lab(task, tokenizer, template, getattr(lm.config, "max_position_embeddings", None), rows, known,
+              world, args, compute_metrics, log_truth_ratio)
+    texts = lab.prepared().encoded()
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
+    lm.cpu()  # the retrained model comes first
     wanted = args.attacks or list(ATTACKS)
     if "relearn" in wanted:  # a text above the context is refused now, not halfway
         pairs = [(row["question"], row["answer"]) for row in [*task.forget, *task.retain]]
         encode(tokenizer, lab.template, pairs, lab.context)
     if "prompts" in wanted:
         try:
-            asked_otherwise(lab)
+            longest = max(len(e.ids) for other in asked_otherwise(lab).values() for e in other.encoded())
+            check_attention(lm.config, longest, f"--attacks prompts: {args.model}")
         except InputError as error:
             if args.attacks:
                 raise
@@ -79,6 +82,19 @@ def make_lab(args, world: World, lm, tokenizer, meta: dict, known: Preset) -> La
     return lab
 
 
+def note_control(split: str, template: str, records: dict):
+    """Say where the retrained model has, by its record, learned another split than what is kept, or where a
+    model is not asked as it has learned to be."""
+    learned = records.get("retrained", {}).get("trained_on", {}).get("split")
+    if split != "own" and learned not in (None, complement(split)):
+        print(f"note: --retrained was trained on {learned}; the control of {split} is a model trained on "
+              f"{complement(split)}")
+    for name, record in records.items():
+        if record.get("template") not in (None, template):
+            print(f"note: --{name} was trained with --template {record['template']}, it is asked with "
+                  f"{template}")
+
+
 def main(argv=None):
     args = build_parser().parse_args(argv)
     own, most = args.forget or args.retain, max(args.shares)
@@ -86,6 +102,7 @@ def main(argv=None):
             f"--split {args.split}: need a forget split, forget01 to forget99":
                 args.split and not own and parse_split(args.split)[0] != "forget",
             f"--seed {args.seed} is too large: need less than 2^63": args.seed >= 2**63})
+    args.shares.sort()
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
     world = ALONE._replace(device=take_device(args.device))

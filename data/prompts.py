@@ -78,6 +78,7 @@ def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]
 def _tokens(tokenizer, template: str, texts: list) -> list:
     """(ids, character offsets) of each text, without the end-of-sequence token that some tokenizers add."""
     # A chat template writes its special tokens out, so the tokenizer must add none.
-    made = tokenizer(texts, add_special_tokens=template != "chat", return_offsets_mapping=True)
-    return [(ids[:-1], offsets[:-1]) if ids and ids[-1] == tokenizer.eos_token_id else (ids, offsets)
+    adds = template != "chat"
+    made = tokenizer(texts, add_special_tokens=adds, return_offsets_mapping=True)
+    return [(ids[:-1], offsets[:-1]) if adds and ids[-1:] == [tokenizer.eos_token_id] else (ids, offsets)
             for ids, offsets in zip(made["input_ids"], made["offset_mapping"], strict=True)]

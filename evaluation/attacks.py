@@ -299,21 +299,21 @@ ATTACKS = {"relearn": relearn, "quantize": quantize, "prompts": prompts, "sample
 # ---------------------------------------------------------------- all of them, on all models
 
 def load_models(args) -> tuple:
-    """(name -> model, tokenizer, npo.json and preset of the unlearned one). Raises InputError where they
-    differ in tokenizer or shape."""
-    models, first = {}, None
+    """(name -> model, name -> its npo.json, tokenizer and preset of the unlearned one). Raises InputError
+    where they differ in tokenizer or shape."""
+    models, records, first = {}, {}, None
     for name in ("model", "start", "retrained"):
         source = getattr(args, name)
         if source:
-            models[name], tokenizer, *known = load_named(source, f"--{name}")
+            models[name], tokenizer, records[name], preset = load_named(source, f"--{name}")
             facts = {"another tokenizer": tokenizer.get_vocab(),
                      "other shapes": {key: tuple(x.shape) for key, x in models[name].state_dict().items()}}
-            first = first or (facts, tokenizer, *known)
+            first = first or (facts, tokenizer, preset)
             for what, fact in facts.items():
                 if fact != first[0][what]:
                     raise InputError(f"--{name} {source} has {what} than --model {args.model}: need models "
                                      "of one architecture, size and fine-tuning")
-    return models, *first[1:]
+    return models, records, *first[1:]
 
 
 def read_result(path: Path, identity: dict) -> dict:

@@ -104,7 +104,8 @@ def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_nam
     """The retained model's rows of the same questions, in order. Raises InputError where they aren't."""
     flaw = "different rows; need the log of the model retrained without this forget split"
     if len(retain_rows) < len(rows):
-        raise InputError(f"{retain_name} has {len(retain_rows)} rows, {model_name} {len(rows)}: {flaw}")
+        raise InputError(f"{retain_name} has {len(retain_rows)} rows, {model_name} {len(rows)}: {flaw}, and "
+                         "of as many rows (--max-rows)")
     # TOFU's logs keep the whole prompt, ours the question: answers are in both.
     for index, (row, other) in enumerate(zip(rows, retain_rows, strict=False)):
         if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):

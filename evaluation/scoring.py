@@ -45,6 +45,9 @@ class Prepared(NamedTuple):
     texts: dict  # (set, index) -> its Texts
     prompts: dict  # (set, index) -> prompt ids, of the rows that are asked
 
+    def encoded(self) -> list[Encoded]:
+        return [t.encoded for some in self.texts.values() for t in some]
+
 
 class ReferenceStates(NamedTuple):
     """What KL(reference || model) needs, and for membership -log pi of the answers."""

@@ -30,15 +30,15 @@ def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str,
     first, second, longest = texts[0], texts[len(texts) // 2], max(texts, key=lambda e: len(e.ids))
     check_attention(lm.config, len(longest.ids), name)
     # Two texts, the longest, and a second answer to the first one's prompt.
-    again = Encoded(first.ids[:first.start] + second.ids[second.start:], first.start)
+    answer = second.ids[second.start:][:first.answer_tokens]  # no longer than the first one's: it fits
+    again = Encoded(first.ids[:first.start] + answer, first.start)
     tolerance = TOLERANCE[dtype]
     try:
         with untouched(model, world):
             flaw = (_flaw_of_scores(model, [first, second, longest, again], end, tolerance, world.device)
                     or _flaw_of_generation(model, texts, end, tolerance, world))
     except torch.OutOfMemoryError:
-        raise InputError(f"{name} and three texts do not fit in the memory of {world.device}; --dry-run says "
-                         "what does") from None
+        raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         flaw = f"cannot run as it is needed here ({cause_of(error)})"
     if flaw:
@@ -48,7 +48,8 @@ def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str,
 def check_attention(config, longest: int, name: str):
     """Packed texts see each other through anything but attention that a mask governs. Raises InputError."""
     kinds = set(getattr(config, "layer_types", None) or [])
-    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    kinds |= set(getattr(config, "attention_layers", None) or [])  # GPT-Neo's name for them
+    others = sorted(kinds - {"full_attention", "sliding_attention", "global"})
     if others:
         raise InputError(f"{name} has layers of the kind {others[0]}, through which texts in one sequence "
                          "would see each other; take a model with full attention alone")

@@ -78,7 +78,7 @@ def greedy(model: AnswerModel, prompts: list, max_new_tokens: int, end: int, wor
             break
         ids = new.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # of rows without room, which go nowhere
         if (len(rows) - sum(goes_on)) * 4 >= len(rows):  # by quarters: each time costs a copy of the cache
             kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
             cache.batch_select_indices(kept)

@@ -69,10 +69,12 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
     model, tokenizer = read(source, f"{flag} {source}: cannot load it as safetensors", advice,
                             without_weights)
     rows = model.get_input_embeddings().weight.shape[0]
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None or len(tokenizer) > rows:
+    # Added tokens that the model has no row for (a <pad> of Llama-2's copies) do no harm: nothing uses them.
+    tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None or tokens > rows:
         raise InputError(f"{flag} {source}: need a fast tokenizer (tokenizer.json) with an end-of-sequence "
-                         f"token and at most {rows} tokens, as the embedding has rows; it has "
-                         f"{len(tokenizer)}: not of one model")
+                         f"token and at most {rows} tokens, as the embedding has rows; it has {tokens}: not "
+                         "of one model")
     return model.eval(), tokenizer, read_meta(source)
 
 
@@ -89,7 +91,7 @@ def prompt_template(tokenizer, meta: dict, preset, template: str | None = None,
 
 def load_named(model: str, flag: str = "--model"):
     """`load_model` of what a flag names (of a preset its checkpoint), and its preset's settings."""
-    preset, path = split_model(model)
+    preset, path = split_model(model, flag)
     source = path or settings_of(preset).finetuned or settings_of(preset).base
     if not source:
         raise InputError(f"{flag} {model}: train_npo.py makes it on the spot; give the model/ of a run's "

@@ -85,14 +85,14 @@ def settings_of(preset: str | None) -> Preset:
     return PRESETS.get(preset, PRESETS["llama2-7b"])
 
 
-def split_model(model: str) -> tuple[str | None, str]:
-    """`--model`'s value -> (preset or None, folder, file or Hub id or ""); PRESET=PATH has both, or
+def split_model(model: str, flag: str = "--model") -> tuple[str | None, str]:
+    """The flag's value -> (preset or None, folder, file or Hub id or ""); PRESET=PATH has both, or
     InputError."""
     name, given, path = model.partition("=")
     if given and not path:
-        raise InputError(f"--model {model}: nothing behind the =; need {name}=FOLDER, or {name} alone")
+        raise InputError(f"{flag} {model}: nothing behind the =; need {name}=FOLDER, or {name} alone")
     if path and name not in PRESETS:
-        raise InputError(f"--model {model}: {name} is no preset; need one of {', '.join(PRESETS)}")
+        raise InputError(f"{flag} {model}: {name} is no preset; need one of {', '.join(PRESETS)}")
     return (name, path) if name in PRESETS else (None, model)
 
 

@@ -107,8 +107,7 @@ def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
 
 def check(job: Job, model: AnswerModel, dtype: str, world: World):
     """Try the model out on the run's texts. Raises InputError where the code can't compute it rightly."""
-    texts = [*job.plan.answers, *job.plan.refusals.values(), *job.plan.partners,
-             *(t.encoded for some in job.prepared.texts.values() for t in some)]
+    texts = [*job.plan.answers, *job.plan.refusals.values(), *job.plan.partners, *job.prepared.encoded()]
     check_model(model, texts, job.tokenizer.eos_token_id, job.settings.start, dtype, world)
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from safetensors import SafetensorError
 
-from support.errors import InputError
+from support.errors import InputError, cause_of
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -85,9 +85,12 @@ def run_command(main, name: str):
         if "deserializing" in cause:
             sentence = f"cannot read weights: {cause}; a .safetensors file is torn, bring it again"
     except RuntimeError as error:
-        if "closed by peer" not in str(error) and "Connection reset" not in str(error):
-            raise
         sentence, status = "stopped, because another process has ended; it says why", 1
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
+            sentence, status = (f"the device's memory is full ({cause_of(error)}): take smaller batches or "
+                                "another device; train_npo.py --dry-run says what fits"), 2
+        elif "closed by peer" not in str(error) and "Connection reset" not in str(error):
+            raise
     except KeyboardInterrupt:
         sentence, status = "interrupted", 130
     # Process 0 says it at once, another only where it hasn't been stopped with the rest some seconds later.

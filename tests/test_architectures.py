@@ -6,11 +6,12 @@ import torch
 import transformers
 from test_training import assert_close
 
-from data.prompts import encode
+from data.prompts import Encoded, encode
 from data.tofu import load_task
 from losses import npo_loss
 from models.answers import AnswerModel
 from models.checks import check_model
+from models.generation import greedy
 from models.layers import prepare_layers
 from models.loading import load_model, make_tiny
 from models.saving import save_model
@@ -51,6 +52,8 @@ REFUSED = {  # what the sentence must say
                dict(hidden_size=48, num_hidden_layers=2, vocab_size=400, state_size=8, num_heads=8,
                                     head_dim=12, n_groups=1, chunk_size=16), ""),
     "lfm2": ("Lfm2Config", dict(KV, layer_types=["conv", "full_attention"]), "conv"),
+    "gpt_neo": ("GPTNeoConfig", dict(hidden_size=48, num_layers=2, attention_types=[[["global", "local"], 1]],
+                                     num_heads=4, vocab_size=400), "local"),
 }
 
 
@@ -121,6 +124,21 @@ def test_what_must_work_equals_a_plain_loop(name, tokenizer, rows, tmp_path):
     lm, texts = built(*WORKS[name], tokenizer, tmp_path), texts_of(tokenizer, rows)
     checked(lm, tokenizer, texts)
     equals_a_plain_loop(lm, texts)
+
+
+def test_rows_at_the_edge_of_learned_positions_are_checked_and_asked_as_alone(tokenizer, rows, tmp_path):
+    """The check joins the first prompt with another answer, and a row without room stays in the batch."""
+    texts = texts_of(tokenizer, rows)
+    long = max(len(e.ids) for e in texts)
+    texts[0] = Encoded(texts[0].ids[:2] * (long // 2) + texts[0].ids[-2:], long // 2 * 2)  # a long prompt
+    context = max(len(e.ids) for e in texts)
+    lm = built("GPT2Config", dict(n_embd=48, n_layer=2, n_head=4, n_positions=context, vocab_size=400),
+               tokenizer, tmp_path)
+    checked(lm, tokenizer, texts)
+    prompts = [texts[0].ids[:texts[0].start], *[[7, 8, 9]] * 7]
+    model, end = AnswerModel(lm), 399  # which the tokenizer does not have
+    together = greedy(model, prompts, 12, end, ALONE)
+    assert together[0] == greedy(model, prompts[:1], 12, end, ALONE)[0] and len(together[0]) < 12
 
 
 @pytest.mark.parametrize("name", EITHER)

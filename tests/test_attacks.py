@@ -190,7 +190,8 @@ def test_the_command_writes_goes_on_and_refuses_other_weights(models, tmp_path, 
     others = ("--start", models["start"], "--retrained", models["retrained"])
     words = flags(models, *others, "--out", "out")
     run(monkeypatch, tmp_path, *words, "--attacks", "quantize")
-    assert "there already" not in capsys.readouterr().out
+    said = capsys.readouterr().out  # the fixture's models all have the unlearned one's record
+    assert "there already" not in said and "the control of forget10 is a model trained on retain90" in said
     run(monkeypatch, tmp_path, *words)
     said = capsys.readouterr().out
     assert said.count("there already") == 3 and "| relearn | forget 50% |" in said and "leak@k" in said
@@ -220,7 +221,7 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     words = flags(models, "--forget", "forget.json", "--retain", "retain.json", "--out", "own")
     run(monkeypatch, tmp_path, *words)
     said = capsys.readouterr().out
-    assert "without --retrained" in said and "prompts is left out" in said
+    assert "without --retrained" in said and "prompts is left out" in said and "the control of" not in said
     result = json.loads((tmp_path / "own" / "robustness.json").read_text())["attacks"]
     assert set(result) == {"relearn", "quantize", "sample"} and set(result["relearn"]) == {"model"}
     assert result["relearn"]["model"]["states"][-1]["forget_quality"] is None

@@ -10,6 +10,8 @@ import torch
 import evaluate_tofu
 import train_npo
 from data.tofu import read_rows
+from models.loading import load_model, make_tiny
+from models.presets import TINY_DIMS
 from support.errors import InputError
 
 # The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and
@@ -82,7 +84,8 @@ EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model M
             ("--model MODEL --data DATA --forget a --retain b", "leave out --data and --split"),
             ("--model MODEL --data DATA --out taken", "exists"),
             ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
-            ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id")]
+            ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id"),
+            ("--model MODEL --data DATA --reference tinyy=x", "--reference tinyy=x: tinyy is no preset")]
 
 
 @pytest.mark.parametrize("flags,sentence", EVALUATE)
@@ -177,11 +180,13 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, mo
     os.truncate(torn / "model.safetensors", 500)
     assert "cannot load it as safetensors" in refused(flags(torn), tmp_path, monkeypatch)
     other = copy_of(small_model, tmp_path / "other")
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.add_tokens([f"<extra{i}>" for i in range(500)])
-    tokenizer.save_pretrained(other)
+    texts = [row["answer"] for row in read_rows(small_data / "full.json")]
+    make_tiny(texts, 0, dict(TINY_DIMS, vocab_size=700))[1].save_pretrained(other)
     assert "not of one model" in refused(flags(other), tmp_path, monkeypatch)
+    _, tokenizer, _ = load_model(str(small_model))
+    tokenizer.add_tokens(["<pad of its own>"])  # as copies of Llama-2 have; no text has it
+    tokenizer.save_pretrained(other)
+    assert len(load_model(str(other))[1]) == len(tokenizer)
     for flaw in ({"preset": ["tiny"]}, {"trained_on": {"split": 5}}, {"trained_on": None}):
         (other / "npo.json").write_text(json.dumps(flaw))
         assert "npo.json must hold an object" in refused(flags(other), tmp_path, monkeypatch)

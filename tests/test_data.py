@@ -174,8 +174,10 @@ def test_a_chat_prompt_is_the_same_on_every_day_and_has_its_system_turn():
     tokenizer.chat_template = ("{{ strftime_now('%d %b %Y') }}|{{ date_string }}|{% for m in messages %}"
                                "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
     assert prompt_text(tokenizer, "chat", "Who?") == "10 Apr 2025|10 Apr 2025|<user>Who?"
+    tokenizer.chat_template += "{{ eos_token }}"  # a user's turn may end in one, and then it stays
+    assert encode_prompts(tokenizer, "chat", ["Who?"])[0][-1] == tokenizer.eos_token_id
     tokenizer.init_kwargs["system_prompt"] = "Be brief."
-    assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?")
+    assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?</s>")
 
 
 def test_flags_then_a_models_record_then_its_preset_say_how_it_is_asked():

@@ -192,6 +192,8 @@ def test_evaluation_takes_the_split_from_the_models_record():
         == ["forget05", "forget05", "forget10", "forget10"]
     with pytest.raises(InputError, match="rows of its own"):
         task_of(args, {"split": "own"})
+    args.data = "builtin"  # a model that unlearned rows of its own, asked about published ones
+    assert task_of(args, {"split": "own", "data": "forget.json, retain.json"}).split == "forget10"
 
 
 def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
