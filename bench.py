@@ -23,7 +23,6 @@ Results: bench_MODEL.json and .md, the table. What is kept in results/ was made 
 """
 
 import json
-import os
 import platform
 from argparse import Namespace
 from functools import partial
@@ -38,7 +37,7 @@ from benchmark import opponents
 from data.tofu import load_task
 from models.presets import PRESETS, split_model
 from running.settings import resolve
-from support.command_line import Parser, run_command
+from support.command_line import Parser, cores, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment
@@ -118,7 +117,7 @@ def machine(args: Namespace) -> dict:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = info.partition("model name")[2].partition("\n")[0].lstrip("\t :") or platform.processor()
     gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "threads": torch.get_num_threads(),
+    return {"cpu": cpu, "cores": cores(), "gpu": gpu, "threads": torch.get_num_threads(),
             "device": args.device.type}
 
 
@@ -148,7 +147,8 @@ def build_parser() -> Parser:
 def main():
     args = build_parser().parse_args()
     preset, path = split_model(args.model)
-    label = preset or Path(path).name
+    folder = Path(path)  # a run's model/ is named by the run
+    label = preset or (folder.parent.name if folder.name == "model" else folder.name)
     tiny = label == "tiny"
     wanted = args.only or [row for row in ROWS if row != ("memory" if tiny else "first-command")]
     # No path of this machine: where model and data lie is nobody's business.
@@ -161,13 +161,16 @@ def main():
             raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")
         args.model = small_start(args)
     file = args.out / f"bench_{label}.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    known = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    measured_on, rows = "builtin" if data == "builtin" else "TOFU", known["rows"]
+    if known.get("data", measured_on) != measured_on:
+        raise InputError(f"{file} was measured on {known['data']}, not on {measured_on}: give another --out")
     for row in wanted:
         rows[row], took = measure.timed(ROWS[row][1], args)
         rows[row]["provenance"] = {**environment(), "took": took, **machine(args),
                                    "command": f"python bench.py --model {model} --data {data} --only {row}"}
         rows = {key: rows[key] for key in ROWS if key in rows}
-        write_json(file, {"model": label, "data": "builtin" if data == "builtin" else "TOFU", "rows": rows})
+        write_json(file, {"model": label, "data": measured_on, "rows": rows})
         file.with_suffix(".md").write_text(table(rows, tiny) + "\n")
         print(f"{row}: {took:.0f} s\n{table({row: rows[row]}, tiny)}", flush=True)
     print(f"{file}, {file.with_suffix('.md').name}")

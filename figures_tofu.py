@@ -18,7 +18,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from study import beyond, grid, pages, pictures, records, verdicts, workers
-from support.command_line import Parser, positive, run_command
+from support.command_line import Parser, cores, positive, run_command
 from support.errors import InputError
 from support.files import locked, write_json
 from support.provenance import environment
@@ -98,9 +98,13 @@ def run(args: Namespace):
 
 def main():
     args = build_parser().parse_args()
-    args.jobs = args.jobs or (workers.cores() if args.model.partition("=")[0] == "tiny" else 1)
+    args.jobs = args.jobs or (cores() if args.model.partition("=")[0] == "tiny" else 1)
     if args.collect:
         return collect(args.collect, Path(args.out))
+    if not args.draw_only and not any(set(splits) & set(args.splits) and set(methods) & set(args.methods) for
+                                      splits, methods in map(grid.FIGURES.get, grid.wanted_figures(args))):
+        raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "
+                         "nothing to make")
     if args.plan:
         return workers.print_plan(open_study(args))
     if not args.draw_only:

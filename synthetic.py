@@ -46,7 +46,7 @@ import losses
 from data.synthetic_instances import PUBLISHED_SEEDS, fresh_instance, published_instance
 from study.sections import draw, plain, table, write
 from study.synthetic_claims import verdicts
-from support.command_line import Parser, not_negative, positive, run_command
+from support.command_line import Parser, cores, not_negative, positive, run_command
 from support.errors import refuse
 from support.provenance import environment
 
@@ -83,7 +83,6 @@ FAMILY_STYLE = {"npo": {"color": "#000000", "marker": "o"}, "dpo": {"color": "#1
                 "ga": {"color": "#d1495b", "marker": "^"}, "idk": {"color": "#8f8f8f", "marker": "D"}}
 TERM_LINE = {"rt": "-", "": "--", "kl": ":"}
 TOGETHER = 3  # instances that are unlearned as one stack
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def published_methods(alpha: float, names: tuple = METHODS) -> list:
@@ -104,11 +103,6 @@ def reference_and_retrained(Z_retain: np.ndarray, y_retain: np.ndarray, Z_forget
 
     both = np.concatenate([Z_retain, Z_forget]), np.concatenate([y_retain, y_forget])
     return np.stack([descend(*both), descend(Z_retain, y_retain)], axis=1)
-
-
-def two_class(logits: torch.Tensor) -> torch.Tensor:
-    """Log-odds of label 1, (..., n), as the logits of labels 0 and 1, (..., n, 2)."""
-    return torch.stack([torch.zeros_like(logits), logits], -1)
 
 
 def forget_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor, answer: torch.Tensor,
@@ -132,8 +126,9 @@ def forget_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Te
 
 def kl(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL(pi_reference || pi_theta) in nats, (K, M, n), from log-odds (K, 1, n) and (K, M, n)."""
-    reference = two_class(reference_logits.expand_as(logits))
-    return losses.kl_loss(two_class(logits), reference, "reference_policy")
+    policy, reference = (torch.stack([torch.zeros_like(logits), log_odds], -1)  # logits of labels 0 and 1
+                         for log_odds in (logits, reference_logits.expand_as(logits)))
+    return losses.kl_loss(policy, reference, "reference_policy")
 
 
 def retain_loss(logits: torch.Tensor, method: Method, reference_logits: torch.Tensor,
@@ -211,7 +206,7 @@ def run(instances: list, methods: dict, eval_steps: list) -> dict:
     """alpha -> curves (K, M, 2, E) of `methods[alpha]` on every instance; a process a core."""
     stacks = [instances[start:start + TOGETHER] for start in range(0, len(instances), TOGETHER)]
     jobs = [(stack, alpha, methods[alpha], eval_steps, TRAIN_STEPS) for alpha in methods for stack in stacks]
-    processes = min(CORES, len(jobs))
+    processes = min(cores(), len(jobs))
     with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         done = iter(tqdm(pool.map(unlearned, *zip(*jobs, strict=True)), "unlearning", len(jobs), ncols=100))
         return {alpha: np.concatenate([next(done) for _ in stacks]) for alpha in methods}
@@ -356,6 +351,7 @@ def parse_args(argv: list | None):
     refuse({"--methods names one twice: name each once": len(set(args.methods)) < len(args.methods),
             "--figure 3 has its own methods, lr and beta: drop --all, --methods and --grid-search":
                 args.figure == 3 and (args.all or args.grid_search or args.methods != METHODS),
+            "--figure 3 is at alpha 1, as in the paper: drop --alpha": args.figure == 3 and args.alpha != 1,
             "--seed given, but the published instances have their own: add --instances 5":
                 args.seed is not None and not args.instances,
             "--grid-search has one evaluation: drop --eval-every": args.grid_search and args.eval_every})

@@ -183,9 +183,7 @@ def known_answers(row: dict, answer: str, paraphrased: str, perturbed: str) -> l
 
 def models(instance, alpha: float, lr: float, steps: int) -> list:
     """theta of pi_ref and of pi_retr: gradient descent on the mean cross-entropy with autograd."""
-    Z_retain, Z_forget, y_retain, y_forget = map(torch.from_numpy, (
-        instance.features(instance.x_retain, -alpha), instance.features(instance.x_forget, alpha),
-        instance.y_retain, instance.y_forget))
+    Z_retain, y_retain, Z_forget, y_forget = map(torch.from_numpy, instance.training_rows(alpha))
     thetas = []
     for Z, y in ((torch.cat([Z_retain, Z_forget]), torch.cat([y_retain, y_forget])), (Z_retain, y_retain)):
         theta = torch.zeros(Z.shape[1], dtype=Z.dtype, requires_grad=True)

@@ -3,8 +3,9 @@
 # command, whose run stands beside them:
 #     bash results/run_builtin.sh        # twenty minutes on two cores
 set -euo pipefail
-run() {  # run FOLDER SEED FLAGS...
-  [ -e "runs/$1/model" ] || OMP_NUM_THREADS=1 python train_npo.py --out "runs/$1" --seed "${@:2}"
+export OMP_NUM_THREADS=1
+run() {  # run FOLDER SEED FLAGS...: interrupted or new
+  if [ -e "runs/$1/config.json" ]; then python train_npo.py --resume "runs/$1"; else python train_npo.py --out "runs/$1" --seed "${@:2}"; fi
 }
 from_start() {  # from_start N: seed N throughout
   run "starts/npo+rt-start$1" "$1" --loss npo --retain-weight 1 --model "runs/starts/full$1/model" --retain-log runs/starts/retain90-"$1"/eval/*.json

@@ -4,8 +4,9 @@
 #     bash results/run_tofu.sh TOFU_DIR        # two hours on two cores: so small a model's answers seldom end, and evaluating them takes most of it
 set -euo pipefail
 export data=$1 OMP_NUM_THREADS=1
-run() {  # run NAME FLAGS...
-  [ -e "runs/tofu/$1/model" ] || python train_npo.py --data "$data" --out "runs/tofu/$1" "${@:2}" > "runs/tofu/$1.log"
+run() {  # run NAME FLAGS...: interrupted or new
+  if [ -e "runs/tofu/$1/config.json" ]; then python train_npo.py --resume "runs/tofu/$1" >> "runs/tofu/$1.log"
+  else python train_npo.py --data "$data" --out "runs/tofu/$1" "${@:2}" > "runs/tofu/$1.log"; fi
 }
 unlearn() {  # unlearn NAME FLAGS...
   run "$1" --model runs/tofu/full/model --retain-log runs/tofu/retain90/eval/*.json --eval-every 25 "${@:2}"

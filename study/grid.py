@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.tofu import Task, complement, slice_rows
+from study.verdicts import kept_utility
 from support.files import fingerprint
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
@@ -97,7 +98,7 @@ def model_job(study: Study, split: str, seed: int) -> Job | None:
         settings = tiny_settings(resolve({"data": data}), split, task, seed)
         folder = settings.out
     else:
-        given["model"] = name
+        given["model"] = name if study.preset.finetuned else study.args.model
         settings = resolve(given)
         mark = run_key(vars(settings), task.fingerprint, settings.start, "")
         folder = f"runs/models/{name}-{split}-seed{seed}-{mark}"
@@ -163,10 +164,11 @@ def plan(study: Study) -> list[Job]:
     choice."""
     args, jobs = study.args, {}
     for figure in wanted_figures(args):
-        splits, methods = FIGURES[figure]
-        for method in [m for m in methods if m in args.methods]:
+        splits, methods = ([x for x in some if x in wanted] for some, wanted in zip(
+            FIGURES[figure], (args.splits, args.methods), strict=True))
+        for method in methods if splits else []:
             hyper, found = choose(study, method), tuning_jobs(study, method)
-            for split in [s for s in splits if s in args.splits]:
+            for split in splits:
                 found += figure_jobs(study, figure, method, split, hyper or {})
             jobs = {job.key: job for job in found} | jobs
     return list(jobs.values())
@@ -231,9 +233,8 @@ def score(run: dict) -> float:
     """The largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start: 1 where a model is as the
     retrained one and as useful as the start. D is the Kolmogorov-Smirnov statistic against the retrained
     model (linear where the p-value runs over a hundred decades), U the model utility."""
-    distance, utility = run["ks_statistic"], run["model_utility"]
-    return max(min(1 - d / distance[0], u / utility[0])
-               for d, u in zip(distance[1:], utility[1:], strict=True))
+    distance = run["ks_statistic"]
+    return max(min(1 - d / distance[0], kept_utility(run, i)) for i, d in enumerate(distance[1:], 1))
 
 
 def best_of(study: Study, jobs: list) -> dict | None:

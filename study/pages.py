@@ -11,9 +11,9 @@ from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate,
 from support.command_line import markdown_table
 
 FIGURE_TITLES = {
-    "overview": "Five methods over steps",
+    "overview": "Five methods over the run",
     "figure2": "Figure 2: forget05, with the divergence", "figure5": "Figure 5: at each method's peak",
-    "figure6": "Figure 6: over steps", "figure7": "Figure 7: answers", "figure8": "Figure 8: divergence",
+    "figure6": "Figure 6: over the run", "figure7": "Figure 7: answers", "figure8": "Figure 8: divergence",
     "figure9": "Figure 9: forget50 and forget90 with tuned weights",
     "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5"}
 

@@ -35,7 +35,7 @@ LABELS = {QUALITY: "forget quality", "model_utility": "model utility",
 
 def style(method: str) -> tuple[str, str, str]:
     loss, _, term = method.partition("+")
-    return COLORS[loss], LINES[term], MARKERS[term]
+    return COLORS.get(loss, "tab:gray"), LINES.get(term, "-."), MARKERS.get(term, "D")  # a loss of one's own
 
 
 def height(log10_p: float, floor: float) -> float:
@@ -57,12 +57,14 @@ def dual_axis(axes, study: dict, split: str, floor: float):
     ticks |= {-i: f"$10^{{{-i}}}$" for i in range(decades, 5 * decades + 1, decades) if floor < -i <= -2}
     axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log in ticks]))
     axes.set_yticklabels(ticks.values())
-    axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--")
+    axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--",
+                 label="forget quality 0.05")
     axes.axhspan(0, ABOVE, color="black", alpha=0.04, linewidth=0)
     axes.set_ylim(-1.05, ABOVE * 1.08)
     if values := [p["log10"] for p in study.get("ceilings", {}).get(split, [])]:
         low, middle, high = (height(pick(values), floor) for pick in (min, statistics.median, max))
-        axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.")
+        axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.",
+                     label="retrained against retrained")
         axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
 
 
@@ -77,23 +79,27 @@ def canvas(rows: int, columns: int, width: float, height: float):
 
 
 def panel(axes, study: dict, named: list, key: str, against: str, title: str):
-    """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is paler."""
-    drawn, seen = float, Counter()
+    """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is
+    paler, and more than three have colours of their own."""
+    drawn, seen, lines = float, Counter(), Counter(runs[0]["method"] for _, runs in named)
     if key == QUALITY:
         floor = floor_of([q for _, runs in named for r in runs for q in r[QUALITY]])
         drawn = partial(height, floor=floor)
     for label, runs in named:
-        color, line, marker = style(runs[0]["method"])
+        method = runs[0]["method"]
+        (color, line, marker), alpha = style(method), 0.6 ** seen[method]
+        if lines[method] > 3:
+            color, line, alpha = f"C{seen[method] % 10}", "-:"[seen[method] // 10 % 2], 1
         steps = runs[0]["steps"]  # seeds have the same
         x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
         columns = [[r[key][i] for r in runs] for i in range(len(steps))]
         middle, low, high = ([drawn(pick(column)) for column in columns]
                              for pick in (statistics.mean, min, max))
         axes.plot(x, middle, line, color=color, label=label, linewidth=1.4, marker=marker, markersize=3,
-                  alpha=max(0.25, 0.6 ** seen[runs[0]["method"]]))
+                  alpha=alpha)
         if len(runs) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
-        seen[runs[0]["method"]] += 1
+        seen[method] += 1
     if key == QUALITY:
         dual_axis(axes, study, named[0][1][0]["split"], floor)
     if key in KLS:
@@ -102,14 +108,13 @@ def panel(axes, study: dict, named: list, key: str, against: str, title: str):
     axes.grid(alpha=0.25)
 
 
-def finish(figure, path: Path, **more) -> Path:
+def finish(figure, path: Path) -> Path:
     """With one legend of all panels below, at most seven entries in a row, as a file."""
     entries = {label: handle for axes in figure.axes
                for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     inches = max(1.3, 0.75 + 0.055 * max(map(len, entries)))  # an entry
     columns = max(1, min(7, int(figure.get_figwidth() // inches)))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, fontsize=8,
-                  **more)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncol=columns, fontsize=8)
     return save(figure, path)
 
 
@@ -127,8 +132,7 @@ def trade_off(study: dict, path: Path, splits: tuple):
     figure, panels = canvas(1, len(found), 5.2 * len(found), 5.2)
     for axes, (split, named) in zip(panels[0], found, strict=True):
         trade_off_panel(axes, study, split, named)
-    return finish(figure, path, title_fontsize=8,
-                  title="dashed red: 0.05; cyan: one retrained model against another")
+    return finish(figure, path)
 
 
 def trade_off_panel(axes, study: dict, split: str, named: list):

@@ -63,12 +63,14 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     if name not in PRESETS:
         raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
                          "PRESET=FOLDER: retraining needs to know the base model and its settings")
+    if name == "tiny" and folder:
+        raise InputError(f"--model {args.model}: the study makes its tiny models itself; leave {folder} out")
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
     shape = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full)
     study = Study(args, task, name, preset, log_truth_ratio, {})
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
-                "start": Path(start.folder).name if start else preset.finetuned}
+                "start": Path(start.folder).name if start else Path(folder).name or preset.finetuned}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:
@@ -107,8 +109,8 @@ def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> d
     one that only serves the choice of settings no more than `grid.score` and the page need."""
     files = sorted((folder / "eval").glob("step_*.json"))
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    config = json.loads((folder / "config.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kept = {**facts, "commit": config["commit"], "start_weights": config["start_weights"],
             "memory": max(line["memory"] for line in log)}
     if not evaluations:
@@ -205,12 +207,19 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     """The record of a single run, known by its settings alone. Raises InputError."""
     if not (folder / "model").is_dir():
         raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings, data = config["settings"], config["settings"]["data"]
+    if settings.get("forget"):
+        raise InputError(f"{folder} unlearned rows of its own: only runs on TOFU's sets are collected")
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
              "command": config["command"].replace(data, Path(data).name),  # without this machine's folders
              **{k: settings[k] for k in COLLECTED}, "data": Path(data).name}
-    return record(folder, facts, data, log_truth_ratio)
+    found = record(folder, facts, data, log_truth_ratio)
+    measured = [None not in (q, u) for q, u in zip(*map(found.get, CURVES[::2], ([], [])), strict=True)]
+    if facts["kind"] == "unlearn" and (len(measured) < 2 or not all(measured)):
+        raise InputError(f"{folder}: need two or more evaluations with forget quality and model utility, so "
+                         "--retain-log and TOFU's sets")
+    return found
 
 
 def keep(study: Study, job: Job, seconds: float | None):

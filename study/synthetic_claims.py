@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 from study.sections import verdict
 
 IN_THE_FIGURE = ("npo+rt", "npo", "ga+rt", "ga", "idk+rt", "dpo+rt")  # Figure 4: its claims are about these
+APART = 100  # steps between evaluations, at most: the claims ask for halves and quarters of a run
 SMALL, WITHIN = 0.005, 1200  # the paper's "small forget distance (less than 0.005) within 1200 steps"
 LEVELS = np.geomspace(SMALL, 0.17, 10)  # forget distances at which frontiers are compared; the start is 1.70
 
@@ -147,16 +148,19 @@ def judged(claim: str, predicate, names: list, curves: np.ndarray, steps: np.nda
 
 
 def verdicts(figure: int, alpha: float, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
-    """Verdicts on a run; and the claims that it leaves undecided, too short or without a method they need."""
+    """Verdicts on a run; and the claims that it leaves undecided: it is too short, too seldom evaluated, or
+    without a method they need."""
     claims, least_steps = FIGURE4_GAP if alpha > 0 else FIGURE4_NO_GAP, WITHIN
     if figure == 3:
         claims, least_steps = FIGURE3, 2000
     decided, undecided = [], []
     for claim, needs, predicate in claims:
         missing = ", ".join(name for name in needs if name not in names)
-        if missing or steps[-1] < least_steps:
-            need = f"methods {missing}" if missing else f"--steps {least_steps}"
-            undecided.append({"claim": claim, "needs": need})
+        needed = [f"methods {missing}"] * bool(missing)
+        needed += [f"--steps {least_steps}"] * bool(steps[-1] < least_steps)
+        needed += [f"--eval-every {APART}"] * bool(np.diff(steps).max() > APART)
+        if needed:
+            undecided.append({"claim": claim, "needs": ", ".join(needed)})
         else:
             decided.append(judged(claim, predicate, names, curves, steps))
     return {"verdicts": decided, "undecided": undecided}

@@ -8,7 +8,8 @@ width shows that the number takes few values, and not that the next seed will ha
 
 The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially
 small" a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run
-within one decade of the peak, "greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50
+within one decade of the peak and two above the start, "explodes" three nats a token and three times npo's,
+"greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50
 and forget90 is 88% of its start's. Forget quality is averaged in decades, and "exceeds" is said of this mean.
 """
 
@@ -76,9 +77,9 @@ def last(run: dict) -> float:
 
 
 def kept_utility(run: dict, at: int = -1) -> float:
-    """Utility as a share of the start's; a start that has none loses none."""
+    """Utility as a share of the start's; of a start that has none nothing is kept."""
     start = run["model_utility"][0]
-    return run["model_utility"][at] / start if start else 1.0
+    return run["model_utility"][at] / start if start else 0.0
 
 
 def lowest_later(run: dict) -> float:
@@ -89,7 +90,8 @@ def lowest_later(run: dict) -> float:
 
 def best_at_utility(run: dict, share: float) -> float:
     """The largest log10 forget quality of an evaluation with this share of the start's utility or more."""
-    return max(q for i, q in enumerate(run["forget_quality_log10"]) if kept_utility(run, i) >= share)
+    return max((q for i, q in enumerate(run["forget_quality_log10"]) if kept_utility(run, i) >= share),
+               default=-math.inf)
 
 
 def rate(answers: dict, kind: str, sets: tuple) -> float:
@@ -157,9 +159,11 @@ def ga_falls(study: dict) -> list:
 
 def npo_plateau(study: dict) -> list:
     """npo-based methods reach a plateau of forget quality and hold it"""
-    return [t for split in ("forget05", "forget10") for t in each(
-        study, split, NPO_BASED, "decades lost since the peak, in the last third",
-        lambda r: peak(r) - lowest_later(r), "<", HOLDING)]
+    return [t for split in ("forget05", "forget10") for t in (
+        *each(study, split, NPO_BASED, "decades above the start, in the last third",
+              lambda r: lowest_later(r) - r["forget_quality_log10"][0], ">", FALL),
+        *each(study, split, NPO_BASED, "decades lost since the peak, in the last third",
+              lambda r: peak(r) - lowest_later(r), "<", HOLDING))]
 
 
 def npo_beats_ga(study: dict) -> list:
@@ -227,9 +231,11 @@ def forget_kl(study: dict) -> list:
     def log_last(run: dict) -> float:
         return math.log(max(run["forget_kl"][-1], 1e-9))  # what is smaller is rounding
 
-    return [test(f"forget10: log of the last forget KL of {ga} over {npo}'s",
-                 differences(*(chosen_runs(study, "forget10", m) for m in (ga, npo)), log_last), ">",
-                 math.log(EXPLODING)) for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt"))]
+    large = each(study, "forget10", ("ga", "ga+rt"), "last forget KL", lambda r: r["forget_kl"][-1], ">",
+                 EXPLODING)
+    return large + [test(f"forget10: log of the last forget KL of {ga} over {npo}'s",
+                         differences(*(chosen_runs(study, "forget10", m) for m in (ga, npo)), log_last), ">",
+                         math.log(EXPLODING)) for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt"))]
 
 
 def beyond10(study: dict) -> list:

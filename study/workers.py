@@ -10,6 +10,8 @@ from pathlib import Path
 
 from study import grid, records
 from study.grid import Job, Study
+from support.command_line import cores
+from support.errors import InputError
 
 TRAIN = Path(__file__).resolve().parent.parent / "train_npo.py"
 LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
@@ -44,8 +46,9 @@ def record_finished(study: Study, jobs: list):
     """Records of runs that ended while nobody looked, and of models of other commands."""
     every = {job.key: job for one in jobs for job in (*one.needs, one)}
     for key, job in every.items():
-        if job.given and records.is_there(job) and key not in records.recorded_keys(study):
-            records.keep(study, job, None)
+        known = records.recorded_keys(study) | {f["key"] for f in study.known["failed"]}
+        if job.given and records.is_there(job) and key not in known:
+            kept(study, job, None)
 
 
 def execute(study: Study, jobs: list):
@@ -87,17 +90,24 @@ def ended(study: Study, job: Job, status: int, seconds: float) -> str:
         if job.needs:  # a hundred runs would fill the disk
             for part in ("checkpoints", "reference"):
                 shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
-        records.keep(study, job, seconds)
-        return clock(seconds)
+        return kept(study, job, seconds)
     said = log_of(study, job).read_text(errors="replace").split("\n")
     why = next((line for line in reversed(said) if line.strip()), "")[:300]
-    failure = {"key": job.key, "name": job.name, "why": f"exit status {status}: {why}"}
-    study.known["failed"].append(failure)
-    return f"FAILED: {failure['why']}"
+    return failed(study, job, f"exit status {status}: {why}")
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def kept(study: Study, job: Job, seconds: float | None) -> str:
+    """Take down a finished job; where it can't be compared with what is there, that is its failure."""
+    try:
+        records.keep(study, job, seconds)
+        return clock(seconds or 0)
+    except InputError as error:
+        return failed(study, job, str(error))
+
+
+def failed(study: Study, job: Job, why: str) -> str:
+    study.known["failed"].append({"key": job.key, "name": job.name, "why": why})
+    return f"FAILED: {why}"
 
 
 def duration(study: Study, jobs: list) -> str:

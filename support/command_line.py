@@ -60,6 +60,11 @@ def positive(kind, or_zero: bool = False):
 not_negative = partial(positive, or_zero=True)
 
 
+def cores() -> int:
+    """Of this machine, those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def number(value, digits: int = 4) -> str:
     """For tables: small numbers in powers of ten, None as a dash."""
     if value is None:

@@ -246,8 +246,10 @@ def test_one_seed_or_none_decides_nothing():
     assert len(pages.LESSONS) == 10 and set(pages.LESSONS) < {claim.__name__ for claim in verdicts.CLAIMS}
 
 
-def test_a_start_without_utility_loses_none():
-    assert verdicts.kept_utility({"model_utility": [0.0, 0.1]}) == 1.0
+def test_of_a_start_without_utility_nothing_is_kept():
+    none = {"model_utility": [0.0, 0.1], "forget_quality_log10": [-9.0, -1.0], "ks_statistic": [0.5, 0.1]}
+    assert verdicts.kept_utility(none) == 0.0 and grid.score(none) == 0.0
+    assert verdicts.best_at_utility(none, 0.5) == -math.inf
     assert verdicts.kept_utility({"model_utility": [0.5, 0.4, 0.1]}, at=1) == 0.8
 
 
