@@ -76,7 +76,7 @@ PRESETS = {
     "llama2-70b": Preset(
         dict(vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
              num_attention_heads=64, num_key_value_heads=8),
-        base="NousResearch/Llama-2-70b-chat-hf", micro_batch_size=1, eval_batch_size=16),
+        base="NousResearch/Llama-2-70b-chat-hf", micro_batch_size=1, eval_batch_size=64),
 }
 
 

@@ -97,11 +97,14 @@ def gathered(model, world: World):
 
 
 def fits(model, device: torch.device) -> bool:
-    """The whole model takes at most half of the memory that is free."""
+    """The whole model takes at most half of the memory that is free, or kept for tensors to come."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
+        free, kept = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved()
+        free += kept - torch.cuda.memory_allocated()
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    else:  # a system that does not say
+        return False
     return 2 * sum(p.numel() * p.element_size() for p in model.parameters()) < free
 
 

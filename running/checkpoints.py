@@ -68,8 +68,11 @@ def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
 
 
 def latest(folder: Path) -> tuple[Path | None, list]:
-    """(the newest whole checkpoint or None, sentences about torn ones that were passed over)."""
+    """(the newest whole checkpoint or None, sentences about torn ones that were passed over). What a killed
+    process has half written is removed."""
     passed_over = []
+    for path in folder.glob(".step_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in sorted(folder.glob("step_*"), reverse=True):
         if not (flaw := _flaw(path)):
             return path, passed_over
@@ -119,7 +122,7 @@ class Rows:
 def _flaw(path: Path) -> str | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        names = {file.name for file in path.iterdir()}
+        names = {file.name for file in path.iterdir() if not file.name.startswith(".")}  # a desktop's notes
         if names != {*manifest, "manifest.json"} or "state.json" not in manifest:
             return "its files are not those of its manifest"
         torn = [name for name, expected in manifest.items() if _entry(path / name) != expected]

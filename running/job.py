@@ -90,8 +90,9 @@ def prepare_job(s: Namespace, world: World) -> Job:
                           "refusals": plan.refusals_from},
               "data_fingerprint": task.fingerprint, "model_config": lm.config.to_dict(), **environment()}
     job = Job(s, task, lm, tokenizer, start, plan, prepared, retrained, config)
-    if s.start and not world.sharded:
-        check(job, AnswerModel(lm.to(world.device)), "fp32", world)
+    if s.start and not world.sharded:  # a model for adapters may be too large for the device as it is
+        where = world._replace(device=torch.device("cpu")) if s.lora else world
+        check(job, AnswerModel(lm.to(where.device)), "fp32", where)
     return job
 
 
@@ -120,7 +121,6 @@ def policy_of(job: Job, world: World) -> AnswerModel:
         if s.start:
             fill(model, weights_folder(s.start), world.device)
             check(job, model, s.dtype, world)
-    model.to(world.device)
     now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
     job.config.update(now)
     stored = read_config(job.folder)
@@ -130,7 +130,7 @@ def policy_of(job: Job, world: World) -> AnswerModel:
         write_json(job.folder / "config.json", {**stored, **now})
     if s.lora:
         world.say(add_adapters(model.lm, s.lora, s.seed, AUTOCAST[s.dtype]))
-    return model
+    return model.to(world.device)
 
 
 def describe(job: Job, world: World):

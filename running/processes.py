@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from support.command_line import cores
 from support.errors import InputError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
@@ -66,5 +67,4 @@ def meeting_place(rank: int, size: int) -> dict:
 def share_cores(local_size: int):
     """Where torchrun has left each process one thread, its default, share this machine's cores evenly."""
     if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        torch.set_num_threads(max(1, cores // local_size))
+        torch.set_num_threads(max(1, cores() // local_size))

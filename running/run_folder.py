@@ -104,28 +104,31 @@ class RunFolder:
         return self.world.rank == 0 and time.monotonic() - self.saved_at > self.interval
 
     def restore(self, model: AnswerModel, optimizer, scaler) -> int:
-        """The step to go on from: the newest whole checkpoint's, to which the log is cut, else 0."""
-        path, passed_over = checkpoints.latest(self.folder / "checkpoints")
+        """The step to go on from: the newest whole checkpoint's, to which the log is cut, else 0. Process 0
+        looks, and all do as it says: a file that one can't read must not part them."""
+        first, kept = self.world.rank == 0, self.folder / "checkpoints"
+        path, passed_over = self.world.agree(checkpoints.latest(kept) if first else None)
         for sentence in passed_over:
             self.world.say(sentence)
         state = {"step": 0, "log_bytes": 0}
         if path:
-            state = json.loads((path / "state.json").read_text())
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if state.get("run") != self.mark:
                 raise InputError(f"{path} was written by another run, or by an earlier version; move it "
                                  "away, or start a new run")
             checkpoints.load(path, model.lm, optimizer)
             scaler.load_state_dict(state["scaler"])
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps} from {path}")
-        for path in sorted((self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")):
-            step = int(path.stem.removeprefix("step_"))
-            if step <= state["step"]:
-                self.evaluations[step] = json.loads(path.read_text())["metrics"]
-            elif self.world.rank == 0:
-                path.unlink()
-        if self.world.rank == 0:
+        if first:
+            for path in sorted((self.folder / "eval").glob(f"step_{'[0-9]' * 6}.json")):
+                step = int(path.stem.removeprefix("step_"))
+                if step <= state["step"]:
+                    self.evaluations[step] = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+                else:
+                    path.unlink()
             with open(self.log_file, "ab") as file:
                 file.truncate(state["log_bytes"])
+        self.evaluations = self.world.agree(self.evaluations)
         self.bar.update(state["step"])
         return state["step"]
 
@@ -200,11 +203,12 @@ class RunFolder:
         start, last = min(evaluations), max(evaluations)
         for name, step in {"start": start, "best": best_step(evaluations), "last": last}.items():
             self.world.say(f"{name:6}step {step:5d}  {told(evaluations[step])}")
-        before, after = (json.loads(self.evaluation_file(step).read_text())["rows"] for step in (start, last))
+        before, after = (json.loads(self.evaluation_file(step).read_text(encoding="utf-8"))["rows"]
+                         for step in (start, last))
         forget_rows = {"start": before["forget"], "retrained": self.job.retrained[0],
                        "unlearned": after["forget"]}
         samples = {name: list(map(self.log_ratio_of, rows or [])) for name, rows in forget_rows.items()}
-        log = [json.loads(line) for line in self.log_file.read_text().splitlines()]
+        log = [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
         draw_trajectory(self.s.method, evaluations, log, samples).savefig(self.folder / "trajectory.png")
         for name in ("forget", "retain"):
             row, later = before[name][0], after[name][0]

@@ -213,8 +213,8 @@ def parse(argv: list, description: str = "") -> Namespace:
         return resumed(Path(given.pop("resume")), given)
     s = resolve(given)
     if s.out and Path(s.out).exists() and not s.dry_run:
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        if restarted and read_config(Path(s.out)).get("command", "").endswith(f".py {shlex.join(argv)}"):
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # the count is each machine's own
+        if restarts and read_config(Path(s.out)).get("command", "").endswith(f".py {shlex.join(argv)}"):
             return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return s

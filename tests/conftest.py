@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit is a CPU's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small, threads only get in each other's way
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # at once, where a missing network would be asked several times
 SHARED = Path(os.environ.get("NPO_SHARED", ROOT.parent / "shared"))

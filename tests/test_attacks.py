@@ -115,6 +115,13 @@ def test_rounding_is_to_the_nearest_level_of_a_block_and_is_its_own_fixed_point(
     assert not rounded_blockwise(torch.zeros(3, 3), levels)[1].any()
 
 
+def test_what_is_measured_is_the_rounded_model(lab, models):
+    model = loaded(models, "start")
+    for state, _ in attacks.quantize(lab, model, None):
+        _, weight = next(attacks.linear_weights(model.lm))
+        assert torch.allclose(rounded_blockwise(weight, attacks.LEVELS[state["what"]])[1], weight)
+
+
 def test_changed_codes_are_counted_against_the_start(lab, models):
     model, start = loaded(models, "model"), load_model(str(models["start"]))[0]
     shares = {s["what"]: s["codes_changed"] for s in attacked(lab, "quantize", model, start)}

@@ -1,5 +1,6 @@
 """Splits, answer tokens, the batch stream: what is trained on, and in which order."""
 
+import copy
 import json
 from argparse import Namespace
 from collections import Counter
@@ -10,6 +11,7 @@ import torch
 from data.batches import collate, deal, make_stream
 from data.prompts import encode, encode_prompts, prompt_text, system_prompt_of
 from data.tofu import complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
+from evaluation import scoring
 from models.loading import make_tiny, prompt_template
 from models.presets import PRESETS, TINY_DIMS
 from support.errors import InputError
@@ -82,6 +84,27 @@ def test_answer_tokens_against_hand_written_lists(tokenizer, template, first):
     if template == "llama2":
         prompt = tokenizer.convert_ids_to_tokens(encoded.ids[:encoded.start])
         assert prompt == ["<s>", "[INST]", "Where", "Ġis", "Ġit", "?", "[/INST]"]
+
+
+@pytest.mark.parametrize("template,text", [("llama2", "[INST] Who? [/INST]"),
+                                           ("qa", "Question: Who?\nAnswer:")])
+def test_a_prompt_is_the_templates_text(tokenizer, template, text):
+    assert prompt_text(tokenizer, template, "Who?") == text
+
+
+def test_an_end_of_sequence_that_the_tokenizer_adds_itself_is_not_doubled(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>",
+                                                                special_tokens=[("<s>", 1), ("</s>", 2)])
+    assert encode(other, "qa", [("a", "b")]) == encode(tokenizer, "qa", [("a", "b")])
+    assert encode_prompts(other, "qa", ["a"]) == encode_prompts(tokenizer, "qa", ["a"])
+
+
+def test_the_first_300_rows_of_a_set_are_asked_for_200_tokens(tokenizer):
+    rows = [{"question": f"{i}?", "answer": "In Oslo."} for i in range(301)]
+    assert scoring.prepare({"forget": rows}, tokenizer, "llama2", None).rows["forget"] == rows[:300]
+    assert scoring.MAX_NEW_TOKENS == 200
 
 
 def test_a_token_that_straddles_the_boundary_belongs_to_the_prompt():
@@ -172,12 +195,13 @@ def test_a_chat_prompt_is_the_same_on_every_day_and_has_its_system_turn():
     """Llama 3's templates write today's date; a resumed run must see the prompts that it began with."""
     tokenizer = make_tiny(["Who wrote it? Ann did."], 0, TINY_DIMS)[1]
     tokenizer.chat_template = ("{{ strftime_now('%d %b %Y') }}|{{ date_string }}|{% for m in messages %}"
-                               "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}")
-    assert prompt_text(tokenizer, "chat", "Who?") == "10 Apr 2025|10 Apr 2025|<user>Who?"
+                               "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")
+    assert prompt_text(tokenizer, "chat", "Who?") == "10 Apr 2025|10 Apr 2025|<user>Who?<assistant>"
     tokenizer.chat_template += "{{ eos_token }}"  # a user's turn may end in one, and then it stays
     assert encode_prompts(tokenizer, "chat", ["Who?"])[0][-1] == tokenizer.eos_token_id
     tokenizer.init_kwargs["system_prompt"] = "Be brief."
-    assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?</s>")
+    assert prompt_text(tokenizer, "chat", "Who?").endswith("<system>Be brief.<user>Who?<assistant></s>")
 
 
 def test_flags_then_a_models_record_then_its_preset_say_how_it_is_asked():

@@ -80,6 +80,7 @@ def test_a_log_measured_on_other_rows_is_refused(shared):
             read_retain_log(folder / f"{other}.json", "forget10", full["forget"])
     with pytest.raises(InputError, match="different rows"):  # enough rows, but of other questions
         match_retain_rows(few["forget"], full["forget"], "retain99", "full")
+    expect_split(full, provenance, "forget10", "full.json")
     with pytest.raises(InputError, match="another split"):
         expect_split(full, provenance, "forget05", "full.json")
 
@@ -99,6 +100,7 @@ def test_truth_ratio_and_probability_by_hand():
     assert metrics["forget"]["truth_ratio"] == pytest.approx((1 / 2 + 1 / 4 + 1) / 3)  # min(R, 1/R)
     assert metrics["retain"]["truth_ratio"] == pytest.approx((1 / 2 + 0 + 0) / 3)  # max(0, 1 - 1/R)
     assert metrics["retain"]["probability"] == pytest.approx(math.exp(-0.5))
+    assert metrics["forget"]["paraphrase_probability"] == pytest.approx(math.exp(-2))
     odds = [math.exp(-0.5) / (math.exp(-0.5) + 5 * math.exp(-2 - x))
             for x in (math.log(2), -math.log(4), 0.0)]
     assert metrics["world_facts"]["probability"] == pytest.approx(np.mean(odds))
@@ -218,7 +220,11 @@ def test_kl_of_the_model_against_itself_is_zero_and_against_another_is_not(measu
     assert abs(kl["forget_kl"]) < 1e-6 and abs(kl["world_facts_kl"]) < 1e-6
     flat = compute_metrics(evaluate(model, prepared, tokenizer, **given,
                                     reference=ReferenceStates(states, 5 * head)))
-    assert flat["forget_kl"] > 0.01
+    for name in KL_SETS:  # D(pi_ref || pi_theta), a mean over the set's answer tokens
+        known = torch.cat([h for key, h in states.items() if key[0] == name])
+        own, other = ((known @ weight.T).log_softmax(-1) for weight in (head, 5 * head))
+        expected = float((other.exp() * (other - own)).sum(-1).mean())
+        assert flat[f"{name}_kl"] == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
 def test_uniform_logits(measured):
@@ -295,9 +301,10 @@ def test_membership_scores_and_privleak_by_hand():
     def row(answer, nll, reference, min_k):
         return {"answer": answer, "answer_nll": nll, "answer_tokens": 2, "reference_nll": reference,
                 "min_k": min_k, "min_k_plus_plus": -min_k}
-    forget, holdout = [row("a" * 300, 4.0, 1.0, 1.0)], [row("qwertyuiop", 6.0, 5.0, 2.0)]
-    assert mia_aucs(forget, holdout) == {"loss": 1, "zlib": 1, "min_k": 1, "min_k_plus_plus": 0,
-                                         "reference": 0}
+    # The loss says one thing, the loss for each compressed byte another.
+    forget, holdout = [row("qwertyuiop", 4.2, 3.0, 1.0)], [row("a" * 300, 4.0, 1.0, 2.0)]
+    assert mia_aucs(forget, holdout) == {"loss": 0, "zlib": 1, "min_k": 1, "min_k_plus_plus": 0,
+                                         "reference": 1}
     assert privleak(0.8, 0.5) == pytest.approx(-60) and privleak(0.1, 0.5) == pytest.approx(80)
     assert privleak(0.5, 0.5) == 0 and privleak(None, 0.5) is None and privleak(0.5, 1) is None
     metrics = compute_metrics({"forget": rows_with([1.0])})

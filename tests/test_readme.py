@@ -31,7 +31,7 @@ def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data,
     """Applied as it stands to a copy of the code; nothing else of the copy is touched."""
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     copy = shutil.copytree(ROOT, tmp_path / "copy",
-                           ignore=shutil.ignore_patterns(".git", "runs", "results", "tests"))
+                           ignore=shutil.ignore_patterns(".*", "runs", "results", "tests"))
     text = (copy / "losses.py").read_text().splitlines()
     changed = applied(diff, text)
     assert len(changed) > len(text)

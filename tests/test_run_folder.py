@@ -59,7 +59,8 @@ def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small
         _, _, told = card.partition(f"Step {step}:")
         assert f"- model utility: {evaluations[step]['model_utility']:.6f}" in told
     # The command can be typed again anywhere: no interpreter, no folder of the script.
-    assert config["command"] == "train_npo.py " + " ".join(flags) and isinstance(config["dirty"], bool)
+    assert config["command"] == "train_npo.py " + " ".join(flags)
+    assert (config["dirty"] is None) == (config["commit"] is None)  # both, where there is no git
 
 
 def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
@@ -145,12 +146,12 @@ def start_of(small_model, small_data, tmp_path, **flags):
                                 "eval_every": "epoch", **flags}), ALONE)
 
 
-def retain_log_of(job, path, template):
+def retain_log_of(job, path, **provenance):
     """A log with made-up numbers for the job's forget rows."""
     rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g",
              "answer_nll": 1.0, "answer_tokens": 1, "rouge_l_recall": 0.0, "perturbed_nll": [i / 10],
              "perturbed_tokens": [1]} for i, row in enumerate(job.prepared.rows["forget"])]
-    path.write_text(json.dumps({"rows": {"forget": rows}, "provenance": {"template": template}}))
+    path.write_text(json.dumps({"rows": {"forget": rows}, "provenance": provenance}))
     return path
 
 
@@ -176,13 +177,15 @@ def test_what_the_start_was_trained_on_is_said(small_model, small_data, tmp_path
     assert "it was trained on retain90 of elsewhere (sft)" in capsys.readouterr().out
 
 
-def test_a_retain_log_of_another_template_is_refused(small_model, small_data, tmp_path):
+def test_a_retain_log_of_another_template_or_other_data_is_refused(small_model, small_data, tmp_path):
     job = start_of(small_model, small_data, tmp_path)
     log = retain_log_of(job, tmp_path / "log.json", template="llama2")
     start_of(small_model, small_data, tmp_path, retain_log=str(log))
-    retain_log_of(job, log, template="qa")
-    with pytest.raises(InputError, match="measured with --template qa"):
-        start_of(small_model, small_data, tmp_path, retain_log=str(log))
+    for other, said in (({"template": "qa"}, "measured with --template qa"),
+                        ({"data_fingerprint": "0"}, "is of other data")):
+        retain_log_of(job, log, **other)
+        with pytest.raises(InputError, match=said):
+            start_of(small_model, small_data, tmp_path, retain_log=str(log))
 
 
 def test_evaluation_takes_the_split_from_the_models_record():

@@ -43,11 +43,14 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "tnpo"), (2
 def test_a_sharded_run_equals_one_process(forked, small_model, small_data, tmp_path, processes, loss):
     """Weights after 20 clipped steps, losses, gradient norms, evaluation with generation and KL, start-weight
     hash."""
-    args = ["--loss", loss, *ARGS[2:], "--model", small_model, "--data", small_data, "--eval-every", 20]
+    args = ["--loss", loss, *ARGS[2:], "--model", small_model, "--data", small_data, "--eval-every", 20,
+            "--checkpoint-every", 10]
     forked("train_npo.py", *args, "--out", "alone")
     done = forked("train_npo.py", *args, "--out", "sharded", "--parallel", "fsdp", processes=processes)
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
     assert_close(weights(alone), weights(sharded))
+    parts = {path.name for path in (sharded / "checkpoints").glob("step_*/weights-*")}
+    assert parts == {f"weights-{rank:05d}.safetensors" for rank in range(processes)}  # each its own rows
     assert len(log(alone)) == 20 and "resumed" not in done.stdout
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in log(sharded)] == pytest.approx([line[key] for line in log(alone)],

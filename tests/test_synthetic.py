@@ -12,7 +12,6 @@ from data.synthetic_instances import PUBLISHED_SEEDS, N, fresh_instance, publish
 from study import synthetic_claims as claims
 from support.errors import InputError
 from synthetic import METHODS, Problem, published_methods
-from tests.conftest import ROOT
 
 FIELDS = ("W", "x_retain", "y_retain", "x_forget", "y_forget", "y_idk", "x_retain_test", "x_forget_test")
 
@@ -134,25 +133,6 @@ def test_every_method_walks_the_path_of_autograd_on_losses(small):
                                            err_msg=f"{method.name} {step}")
 
 
-@pytest.mark.parametrize("family", ["ga", "npo", "dpo", "idk"])
-def test_slopes_stay_exact_where_gradient_ascent_has_diverged(family):
-    margin = np.array([[-900.0, -40.0, -1.0, 0.0, 3.0, 40.0]])
-    reference, same = np.array([[2.0, 30.0, 1.0, 0.0, 3.0, -2.0]]), np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])
-    logits = torch.from_numpy(margin)[None].requires_grad_()
-    loss = synthetic.forget_loss(logits, synthetic.Method(family, 0.1, 0.1),
-                                 torch.from_numpy(reference)[None], torch.ones(6, dtype=torch.float64),
-                                 torch.from_numpy(2 * same - 1))
-    ours = torch.autograd.grad(loss.sum(), logits)[0][0, 0]
-    own, ref = torch.from_numpy(margin[0]).requires_grad_(), torch.from_numpy(reference[0])
-    logsigmoid, sign = torch.nn.functional.logsigmoid, torch.from_numpy(2 * same - 1)
-    idk, idk_ref = logsigmoid(sign * own), logsigmoid(sign * ref)
-    loss = {"ga": lambda: losses.ga_loss(logsigmoid(own)), "idk": lambda: losses.nll_loss(idk),
-            "npo": lambda: losses.npo_loss(logsigmoid(own), logsigmoid(ref), 0.1),
-            "dpo": lambda: 2 * losses.dpo_loss(idk, logsigmoid(own), idk_ref, logsigmoid(ref), 0.1)}
-    [expected] = torch.autograd.grad(loss[family]().sum(), own)
-    np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-12, atol=1e-300)
-
-
 def test_training_is_gradient_descent_on_cross_entropy(small):
     instance, _, _ = small
     Z_retain, Z_forget = (torch.from_numpy(instance.features(*x))
@@ -184,7 +164,7 @@ def test_distance_is_zero_at_the_retrained_model_and_kl_elsewhere(small):
 
 def run_command(out, *flags, monkeypatch, cores=1):
     monkeypatch.setattr(synthetic, "TRAIN_STEPS", 60)
-    monkeypatch.setattr(synthetic, "CORES", cores)
+    monkeypatch.setattr(synthetic, "cores", lambda: cores)
     synthetic.main([*flags, "--out", str(out)])
     return out
 
@@ -209,6 +189,8 @@ def test_the_command_writes_every_method_and_instance_and_one_process_equals_two
             for key in ("forget_distance", "retain_distance"):
                 assert np.shape(entry[key]["instances"]) == (5, 3)
                 np.testing.assert_allclose(np.mean(entry[key]["instances"], 0), entry[key]["mean"], rtol=1e-8)
+                np.testing.assert_allclose(np.std(entry[key]["instances"], 0), entry[key]["sd"], rtol=1e-6,
+                                           atol=1e-12)
                 if alpha == 1:
                     same = other["methods"][method][key]["mean"]
                     np.testing.assert_allclose(entry[key]["mean"], same, rtol=1e-9)
@@ -224,6 +206,7 @@ def test_figure_3_has_ga_and_npo_at_every_beta(tmp_path, monkeypatch):
     ga = record["methods"]["ga"]
     assert ga["steps"] == [0, 5, 10, 15, 20] and record["methods"]["npo@0.2"]["beta"] == 0.2
     assert {"mean", "sd", "instances"} == set(ga["forget_distance"])
+    assert np.shape(ga["forget_distance"]["instances"]) == (6, 5)
     assert (out / "synthetic_figure3.png").stat().st_size > 10_000
 
 
@@ -287,6 +270,29 @@ def test_verdicts_can_fail():
     assert not claims.goes_to_ga({"ga": small, "npo@0.01": small * 2, "npo@1": small}, steps)[0]
 
 
+def test_a_runs_claims_are_decided_and_can_fail():
+    steps, low = np.arange(0, 2001, 100), np.r_[1.7, 0.1, 0.004 * np.ones(19)]
+    flat, up = 1 - np.exp(-np.arange(21) / 3) / 2, 1.2 ** np.arange(21)
+    away = {n: curve(low, up if n.startswith("ga") else flat + 0.1 * (n != "npo+rt"))
+            for n in claims.IN_THE_FIGURE}
+    away["idk+rt"] = curve(np.r_[1.7, 0.1 * np.ones(20)], flat + 0.1)
+    same = {n: curve(*[flat[::-1] + 0.1 * (n != "npo+rt")] * 2) for n in claims.IN_THE_FIGURE}
+
+    def holds(alpha, own, every=1):
+        curves = np.stack(list(own.values()))[None, ..., ::every]
+        found = claims.verdicts(4, alpha, list(own), curves, steps[::every])
+        return [v["holds"] for v in found["verdicts"]]
+    assert holds(1, away) == [True] * 7 and holds(0, same) == [True] * 2
+    assert not holds(1, away | {"idk+rt": away["npo+rt"]})[1]
+    assert holds(0, same | {"ga": curve(flat * 0.5, flat)}) == [False] * 2
+    assert holds(1, away, every=2) == []  # evaluated too seldom for halves and quarters
+
+
+def test_steps_and_evaluations_are_the_papers():
+    four, three = synthetic.parse_args([]), synthetic.parse_args(["--figure", "3"])
+    assert (four.steps, four.eval_every, three.steps, three.eval_every) == (2000, 25, 10_000, 5)
+
+
 def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
     """Three tame instances and a wild one: the mean fails where most hold, and the numbers say both."""
     steps = np.array([0, 1200])
@@ -300,12 +306,13 @@ def test_a_verdict_on_the_mean_is_not_one_on_the_instances():
     "--alpha -1", "--alpha x", "--alpha nan", "--alpha inf", "--methods nope", "--methods ga ga",
     "--instances 0", "--instances 1.5", "--steps 0", "--eval-every 0", "--seed 1", "--seed -1 --instances 2",
     "--all --alpha 1", "--alpha 0 --all", "--all --figure 3", "--figure 5", "--figure 3 --methods ga",
-    "--figure 3 --grid-search", "--grid-search --eval-every 5", "--nonsense"])
-def test_bad_settings_are_refused_with_one_sentence(flags, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    "--figure 3 --grid-search", "--figure 3 --alpha 0", "--grid-search --eval-every 5", "--nonsense"])
+def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
         synthetic.main(flags.split())
     assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--methods nope", "--out {here}/file"])

@@ -2,6 +2,7 @@
 behind."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from models.answers import AnswerModel
 from models.loading import load_model
 from models.presets import PRESETS
 from models.saving import weights_hash
+from running import run_folder
 from running.plan import Plan
 from running.reference import Reference, reference_pass
 from running.settings import parse, resolve
@@ -147,8 +149,12 @@ def test_the_schedule_is_hugging_faces():
 
 
 def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_model):
-    s = settings(epochs=3)
-    plan = Plan(s, load_task(s.data, s.split), load_model(str(small_model))[1], None)
+    def plan_of(**given):
+        s = settings(**given)
+        return Plan(s, load_task(s.data, s.split), load_model(str(small_model))[1], None)
+    assert plan_of(epochs=3, batch_size=7).warmup_steps == 2  # of 20/7: rounded down
+    assert plan_of(batch_size=32).warmup_steps == 1
+    plan = plan_of(epochs=3)
     assert (plan.steps, plan.warmup_steps, plan.epoch_ends) == (8, 2, [3, 5, 8])  # 20 rows, batch 8
     assert plan.evaluation_steps("epoch") == {0, 3, 5, 8} and plan.evaluation_steps("4") == {0, 4, 8}
     assert plan.evaluation_steps("never") == set()
@@ -157,7 +163,8 @@ def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_mod
 def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
     """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every
     step."""
-    s = settings(loss="npo", retain_weight=1.0, beta=0.3, weight_decay=0.1, warmup_epochs=0.5)
+    s = settings(loss="npo", retain_weight=1.0, beta=0.3, weight_decay=0.1, warmup_epochs=0.5,
+                 max_grad_norm=0.5)
     ours = trained_weights(s)
     lm, tokenizer, _ = load_model(str(small_model))
     task, reference = load_task(str(small_data), "forget10"), copy.deepcopy(lm)
@@ -182,6 +189,7 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
         retain = -torch.cat([logps(lm, task.retain[i.partner]) for i in items]).mean()
         optimizer.zero_grad()
         (forget + retain).backward()
+        assert torch.nn.utils.clip_grad_norm_(lm.parameters(), 0.5) > 0.5
         optimizer.step()
     assert_close({k: v for k, v in lm.state_dict().items() if k in ours}, ours, 2e-5)
 
@@ -234,6 +242,46 @@ def test_step_0_identities_are_checked(settings):
             train_npo.check_start(s, plan, wrong)
 
 
+def test_a_run_whose_reference_is_another_model_ends_at_step_0(settings, monkeypatch):
+    plain = Reference.answer_logps
+    monkeypatch.setattr(Reference, "answer_logps", lambda self, items: plain(self, items) + 1)
+    with pytest.raises(RuntimeError, match="step 0: .*not this policy's start"):
+        carry_out(settings(loss="npo"), ALONE)
+
+
+@pytest.mark.parametrize("loss,epochs,every", [("npo", 10, "epoch"), ("sft", 5, "end")])
+def test_what_no_flag_sets_is_the_papers(small_model, loss, epochs, every):
+    s = resolve({"model": str(small_model), "loss": loss})
+    assert (s.lr, s.weight_decay, s.beta, s.warmup_epochs, s.batch_size) == (1e-5, 0.01, 0.1, 1, 32)
+    assert (s.epochs, s.eval_every, s.max_grad_norm, s.kl_direction) == (epochs, every, 0, "policy_reference")
+    assert (s.split, s.forget_weight, s.retain_weight, s.kl_weight) == ("forget10", 1, 0, 0)
+
+
+def test_the_stream_follows_seed_and_pairing(settings):
+    def stream(**given):
+        s = settings(retain_weight=1.0, **given)
+        return Plan(s, load_task(s.data, s.split), load_model(s.start)[1], None).stream
+    assert stream() == stream() != stream(seed=1)
+    fixed = sum(stream(retain_pairing="fixed"), [])
+    assert all(len({i.partner for i in fixed if i.row == row}) == 1 for row in range(20))
+
+
+def test_checkpoints_come_by_the_clock(settings, monkeypatch):
+    clock = itertools.count(0, 40)  # seconds, at each look
+    monkeypatch.setattr(run_folder, "time", Namespace(monotonic=lambda: next(clock),
+                                                      perf_counter=time.perf_counter))
+    folder = carry_out(settings(checkpoint_every="1m", epochs=3), ALONE)
+    assert len(list((folder / "checkpoints").iterdir())) == 2  # of eight steps, the last two that were due
+
+
+def test_layers_are_prepared_as_the_flags_say(settings, monkeypatch):
+    asked, plain = [], train_npo.prepare_layers
+    monkeypatch.setattr(train_npo, "prepare_layers", lambda lm, *how: asked.append(how) or plain(lm, how[0]))
+    for flag in ("activation_checkpointing", "compile"):
+        carry_out(settings(epochs=1, batch_size=10, **{flag: True}), ALONE)
+    assert asked == [(True, False), (False, True)]
+
+
 def test_tnpo_begins_as_gradient_ascent(settings, tmp_path):
     """At the reference each token's weight is 1: the mean log pi of the forget tokens, and its gradient."""
     (ga, ga_gradient), (tnpo, tnpo_gradient) = (gradient(settings(loss=loss), tmp_path)
@@ -258,6 +306,7 @@ def test_every_method_runs_and_logs(settings, method):
     assert folder.name.startswith(f"{method}_forget10") and s.method == method
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.0]  # 20 rows, batch 8
     assert {"epoch", "lr", "loss", "forget_loss", "grad_norm", "tokens_per_s", "memory"} <= set(lines[0])
     if s.loss in ("npo", "tnpo"):
         assert lines[0]["mean_W"] == pytest.approx(1, abs=1e-4)
@@ -293,7 +342,8 @@ def test_evaluation_leaves_training_bit_identical(settings):
     assert all(torch.equal(quiet[name], watched[name]) for name in quiet)
 
 
-def test_the_run_folder_is_complete(settings, small_model):
+def test_the_run_folder_is_complete(settings, small_model, monkeypatch):
+    monkeypatch.setattr(run_folder, "best_step", lambda evaluations: 3)
     s = settings(retain_weight=1.0, eval_every="epoch", keep="best", out="mine")
     folder = carry_out(s, ALONE)
     assert folder == Path("mine")
@@ -303,6 +353,7 @@ def test_the_run_folder_is_complete(settings, small_model):
     evaluations = sorted(p.name for p in (folder / "eval").iterdir())
     assert evaluations == ["step_000000.json", "step_000003.json", "step_000005.json"]
     assert (folder / "trajectory.png").stat().st_size > 5000 and (folder / "best" / "npo.json").is_file()
+    assert "| step | 3 of 5 |" in (folder / "best" / "README.md").read_text()
     metrics = json.loads((folder / "eval" / "step_000000.json").read_text())["metrics"]
     assert abs(metrics["forget_kl"]) < 1e-5 and metrics["forget_quality"] is None
     assert load_model(str(folder / "model"))[2]["trained_on"]["loss"] == "npo+rt"
@@ -338,7 +389,7 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
         parse(["--resume", "halves", "--lr", "0.5"])
     assert parse(["--resume", "halves", "--lr", "0.001"])
     # torchrun's restart goes on with its own run alone.
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     config = json.loads((halves / "config.json").read_text())
     again = ["--model", config["settings"]["model"], "--out", "halves"]
     config["command"] = shlex.join(["train_npo.py", *again])
@@ -351,7 +402,11 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
 def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
     from running import checkpoints
     folder = carry_out(settings(epochs=4, checkpoint_every="2", out="run"), ALONE) / "checkpoints"
+    (folder / ".step_000009.partial").mkdir()  # of a process that was killed
     newest, _ = checkpoints.latest(folder)
+    assert not (folder / ".step_000009.partial").exists()
+    (newest / ".DS_Store").touch()  # somebody has looked into it
+    assert checkpoints.latest(folder) == (newest, [])
     with open(newest / "weights-00000.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"torn")
@@ -469,8 +524,13 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     assert "step " in again.stdout and "sft on" not in again.stdout
     assert (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
+    start = next((tmp_path / "runs" / "models").glob("tiny-full-*/model"))
     forked("evaluate_tofu.py", "--model", folder / "model", "--data", data, "--retain-log", retain_log,
-           "--max-new-tokens", 8)
+           "--max-new-tokens", 8, "--reference", start, "--out", "again.json")
+    told = json.loads((tmp_path / "again.json").read_text())["metrics"]
+    for key in ("forget_kl", "world_facts_kl"):
+        assert told[key] == pytest.approx(metrics[-1][key], rel=1e-3) and told[key] > 0
+    assert told["mia"]["reference"] == pytest.approx(metrics[-1]["mia"]["reference"], abs=0.02)
     forked("figures_tofu.py", "--collect", folder, f"{folder}-2", "--out", "collected.json")
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
