@@ -19,7 +19,6 @@ is D(policy || reference) by default (theirs is the other direction). KTO is in 
 `kto_loss`.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -216,13 +215,6 @@ class Objective(NamedTuple):
     def settings(self) -> tuple[str, ...]:
         """The flags that it has an ear for."""
         return tuple(name for name in self.takes if name not in COMPUTED)
-
-    @property
-    def misplaced(self) -> list[str]:
-        """Arguments that stand at another place in `takes` than in the function's own list."""
-        own = inspect.signature(self.loss).parameters
-        return [name for name, given in zip(own, self.takes, strict=False)
-                if name != given and name in self.takes]
 
     @property
     def with_answer(self) -> bool:

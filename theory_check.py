@@ -4,7 +4,7 @@
 
 Every item measures with the functions of `losses.py` (by autograd) and predicts with pen and paper, below: a
 mistake in a loss turns a verdict. Theorem 2 is checked in its own regime (n_f <= d, nearly orthogonal rows,
-bounded norms, eta <= 1), up to a million steps. What happens outside of it is shown without a verdict.
+bounded norms, eta <= 1), up to a million steps.
 
 Two remarks on the paper's text. Below Eq. 3 it prints both gradients with a minus sign; with L_GA = E log
 pi_theta (Eq. 1) they are +E grad log pi and +E W grad log pi, which is what is checked here. Theorem 2's
@@ -236,13 +236,8 @@ def signed_gram(n_f: int, d: int, seed: int, correlation: float = C_0) -> tuple[
     noise = np.triu(rng.uniform(-1, 1, (n_f, n_f)), 1) * correlation / n_f
     norms = rng.permutation(np.linspace(*NORMS, 2 * n_f + 1)[1::2])
     L = np.linalg.cholesky(np.diag(norms**2) + noise + noise.T)
-    return with_labels(L @ np.linalg.qr(rng.standard_normal((d, n_f)))[0].T, rng)
-
-
-def with_labels(X: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Signs for rows X (n_f, d), a theta_init of norm B_THETA: (S, margin_0)."""
-    theta = rng.standard_normal(X.shape[1])
-    signed = X * rng.choice([-1.0, 1.0], len(X))[:, None]
+    X, theta = L @ np.linalg.qr(rng.standard_normal((d, n_f)))[0].T, rng.standard_normal(d)
+    signed = X * rng.choice([-1.0, 1.0], n_f)[:, None]
     return signed @ signed.T, signed @ theta * B_THETA / np.linalg.norm(theta)
 
 
@@ -392,21 +387,6 @@ def rate_verdicts(nearly: Problems, found: dict, times: np.ndarray, ga: np.ndarr
                 late_power_in_t=ends(in_t), fitted_C_1_to_C_3=bounds)]
 
 
-def outside_the_regime(seed: int) -> list:
-    """The page's rows on what has no verdict: correlated rows, and more samples than dimensions."""
-    rng = np.random.default_rng(seed + 1)
-    correlated = (0.3 * rng.standard_normal((16, 128)) + 0.95) / math.sqrt(128)  # unit rows that share 0.9
-    cases = {"within: n_f = 16, d = 128": signed_gram(16, 128, seed),
-             "strongly correlated rows": with_labels(correlated, rng),
-             "n_f = 64 > d = 16": with_labels(rng.standard_normal((64, 16)) / 4, rng)}
-    problems, times = Problems(list(cases.values()), np.full(3, 0.5), np.ones(3)), recorded(20)
-    ga, npo = (problems.follow(loss, times)[times >= LAST // 10] for loss in ("ga", "npo"))
-    late = times[times >= LAST // 10]
-    return [{"rows": name, "GA: power of t (1 within)": exponent(ga[:, c], late),
-             "NPO: slope in log t over sqrt(n_f)/beta (1 within)":
-             slope(npo[:, c], np.log(late)) / problems.n_f[c]**0.5} for c, name in enumerate(cases)]
-
-
 def rate_panels(found: dict, times: np.ndarray, ga: np.ndarray, npo: np.ndarray, c: np.ndarray) -> list:
     """Distances in units of the rates, n_f varied and eta varied; with the late c for NPO's prediction."""
     t, unit, panels = times[:, None], found["n_f"]**0.5 / found["beta"], []
@@ -488,9 +468,7 @@ def check(out: Path | None, seed: int = 0) -> list:
             draw(out / f"{name}.png", shown)
         claims = table([{**own, "numbers": json.dumps(own["numbers"])} for own in verdicts])
         write(out / "theory_check", {"verdicts": verdicts, "provenance": {**environment(), "seed": seed}},
-              "Section 3, checked", claims,
-              "Outside Theorem 2's regime, no verdict (eta 0.5, beta 1, last decade of t):",
-              table(outside_the_regime(seed)))
+              "Section 3, checked", claims)
     return verdicts
 
 

@@ -154,8 +154,6 @@ def refuse_contradictions(s: Namespace, given: dict):
     unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
         f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
-        f"--loss {s.loss}: {', '.join(objective.misplaced)} stand(s) at another place in its function "
-        "than in OBJECTIVES": objective.misplaced,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
             objective.mean not in ("sequences", "tokens"),
         "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":
