@@ -194,20 +194,6 @@ def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_
     assert_close({k: v for k, v in lm.state_dict().items() if k in ours}, ours, 2e-5)
 
 
-def test_the_reference_cache_equals_a_resident_reference(settings, tmp_path):
-    s = settings(loss="dpo", kl_weight=1.0)
-    model, plan, reference, items = prepared_step(s, tmp_path)
-    batch = collate([plan.answers[i.row] for i in items] + [plan.refusals[i.row, i.refusal] for i in items],
-                    0)
-    logps = batch.per_text(model(batch)[0]).detach()
-    torch.testing.assert_close(torch.cat([reference.answer_logps(items), reference.refusal_logps(items)]),
-                               logps)
-    retain = collate([plan.partners[i.partner] for i in items], 0)
-    states, head = reference.of_tokens("retain", [i.partner for i in items]), reference.head
-    torch.testing.assert_close(states, model.hidden(retain))
-    assert torch.equal(head, model.lm.get_output_embeddings().weight)
-
-
 def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
     """TNPO: log pi_ref of each forget token, a float32 each. UNDIAL: states whose logits are the reference's.
     No other objective's cache has either."""
@@ -280,15 +266,6 @@ def test_layers_are_prepared_as_the_flags_say(settings, monkeypatch):
     for flag in ("activation_checkpointing", "compile"):
         carry_out(settings(epochs=1, batch_size=10, **{flag: True}), ALONE)
     assert asked == [(True, False), (False, True)]
-
-
-def test_tnpo_begins_as_gradient_ascent(settings, tmp_path):
-    """At the reference each token's weight is 1: the mean log pi of the forget tokens, and its gradient."""
-    (ga, ga_gradient), (tnpo, tnpo_gradient) = (gradient(settings(loss=loss), tmp_path)
-                                                for loss in ("ga", "tnpo"))
-    assert tnpo["forget_loss"] == pytest.approx(ga["forget_loss"], rel=1e-5)
-    assert tnpo["mean_W"] == pytest.approx(1, abs=1e-5)
-    assert_close(ga_gradient, tnpo_gradient, 1e-4)
 
 
 def test_a_loss_brings_its_published_settings(settings):
