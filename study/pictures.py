@@ -57,8 +57,7 @@ def dual_axis(axes, study: dict, split: str, floor: float):
     ticks |= {-i: f"$10^{{{-i}}}$" for i in range(decades, 5 * decades + 1, decades) if floor < -i <= -2}
     axes.yaxis.set_major_locator(FixedLocator([height(log, floor) for log in ticks]))
     axes.set_yticklabels(ticks.values())
-    axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--",
-                 label="forget quality 0.05")
+    axes.axhline(0, color="tab:red", linewidth=0.8, linestyle="--", label="forget quality 0.05")
     axes.axhspan(0, ABOVE, color="black", alpha=0.04, linewidth=0)
     axes.set_ylim(-1.05, ABOVE * 1.08)
     if values := [p["log10"] for p in study.get("ceilings", {}).get(split, [])]:

@@ -215,8 +215,8 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
              "command": config["command"].replace(data, Path(data).name),  # without this machine's folders
              **{k: settings[k] for k in COLLECTED}, "data": Path(data).name}
     found = record(folder, facts, data, log_truth_ratio)
-    measured = [None not in (q, u) for q, u in zip(*map(found.get, CURVES[::2], ([], [])), strict=True)]
-    if facts["kind"] == "unlearn" and (len(measured) < 2 or not all(measured)):
+    quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])
+    if facts["kind"] == "unlearn" and (len(quality) < 2 or None in quality + utility):
         raise InputError(f"{folder}: need two or more evaluations with forget quality and model utility, so "
                          "--retain-log and TOFU's sets")
     return found

@@ -750,10 +750,26 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert "Figure 8" in page and "## " in page
 
 
-def test_the_documents_commands_have_valid_flags():
-    text = (ROOT / "docs" / "study.md").read_text() + (ROOT / "results" / "README.md").read_text()
-    lines = [line.split("#")[0].split() for line in text.splitlines()
-             if line.startswith("python figures_tofu.py")]
-    assert len(lines) >= 11
-    for words in lines:
-        figures_tofu.build_parser().parse_args(words[2:])
+def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    settings = {**dict.fromkeys(records.COLLECTED), "data": "builtin", "loss": "npo"}
+    config = {"settings": settings, "command": "train_npo.py"}
+    unjudged = {"forget_quality_log10": [None, None], "model_utility": [0.5, 0.5]}
+    for curves, own, said in (({}, None, "two or more evaluations"), (unjudged, None, "--retain-log"),
+                              ({}, "rows", "of its own")):
+        config["settings"]["forget"] = own
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr(records, "record", lambda *_, curves=curves: curves)
+        with pytest.raises(InputError, match=said):
+            records.collected(tmp_path, None)
+    assert pictures.style("squared+rt") and pictures.style("npo+rt+kl")  # of one's own
+
+
+@pytest.mark.parametrize("flags,said", [(["--figure", "5", "--splits", "forget50"], "nothing to make"),
+                                        (["--figure", "9", "--methods", "kto"], "nothing to make"),
+                                        (["--model", "tiny=folder"], "makes its tiny models itself")])
+def test_flags_that_leave_nothing_to_make_are_refused(monkeypatch, tmp_path, flags, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["figures_tofu.py", *flags, "--plan"])
+    with pytest.raises(InputError, match=said):
+        figures_tofu.main()

@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import math
-import re
 import shlex
 import shutil
 import signal
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 import losses
 import train_npo
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from data.batches import collate, collate_packed
 from data.tofu import load_task
 from evaluation.scoring import Prepared
@@ -518,20 +517,3 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     wrong = forked("evaluate_tofu.py", "--model", folder / "model", "--data", data,
                    "--retain-log", evaluations[0], status=2)
     assert "needs one trained on retain90" in wrong.stderr
-
-
-def test_readmes_commands_have_valid_flags():
-    """Every train_npo.py and evaluate_tofu.py line of the README's blocks, with its placeholders, passes the
-    parser."""
-    import evaluate_tofu
-    lines = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines()
-             if re.match(r"(python|torchrun) .*(train_npo|evaluate_tofu)", line)]
-    assert len(lines) >= 6
-    for words in lines:
-        script = next(i for i, word in enumerate(words) if word.endswith(("_npo.py", "_tofu.py")))
-        if "--resume" in words:
-            continue  # needs a run; tested above
-        if words[script] == "train_npo.py":
-            parse(words[script + 1:])
-        else:
-            evaluate_tofu.build_parser().parse_args(words[script + 1:])
