@@ -72,8 +72,10 @@ class Reference:
 @torch.no_grad()
 def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scoring.Prepared, folder: Path,
                    mark: str, world: World):
-    """Write this process's share of what `Reference` reads."""
+    """Write this process's share of what `Reference` reads; nothing for evaluations where there are none."""
     batch_size = 2 * s.micro_batch_size
+    if not plan.evaluation_steps(s.eval_every):
+        prepared = scoring.Prepared({}, {}, {})
     scored = [scoring.own_answers(prepared, (name,)).values() for name in scoring.MIA_SETS]
     tensors, of_tokens = {}, {}
     for name, some in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True):
