@@ -6,6 +6,7 @@ import torch
 import transformers
 from test_training import assert_close
 
+from data.batches import TokenBatch
 from data.prompts import Encoded, encode
 from data.tofu import load_task
 from losses import npo_loss
@@ -124,6 +125,20 @@ def test_what_must_work_equals_a_plain_loop(name, tokenizer, rows, tmp_path):
     lm, texts = built(*WORKS[name], tokenizer, tmp_path), texts_of(tokenizer, rows)
     checked(lm, tokenizer, texts)
     equals_a_plain_loop(lm, texts)
+
+
+def test_in_16_bits_rounding_passes_and_a_leak_does_not(tokenizer, rows, tmp_path, monkeypatch):
+    """Logits as large as a pretrained model's, where single tokens differ by more than a leak's least."""
+    lm, texts = built(*WORKS["llama"], tokenizer, tmp_path), texts_of(tokenizer, rows)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.mul_(8)
+    lm = lm.bfloat16()
+    check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "bf16", ALONE)
+    with pytest.raises(InputError, match="see each other"):
+        check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "fp32", ALONE)
+    monkeypatch.setattr(TokenBatch, "attention", lambda self, dtype: {"position_ids": self.order})
+    with pytest.raises(InputError, match="see each other"):
+        check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "bf16", ALONE)
 
 
 def test_rows_at_the_edge_of_learned_positions_are_checked_and_asked_as_alone(tokenizer, rows, tmp_path):
