@@ -38,7 +38,7 @@ def check_model(model: AnswerModel, texts: list[Encoded], end: int, source: str,
         with untouched(model, world):
             flaw = (_flaw_of_scores(model, [first, second, longest, again], end, dtype, world.device)
                     or _flaw_of_generation(model, texts, end, EXACT if dtype == "fp32" else NEAR, world))
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # no flaw of the model, whatever RuntimeError it is
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         flaw = f"cannot run as it is needed here ({cause_of(error)})"

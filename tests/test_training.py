@@ -318,6 +318,13 @@ def test_evaluation_leaves_training_bit_identical(settings):
     assert all(torch.equal(quiet[name], watched[name]) for name in quiet)
 
 
+@pytest.mark.parametrize("every, there", [("never", False), ("epoch", True)])
+def test_the_reference_has_the_evaluations_rows_where_there_are_evaluations(settings, every, there):
+    folder = carry_out(settings(eval_every=every, epochs=1), ALONE)
+    kept = load_file(folder / "reference" / "rank0000.safetensors")
+    assert any(key.startswith("evaluation/") for key in kept) == there == (len(kept["scored/forget"]) > 0)
+
+
 def test_the_run_folder_is_complete(settings, small_model, monkeypatch):
     monkeypatch.setattr(run_folder, "best_step", lambda evaluations: 3)
     s = settings(retain_weight=1.0, eval_every="epoch", keep="best", out="mine")
