@@ -49,8 +49,8 @@ def build_parser(description: str = "") -> Parser:
 
 def add_objective(add):
     add("--loss", default="npo", choices=OBJECTIVES, help="objective on the forget rows; sft fine-tunes")
-    add("--split", default="forget10",
-        help="rows to unlearn: forget01 to forget99; with sft full or retainNN")
+    add("--split", help="rows to unlearn, forget01 to forget99 (default: forget10); with sft to learn: full "
+                        "(default) or retainNN")
     add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss")
     add("--retain-weight", type=not_negative(float), default=0.0,
         help="weight of RT, the loss on retain rows")
@@ -132,7 +132,8 @@ def resolve(given: dict, typed: dict | None = None) -> Namespace:
     s.preset = preset_name or read_meta(s.model).get("preset")
     s.preset = s.preset if s.preset in PRESETS else None
     preset, sft = settings_of(s.preset), s.loss == "sft"
-    for key, value in {"beta": preset.beta, "epochs": preset.sft_epochs if sft else preset.epochs,
+    for key, value in {"split": "full" if sft else "forget10", "beta": preset.beta,
+                       "epochs": preset.sft_epochs if sft else preset.epochs,
                        "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
                        "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay,
                        "micro_batch_size": min(preset.micro_batch_size, s.batch_size),

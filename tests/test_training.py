@@ -234,12 +234,13 @@ def test_a_run_whose_reference_is_another_model_ends_at_step_0(settings, monkeyp
         carry_out(settings(loss="npo"), ALONE)
 
 
-@pytest.mark.parametrize("loss,epochs,every", [("npo", 10, "epoch"), ("sft", 5, "end")])
-def test_what_no_flag_sets_is_the_papers(small_model, loss, epochs, every):
+@pytest.mark.parametrize("loss,split,epochs,every", [("npo", "forget10", 10, "epoch"),
+                                                     ("sft", "full", 5, "end")])
+def test_what_no_flag_sets_is_the_papers(small_model, loss, split, epochs, every):
     s = resolve({"model": str(small_model), "loss": loss})
     assert (s.lr, s.weight_decay, s.beta, s.warmup_epochs, s.batch_size) == (1e-5, 0.01, 0.1, 1, 32)
     assert (s.epochs, s.eval_every, s.max_grad_norm, s.kl_direction) == (epochs, every, 0, "policy_reference")
-    assert (s.split, s.forget_weight, s.retain_weight, s.kl_weight) == ("forget10", 1, 0, 0)
+    assert (s.split, s.forget_weight, s.retain_weight, s.kl_weight) == (split, 1, 0, 0)
 
 
 def test_the_stream_follows_seed_and_pairing(settings):
