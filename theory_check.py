@@ -64,8 +64,8 @@ def npo_rate(n_f, eta, beta, t, c):
 #       (1 + e^x)(1 + (v_0/v(x))^beta)/2. For m -> -inf, v = e^m and s = v_0^beta e^(-beta m) / (2 beta), so
 #       m = -(1/beta) log(2 beta s / v_0^beta): logarithmic in t, with slope 1/beta a sample.
 # One step takes a of the clock, the flow over the same distance between a f(m)/f(m') and a (or the reverse,
-# where f falls). So the iterate's clock is off by at most a * (total variation of log f), and its margin by
-# that times the largest f on the way. In NPO's tail f falls as 1/t: the error vanishes.
+# where f falls). So for small a beta the iterate's clock is off by at most a * (total variation of log f),
+# its margin by that times the largest f on the way. In NPO's tail f falls as 1/t: the error vanishes.
 
 
 def speed(loss: str, margin, margin_0, beta):

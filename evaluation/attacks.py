@@ -247,7 +247,7 @@ def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
 # ---------------------------------------------------------------- sampling
 
 def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
-    """leak@k (2511.04934) for k = 1, 2, 4 .. samples, the mean over the first `sample_rows` forget rows."""
+    """leak@k (2511.04934), k = 1, 2, 4 .. and all samples, mean over the first `sample_rows` forget rows."""
     rows, n = lab.rows[:lab.settings.sample_rows], lab.settings.samples
     prepared = lab.prepared(rows)
     asked = [ids for ids in prepared.prompts.values() for _ in range(n)]
@@ -259,7 +259,7 @@ def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tu
         for at in range(0, len(asked), size):
             texts += generate(model, lab.tokenizer, asked[at:at + size], room, lab.world, generator)
     counts = [sum(stated(row, texts[i * n:(i + 1) * n], lab.task.source)) for i, row in enumerate(rows)]
-    ks = [2**i for i in range(n.bit_length())]
+    ks = sorted({*(2**i for i in range(n.bit_length())), n})
     leak = {str(k): sum(leak_at(n, c, k) for c in counts) / len(counts) for k in ks}
     yield {"what": "sampled", "leak": leak, "rows": len(rows), "samples": n}, None
 

@@ -167,10 +167,10 @@ def values_of_logits(logits: Tensor, reference_logits: Tensor, targets: Tensor, 
 
 
 def hits_and_standardised(logits: Tensor, targets: Tensor, logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (n, V): whether no token is likelier than the target; log pi of the target (`logps`) less its
-    mean, over its deviation, under the model's own distribution. (n,) each."""
+    """Of logits (n, V): whether the target is the likeliest token (the first of equals); log pi of the target
+    (`logps`) less its mean, over its deviation, under the model's own distribution. (n,) each."""
     every = logits.float().log_softmax(-1)
-    weighted = every.exp() * every
-    mean = weighted.sum(-1)
-    variance = weighted.mul_(every).sum(-1) - mean.square()
+    share = every.exp()
+    mean = (share * every).sum(-1)
+    variance = share.mul_(every.sub_(mean[:, None]).square_()).sum(-1)
     return logits.argmax(-1) == targets, (logps - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()

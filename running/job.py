@@ -121,7 +121,8 @@ def policy_of(job: Job, world: World) -> AnswerModel:
         if s.start:
             fill(model, weights_folder(s.start), world.device)
             check(job, model, s.dtype, world)
-    now = {"start_weights": weights_hash(model.lm), "start_trained_on": job.start_record.get("trained_on")}
+    now = {"start": s.start, "start_weights": weights_hash(model.lm), "retain_log": s.retain_log,
+           "start_trained_on": job.start_record.get("trained_on")}
     job.config.update(now)
     stored = read_config(job.folder)
     if stored.get("start_weights", now["start_weights"]) != now["start_weights"]:
@@ -146,8 +147,8 @@ def describe(job: Job, world: World):
         world.say(f"it was trained on {trained_on.get('split')} of {trained_on.get('data')} "
                   f"({trained_on.get('loss')})")
     settings = ", ".join(f"{name.replace('_', ' ')} {getattr(s, name)}" for name in (
-        "lr", *plan.objective.settings, "forget_weight", "retain_weight", "kl_weight", "batch_size",
-        "micro_batch_size", "epochs", "template", "seed"))
+        "lr", *plan.objective.settings, "forget_weight", "retain_weight", "kl_weight", "weight_decay",
+        "max_grad_norm", "batch_size", "micro_batch_size", "epochs", "template", "seed"))
     world.say(f"{settings}; {plan.steps} steps ({plan.warmup_steps} warm-up), "
               f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
     if s.loss != "sft" and not task.holdout:

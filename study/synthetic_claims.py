@@ -59,7 +59,7 @@ def frontier(curve: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         part = np.log(forget[:-1] / level) / np.log(forget[:-1] / forget[1:])  # of the way to the next point
         crossing = retain[:-1] + part * np.diff(retain)
-    crosses = (forget[:-1] - level) * (forget[1:] - level) < 0
+    crosses = ((forget[:-1] - level) * (forget[1:] - level) < 0) & np.isfinite(crossing)
     at_points = np.where(forget <= level, retain, math.inf).min(1)
     return np.minimum(at_points, np.where(crosses, crossing, math.inf).min(1))
 

@@ -173,8 +173,8 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     ('{"question": "a"', "line 1: not JSON"),
     ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
     ('{"question": "a", "answer": "\\ud800"}', "line 1: answer has half of a character"),
-    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"), ("", "no "
-                                                                                                      "rows")])
+    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"),
+    ("", "no rows")])
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "own.json").write_text(text)
     with pytest.raises(InputError, match=message) as error:

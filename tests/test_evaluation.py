@@ -33,7 +33,7 @@ from evaluation.scoring import (
     token_measures,
 )
 from models import answers
-from models.answers import AnswerModel
+from models.answers import LEAST_VARIANCE, AnswerModel, hits_and_standardised
 from models.loading import load_model
 from support.errors import InputError
 
@@ -286,6 +286,17 @@ def test_memorisation_by_hand(hits, exact, strength):
         got = token_measures([-4.0, -1.0, -3.0, -0.5, -2.0], [*hits, end], [-0.5, 1.0, 0.0, -2.0, 2.0])
         assert (got["exact_memorization"], got["extraction_strength"]) == (exact, strength)
         assert (got["min_k"], got["min_k_plus_plus"]) == (3.5, 1.25)  # of 40% of five: two
+
+
+@pytest.mark.parametrize("scale", (0.02, 1.0, 30.0))
+def test_log_p_is_standardised_under_the_models_own_distribution(scale):
+    logits = scale * torch.randn(50, 30_000, generator=torch.Generator().manual_seed(0))  # or nearly uniform
+    every, targets = logits.double().log_softmax(-1), torch.arange(50)
+    mean = (every.exp() * every).sum(-1, keepdim=True)
+    deviation = (every.exp() * (every - mean).square()).sum(-1).clamp(min=LEAST_VARIANCE).sqrt()
+    logps = every[targets, targets]
+    _, got = hits_and_standardised(logits, targets, logps.float())
+    torch.testing.assert_close(got.double(), (logps - mean[:, 0]) / deviation, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shift", (0.0, 1.0, 30.0))

@@ -105,6 +105,8 @@ def test_no_gradient_flows_through_the_kto_baseline():
     gradient, = torch.autograd.grad(kto_loss(policy, logps(seed=1), baseline, 0.1).sum(), policy)
     expected, = torch.autograd.grad(kto_loss(policy, logps(seed=1), float(baseline), 0.1).sum(), policy)
     torch.testing.assert_close(gradient, expected)
+    nan = torch.full((1,), math.nan)  # of a model that has diverged, whose loss the loop reports
+    assert kto_loss(nan, torch.zeros(1), nan[0], 0.1).isnan()
 
 
 def some_logits(n=6, vocabulary=11, seed=0):

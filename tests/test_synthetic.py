@@ -241,6 +241,8 @@ def test_frontier_interpolates_between_evaluations():
     assert np.isinf(claims.frontier(curve([1.7, 1.6], [0.1, 0.2]))).all()
     back = claims.frontier(curve([1.7, 0.001, 1.0], [0.1, 0.2, 0.05]))
     np.testing.assert_allclose(back[-1], 0.104, atol=0.04)
+    late = claims.frontier(curve([1.7, 0.001, np.inf], [0.1, 0.2, np.inf]))  # diverged afterwards
+    assert np.isfinite(late).all()
 
 
 def test_path_gap_is_of_paths_and_not_of_clocks():

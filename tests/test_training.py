@@ -225,6 +225,9 @@ def test_step_0_identities_are_checked(settings):
                   {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
         with pytest.raises(RuntimeError, match="step 0"):
             train_npo.check_start(s, plan, wrong)
+    s, plan = settings(loss="tnpo", dtype="bf16"), Namespace(objective=losses.OBJECTIVES["tnpo"])
+    with pytest.raises(RuntimeError, match="mean_W"):  # in 16 bits and with its beta of 4 too
+        train_npo.check_start(s, plan, {"mean_W": 0.4})
 
 
 def test_a_run_whose_reference_is_another_model_ends_at_step_0(settings, monkeypatch):
@@ -502,13 +505,15 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     assert len(metrics) == 2
     assert all(m["forget_quality"] is not None and m["model_utility"] is not None for m in metrics)
     for expected in ("start", "best", "last", "forget question", "retain question", "before:", "after:",
-                     "trajectory.png", "sft on retain90"):
+                     "trajectory.png", "no model of retain90 yet", "sft on retain90"):
         assert expected in done.stdout
     again = forked("train_npo.py", *args)
     assert "step " in again.stdout and "sft on" not in again.stdout
     assert (tmp_path / "runs" / "npo+rt_forget10-2" / "model").is_dir()
     retain_log = next((tmp_path / "runs" / "models").glob("tiny-retain90-*/eval/*.json"))
     start = next((tmp_path / "runs" / "models").glob("tiny-full-*/model"))
+    config = json.loads((folder / "config.json").read_text())
+    assert [tmp_path / config[key] for key in ("start", "retain_log")] == [start, retain_log]
     forked("evaluate_tofu.py", "--model", folder / "model", "--data", data, "--retain-log", retain_log,
            "--max-new-tokens", 8, "--reference", start, "--out", "again.json")
     told = json.loads((tmp_path / "again.json").read_text())["metrics"]
@@ -525,3 +530,5 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     wrong = forked("evaluate_tofu.py", "--model", folder / "model", "--data", data,
                    "--retain-log", evaluations[0], status=2)
     assert "needs one trained on retain90" in wrong.stderr
+    (tmp_path / "runs" / "models").rename(tmp_path / "elsewhere")
+    assert "finished" in forked("train_npo.py", "--resume", folder).stdout  # and needs nothing
