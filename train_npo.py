@@ -218,7 +218,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
                 run.checkpoint(step, model, optimizer, scaler)
             give_up(step + 1, f"the loss is {logged['loss']}, the gradient's norm {grad_norm}", run, s)
         if step == 0:
-            check_start(s, plan, logged)
+            check_start(s, plan, logged | {"kl_baseline": float(kl_baseline)})
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=policy is model)  # DDP's buckets stay: gradients are views of them
@@ -254,10 +254,11 @@ def give_up(step: int, what: str, run, s: Namespace):
 
 def check_start(s: Namespace, plan: Plan, logged: dict):
     """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta)
-    ln 2, K = 0. Raises RuntimeError otherwise: then nothing that follows would mean what it says."""
+    ln 2, K = 0, z = 0. Raises RuntimeError otherwise: then nothing that follows would mean what it says."""
     # Of a log-ratio; in 16 bits kernels differ by half a nat and more a sequence, a batch's mean by less.
     nats = 1e-3 if s.dtype == "fp32" else max(0.5, 2 / math.sqrt(s.batch_size))
-    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2))), "kl_loss": (0.0, nats)}
+    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2))), "kl_loss": (0.0, nats),
+                "kl_baseline": (0.0, nats)}
     if plan.objective.at_reference is not None:
         value = plan.objective.at_reference / s.beta
         expected["forget_loss"] = value, max(1e-5 * value, nats)

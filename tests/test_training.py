@@ -222,7 +222,7 @@ def test_step_0_identities_are_checked(settings):
     plan = Namespace(objective=losses.OBJECTIVES["npo"])
     train_npo.check_start(s, plan, {"forget_loss": 2 / 0.2 * math.log(2), "mean_W": 1.0})
     for wrong in ({"forget_loss": 6.0, "mean_W": 1.0}, {"forget_loss": 10 * math.log(2), "mean_W": 1.1},
-                  {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}):
+                  {"kl_loss": 0.01, "forget_loss": 10 * math.log(2)}, {"kl_baseline": 1.0}):
         with pytest.raises(RuntimeError, match="step 0"):
             train_npo.check_start(s, plan, wrong)
     s, plan = settings(loss="tnpo", dtype="bf16"), Namespace(objective=losses.OBJECTIVES["tnpo"])
