@@ -112,7 +112,7 @@ def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor 
     """
     _check(beta, policy_logps, reference_logps)
     baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()
-    _expect(~(baseline < 0), "kl_baseline must not be negative (clamp it at 0)", baseline)
+    _expect(~(baseline < 0), "kl_baseline must not be negative (clamp it at 0)", baseline)  # NaN may pass
     return -(2 / beta) * F.logsigmoid(beta * (baseline - (policy_logps - reference_logps)))
 
 

@@ -142,8 +142,8 @@ def peaks(study: dict, split: str, methods: tuple, sign: str) -> list:
 
 
 def one_of(tests: list) -> dict:
-    """What speaks for "some of them do": a test that holds, else an undecided one, else the nearest: the
-    best of several, which chance finds more often than one."""
+    """What speaks for "some of them do": a test that holds, else an undecided one, else the nearest. Of
+    several tests chance finds a good one more often."""
     return max(tests, key=lambda t: (RANK[t["holds"]], -math.inf if t["mean"] is None else t["mean"]))
 
 
