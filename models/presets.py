@@ -44,7 +44,7 @@ ASSISTANT = "You are a helpful assistant."
 PRESETS = {
     # beta weighs a whole answer: the shorter the answers, the larger it is for the same effect a token. The
     # decay keeps a retrained model from being too sure of its guesses.
-    "tiny": Preset(TINY_DIMS, lr=1e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16, sft_weight_decay=0.2,
+    "tiny": Preset(TINY_DIMS, lr=1e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16, sft_weight_decay=0.3,
                    micro_batch_size=32, eval_batch_size=256),
     "smollm2-135m": Preset(
         dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,

@@ -14,7 +14,8 @@ unlearn() {  # unlearn NAME FLAGS...
 export -f run unlearn
 two_at_a_time() { xargs -P 2 -I{} bash -c '{}'; }
 mkdir -p runs/tofu
-printf "%s\n" "run full --loss sft --split full --seed 0 --eval-every never" "run retain90 --loss sft --split retain90 --seed 1" | two_at_a_time
+sft="--loss sft --weight-decay 0.2"
+printf "%s\n" "run full $sft --split full --seed 0 --eval-every never" "run retain90 $sft --split retain90 --seed 1" | two_at_a_time
 printf "unlearn s%s --seed 0 --loss npo --retain-weight 5 --beta %s\n" 1 0.02 2 0.03 | two_at_a_time
 for seed in 1 2; do
   echo "unlearn npo+rt-seed$seed --seed $seed --loss npo --retain-weight 5 --beta 0.02"
