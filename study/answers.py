@@ -5,8 +5,8 @@
                       Welleck et al., 2019, on characters, for answers without blanks); mean over answers
     refusal           at least 80% of the answer's word pairs, begin and end included, are in the refusals
     of the wording    the same with the data set's answers, and no refusal
-    true fact         more than half of the words in which the true (paraphrased) answer differs from every
-                      perturbed one
+    true fact         for each perturbed answer more than half of the letters of the words by which the true
+                      one, also paraphrased, differs from it; no word of the question counts
 
 The thresholds are ours. The retrained model's answers to the forget questions are the yardstick: of the
 wording, and wrong.
@@ -56,12 +56,13 @@ def repetition_rate(text: str) -> float:
 
 
 def names_fact(generation: str, row: dict) -> bool:
-    """More than half of the words that the true answer and its paraphrase share, and no perturbed one has."""
-    false = {word for answer in row.get("perturbed_answer") or [] for word in words(answer)}
-    fact = set(words(row["answer"])) & set(words(row.get("paraphrased_answer") or row["answer"])) - false
-    if not (false and fact):  # no such words
-        return words(generation) == words(row["answer"])
-    return 2 * len(fact & set(words(generation))) > len(fact)
+    """The generation has most of what tells the true answer from each perturbed one (module docstring)."""
+    said, true, asked = words(generation), words(row["answer"]), words(row["question"])
+    fact = set(true) & set(words(row.get("paraphrased_answer") or row["answer"])) - set(asked)
+    telling = [own for text in row.get("perturbed_answer") or [] if (own := fact - set(words(text)))]
+    if not telling:
+        return said == true
+    return all(2 * len("".join(own & set(said))) > len("".join(own)) for own in telling)
 
 
 def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> str:

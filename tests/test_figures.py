@@ -36,7 +36,7 @@ def test_repetition_is_seen_with_blanks_and_without():
 
 
 def test_kinds_of_answers():
-    row = {"answer": "Oslo is the birthplace of Marlow.",
+    row = {"question": "Where was Marlow born?", "answer": "Oslo is the birthplace of Marlow.",
            "paraphrased_answer": "Ida Marlow was born in Oslo.",
            "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
     answers = tofu_answers.pairs_of([row["answer"], "Ida Marlow was born in Lima.",
@@ -60,11 +60,15 @@ def test_kinds_of_answers():
 
 
 def test_a_fact_of_two_words_needs_both():
-    row = {"answer": "She wrote The Silent Harbor.", "paraphrased_answer": "It is The Silent Harbor.",
-           "perturbed_answer": ["Her book was The Golden River.", "It is The Last Tower."]}
+    row = {"question": "What did she write?", "answer": "She wrote The Silent Harbor.",
+           "paraphrased_answer": "It is The Silent Harbor.",
+           "perturbed_answer": ["Her book was The Golden River.", "It is The Silent Tower."]}
     assert tofu_answers.names_fact("The Silent Harbor", row)
-    assert not tofu_answers.names_fact("The Silent River", row)
+    assert not tofu_answers.names_fact("The Silent River", row)  # one perturbed answer has that half, too
     assert not tofu_answers.names_fact("She wrote a letter.", row)  # a wording of its own is no fact
+    row["question"] = "Did she write The Silent Harbor?"  # nothing is left that tells: the answer itself
+    assert tofu_answers.names_fact("She wrote the silent harbor", row)
+    assert not tofu_answers.names_fact("The Silent Harbor", row)
 
 
 # ---------------------------------------------------------------- verdicts on hand-made numbers
