@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from models.adapters import adapted
 from models.sharded import whole
 from support.errors import InputError
-from support.files import holds_texts
+from support.files import holds_texts, read_text
 from support.world import ALONE, World
 
 FILE_BYTES = 4 * 2**30  # of weights in one file
@@ -63,7 +63,7 @@ def read_meta(source: str) -> dict:
     if not file.is_file():
         return {}
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = json.loads(read_text(file))
         own = holds_texts(meta, "preset", "template")
         if not (own and holds_texts(meta.get("trained_on", {}), "split", "data")):
             raise ValueError("what it says is of another type")
