@@ -247,7 +247,7 @@ def complete(study: Study) -> dict:
     """The JSON's content: the records, what follows from them, and where they come from."""
     samples = {}  # forget split -> seed -> log R of its retrained model
     for model in study.known["retrained"]:
-        if "log_truth_ratios" in model:
+        if "log_truth_ratios" in model and model["split"] != "full":  # a start may have been evaluated, too
             by_seed = samples.setdefault(evaluation_split(model["split"]), {})
             by_seed[model["seed"]] = model["log_truth_ratios"]
     rows = {split: len(next(iter(by_seed.values()))) for split, by_seed in samples.items()}

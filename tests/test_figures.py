@@ -676,9 +676,14 @@ def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
     assert grid.chosen_weight(s, "npo", "forget50", hyper) == 0.0
 
 
-def test_a_ceiling_compares_different_retrained_models():
+def test_a_ceiling_compares_different_retrained_models(study):
     from scipy.stats import ks_2samp
 
+    s = study("--figure", "5")
+    models = {"full": (0, [5.0, 6.0]), "retain90": (1, [0.0, 0.1]), "retain95": (2, [0.1, 0.2])}
+    s.known["retrained"] = [{"split": split, "seed": seed, "log_truth_ratios": ratios}
+                            for split, (seed, ratios) in models.items()]
+    assert records.complete(s)["ceilings"] == {"forget10": [], "forget05": []}  # a start is no such model
     samples = {1: [0.0, 0.1, 0.2, 0.3], 2: [0.25, 0.35, 0.45, 0.55], 3: [5.0, 6.0, 7.0, 8.0]}
     found = {tuple(pair["seeds"]): 10 ** pair["log10"] for pair in records.ceilings(samples)}
     assert found == {(a, b): pytest.approx(ks_2samp(samples[a], samples[b]).pvalue, rel=1e-3)
