@@ -9,8 +9,8 @@ width shows that the number takes few values, and not that the next seed will ha
 The thresholds are ours where the paper has words: "early" is the first two thirds of the run, "exponentially
 small" a forget quality below 1e-3 that has fallen by two decades, "a plateau" the last third of the run
 within one decade of the peak and two above the start, "explodes" three nats a token and three times npo's,
-"greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50
-and forget90 is 88% of its start's. Forget quality is averaged in decades, and "exceeds" is said of this mean.
+"greatly preserved" 80% of the start's utility; the paper's 0.55 on forget50 and forget90 is 88% of its
+start's. Forget quality is averaged in decades, and "exceeds" is said of this mean.
 """
 
 import math
