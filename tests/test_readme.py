@@ -2,6 +2,7 @@
 trains."""
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import synthetic
 from conftest import ROOT
-from running.settings import parse
+from data.tofu import load_task
+from models.presets import PRESETS
+from running.settings import parse, resolve, tiny_settings
 
 
 def applied(diff: str, text: list[str]) -> list[str]:
@@ -77,3 +80,16 @@ def test_the_lectures_exercises_are_whole():
         assert "**Before you run it.**" in asked and folded.strip().endswith("</details>")
         pictures = re.findall(r"!\[.+\]\(\.\./(results/.+?\.png)\)", exercise)
         assert pictures and all(10_000 < (ROOT / file).stat().st_size <= 150_000 for file in pictures)
+
+
+def test_what_is_shown_was_made_with_todays_preset():
+    """README's picture and its eight starts: another preset, or built-in set, needs them made again."""
+    study, starts = (json.loads((ROOT / "results" / name).read_text())
+                     for name in ("tofu/builtin_tiny_preset.json", "builtin_starts.json"))
+    preset, task = PRESETS["tiny"], load_task("builtin", "forget10")
+    assert study["start"] == Path(tiny_settings(resolve({}), "full", task).out).name
+    assert (study["chosen"]["npo+rt"]["lr"], study["chosen"]["npo+rt"]["beta"]) == (preset.lr, preset.beta)
+    expected = {"runs": (preset.lr, preset.epochs, preset.weight_decay),
+                "retrained": (preset.sft_lr, preset.sft_epochs, preset.sft_weight_decay)}
+    for kind, settings in expected.items():
+        assert {(r["lr"], r["epochs"], r["weight_decay"]) for r in starts[kind]} == {settings}
