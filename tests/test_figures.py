@@ -65,6 +65,7 @@ def test_a_fact_of_two_words_needs_both():
            "perturbed_answer": ["Her book was The Golden River.", "It is The Silent Tower."]}
     assert tofu_answers.names_fact("The Silent Harbor", row)
     assert not tofu_answers.names_fact("The Silent River", row)  # one perturbed answer has that half, too
+    assert not tofu_answers.names_fact("The Golden Harbor", row)  # tells it from one, not from the other
     assert not tofu_answers.names_fact("She wrote a letter.", row)  # a wording of its own is no fact
     row["question"] = "Did she write The Silent Harbor?"  # nothing is left that tells: the answer itself
     assert tofu_answers.names_fact("She wrote the silent harbor", row)
