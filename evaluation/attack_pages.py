@@ -76,6 +76,8 @@ def draw(attacks: dict, path: Path):
     leaks.set(xlabel="samples k", title="leak@k", ylim=(-0.02, 1.02))
     for axes in (curves, bars, leaks):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+        if axes.has_data():
+            axes.legend(fontsize=7, framealpha=0.4)
+        else:
+            axes.remove()
     figure.savefig(path, dpi=120)
