@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import robustness_tofu
@@ -15,7 +16,7 @@ from data.builtin import make_builtin
 from data.prompts import encode
 from data.tofu import load_task
 from evaluate_tofu import compute_metrics, log_truth_ratio
-from evaluation import attacks
+from evaluation import attack_pages, attacks
 from evaluation.attacks import Lab, attacked, built_in_value, leak_at, rounded_blockwise, stated, steps_to
 from models.answers import AnswerModel
 from models.generation import generate
@@ -171,6 +172,14 @@ def test_the_built_in_facts_value_is_found_in_every_row_and_only_in_the_truth():
         told = stated(row, [row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]], "builtin")
         assert told == [True, True] + [False] * len(row["perturbed_answer"])
     assert stated(row, [row["answer"], "It is not so."], "elsewhere") == [True, False]
+
+
+def test_a_panel_of_an_attack_that_was_not_made_is_left_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    states = [{"what": "before", "step": 0, "extraction_strength": 0.5}]
+    attack_pages.draw({"quantize": {"model": {"states": states}}}, tmp_path / "picture.png")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["quantised, asked otherwise"]
 
 
 def test_steps_halfway_are_linear_between_measured_ones():
