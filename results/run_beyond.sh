@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Built-in data, tiny, forget10: the paper's objectives with a retain term and newer ones, at the preset's lr and their published betas, five seeds; then all
-# attacks on each method's first seed, and on two more of four. From the root; it goes on where it was stopped:
+# attacks on each method's first seed, and on two more seeds of four methods. From the root; it goes on where it was stopped:
 #     bash results/run_beyond.sh        # half an hour on two cores, beside the runs of the study's own
 set -euo pipefail
 export OMP_NUM_THREADS=1
