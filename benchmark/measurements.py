@@ -268,7 +268,7 @@ def peak_of(args: Namespace, micro_batch: int, ours: bool) -> float:
     load_task(args.data, "forget10")
     if ours:
         take_device(args.device.type)  # as a run begins
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = peak_memory()
     side = Side(args, {**METHODS["npo+rt"], "micro_batch_size": micro_batch}, [1, 32])
     if ours:
         model = AnswerModel(side.lm)

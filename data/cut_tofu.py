@@ -31,11 +31,14 @@ def main():
     if args.rows % (10 * AUTHOR) or args.rows > len(sets["full"]) or args.retain_rows > args.rows - forget:
         raise InputError(f"--rows {args.rows}: need a multiple of {10 * AUTHOR} (whole authors) up to "
                          f"{len(sets['full'])}, and at most its 90% as --retain-rows")
+    evaluated = {"retain_perturbed": args.retain_rows, "real_authors_perturbed": args.fact_rows,
+                 "world_facts_perturbed": args.fact_rows}
+    for name, rows in evaluated.items():
+        if rows > len(sets[name]):
+            raise InputError(f"{name} has {len(sets[name])} rows, not {rows}")
     sets = {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
             "forget10_perturbed": sets["forget10_perturbed"][-forget:],
-            "retain_perturbed": sets["retain_perturbed"][:args.retain_rows],
-            **{name: sets[name][:args.fact_rows] for name in ("real_authors_perturbed",
-                                                              "world_facts_perturbed")}}
+            **{name: sets[name][:rows] for name, rows in evaluated.items()}}
     write_sets(args.out, sets)
     for name, rows in sets.items():
         print(f"{args.out / name}.json: {len(rows)} rows")

@@ -57,7 +57,7 @@ def read_shape(s: Namespace, rows: list) -> Shape:
         with torch.device("meta"):
             return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"--dry-run: {s.model} is neither a preset ({', '.join(PRESETS)}) nor a model's "
+        raise InputError(f"--model {s.model} is neither a preset ({', '.join(PRESETS)}) nor a model's "
                          f"folder ({cause_of(error)})") from None
 
 

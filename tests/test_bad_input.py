@@ -9,6 +9,7 @@ import torch
 
 import evaluate_tofu
 import train_npo
+from data import cut_tofu
 from data.tofu import read_rows
 from models.loading import load_model, make_tiny
 from models.presets import TINY_DIMS
@@ -231,6 +232,16 @@ def test_status_2_and_one_sentence(command, forked):
     assert len(done.stderr.strip().splitlines()) == 1
     done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags,said", [(["--rows", "300"], "multiple of 200"),
+                                        (["--retain-rows", "361"], "at most its 90%"),
+                                        (["--fact-rows", "9999"], "rows, not 9999")])
+def test_a_cut_set_has_the_rows_that_were_asked_for(monkeypatch, tmp_path, flags, said):
+    monkeypatch.setattr(sys, "argv", ["cut_tofu.py", "builtin", str(tmp_path / "cut"), *flags])
+    with pytest.raises(InputError, match=said):
+        cut_tofu.main()
+    assert not (tmp_path / "cut").exists()
 
 
 def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_data):
