@@ -46,7 +46,7 @@ def build_parser() -> Parser:
         help="finished run folders: write their records to --out, a table and a picture beside it")
     add("--runs", default="runs/tofu", help="where run folders are")
     add("--out", default="results",
-        help="where tofu/*.json, its pictures and tofu.md go; with --collect the JSON")
+        help="where tofu/*.json, its pictures and tofu.md go; with --collect FILE.json, with --draw-only too")
     return parser
 
 
@@ -66,20 +66,27 @@ def draw(args: Namespace):
     (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
     (out / "beyond.md").write_text(beyond.page(studies), encoding="utf-8")
     print(*map(verdicts.line, verdicts.verdicts(study)), sep="\n")
-    print(f"drawn: {', '.join(map(str, drawn)) or 'nothing, for lack of runs'}; {out}: tofu.md, beyond.md")
+    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {out}: tofu.md, beyond.md")
 
 
 def collect(folders: list, out: Path):
-    """The records of single runs in one JSON, with a table and a picture beside it."""
+    """The records of single runs in one JSON."""
     from evaluate_tofu import log_truth_ratio
-    if out.suffix != ".json":
-        raise InputError(f"--collect with --out {out}: give the JSON to write, --out FILE.json")
     found = [records.collected(folder, log_truth_ratio) for folder in folders]
     runs, models = ([r for r in found if r["kind"] == kind] for kind in ("unlearn", "model"))
     write_json(out, {"runs": runs, "retrained": models, "provenance": environment()})
-    lines = [*pages.single_runs_table(runs), "", *pages.sharper_table(runs), "", *pages.samples_table(found)]
+
+
+def draw_single_runs(out: Path):
+    """A table and a picture beside the JSON that `collect` wrote."""
+    study = records.read_study(out, needed={"runs", "retrained"})
+    keys = ("method", "beta", "retain_weight", "seed")
+    answers = [([r[key] for key in keys], r["samples"]) for r in study["runs"] + study["retrained"]
+               if "samples" in r]
+    lines = [*pages.single_runs_table(study["runs"]),
+             *pages.samples_table([key.replace("_", " ") for key in keys], answers)]
     out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    pictures.single_runs(runs, out.with_suffix(".png"))
+    pictures.single_runs(study["runs"], out.with_suffix(".png"))
     print("\n".join(lines))
 
 
@@ -99,8 +106,13 @@ def run(args: Namespace):
 def main():
     args = build_parser().parse_args()
     args.jobs = args.jobs or (cores() if args.model.partition("=")[0] == "tiny" else 1)
-    if args.collect:
-        return collect(args.collect, Path(args.out))
+    if args.collect or args.draw_only and args.out.endswith(".json"):
+        out = Path(args.out)
+        if out.suffix != ".json":
+            raise InputError(f"--collect with --out {out}: give the JSON to write, --out FILE.json")
+        if args.collect:
+            collect(args.collect, out)
+        return draw_single_runs(out)
     if not args.draw_only and not any(set(splits) & set(args.splits) and set(methods) & set(args.methods) for
                                       splits, methods in map(grid.FIGURES.get, grid.wanted_figures(args))):
         raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "

@@ -87,9 +87,3 @@ def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pair
                "words": statistics.mean(len(words(text)) for text in generations)}
     return {"answers": len(generations), **{k: kinds.count(k) for k in KINDS},
             **{k: None if v is None else round(v, 4) for k, v in numbers.items()}}
-
-
-def judgement(name: str, kind_: str) -> str:
-    """"desired" on the forget set: anything readable but the truth; elsewhere: the truth alone."""
-    good = ("other fact", "refusal") if name == "forget" else ("true",)
-    return "desired" if kind_ in good else "undesired"

@@ -1,10 +1,11 @@
 """The study's page, results/tofu.md: lessons, verdicts, figures and tables from the JSON of each study."""
 
+import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
-from evaluation.logs import MIA, words
+from evaluation.logs import words
 from study import grid, verdicts
 from study.answers import KINDS
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
@@ -13,7 +14,7 @@ from support.command_line import markdown_table
 FIGURE_TITLES = {
     "overview": "Five methods over the run",
     "figure2": "Figure 2: forget05, with the divergence", "figure5": "Figure 5: at each method's peak",
-    "figure6": "Figure 6: over the run", "figure7": "Figure 7: answers", "figure8": "Figure 8: divergence",
+    "figure6": "Figure 6: over the run", "figure8": "Figure 8: divergence",
     "figure9": "Figure 9: forget50 and forget90 with tuned weights",
     "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5"}
 
@@ -63,14 +64,16 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     methods = {m: choice for m, choice in study["chosen"].items() if m in grid.METHODS}
     whole, study = study, {**study, "chosen": methods}  # newer objectives have a page of their own
     tables = {"figure5": [*peak_table(study, grid.SMALL), "", *ceiling_table(study)],
-              "figure7": ["Counts of all answers on forget10, at the end of the run:", "",
-                          *answers_table(study)],
               "figure9": runs_table(["split", "method", "retain weight"], tuned),
               "retain-weight": runs_table(["retain weight"], by_weight),
               "beyond10": peak_table(study, grid.LARGE)}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
+    if asked := study_samples(study):
+        lines += ["### Figure 7: answers", "", "Counts of all answers on forget10, at the end of the run; "
+                  "then seed 1's answers to one question a set.", "",
+                  *answers_table(study), *samples_table(["model"], asked), ""]
     return [*lines, "### Hyper-parameters", "", *hyper_parameters(whole), ""]
 
 
@@ -98,7 +101,8 @@ def runs_table(head: list, named: list) -> list[str]:
 def mean_sd(values: list, spec: str = ".2f") -> str:
     if not values:
         return "-"
-    sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 else ""
+    finite = math.isfinite(sum(values))  # -inf: never with so much of the utility
+    sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 and finite else ""
     return f"{statistics.mean(values):{spec}}{sd}"
 
 
@@ -116,28 +120,25 @@ def single_runs_table(runs: list) -> list[str]:
                       [([r[key] for key in keys], [r]) for r in runs])
 
 
-def sharper_table(runs: list) -> list[str]:
-    """What forget quality can't see (docs/beyond.md), at the end of each record that has it."""
-    keys = {"extraction strength": "forget_extraction_strength",
-            "exact memorisation": "forget_exact_memorization",
-            "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak"}
-    rows = []
-    for run in runs:
-        if (run.get("forget_extraction_strength") or [None])[-1] is not None:
-            values = [run[key][-1] for key in keys.values()] + [run["mia"][name][-1] for name in MIA]
-            rows.append([run["method"], run["seed"], *("-" if v is None else f"{v:.3g}" for v in values)])
-    return markdown_table(["method", "seed", *keys, *(f"AUC {name.replace('_', '-')}" for name in MIA)], rows)
+def samples_table(head: list, named: list) -> list[str]:
+    """(names, samples) of models: what each answers in the end to one question a set, and of what kind that
+    is; a table for each choice of questions, since splits have their own."""
+    tables = {}
+    for names, samples in named:
+        asked = tuple(f"{s['set'].replace('_', ' ')}: {s['question']} ({s['answer']})" for s in samples)
+        said = [words(f"{s['generation']} [{s['kind']}]".replace("|", "/")) for s in samples]
+        tables.setdefault(asked, []).append([*names, *said])
+    return [line for asked, rows in tables.items() for line in ["", *markdown_table([*head, *asked], rows)]]
 
 
-def samples_table(runs: list) -> list[str]:
-    """What each record's model answers in the end, to one question a set."""
-    runs = [r for r in runs if "samples" in r]
-    asked = [f"{sample['set'].replace('_', ' ')}: {sample['question']} ({sample['answer']})"
-             for run in runs[:1] for sample in run["samples"]]
-    keys = ("method", "beta", "retain_weight")
-    return markdown_table([*(key.replace("_", " ") for key in keys), *asked], [
-        [*(r[key] for key in keys), *(words(s["generation"].replace("|", "/")) for s in r["samples"])]
-        for r in runs])
+def study_samples(study: dict) -> list:
+    """Figure 7's (names, samples): of the start, of a retrained model, of each method's seed 1."""
+    named = [("(start)", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
+    named += [("(retrained)", m["samples"]) for m in study["retrained"]
+              if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
+    named += [(m, r["samples"]) for m in study["chosen"] for r in chosen_runs(study, "forget10", m)
+              if "samples" in r]
+    return [([name], samples) for name, samples in named]
 
 
 def ceiling_table(study: dict) -> list[str]:

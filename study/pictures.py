@@ -7,7 +7,6 @@ smallest to the largest seed. The same JSON gives the same bytes on the same mac
 
 import math
 import statistics
-import textwrap
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
-from study.answers import judgement
 from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
 from study.records import COLLECTED
 from study.verdicts import LINE, chosen_runs, peak, peak_at, tuned_runs
@@ -26,7 +24,6 @@ COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:g
           "ceu": "tab:olive", "undial": "tab:cyan"}
 LINES, MARKERS = {"": ":", "rt": "-", "kl": "--"}, {"": "o", "rt": "s", "kl": "^"}  # what keeps the rest
 ABOVE = 0.5  # height of the linear part, in heights of the logarithmic one
-KIND_COLORS = {"desired": "#e2f2df", "undesired": "#f9dedc"}
 QUALITY = "forget_quality_log10"
 KLS = ("forget_kl", "world_facts_kl")
 LABELS = {QUALITY: "forget quality", "model_utility": "model utility",
@@ -157,7 +154,7 @@ def trade_off_panel(axes, study: dict, split: str, named: list):
     axes.grid(alpha=0.25)
     seeds = sorted({len(own) for _, own in named})
     axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
-             ylabel="forget quality at its peak", xlim=(-0.03, max([start, *utilities]) * 1.1))
+             ylabel="forget quality at its peak", xlim=(-0.03, 1.08 * axes.get_xlim()[1]))
 
 
 def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs,
@@ -194,37 +191,6 @@ def single_runs(runs: list, path: Path):
                      select=lambda _study, _split, name: named[name])
 
 
-def figure7(study: dict, path: Path):
-    """One question of three sets and every model's answer: green where it is desired, red where not."""
-    named = [("start", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
-    named += [("retrained", m["samples"]) for m in study["retrained"]
-              if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
-    named += [(m, r["samples"]) for m in study["chosen"] for r in chosen_runs(study, "forget10", m)
-              if "samples" in r]
-    if len(named) < 3:
-        return None
-    def fit(text: str) -> str:
-        return textwrap.fill(text or "(empty)", 58, max_lines=2, placeholder=" ...")
-
-    sets = named[0][1]
-    figure, ((axes,),) = canvas(1, 1, 17, 0.62 * (len(named) + 2))
-    axes.axis("off")
-    head = ["", *(fit(f"{s['set']}: {s['question']}") for s in sets)]
-    cells = [["true answer", *(fit(s["answer"]) for s in sets)]]
-    cells += [[who, *(fit(f"[{s['kind']}] {s['generation']}") for s in some)] for who, some in named]
-    colors = [["white"] * (len(sets) + 1)]
-    colors += [["white", *(KIND_COLORS[judgement(s["set"], s["kind"])] for s in some)] for _, some in named]
-    grid = axes.table(cellText=cells, colLabels=head, cellColours=colors, cellLoc="left", colLoc="left",
-                      bbox=(0, 0, 1, 1), colWidths=(0.1, 0.3, 0.3, 0.3))
-    grid.auto_set_font_size(False)
-    grid.set_fontsize(8)
-    for cell in grid.get_celld().values():
-        cell.get_text().set_parse_math(False)
-    axes.set_title("forget10, seed 1, end of the run; green: desired (forget set: readable, but not the "
-                   "truth; elsewhere: the truth)", fontsize=10)
-    return save(figure, path)
-
-
 def retain_weight(study: dict, path: Path):
     """npo+rt on forget10 over epochs, a line for each of two or more retain weights."""
     weights = study["budget"]["retain_weights"]
@@ -238,7 +204,7 @@ def retain_weight(study: dict, path: Path):
 MAKERS = {
     "overview": partial(evolution, splits=("forget10",)),
     "2": partial(evolution, splits=("forget05",), keys=(QUALITY, "model_utility", "world_facts_kl")),
-    "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL), "7": figure7,
+    "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL),
     "8": partial(evolution, splits=("forget10",), keys=("forget_kl",)),
     "9": partial(evolution, splits=("forget50", "forget90"), note=", tuned weights", select=tuned_runs),
     "retain-weight": retain_weight, "beyond10": partial(trade_off, splits=LARGE),

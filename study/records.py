@@ -20,7 +20,7 @@ from study.answers import kind, pairs_of, statistics_of
 from study.grid import Job, Study
 from support.errors import InputError
 from support.files import write_json
-from support.provenance import environment
+from support.provenance import environment, without_folders
 
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
           "world_facts_kl", "privleak")
@@ -40,14 +40,15 @@ def json_path(args: Namespace) -> Path:
     return Path(args.out) / "tofu" / f"{'_'.join(plain)}.json"
 
 
-def read_study(path: Path) -> dict:
+NEEDED = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model", "choices_from"}
+
+
+def read_study(path: Path, needed: set = NEEDED) -> dict:
     """A distilled JSON. Raises InputError."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; run without --draw-only, or move it away") from None
-    needed = {"runs", "retrained", "failed", "chosen", "budget", "provenance", "epochs", "model",
-              "choices_from"}
     lacking = needed - set(study if isinstance(study, dict) else ())
     if lacking:
         raise InputError(f"{path} lacks {', '.join(sorted(lacking))}: it is not one of this command's; "
@@ -77,9 +78,8 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
             raise InputError(f"{path} was made with {key} {known.get(key)}, not {value}: give another --out")
     data = args.data if args.data == "builtin" else Path(args.data).name
     budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "retain_weights": grid.RETAIN_WEIGHTS}
-    made = environment()  # without this machine's folders
-    words = [Path(word).name if "/" in word else word for word in made["command"].split()]
-    made["command"] = " ".join("TOFU_DIR" if word == data != "builtin" else word for word in words)
+    made = environment()
+    made["command"] = without_folders(made["command"])
     study.known = {**known, "data": data, "model": name, "failed": [], "parameters": shape.parameters,
                    "budget": budget, "provenance": made, "choices_from": args.choices}
     return study
@@ -212,7 +212,7 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     if settings.get("forget"):
         raise InputError(f"{folder} unlearned rows of its own: only runs on TOFU's sets are collected")
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
-             "command": config["command"].replace(data, Path(data).name),  # without this machine's folders
+             "command": without_folders(config["command"]),
              **{k: settings[k] for k in COLLECTED}, "data": Path(data).name}
     found = record(folder, facts, data, log_truth_ratio)
     quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])

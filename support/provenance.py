@@ -20,6 +20,15 @@ def git(*words) -> str:
         return ""
 
 
+def without_folders(command: str) -> str:
+    """A command whose paths elsewhere than in this folder are their last names, `--flag=PATH` too."""
+    words = []
+    for word in shlex.split(command):
+        before, sign, path = word.rpartition("=")
+        words.append(before + sign + Path(path).name if path.startswith(("/", "~", "..")) else word)
+    return shlex.join(words)
+
+
 def environment() -> dict:
     """What a result's provenance says of its making: versions, commit and whether files differed from it, the
     command as typed (without this machine's interpreter), time."""

@@ -4,6 +4,7 @@ planning, and the whole path on the small data set."""
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +55,6 @@ def test_kinds_of_answers():
     counts = tofu_answers.statistics_of(["", "I don't know that."], [row, row], answers, refusals)
     assert counts["answers"] == 2 and counts["empty"] == counts["refusal"] == 1
     assert sum(counts[k] for k in tofu_answers.KINDS) == 2
-    judgement = tofu_answers.judgement
-    assert judgement("forget", "true") == judgement("retain", "refusal") == "undesired"
-    assert judgement("forget", "other fact") == judgement("retain", "true") == "desired"
 
 
 def test_a_fact_of_two_words_needs_both():
@@ -337,7 +335,7 @@ def test_every_picture_is_drawn_and_drawn_again_to_the_byte(tmp_path):
     study = hand_made_study()
     first = pictures.draw(study, list(grid.FIGURES), tmp_path / "a")
     again = pictures.draw(json.loads(json.dumps(study)), list(grid.FIGURES), tmp_path / "b")
-    assert len(first) == len(grid.FIGURES) - 1  # newer objectives are study/beyond.py's
+    assert len(first) == len(grid.FIGURES) - 2  # Figure 7 is a table, newer objectives are study/beyond.py's
     for a, b in zip(first, again, strict=True):
         assert a.read_bytes() == b.read_bytes() and a.stat().st_size > 5000, a
     assert pictures.draw({**study, "runs": []}, list(grid.FIGURES), tmp_path / "c") == []
@@ -388,11 +386,29 @@ def test_the_page_follows_from_the_json(tmp_path):
     page = pages.page({"builtin_tiny": study}, tmp_path)
     assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert all(sentence in page for sentence in pages.LESSONS.values()) and page.count("| holds |") == 13
-    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES) - 1
-    for expected in ("| forget10 | npo+rt, start 1 | 1 |", "1 of 1 above 0.05",
-                     "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |", "| forget90 | npo+rt | 1 | 6 |",
-                     "\n| 5 | 6 |"):
+    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES) - 2
+    for expected in ("| npo+rt | In $Lima. [other fact] |", "| forget10 | npo+rt, start 1 | 1 |",
+                     "1 of 1 above 0.05", "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |",
+                     "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
         assert expected in page, expected
+
+
+def test_answers_stand_under_their_own_questions():
+    """Splits ask different questions."""
+    def samples(place: str) -> list:
+        return [{"set": "forget", "question": f"Where was {place}?", "answer": f"In {place}.",
+                 "generation": f"Not | in\n{place}.", "kind": "garbled"}]
+
+    table = "\n".join(pages.samples_table(["model"], [(["a"], samples("Oslo")), (["b"], samples("Lima")),
+                                                      (["c"], samples("Oslo"))]))
+    oslo, lima = table.split("| model | forget: Where was Lima? (In Lima.) |")
+    assert "Where was Oslo? (In Oslo.)" in oslo and "| a | Not / in Oslo. [garbled] |" in oslo
+    assert "| c |" in oslo and "| b | Not / in Lima. [garbled] |" in lima and "| c |" not in lima
+
+
+def test_never_with_so_much_utility_has_no_spread():
+    assert pages.mean_sd([-math.inf, -math.inf]) == pages.mean_sd([-math.inf, -1.0]) == "-inf"
+    assert pages.mean_sd([1.0, 3.0]) == "2.00 ± 1.41"
 
 
 def with_newer_objectives() -> dict:
@@ -773,6 +789,15 @@ def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path
         with pytest.raises(InputError, match=said):
             records.collected(tmp_path, None)
     assert pictures.style("squared+rt") and pictures.style("npo+rt+kl")  # of one's own
+
+
+def test_collected_runs_are_shown_again_from_their_json(monkeypatch, tmp_path, capsys):
+    kept = ROOT / "results" / "builtin_beta_tried"
+    again = Path(shutil.copy(kept.with_suffix(".json"), tmp_path))
+    monkeypatch.setattr(sys, "argv", ["figures_tofu.py", "--draw-only", "--out", str(again)])
+    figures_tofu.main()
+    assert again.with_suffix(".md").read_text() == kept.with_suffix(".md").read_text()
+    assert again.with_suffix(".png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("flags,said", [(["--figure", "5", "--splits", "forget50"], "nothing to make"),

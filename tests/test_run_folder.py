@@ -72,6 +72,13 @@ def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
     assert provenance.environment()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")
 
 
+@pytest.mark.parametrize("command,told", [
+    ("x.py --data=/a/tofu --out runs/a/b", "x.py --data=tofu --out runs/a/b"),
+    ("x.py --model smollm2-135m=/a/m --data '../my data'", "x.py --model smollm2-135m=m --data 'my data'")])
+def test_a_command_is_told_without_folders_of_this_machine(command, told):
+    assert provenance.without_folders(command) == told
+
+
 # ---------------------------------------------------------------- the picture
 
 def panels(log: list, samples: dict, quality=-3.0, utility=0.5) -> dict:
