@@ -1,7 +1,7 @@
 """Evaluation logs, ours and TOFU's released ones: read, checked row by row, matched by question, and told."""
 
 import json
-import math
+import sys
 from pathlib import Path
 
 from data.tofu import EVALUATED, complement, parse_split
@@ -19,7 +19,8 @@ TOFU_KEYS = {"answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphra
              "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
              "generated_text": "generated_text"}
 # The least and the most that a row's numbers may be, all finite: sums in nats, counts of tokens, shares.
-SUM, COUNT, SHARE, ANY = (0, math.inf), (1, math.inf), (0, 1), (-math.inf, math.inf)
+MAX = sys.float_info.max
+SUM, COUNT, SHARE, ANY = (0, MAX), (1, MAX), (0, 1), (-MAX, MAX)
 BOUNDS = {"answer_nll": SUM, "answer_tokens": COUNT, "paraphrased_nll": SUM, "paraphrased_tokens": COUNT,
           "rouge_l_recall": SHARE, "exact_memorization": SHARE, "extraction_strength": SHARE,
           "reference_nll": SUM, "min_k": ANY, "min_k_plus_plus": ANY, "kl": ANY}
@@ -84,7 +85,7 @@ def check_rows(rows: list, where: str, unasked: tuple):
             raise InputError(f"{where} row {row['index']}: perturbed_nll and perturbed_tokens must be lists")
         numbers = [(row[key], bounds) for key, bounds in BOUNDS.items() if row.get(key) is not None]
         numbers += [(x, SUM) for x in sums] + [(x, COUNT) for x in counts]
-        finite = all(isinstance(x, (int, float)) and math.isfinite(x) and least <= x <= most
+        finite = all(isinstance(x, (int, float)) and least <= x <= most
                      for x, (least, most) in numbers)
         there = all(row.get(key) is not None for key in NEEDED if key not in unasked)
         texts = all(isinstance(row[key], str) for key in TEXTS if row.get(key) is not None)

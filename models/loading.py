@@ -8,6 +8,7 @@ one it was made from. The optional packages gguf and accelerate read it.
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from data.prompts import system_prompt_of
 from models.presets import PRESETS, settings_of, split_model
-from models.saving import read_meta, save_model
+from models.saving import hub_id, read_meta, save_model
 from models.sharded import weight_names
 from support.errors import InputError, cause_of, refuse
 from support.files import locked, whole_folder
@@ -63,7 +64,7 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
     folder = Path(source)
     if folder.is_dir():
         check_folder(folder, f"{flag} {source}")
-    elif folder.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    elif not hub_id(source):
         raise InputError(f"{flag} {source}: neither a preset ({', '.join(PRESETS)}), a folder, nor a Hub id")
     advice = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
     model, tokenizer = read(source, f"{flag} {source}: cannot load it as safetensors", advice,
@@ -136,7 +137,7 @@ def empty_model(source: str, config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     finally:
         nn.Module.register_parameter = register
-    if (Path(source) / "generation_config.json").is_file():
+    with suppress(OSError):  # a folder or a Hub id without one
         model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 

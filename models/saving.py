@@ -3,10 +3,11 @@ otherwise: preset, prompt template, and what the model was trained on."""
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import hf_hub_download, split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 
 from models.adapters import adapted
@@ -57,9 +58,17 @@ def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE)
         raise (OSError(str(error)) if type(error) is Exception else error) from None
 
 
+def hub_id(source: str) -> bool:
+    """user/name, and no folder of that name."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+
 def read_meta(source: str) -> dict:
-    """What npo.json in a model folder says; {} where there is none. Raises InputError."""
+    """What npo.json of a model's folder or Hub id says; {} where there is none. Raises InputError."""
     file = Path(source) / "npo.json"
+    if hub_id(source):
+        with suppress(OSError, ValueError):  # it has none, or there is no network, or no such id
+            file = Path(hf_hub_download(source, "npo.json"))
     if not file.is_file():
         return {}
     try:

@@ -24,9 +24,9 @@ NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in scoring.MIA_SET
 
 
 class Reference:
-    """log pi_ref of every answer in the stream, and its hidden states, in `runs/NAME/reference/`: one file a
-    process, read memory-mapped. The mark covers weights, texts, precision and stream; a file with another
-    one is refused (InputError)."""
+    """log pi_ref of every answer that the loss compares, and hidden states, in `runs/NAME/reference/`: one
+    file a process, read memory-mapped. The mark covers weights, texts, precision and stream; a file with
+    another one is refused (InputError)."""
 
     def __init__(self, folder: Path, mark: str, plan: Plan, device):
         self.device, self.file_of = device, {}
@@ -37,7 +37,7 @@ class Reference:
                                  f"precision (mark {made_for}, now {mark}); start a new run")
             self.file_of.update(dict.fromkeys(file.keys(), file))
         self.answers, refusals, *self.scored = (self[name] for name in NUMBERS)
-        self.refusals = dict(zip(plan.refusals, refusals, strict=True))
+        self.refusals = dict(zip(plan.refusals, refusals, strict=False))  # none where none are compared
 
     def __getitem__(self, key: str) -> Tensor:
         return self.file_of[key].get_tensor(key)
@@ -77,8 +77,10 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
     if not plan.evaluation_steps(s.eval_every):
         prepared = scoring.Prepared({}, {}, {})
     scored = [scoring.own_answers(prepared, (name,)).values() for name in scoring.MIA_SETS]
-    tensors, of_tokens = {}, {}
-    for name, some in zip(NUMBERS, (plan.answers, plan.refusals.values(), *scored), strict=True):
+    takes, tensors, of_tokens = set(plan.objective.takes), {}, {}
+    answers = plan.answers if takes & {"reference_logps", "reference_token_logps"} else []
+    refusals = plan.refusals.values() if takes & {"reference_refusal_logps", "kl_baseline"} else []
+    for name, some in zip(NUMBERS, (answers, refusals, *scored), strict=True):
         logps, of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
         tensors[name] = logps.cpu()
     if "reference_token_logps" in plan.objective.takes:

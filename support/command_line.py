@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from functools import partial
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
-        if "" in given or any(str(word).startswith("--") and str(word).endswith("=") for word in given):
+        if "" in given or any(re.fullmatch("--[^=]*=", str(word)) for word in given):
             raise InputError("a flag's value is empty, as of a variable that is not set: leave the flag out")
         return super().parse_args(args, namespace)
 

@@ -40,6 +40,7 @@ TRAIN = [
     ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
     ("--resume nowhere", "not a run's"), ("--model DATA --data DATA", "no config.json"),
     ("--forget-weight 0 --retain-weight 1 --beta 3", "--beta has no effect"), ("--out=", "value is empty"),
+    ("--out=a= --resume b", "not a run's"),
     ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
     ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
     ("--loss satimp --beta2 0", "must be positive"),

@@ -409,6 +409,7 @@ def good_log() -> dict:
     lambda log: log["rows"]["forget"][0].update(answer_tokens=0),
     lambda log: log["rows"]["forget"][0].update(answer_nll=None),
     lambda log: log["rows"]["forget"][0].update(answer_nll=math.nan),
+    lambda log: log["rows"]["forget"][0].update(answer_nll=10**400),
     lambda log: log["rows"]["forget"][0].update(perturbed_tokens=[2]),
     lambda log: log["rows"]["forget"][0].update(min_k="x"),
     lambda log: log["rows"]["forget"][0].update(perturbed_nll=3),

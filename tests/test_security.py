@@ -17,6 +17,7 @@ import train_npo
 from data.prompts import prompt_text
 from data.tofu import load_task, read_rows
 from evaluation.logs import read_log
+from models import saving
 from models.loading import MAX_JSON_BYTES, load_model
 from models.saving import read_meta
 from running import checkpoints
@@ -120,6 +121,19 @@ def test_a_chat_template_stays_in_its_sandbox(crafted, tmp_path, monkeypatch, te
     tokenizer.chat_template = template
     assert "chat template fails" in refusal(prompt_text, tokenizer, "chat", "Who?")
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_hub_id_says_of_itself_is_read(crafted, monkeypatch):
+    (crafted / "npo.json").write_text('{"preset": "tiny", "template": "qa"}')
+    monkeypatch.setattr(saving, "hf_hub_download", lambda source, name: str(crafted / name))
+    assert read_meta("user/name") == {"preset": "tiny", "template": "qa"} and read_meta("a/b/c") == {}
+    (crafted / "npo.json").unlink()
+    assert read_meta("user/name") == {}
+
+    def unreachable(source, name):
+        raise OSError("no network")
+    monkeypatch.setattr(saving, "hf_hub_download", unreachable)
+    assert read_meta("user/name") == {}
 
 
 def test_a_file_meant_to_fill_the_memory_is_refused_unread(crafted):

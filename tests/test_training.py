@@ -211,6 +211,14 @@ def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
     assert not any(key.startswith(("forget/", "tokens/")) for key in reference.file_of)
 
 
+@pytest.mark.parametrize("loss,answers,refusals", [("ga", 0, False), ("idk", 0, False), ("npo", 20, False),
+                                                   ("dpo", 20, True), ("kto", 20, True)])
+def test_the_reference_pass_computes_what_the_loss_compares(settings, tmp_path, loss, answers, refusals):
+    _, plan, reference, _ = prepared_step(settings(loss=loss), tmp_path)
+    assert len(reference.answers) == answers
+    assert reference.refusals.keys() == (plan.refusals.keys() if refusals else set())
+
+
 def test_a_stale_reference_is_refused(settings, tmp_path):
     _, plan, _, _ = prepared_step(settings(), tmp_path)
     with pytest.raises(InputError, match="stale"):
@@ -524,7 +532,7 @@ def test_the_users_command_makes_models_reuses_them_and_reports(command, forked,
     collected = json.loads((tmp_path / "collected.json").read_text())["runs"]
     assert [r["method"] for r in collected] == ["npo+rt"] * 2 and (tmp_path / "collected.png").exists()
     # One process or two.
-    assert "| method | beta | retain weight | forget: " in (tmp_path / "collected.md").read_text()
+    assert "| method | beta | retain weight | seed | forget: " in (tmp_path / "collected.md").read_text()
     utility, of_one_process = (run["model_utility"] for run in collected)
     assert utility == pytest.approx(of_one_process, rel=1e-4)
     wrong = forked("evaluate_tofu.py", "--model", folder / "model", "--data", data,
