@@ -36,7 +36,8 @@ import synthetic
 from benchmark import opponents
 from data.tofu import load_task
 from models.presets import PRESETS, split_model
-from running.settings import resolve
+from running.run_folder import Stopped
+from running.settings import resolve, resumed
 from support.command_line import Parser, cores, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
@@ -126,8 +127,12 @@ def small_start(args: Namespace) -> str:
     mark = fingerprint(load_task(args.data, "full").fingerprint, PRESETS["tiny"].sft_lr)
     folder = Path(f"runs/bench/tiny-{mark}")
     if not (folder / "model").is_dir():
-        carry_out(resolve({"loss": "sft", "split": "full", "data": args.data, "epochs": 3, "out": str(folder),
-                           "eval_every": "never", "device": args.device.type}), World(0, 1, args.device))
+        s = resolve({"loss": "sft", "split": "full", "data": args.data, "epochs": 3, "out": str(folder),
+                     "eval_every": "never", "device": args.device.type})
+        try:
+            carry_out(resumed(folder, {}) if folder.exists() else s, World(0, 1, args.device))
+        except Stopped:  # saved: the same command goes on
+            raise KeyboardInterrupt from None
     return f"tiny={folder / 'model'}"
 
 

@@ -327,6 +327,7 @@ def main(argv=None):
         expect_split(rows, provenance, split, args.log)
         retrained = read_retain_log(args.retain_log, split, rows["forget"],
                                     provenance.get("data_fingerprint"), provenance.get("template"), args.log)
+        provenance = {**provenance, "log": args.log, "retain_log": args.retain_log, "metrics": environment()}
     else:
         rows, provenance, retrained = measure(args)
     metrics = compute_metrics(rows, *retrained)

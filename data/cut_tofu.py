@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.make_builtin import write_sets  # noqa: E402
-from data.tofu import load_sets  # noqa: E402
+from data.tofu import HOLDOUT, load_sets  # noqa: E402
 from support.command_line import Parser, positive, run_command  # noqa: E402
 from support.errors import InputError  # noqa: E402
 
@@ -27,7 +27,7 @@ def main():
                            ("--fact-rows", 30, "of real authors and of world facts")):
         parser.add_argument(flag, type=positive(int), default=rows, help=f"rows {of}")
     args = parser.parse_args()
-    sets, forget = load_sets(args.data)[0], args.rows // 10
+    (sets, refusals, origin), forget = load_sets(args.data), args.rows // 10
     if args.rows % (10 * AUTHOR) or args.rows > len(sets["full"]) or args.retain_rows > args.rows - forget:
         raise InputError(f"--rows {args.rows}: need a multiple of {10 * AUTHOR} (whole authors) up to "
                          f"{len(sets['full'])}, and at most its 90% as --retain-rows")
@@ -36,11 +36,13 @@ def main():
     for name, rows in evaluated.items():
         if rows > len(sets[name]):
             raise InputError(f"{name} has {len(sets[name])} rows, not {rows}")
-    sets = {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
-            "forget10_perturbed": sets["forget10_perturbed"][-forget:],
-            **{name: sets[name][:rows] for name, rows in evaluated.items()}}
-    write_sets(args.out, sets)
-    for name, rows in sets.items():
+    cut = {"full": sets["full"][:args.rows - forget] + sets["full"][-forget:],
+           "forget10_perturbed": sets["forget10_perturbed"][-forget:],
+           **{name: sets[name][:rows] for name, rows in evaluated.items()}}
+    if HOLDOUT in sets:
+        cut[HOLDOUT] = sets[HOLDOUT][:forget]
+    write_sets(args.out, cut, refusals if origin != "builtin" else ())
+    for name, rows in cut.items():
         print(f"{args.out / name}.json: {len(rows)} rows")
 
 

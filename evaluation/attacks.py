@@ -31,6 +31,7 @@ from models.loading import load_named
 from models.saving import weights_hash
 from support.errors import InputError
 from support.files import read_text, write_json
+from support.provenance import environment
 from support.world import World
 
 BATCH = 32  # rows of a step of relearning
@@ -346,7 +347,7 @@ def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
                       *attacked(lab, attack, model, models.get("start"))]
             if name != "retrained":
                 add_quality(states, entries.get("retrained", {}).get("states"))
-            entries[name] = {"states": states}
+            entries[name] = {"states": states, "made": environment()}
             if attack == "relearn":
                 add_halfway(entries)
             write_json(path, result)

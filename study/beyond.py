@@ -33,7 +33,8 @@ def attacked(study: dict) -> dict:
     def flat(model: dict) -> dict:
         return {**model, **model.get("leak", {}), "halfway": model.get("halfway", {}).get("forget 100%")}
 
-    found = {m: [r["attacks"] for r in runs if "attacks" in r] for m, runs in objectives(study).items()}
+    found = {m: [r["attacks"] for r in runs if "model" in r.get("attacks", {})]  # not stopped on the way
+             for m, runs in objectives(study).items()}
     found = {method: attacks for method, attacks in found.items() if attacks}
     if not found:
         return {}

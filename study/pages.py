@@ -8,6 +8,7 @@ from pathlib import Path
 from evaluation.logs import words
 from study import grid, verdicts
 from study.answers import KINDS
+from study.records import differing
 from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
 from support.command_line import markdown_table
 
@@ -115,9 +116,10 @@ def peak_table(study: dict, splits: tuple) -> list[str]:
 
 def single_runs_table(runs: list) -> list[str]:
     """One line for each record, whatever its settings."""
-    keys = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
+    always = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
+    keys = [*always, *(key for key in differing(runs) if key not in always)]
     return runs_table([key.replace("_", " ") for key in keys],
-                      [([r[key] for key in keys], [r]) for r in runs])
+                      [([r.get(key) for key in keys], [r]) for r in runs])
 
 
 def samples_table(head: list, named: list) -> list[str]:

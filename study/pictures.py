@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
 from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
-from study.records import COLLECTED
+from study.records import COLLECTED, differing
 from study.verdicts import LINE, chosen_runs, peak, peak_at, tuned_runs
 
 COLORS = {"ga": "tab:red", "idk": "tab:orange", "dpo": "tab:blue", "kto": "tab:green", "npo": "black",
@@ -173,17 +173,18 @@ def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=cho
 
 def single_runs(runs: list, path: Path):
     """Records of any settings, a line for those that differ in their seed alone; the same method is named by
-    what differs of lr, beta, retain weight and seed, and by its place too where nothing does."""
+    what differs of the settings, and by its place too where only data or start do."""
     alike = {}  # settings without the seed -> runs
     for run in runs:
-        settings = [run[key] for key in COLLECTED if key != "seed"]
+        settings = [run.get(key) for key in COLLECTED if key != "seed"]
         alike.setdefault((*run["steps"], *settings), []).append(run)
     firsts, names = [some[0] for some in alike.values()], []
     for run in firsts:
         same = [r for r in firsts if r["method"] == run["method"]]
-        told = ("lr", "beta", "retain_weight", "seed")
-        telling = [key for key in told if len({r[key] for r in same}) > 1]
-        names.append(" ".join([run["method"], *(f"{key.replace('_', ' ')} {run[key]:g}" for key in telling)]))
+        telling = {key: run[key] for key in differing(same) if run.get(key) is not None}
+        names.append(" ".join([run["method"], *(
+            value if isinstance(value, str) else f"{key.replace('_', ' ')} {value:g}"
+            for key, value in telling.items())]))
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
     named = dict(zip(names, alike.values(), strict=True))

@@ -29,7 +29,8 @@ SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_ROW = 7  # of each of these sets, for Figure 7
 TEXT = 160  # characters of a sampled text that are kept
 COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs",
-             "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template")  # of a single run
+             "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template", "kl_direction",
+             "gamma", "beta2", "retain_pairing", "max_grad_norm", "dtype", "lora")  # of a single run
 
 
 def json_path(args: Namespace) -> Path:
@@ -72,7 +73,7 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
                 "start": Path(start.folder).name if start else Path(folder).name or preset.finetuned}
-    known = read_study(path) if path.exists() else {"runs": [], "retrained": [], **identity}
+    known = read_study(path) if path.exists() else {"runs": [], "retrained": [], "failed": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:
             raise InputError(f"{path} was made with {key} {known.get(key)}, not {value}: give another --out")
@@ -80,8 +81,10 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
     budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "retain_weights": grid.RETAIN_WEIGHTS}
     made = environment()
     made["command"] = without_folders(made["command"])
-    study.known = {**known, "data": data, "model": name, "failed": [], "parameters": shape.parameters,
+    study.known = {**known, "data": data, "model": name, "parameters": shape.parameters,
                    "budget": budget, "provenance": made, "choices_from": args.choices}
+    planned = {one.key for job in grid.plan(study) for one in (*job.needs, job)}  # these are tried again
+    study.known["failed"] = [failure for failure in known["failed"] if failure["key"] not in planned]
     return study
 
 
@@ -203,17 +206,23 @@ def samples_of(data: str, split: str, rows: dict) -> list:
     return samples
 
 
+def differing(runs: list) -> list[str]:
+    """The settings in which single runs of a method differ, without data and start."""
+    keys = [key for key in COLLECTED if key not in ("method", "data", "model")]
+    return [key for key in keys if len({run.get(key) for run in runs}) > 1]
+
+
 def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     """The record of a single run, known by its settings alone. Raises InputError."""
-    if not (folder / "model").is_dir():
-        raise InputError(f"{folder} is no finished run: need a run folder with model/ in it")
+    if not ((folder / "model").is_dir() and (folder / "config.json").is_file()):
+        raise InputError(f"{folder} is no finished run: need a run folder with config.json and model/ in it")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings, data = config["settings"], config["settings"]["data"]
     if settings.get("forget"):
         raise InputError(f"{folder} unlearned rows of its own: only runs on TOFU's sets are collected")
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
              "command": without_folders(config["command"]),
-             **{k: settings[k] for k in COLLECTED}, "data": Path(data).name}
+             **{k: settings.get(k) for k in COLLECTED}, "data": Path(data).name}
     found = record(folder, facts, data, log_truth_ratio)
     quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])
     if facts["kind"] == "unlearn" and (len(quality) < 2 or None in quality + utility):
@@ -230,13 +239,13 @@ def keep(study: Study, job: Job, seconds: float | None):
 
 def keep_record(study: Study, kept: dict):
     """Write one more record to the study's JSON. Raises InputError for a run from another start than the
-    others of its split and seed: one name's weights differ from machine to machine, in rounding."""
+    others of its split: one name's weights differ from machine to machine, in rounding."""
     known, place = study.known, "retrained" if kept["kind"] == "model" else "runs"
     began = {r["start_weights"] for r in known["runs"]
-             if all(r.get(key) == kept.get(key) for key in ("split", "seed", "start_seed"))}
+             if all(r.get(key) == kept.get(key) for key in ("split", "start_seed"))}
     if began - {kept["start_weights"]}:
-        raise InputError(f"{json_path(study.args)} has runs of {kept['split']}, seed {kept['seed']}, that "
-                         f"began from weights {min(began)}, and these begin from {kept['start_weights']}: "
+        raise InputError(f"{json_path(study.args)} has runs of {kept['split']} that began "
+                         f"from weights {min(began)}, and these begin from {kept['start_weights']}: "
                          "they can't be compared; bring that start's folder, or give another --out")
     others = [r for r in known[place] if r["key"] != kept["key"]]
     known[place] = sorted([*others, kept], key=lambda r: [str(r.get(k, "")) for k in ORDER])

@@ -65,13 +65,14 @@ def frontier(curve: np.ndarray) -> np.ndarray:
 
 
 def better_frontier(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """At every level that any of them reaches, `name` has the smallest retain distance."""
+    """At every level that any of them reaches, one at least, `name` has the smallest retain distance."""
     own, best = frontier(curves[name]), np.min([frontier(curves[other]) for other in others], axis=0)
     reached = np.isfinite(np.minimum(own, best))
     ratio = own[reached] / best[reached]  # 0 where only `name` gets there, inf where only another does
-    return (ratio <= 1).all(), {
+    median = float(np.median(ratio)) if len(ratio) else math.nan
+    return reached.any() and (ratio <= 1).all(), {
         "levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
-        "median_ratio": float(np.median(ratio)) if len(ratio) else 1.0, "worst_ratio": ratio.max(initial=0.0)}
+        "median_ratio": median, "worst_ratio": ratio.max(initial=0.0)}
 
 
 def distances_agree(curves: dict, steps: np.ndarray):

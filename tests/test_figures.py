@@ -379,6 +379,16 @@ def test_single_runs_of_one_method_are_named_by_what_differs(name, labels, monke
     assert labels <= {text.get_text() for text in figure.legends[0].get_texts()}
 
 
+def test_single_runs_that_differ_in_any_setting_have_lines_and_rows_of_their_own(monkeypatch):
+    runs = json.loads((ROOT / "results" / "smollm2_forget10.json").read_text())["runs"][:1] * 2
+    runs = [{**run, "kl_direction": way} for run, way in zip(runs, ("ours", "theirs"), strict=True)]
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
+    figure = pictures.single_runs(runs, Path("x"))
+    assert {"npo+rt ours", "npo+rt theirs"} <= {text.get_text() for text in figure.legends[0].get_texts()}
+    head, _, first, second = pages.single_runs_table(runs)
+    assert "| kl direction |" in head and "| ours |" in first and "| theirs |" in second
+
+
 def test_the_page_follows_from_the_json(tmp_path):
     study = hand_made_study()
     for key in pages.FIGURE_TITLES:
@@ -458,6 +468,8 @@ def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path, m
     study = with_newer_objectives()
     for run in study["runs"]:
         run.pop("attacks", None)
+    assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
+    study["runs"][0]["attacks"] = {"retrained": {"before": 0.5}}  # stopped before the unlearned model's turn
     assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
     assert [path.name for path in beyond.draw(study, tmp_path / "a")] == ["a_objectives.png"]
     monkeypatch.setattr(beyond, "picture", lambda path, panels: panels)
@@ -633,9 +645,10 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     kept = {**s.known["runs"][0], "key": other.key}
     records.keep_record(s, kept)
     assert len(s.known["runs"]) == 2
-    with pytest.raises(InputError, match="began from weights 57a7"):
-        records.keep_record(s, {**kept, "start_weights": "0"})
-    for other in ({"start_seed": 1}, {"seed": 9}, {"split": "forget20"}):
+    for same in ({}, {"seed": 9}):
+        with pytest.raises(InputError, match="began from weights 57a7"):
+            records.keep_record(s, {**kept, "start_weights": "0", **same})
+    for other in ({"start_seed": 1}, {"split": "forget20"}):
         records.keep_record(s, {**kept, "start_weights": "0", **other})
 
 
@@ -668,6 +681,20 @@ def test_a_run_that_is_killed_or_refused_fails_and_the_others_go_on(run_fates):
     assert [r["key"] for r in s.known["runs"]] == [jobs[1].key]
     assert [(f["key"], f["why"]) for f in s.known["failed"]] == [
         (jobs[0].key, "exit status -9: step 1"), (jobs[2].key, "exit status 2: train_npo.py: no room")]
+
+
+def test_a_failed_tuning_run_is_known_until_it_is_tried_again(study):
+    s = study("--figure", "8", "--methods", "ga")
+    first, *others = grid.tuning_jobs(s, "ga")
+    s = recorded(s, *others)
+    workers.failed(s, first, "exit status 1")
+    records.json_path(s.args).parent.mkdir(parents=True)
+    records.json_path(s.args).write_text(json.dumps(records.complete(s)))
+    later = study("--figure", "8", "--methods", "npo")
+    assert "ga" in grid.chosen(later) and [f["key"] for f in later.known["failed"]] == [first.key]
+    again = study("--figure", "8", "--methods", "ga")
+    missing = {job.key for job in records.missing(again, grid.plan(again))}
+    assert "ga" not in grid.chosen(again) and first.key in missing
 
 
 def test_a_run_that_ends_as_it_is_asked_to_stop_ends_too(run_fates, monkeypatch):

@@ -268,6 +268,8 @@ def test_verdicts_can_fail():
     worse = curve(small[0], np.array(flat) + 0.1)
     assert claims.better_frontier({"npo": small, "ga": worse}, steps, "npo", ("ga",))[0]
     assert not claims.better_frontier({"npo": worse, "ga": small}, steps, "npo", ("ga",))[0]
+    far = curve([1.7] * 5, flat)  # nobody gets to any level
+    assert not claims.better_frontier({"npo": far, "ga": far}, steps, "npo", ("ga",))[0]
     assert claims.goes_to_ga({"ga": small, "npo@0.01": small * 1.01, "npo@1": small * 2}, steps)[0]
     assert not claims.goes_to_ga({"ga": small, "npo@0.01": small * 2, "npo@1": small}, steps)[0]
 
