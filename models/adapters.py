@@ -8,6 +8,8 @@ the merged model, W + s B A, which loads without peft.
 import torch
 from torch import nn
 
+from support.errors import InputError
+
 SCALE = 2
 
 
@@ -20,6 +22,8 @@ def add_adapters(lm: nn.Module, rank: int, seed: int, dtype: torch.dtype) -> str
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear",
                                            task_type="CAUSAL_LM"), lm)
     found = adapted(lm)
+    if not all(hasattr(layer.get_base_layer(), "weight") for layer in found.values()):
+        raise InputError("--lora: this model has experts in one piece, which take no adapters; leave it out")
     for layer in found.values():
         layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.to(dtype)
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)

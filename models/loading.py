@@ -69,6 +69,9 @@ def load_model(source: str, without_weights: bool = False, flag: str = "--model"
     advice = "" if folder.is_dir() else "; without network, fetch them by hand into a folder"
     model, tokenizer = read(source, f"{flag} {source}: cannot load it as safetensors", advice,
                             without_weights)
+    if not hasattr(model.config, "num_hidden_layers"):
+        raise InputError(f"{flag} {source}: {type(model).__name__} is made of several models; take one that "
+                         "reads texts alone")
     rows = model.get_input_embeddings().weight.shape[0]
     # Added tokens that the model has no row for (a <pad> of Llama-2's copies) do no harm: nothing uses them.
     tokens = max(tokenizer.vocab_size, (tokenizer.eos_token_id or 0) + 1)
@@ -149,7 +152,10 @@ def weights_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # network and format errors: the sentence carries the cause
+        raise InputError(f"--model {source}: cannot fetch its weights ({cause_of(error)})") from None
 
 
 def check_folder(folder: Path, named: str):

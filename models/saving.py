@@ -28,6 +28,8 @@ def save_model(model, tokenizer, folder: Path, meta: dict, world: World = ALONE)
     adapters = adapted(model)
     parameters = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()
                   if ".lora_" not in name}
+    kept = model.state_dict().keys()
+    parameters |= {name: b for name, b in model.named_buffers() if name in kept}  # a router's biases
     split = split_state_dict_into_shards_factory(
         parameters, get_storage_size=lambda p: p.numel() * 4, max_shard_size=FILE_BYTES,
         filename_pattern="model{suffix}.safetensors")
@@ -67,7 +69,7 @@ def read_meta(source: str) -> dict:
     """What npo.json of a model's folder or Hub id says; {} where there is none. Raises InputError."""
     file = Path(source) / "npo.json"
     if hub_id(source):
-        with suppress(OSError, ValueError):  # it has none, or there is no network, or no such id
+        with suppress(Exception):  # it has none, or there is no network, or no such id: loading says so
             file = Path(hf_hub_download(source, "npo.json"))
     if not file.is_file():
         return {}

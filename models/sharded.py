@@ -76,6 +76,9 @@ def fill(model, lm_folder: Path, device):
                              f"{list(parameter.shape)}; they are not of one model")
         mine, start = local(parameter), first_row(parameter)
         mine.copy_(stored[start:start + len(mine)])
+    for name, buffer in model.lm.named_buffers():
+        if name in file_of:
+            buffer.copy_(file_of[name].get_tensor(name))
 
 
 @contextmanager

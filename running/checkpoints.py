@@ -37,9 +37,9 @@ def save(folder: Path, step: int, model, optimizer, state: dict, world: World):
             manifest = dict(ChainMap({"state.json": _entry(aside / "state.json")}, *parts))
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             for path in (aside / "state.json", aside / "manifest.json", aside):
-                _fsync(path)
+                fsync(path)
     if world.rank == 0:
-        _fsync(folder)
+        fsync(folder)
         saved = sorted(folder.glob("step_*"))
         newest = saved.index(folder / f"step_{step:06d}")  # behind it: torn ones, which were passed over
         for old in saved[:max(0, newest + 1 - KEPT)] + saved[newest + 1:]:
@@ -62,7 +62,7 @@ def _write_part(aside: Path, model, optimizer, rank: int) -> dict:
         first_rows = {name: first_row(tensor) for name, tensor in tensors.items()}
         save_file({name: local(tensor).detach().contiguous() for name, tensor in tensors.items()}, path,
                   metadata={"first_rows": json.dumps(first_rows)})
-        _fsync(path)
+        fsync(path)
         manifest[path.name] = _entry(path)
     return manifest
 
@@ -137,7 +137,7 @@ def _entry(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _fsync(path: Path):
+def fsync(path: Path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

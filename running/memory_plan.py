@@ -20,7 +20,7 @@ from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
 from models.loading import prompt_template
 from models.presets import PRESETS, settings_of, tiny_dims
-from models.saving import read_meta
+from models.saving import hub_id, read_meta
 from models.sharded import decoder_layers
 from running.plan import Plan
 from support.errors import InputError, cause_of
@@ -56,7 +56,7 @@ def read_shape(s: Namespace, rows: list) -> Shape:
             config = LlamaConfig(**PRESETS[s.preset].dims)
         with torch.device("meta"):
             return shape_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"--model {s.model} is neither a preset ({', '.join(PRESETS)}) nor a model's "
                          f"folder ({cause_of(error)})") from None
 
@@ -68,8 +68,10 @@ def shape_of(lm) -> Shape:
     config, blocks, heads = lm.config, decoder_layers(lm), lm.config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_value = head_size * (getattr(config, "num_key_value_heads", None) or heads)
+    inner = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
     return Shape(count(lm), len(blocks), count(blocks[0]), count(lm) - sum(map(count, blocks)),
-                 config.hidden_size, key_value, config.intermediate_size, config.vocab_size)
+                 config.hidden_size, key_value, next(filter(None, inner), 4 * config.hidden_size),
+                 config.vocab_size)
 
 
 def token_bytes(x: Shape, dtype: str, parallel: str, checkpointing: bool) -> int:
@@ -179,8 +181,8 @@ def as_published(s: Namespace) -> Task:
 def dry_run(s: Namespace, processes: int):
     """Print the plan: counts, memory as asked and as suggested."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
-    at_hand = s.data == "builtin" or s.split == "own" or Path(s.data).is_dir()
-    task = load_task(s.data, s.split, s.forget, s.retain) if at_hand else as_published(s)
+    published = s.split != "own" and hub_id(s.data)
+    task = as_published(s) if published else load_task(s.data, s.split, s.forget, s.retain)
     x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory
     best, fits = suggest(s, x, work, processes, room), memory(x, s, work, processes)["peak"] <= room
     print(f"{s.method} on {s.split} of {task.source}, model {s.model}: {x.parameters / GB:.3f} G parameters, "

@@ -127,7 +127,7 @@ class RunFolder:
                 else:
                     path.unlink()
             with open(self.log_file, "ab") as file:
-                file.truncate(state["log_bytes"])
+                file.truncate(min(file.tell(), state["log_bytes"]))  # a machine's crash may cost it lines
         self.evaluations = self.world.agree(self.evaluations)
         self.bar.update(state["step"])
         return state["step"]
@@ -135,6 +135,8 @@ class RunFolder:
     def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
         """Save what resume needs. Raises OSError where it can't be written."""
         self.saved_at = time.monotonic()
+        if self.world.rank == 0 and self.log_file.exists():
+            checkpoints.fsync(self.log_file)
         state = {"run": self.mark, "scaler": scaler.state_dict(),
                  "log_bytes": self.log_file.stat().st_size if self.log_file.exists() else 0}
         checkpoints.save(self.folder / "checkpoints", step, model.lm, optimizer, state, self.world)

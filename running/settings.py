@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,6 +176,8 @@ def refuse_contradictions(s: Namespace, given: dict):
             not s.start,
         "--lora needs the package peft: pip install peft":
             s.lora and not s.dry_run and find_spec("peft") is None,
+        "--compile needs a compiler, such as g++ (of another name: in CXX)": s.compile and not (
+            s.dry_run or os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "gcc", "clang")))),
         "--lora goes with --parallel ddp: adapters are small, and the frozen weights are not sharded":
             s.lora and s.parallel == "fsdp",
         "--forget and --retain are the data and the split: leave out --data and --split, and --loss sft":
@@ -213,7 +216,8 @@ def parse(argv: list, description: str = "") -> Namespace:
     s = resolve(given)
     if s.out and Path(s.out).exists() and not s.dry_run:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # the count is each machine's own
-        if restarts and read_config(Path(s.out)).get("command", "").endswith(f".py {shlex.join(argv)}"):
+        begun = restarts and (Path(s.out) / "config.json").is_file()
+        if begun and read_config(Path(s.out)).get("command", "").endswith(f".py {shlex.join(argv)}"):
             return resumed(Path(s.out), given)
         raise InputError(f"--out {s.out} exists: choose another folder, or go on with --resume {s.out}")
     return s

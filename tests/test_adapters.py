@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from data.batches import collate
@@ -109,6 +110,15 @@ def test_what_lora_cannot_do_is_refused(small_model, monkeypatch):
         resolve({**given, "parallel": "fsdp"})
     with pytest.raises(InputError, match="give --model"):
         resolve({"loss": "sft", "lora": 2})
+
+
+@peft
+def test_experts_in_one_piece_take_no_adapters():
+    lm = transformers.MixtralForCausalLM(transformers.MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40,
+        num_key_value_heads=1, num_local_experts=2))
+    with pytest.raises(InputError, match="take no adapters"):
+        add_adapters(lm, 2, 0, torch.float32)
 
 
 def test_a_dry_run_counts_what_adapters_spare(forked):

@@ -1,21 +1,26 @@
 """Any causal language model is computed rightly, or refused in one sentence: tiny models of many
 architectures, made from their configs, against a plain loop."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from test_training import assert_close
 
 from data.batches import TokenBatch
 from data.prompts import Encoded, encode
 from data.tofu import load_task
 from losses import npo_loss
+from models import loading
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.generation import greedy
 from models.layers import prepare_layers
 from models.loading import load_model, make_tiny
 from models.saving import save_model
+from running.memory_plan import shape_of
 from support.errors import InputError
 from support.world import ALONE
 
@@ -79,6 +84,34 @@ def built(name: str, arguments: dict, tokenizer, folder):
             parameter.add_(0.05 * torch.randn(parameter.shape))
     save_model(lm, tokenizer, folder, {})
     return load_model(str(folder))[0]
+
+
+def test_what_a_model_keeps_beside_its_parameters_is_written(tokenizer, tmp_path):
+    """As the biases of a router, which no gradient moves."""
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**KV))
+    lm.model.layers[1].register_buffer("bias", torch.arange(3.0))
+    lm.model.layers[1].register_buffer("passing", torch.ones(2), persistent=False)
+    save_model(lm, tokenizer, tmp_path, {})
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["model.layers.1.bias"], torch.arange(3.0)) and len(saved) == len(lm.state_dict())
+
+
+def test_a_model_of_several_models_is_refused(tokenizer, tmp_path, monkeypatch):
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**KV))
+    save_model(lm, tokenizer, tmp_path, {})
+    nested = Namespace(config=Namespace(text_config=lm.config))
+    monkeypatch.setattr(loading, "read", lambda *_: (nested, tokenizer))
+    with pytest.raises(InputError, match="made of several models"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ("gpt2", "opt"))
+def test_a_plan_knows_the_shape_of_models_with_other_names_for_it(name):
+    config, arguments = (WORKS | EITHER)[name]
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**arguments))
+    shape = shape_of(lm)
+    assert shape.inner == (192 if name == "gpt2" else 96) and shape.layers == 2 and shape.hidden == 48
 
 
 def texts_of(tokenizer, rows) -> list:

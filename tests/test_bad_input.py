@@ -13,6 +13,7 @@ from data import cut_tofu
 from data.tofu import read_rows
 from models.loading import load_model, make_tiny
 from models.presets import TINY_DIMS
+from running.settings import resolve
 from support.errors import InputError
 
 # The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and
@@ -233,6 +234,14 @@ def test_status_2_and_one_sentence(command, forked):
     assert len(done.stderr.strip().splitlines()) == 1
     done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch, small_model):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match="--compile needs a compiler"):
+        resolve({"model": str(small_model), "compile": True})
+    assert resolve({"model": str(small_model), "compile": True, "dry_run": True}).compile
 
 
 @pytest.mark.parametrize("flags,said", [(["--rows", "300"], "multiple of 200"),

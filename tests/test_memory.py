@@ -287,6 +287,11 @@ def test_a_plan_that_cannot_be_made_is_refused_in_one_sentence(capsys, flags, re
         plan_of(capsys, "--model", "llama2-7b", *flags)
 
 
+def test_a_mistyped_folder_is_not_planned_as_a_hub_id(capsys):
+    with pytest.raises(InputError, match="--data nodir: not 'builtin', no folder, and no Hub id"):
+        plan_of(capsys, "--model", "llama2-7b", "--data", "nodir")
+
+
 def test_plan_flags_without_a_plan_are_refused(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_npo.py", "--gpus", "2"])
     with pytest.raises(InputError, match="--gpus has no effect"):
