@@ -23,7 +23,7 @@ from scipy import stats
 LINE = math.log10(0.05)
 NPO_BASED, GA_BASED = ("npo", "npo+rt", "npo+kl"), ("ga", "ga+rt", "ga+kl")
 BASELINES = (*GA_BASED, "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt")
-OTHERS = (*BASELINES, "npo", "npo+kl", "simnpo", "simnpo+rt")  # than npo+rt
+OTHERS = (*BASELINES, "npo", "npo+kl")  # of the paper's methods, than npo+rt
 ELSEWHERE = ("retain", "real_authors", "world_facts")
 EARLY, SMALL, FALL, HOLDING = 2 / 3, -3.0, 2.0, 1.0  # share of the run; log10; decades; decades
 PRESERVED, PRESERVED_BEYOND = 0.8, 0.88  # shares of the start's utility
