@@ -255,9 +255,11 @@ def give_up(step: int, what: str, run, s: Namespace):
 def check_start(s: Namespace, plan: Plan, logged: dict):
     """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta)
     ln 2, K = 0, z = 0. Raises RuntimeError otherwise: then nothing that follows would mean what it says."""
-    # Of a log-ratio; in 16 bits kernels differ by half a nat and more a sequence, a batch's mean by less.
+    # Of a log-ratio; in 16 bits kernels differ by half a nat and more a sequence, a batch's mean by less; a
+    # token's K and W by some thousandths.
     nats = 1e-3 if s.dtype == "fp32" else max(0.5, 2 / math.sqrt(s.batch_size))
-    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2))), "kl_loss": (0.0, nats),
+    of_w = min(0.5 if plan.objective.mean == "sequences" else 0.1, s.beta * nats / 2)
+    expected = {"mean_W": (1.0, max(1e-4, of_w)), "kl_loss": (0.0, min(0.05, nats)),
                 "kl_baseline": (0.0, nats)}
     if plan.objective.at_reference is not None:
         value = plan.objective.at_reference / s.beta

@@ -238,6 +238,14 @@ def test_step_0_identities_are_checked(settings):
         train_npo.check_start(s, plan, {"mean_W": 0.4})
 
 
+@pytest.mark.parametrize("loss,found", [("ga", {"kl_loss": 0.1}), ("tnpo", {"mean_W": 0.7})])
+def test_in_16_bits_a_tokens_k_and_weight_are_near_theirs(loss, found):
+    s, plan = Namespace(dtype="bf16", beta=4.0, batch_size=32), Namespace(objective=losses.OBJECTIVES[loss])
+    with pytest.raises(RuntimeError, match="step 0"):
+        train_npo.check_start(s, plan, found)
+    train_npo.check_start(s, plan, {"kl_loss": 2e-4, "mean_W": 0.9976})  # SmolLM2's, in bf16
+
+
 def test_a_run_whose_reference_is_another_model_ends_at_step_0(settings, monkeypatch):
     plain = Reference.answer_logps
     monkeypatch.setattr(Reference, "answer_logps", lambda self, items: plain(self, items) + 1)
