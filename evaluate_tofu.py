@@ -42,7 +42,7 @@ from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, rea
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_named, prompt_template
+from models.loading import load_named, prompt_template, template_note
 from models.presets import AUTOCAST, autocast
 from running.processes import take_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
@@ -209,8 +209,6 @@ def build_parser() -> Parser:
     source.add_argument("--log",
                         help="judge an existing per-row log instead: our JSON, or a released TOFU log")
     add_rows(add)
-    add("--template", choices=TEMPLATES,
-        help="prompt template (default: the one saved with the model, else its preset's)")
     add("--retain-log", help="log of a model retrained without the forget split: forget quality is measured "
                              "against it")
     add("--reference", help="the model before unlearning, given like --model: adds KL(reference || model)")
@@ -227,7 +225,10 @@ def build_parser() -> Parser:
 
 
 def add_rows(add):
-    """Flags of the rows that a model is judged on, and of the device; `robustness_tofu.py` has them too."""
+    """Flags of the rows that a model is judged on, how it is asked, and where; `robustness_tofu.py` has them,
+    too."""
+    add("--template", choices=TEMPLATES,
+        help="prompt template (default: the one saved with the model, else its preset's)")
     add("--data",
         help="builtin, a folder with TOFU's files, or a Hub id (default: what the model was trained on, else "
              "builtin)")
@@ -248,10 +249,12 @@ def measure(args) -> tuple[dict, dict, tuple]:
     if meta.get("template") not in (None, template):
         print(f"note: {args.model} was trained with --template {meta['template']}; it is asked with "
               f"{template}")
+    if note := not args.template and template_note(args.model, tokenizer, meta, template):
+        print(note)
     batch_size = args.batch_size or known.eval_batch_size
     context = getattr(lm.config, "max_position_embeddings", None)
     prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows, task.holdout)
-    if not task.holdout:
+    if not task.holdout and task.split != "own":
         print(NO_HOLDOUT)
     retrained = read_retain_log(args.retain_log, task.split, prepared.rows["forget"], task.fingerprint,
                                 template)

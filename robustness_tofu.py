@@ -14,16 +14,17 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 .md and .png. What is in the JSON already, of the same weights, data and settings, is not done again.
 """
 
+import math
 from pathlib import Path
 
 from data.prompts import encode
 from data.tofu import complement, parse_split
 from evaluate_tofu import add_rows, compute_metrics, log_truth_ratio, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
-from evaluation.attacks import ATTACKS, Lab, asked_otherwise, carry_out, load_models, read_result
+from evaluation.attacks import ATTACKS, BATCH, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
 from models.checks import check_attention, check_model
-from models.loading import prompt_template
+from models.loading import prompt_template, template_note
 from models.presets import Preset
 from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
@@ -56,7 +57,9 @@ def build_parser() -> Parser:
 def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
     task = task_of(args, records["model"].get("trained_on", {}))
-    template = prompt_template(tokenizer, records["model"], known)
+    template = prompt_template(tokenizer, records["model"], known, args.template)
+    if note := not args.template and template_note(args.model, tokenizer, records["model"], template):
+        print(note)
     note_control(task.split, template, records)
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
@@ -113,7 +116,9 @@ def main(argv=None):
                           ("retrained", "no control, no forget quality")):
         if name not in models:
             print(f"note: without --{name}: {without}")
-    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}")
+    steps = math.ceil(len(lab.task.forget) / BATCH)
+    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}; "
+          f"relearning all of them takes {steps} step(s)")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
         result = read_result(out / "robustness.json", identity)

@@ -162,27 +162,27 @@ def read_rows(path: Path) -> list:
     return rows
 
 
-def check_rows(rows: list, where, fields: dict, first_line: int = 1):
-    """Every row has these fields, and none is empty. Raises InputError, with `where` and the row's line."""
-    for line, row in enumerate(rows, first_line):
+def check_rows(rows: list, where, fields: dict, first: int = 1):
+    """Every row has these fields, and none is empty. Raises InputError, with `where` and the row's number."""
+    for number, row in enumerate(rows, first):
         if not isinstance(row, dict):
-            raise InputError(f"{where} line {line}: a row must be an object, got {str(row)[:60]}")
+            raise InputError(f"{where} row {number}: a row must be an object, got {str(row)[:60]}")
         for field, kind in fields.items():
             value = row.get(field)
             texts = value if isinstance(value, list) else [value]
             filled = texts and all(isinstance(text, str) and text.strip() for text in texts)
             if filled and any("\ud800" <= c <= "\udfff" for text in texts for c in text):
-                raise InputError(f"{where} line {line}: {field} has half of a character (a surrogate), which "
-                                 "is no text")
+                raise InputError(f"{where} row {number}: {field} has half of a character (a surrogate), "
+                                 "which is no text")
             if not (isinstance(value, kind) and filled):
                 needed = "a list of non-empty texts" if kind is list else "a non-empty text"
-                raise InputError(f"{where} line {line}: {field} must be {needed}, got {value!r}"[:400])
+                raise InputError(f"{where} row {number}: {field} must be {needed}, got {value!r}"[:400])
 
 
-def check_optional(rows: list, where, fields: dict, first_line: int = 1):
+def check_optional(rows: list, where, fields: dict, first: int = 1):
     """All rows have these fields where one row has one of them. Raises InputError."""
     if any(row.get(field) is not None for row in rows for field in fields):
-        check_rows(rows, where, fields, first_line)
+        check_rows(rows, where, fields, first)
 
 
 def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
@@ -193,6 +193,10 @@ def _own_task(forget_file: str | None, retain_file: str | None) -> Task:
     for name, file in files.items():
         check_optional(sets[name], file, PERTURBED)
     check_optional(sets["forget"], files["forget"], {ALTERNATIVE: str})
+    shared = set.intersection(*({(row["question"], row["answer"]) for row in some} for some in sets.values()))
+    if shared:
+        raise InputError(f"{len(shared)} rows are in --forget and in --retain, such as {min(shared)[0]!r}; "
+                         "take them out of one"[:400])
     return Task(f"{files['forget'].name}, {files['retain'].name}", "own", sets["forget"] + sets["retain"],
                 sets["forget"], sets["retain"], sets, REFUSALS, "builtin", fingerprint(sets))
 

@@ -93,6 +93,14 @@ def prompt_template(tokenizer, meta: dict, preset, template: str | None = None,
     return template
 
 
+def template_note(model: str, tokenizer, meta: dict, template: str) -> str:
+    """What to say where only a default decides that a chat model is not asked as one; else nothing."""
+    known = split_model(model)[0] or meta.get("template")
+    own = getattr(tokenizer, "chat_template", None) and template != "chat"
+    said = f"note: {model} has a chat template of its own, which --template chat takes; asked with {template}"
+    return said if own and not known else ""
+
+
 def load_named(model: str, flag: str = "--model"):
     """`load_model` of what a flag names (of a preset its checkpoint), and its preset's settings."""
     preset, path = split_model(model, flag)

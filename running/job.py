@@ -13,7 +13,7 @@ from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_model, make_tiny, prompt_template, weights_folder
+from models.loading import load_model, make_tiny, prompt_template, template_note, weights_folder
 from models.presets import AUTOCAST, settings_of, tiny_dims
 from models.saving import weights_hash
 from models.sharded import fill, shard
@@ -42,7 +42,10 @@ class Job:
     def mark(self) -> str:
         """What makes it this run: settings (but `--parallel` may change on the way), the start, and every
         text as tokens. A checkpoint, or a reference, of another is refused."""
-        settings = {key: value for key, value in self.config["settings"].items() if key != "parallel"}
+        # Of a begun run, the settings that it knew: a later version may have more.
+        known = read_config(self.folder)["settings"] if self.folder else self.config["settings"]
+        settings = {key: value for key, value in self.config["settings"].items()
+                    if key in known and key != "parallel"}
         evaluated = [[*t[:3], *t.encoded] for some in self.prepared.texts.values() for t in some]
         tokens = [self.plan.answers, self.plan.partners, list(self.plan.refusals.values()), evaluated]
         return fingerprint(settings, self.config["model_config"], self.config["start_weights"], tokens)
@@ -77,9 +80,6 @@ def prepare_job(s: Namespace, world: World) -> Job:
     context = getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, tokenizer, context)
     prepared = prepare(task.evaluated, tokenizer, s.template, context, holdout=task.holdout)
-    if plan.steps == 1:
-        raise InputError(f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
-                         "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
     retrained = read_retain_log(s.retain_log, evaluation_split(task.split), prepared.rows["forget"],
                                 task.fingerprint, s.template)
     if s.resume and read_config(Path(s.resume)).get("data_fingerprint") != task.fingerprint:
@@ -151,5 +151,10 @@ def describe(job: Job, world: World):
         "max_grad_norm", "batch_size", "micro_batch_size", "epochs", "template", "seed"))
     world.say(f"{settings}; {plan.steps} steps ({plan.warmup_steps} warm-up), "
               f"{len(plan.evaluation_steps(s.eval_every))} evaluations")
-    if s.loss != "sft" and not task.holdout:
+    if note := template_note(s.model, job.tokenizer, job.start_record, s.template):
+        world.say(note)
+    if plan.rows < s.batch_size:
+        world.say(f"note: a batch of {s.batch_size} holds each of the {plan.rows} rows more than once; "
+                  "--batch-size of their number or less makes more steps")
+    if s.loss != "sft" and not task.holdout and task.split != "own":
         world.say(NO_HOLDOUT)

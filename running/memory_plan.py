@@ -137,17 +137,19 @@ def count_work(s: Namespace, task: Task) -> Namespace:
     without padding; sequences that a row becomes (itself, its partner, its refusal); width, the longest
     text's tokens; whether they are estimated, from characters."""
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
-    tokenizer, template = CharacterTokenizer(), "llama2"
+    tokenizer, template, context = CharacterTokenizer(), "llama2", None
     if not estimated:
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(s.start, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(s.start, local_files_only=True, trust_remote_code=False)
+            context = getattr(config, "max_position_embeddings", None)
         except Exception as error:  # a torn file is reported in many ways
             raise InputError(f"--dry-run: {s.start} has no tokenizer that can be read ({cause_of(error)})"
                              ) from None
         template = prompt_template(tokenizer, read_meta(s.start), settings_of(s.preset), s.template,
                                    s.system_prompt)
-    plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, None)
+    plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, context)
     texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
     return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
                      answer_tokens=sum(e.answer_tokens for e in texts) / plan.steps, estimated=estimated,

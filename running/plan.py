@@ -9,6 +9,7 @@ from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
 from data.prompts import Encoded, encode
 from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
+from support.errors import InputError
 from support.world import World
 
 
@@ -28,7 +29,9 @@ class Counts(NamedTuple):
 
 
 class Plan:
-    """answers: Encoded, of the rows that the loss is about (to unlearn; for sft to learn); partners: of the
+    """Raises InputError for a text above `context` tokens, and for a run of one step.
+
+    answers: Encoded, of the rows that the loss is about (to unlearn; for sft to learn); partners: of the
     retain rows; refusals: (row, refusal line) -> Encoded. Empty where the objective uses none."""
 
     def __init__(self, s: Namespace, task, tokenizer, context: int | None):
@@ -57,6 +60,9 @@ class Plan:
         self.refusals = dict(zip(met, encoded(refused), strict=True))
         self.rows, self.steps = len(rows), len(self.stream)
         self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
+        if self.steps == 1:
+            raise InputError(f"{self.rows} rows, {s.epochs} epochs, batch {s.batch_size}: that is one step, "
+                             "whose lr the warm-up has at 0; give more --epochs or a smaller --batch-size")
         self.epoch_ends = [math.ceil(e * len(rows) / s.batch_size) for e in range(1, s.epochs + 1)]
 
     # ---- a step

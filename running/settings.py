@@ -155,7 +155,7 @@ def refuse_contradictions(s: Namespace, given: dict):
     tiny = PRESETS["tiny"].template
     unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
-        f"--loss {s.loss} takes {', '.join(unknown)}: neither computed nor a flag": unknown,
+        f"--loss {s.loss} takes {', '.join(unknown)}: not computed, and without a flag or default": unknown,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
             objective.mean not in ("sequences", "tokens"),
         "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":

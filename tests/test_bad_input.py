@@ -159,16 +159,16 @@ def test_an_alternative_answer_is_in_every_row_to_unlearn_or_in_none(small_data,
     retain.write_text(json.dumps(rows))
     args = ["--model", small_model, "--forget", forget, "--retain", retain, "--loss", "dpo"]
     forget.write_text(json.dumps([{**rows[0], "alternative_answer": "A poet."}, *rows[1:]]))
-    assert "forget.json line 2: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
+    assert "forget.json row 2: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
     forget.write_text(json.dumps([{**row, "alternative_answer": " "} for row in rows]))
-    assert "forget.json line 1: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
+    assert "forget.json row 1: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
     # In a folder the rows to unlearn are the end of full.json: 20 of 200, the last one has it.
     data = copy_of(small_data, tmp_path / "data")
     *others, last = (data / "full.json").read_text().splitlines()
     last = json.dumps({**json.loads(last), "alternative_answer": "A poet."})
     (data / "full.json").write_text("\n".join([*others, last]))
     said = refused(["--model", small_model, "--data", data, "--loss", "dpo"], tmp_path, monkeypatch)
-    assert "full.json line 181: alternative_answer must be" in said
+    assert "full.json row 181: alternative_answer must be" in said
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):

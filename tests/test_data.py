@@ -171,9 +171,9 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
 
 @pytest.mark.parametrize("text,message", [
     ('{"question": "a"', "line 1: not JSON"),
-    ('{"question": "a", "answer": "b"}\n{"question": "a"}', "line 2: answer must"),
-    ('{"question": "a", "answer": "\\ud800"}', "line 1: answer has half of a character"),
-    ('{"question": "a", "answer": " "}', "line 1: answer must"), ('["a"]', "must be an object"),
+    ('{"question": "a", "answer": "b"}\n{"question": "a"}', "row 2: answer must"),
+    ('{"question": "a", "answer": "\\ud800"}', "row 1: answer has half of a character"),
+    ('{"question": "a", "answer": " "}', "row 1: answer must"), ('["a"]', "must be an object"),
     ("", "no rows")])
 def test_broken_rows_are_named_by_file_and_line(tmp_path, text, message):
     (tmp_path / "own.json").write_text(text)
@@ -215,3 +215,11 @@ def test_flags_then_a_models_record_then_its_preset_say_how_it_is_asked():
         tokenizer = Namespace(init_kwargs={"system_prompt": own} if own else {})
         template = prompt_template(tokenizer, meta, preset, *flags)
         assert (template, system_prompt_of(tokenizer)) == expected
+
+
+def test_a_row_in_both_own_files_is_refused(tmp_path):
+    for name, known in (("forget", "ab"), ("retain", "bc")):
+        rows = [{"question": f"Who is {k}?", "answer": "One."} for k in known]
+        (tmp_path / name).write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="1 rows are in --forget and in --retain, such as 'Who is b"):
+        load_task("builtin", "forget10", str(tmp_path / "forget"), str(tmp_path / "retain"))

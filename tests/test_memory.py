@@ -255,7 +255,7 @@ def test_todays_models_are_planned_without_network(capsys, preset, parameters):
 
 def test_answers_shorter_than_a_token_are_planned(capsys, tmp_path):
     for name in ("forget", "retain"):
-        rows = [{"question": f"What is {k}?", "answer": str(k)} for k in range(9)]
+        rows = [{"question": f"What is {k}, {name}?", "answer": str(k)} for k in range(9)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     files = ["--forget", str(tmp_path / "forget.json"), "--retain", str(tmp_path / "retain.json")]
     said = plan_of(capsys, "--model", "llama2-7b", *files)
@@ -285,6 +285,16 @@ def test_a_micro_batch_that_fits_is_not_called_slow(capsys):
 def test_a_plan_that_cannot_be_made_is_refused_in_one_sentence(capsys, flags, reason):
     with pytest.raises(InputError, match=reason):
         plan_of(capsys, "--model", "llama2-7b", *flags)
+
+
+def test_a_plan_is_refused_where_the_run_would_be(capsys, small_model, tmp_path):
+    for name, question in {"forget": "who ", "retain": "whom", "long": "long " * 2000}.items():
+        (tmp_path / name).write_text(json.dumps([{"question": question, "answer": "One."}] * 40))
+    given = ["--forget", str(tmp_path / "forget"), "--model", str(small_model), "--retain"]
+    with pytest.raises(InputError, match="the model's context is"):
+        plan_of(capsys, *given, str(tmp_path / "long"))
+    with pytest.raises(InputError, match="that is one step"):
+        plan_of(capsys, *given, str(tmp_path / "retain"), "--batch-size", "40", "--epochs", "1")
 
 
 def test_a_mistyped_folder_is_not_planned_as_a_hub_id(capsys):

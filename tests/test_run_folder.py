@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evaluate_tofu import log_truth_ratio, task_of
-from models.loading import load_model
+from models.loading import load_model, template_note
 from running import run_folder
 from running.job import describe, prepare_job
 from running.pages import draw_trajectory
@@ -77,6 +77,15 @@ def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
     ("x.py --model smollm2-135m=/a/m --data '../my data'", "x.py --model smollm2-135m=m --data 'my data'")])
 def test_a_command_is_told_without_folders_of_this_machine(command, told):
     assert provenance.without_folders(command) == told
+
+
+def test_a_chat_model_without_a_record_is_not_asked_otherwise_without_a_word():
+    with_template, bare = Namespace(chat_template="{{ x }}"), Namespace(chat_template=None)
+    assert "--template chat takes" in template_note("FOLDER", with_template, {}, "llama2")
+    for model, tokenizer, meta, template in (
+            ("llama2-7b=FOLDER", with_template, {}, "llama2"), ("FOLDER", bare, {}, "llama2"),
+            ("FOLDER", with_template, {"template": "qa"}, "qa"), ("FOLDER", with_template, {}, "chat")):
+        assert template_note(model, tokenizer, meta, template) == ""
 
 
 # ---------------------------------------------------------------- the picture
