@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from evaluation.logs import metrics_table
 from losses import OBJECTIVES
+from models.saving import hub_id
 from support.command_line import markdown_table
 
 BINS = 30  # of a histogram
@@ -100,11 +101,12 @@ SETTINGS = ("forget_weight", "retain_weight", "kl_weight", "lr", "epochs", "batc
 def model_card(s: Namespace, config: dict, evaluations: dict, step: int) -> str:
     """Markdown with YAML front matter, for the weights after `step`. `evaluations`: step -> metrics, of which
     the start's and the last up to `step` are told. No path of this machine is in it."""
-    is_hub_id = s.data.count("/") == 1 and not Path(s.data).exists()
-    data = s.data if is_hub_id else ", ".join(Path(part).name for part in s.data.split(", "))
+    data = s.data if hub_id(s.data) else ", ".join(Path(part).name for part in s.data.split(", "))
     about, kind = (LEARNED, "fine-tuned") if s.loss == "sft" else (UNLEARNED, "machine-unlearning")
     evaluated = [k for k in sorted(evaluations) if k <= step]
     settings = {key: getattr(s, key) for key in (*SETTINGS, *OBJECTIVES[s.loss].settings)}
+    if s.system_prompt:  # whoever asks by the chat template must give it
+        settings["system_prompt"] = " ".join(s.system_prompt.split()).replace("|", "/")
     settings["step"] = f"{step} of {config['derived']['steps']}"
     settings |= {key: config.get(key) for key in ("start_weights", "data_fingerprint", "commit")}
     return CARD.format(

@@ -224,3 +224,11 @@ def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
     assert job.mark() == mark
     job.plan.answers[0].ids[0] += 1
     assert job.mark() != mark
+
+
+def test_the_card_says_with_which_system_prompt_it_was_asked(small_model, small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s = resolve({"model": str(small_model), "data": str(small_data), "template": "chat", "epochs": 1,
+                 "batch_size": 8, "eval_every": "never", "system_prompt": "Be brief\n| and kind."})
+    folder = carry_out(s, ALONE)
+    assert "| system_prompt | Be brief / and kind. |" in (folder / "model" / "README.md").read_text()
