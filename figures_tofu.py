@@ -106,12 +106,12 @@ def run(args: Namespace):
 def main():
     args = build_parser().parse_args()
     args.jobs = args.jobs or (cores() if args.model.partition("=")[0] == "tiny" else 1)
-    if args.collect or args.draw_only and args.out.endswith(".json"):
-        out = Path(args.out)
-        if out.suffix != ".json":
-            raise InputError(f"--collect with --out {out}: give the JSON to write, --out FILE.json")
-        if args.collect:
-            collect(args.collect, out)
+    out = Path(args.out)
+    if args.collect and out.suffix != ".json":
+        raise InputError(f"--collect with --out {out}: give the JSON to write, --out FILE.json")
+    if args.collect:
+        collect(args.collect, out)
+    if args.collect or args.draw_only and out.suffix == ".json":
         return draw_single_runs(out)
     if not args.draw_only and not any(set(splits) & set(args.splits) and set(methods) & set(args.methods) for
                                       splits, methods in map(grid.FIGURES.get, grid.wanted_figures(args))):

@@ -258,8 +258,8 @@ def check_start(s: Namespace, plan: Plan, logged: dict):
     # Of a log-ratio; in 16 bits kernels differ by half a nat and more a sequence, a batch's mean by less; a
     # token's K and W by some thousandths.
     nats = 1e-3 if s.dtype == "fp32" else max(0.5, 2 / math.sqrt(s.batch_size))
-    of_w = min(0.5 if plan.objective.mean == "sequences" else 0.1, s.beta * nats / 2)
-    expected = {"mean_W": (1.0, max(1e-4, of_w)), "kl_loss": (0.0, min(0.05, nats)),
+    allowed_w = min(0.5 if plan.objective.mean == "sequences" else 0.1, s.beta * nats / 2)
+    expected = {"mean_W": (1.0, max(1e-4, allowed_w)), "kl_loss": (0.0, min(0.05, nats)),
                 "kl_baseline": (0.0, nats)}
     if plan.objective.at_reference is not None:
         value = plan.objective.at_reference / s.beta

@@ -83,11 +83,11 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
     for name, some in zip(NUMBERS, (answers, refusals, *scored), strict=True):
         logps, of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
         tensors[name] = logps.cpu()
-    if "reference_token_logps" in plan.objective.takes:
+    if "reference_token_logps" in takes:
         tensors |= {f"tokens/{row}": logps.clone() for row, logps in of_tokens["answers"].items()}
     partners = sorted({i.partner for items in plan.stream for i in items}) if s.kl_weight > 0 else []
     texts = {f"retain/{p}": plan.partners[p] for p in partners}
-    if "reference_logits" in plan.objective.takes:
+    if "reference_logits" in takes:
         texts |= {f"forget/{row}": e for row, e in enumerate(plan.answers)}
     evaluated = scoring.own_answers(prepared, scoring.KL_SETS)
     texts |= {f"evaluation/{name}/{index}": e for (name, index), e in evaluated.items()}

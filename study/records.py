@@ -207,7 +207,7 @@ def samples_of(data: str, split: str, rows: dict) -> list:
 
 
 def differing(runs: list) -> list[str]:
-    """The settings in which single runs of a method differ, without data and start."""
+    """The settings in which single runs differ, beside method, data and start."""
     keys = [key for key in COLLECTED if key not in ("method", "data", "model")]
     return [key for key in keys if len({run.get(key) for run in runs}) > 1]
 
