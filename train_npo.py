@@ -311,6 +311,7 @@ def make_tiny_models(s: Namespace, task: Task, for_run: Path, world: World):
     world.wait()
     s.start = str(Path(trainings[0].out) / "model")
     s.retain_log = s.retain_log or str(max(Path(trainings[1].out, "eval").glob("step_*.json")))
+    world.say(f"it begins with {s.start}, and is compared with {s.retain_log}")
 
 
 def run_job(job: Job, begin: float, world: World):

@@ -54,7 +54,7 @@ class Task:
 
 def parse_split(split: str) -> tuple[str, int]:
     """"forget10" -> ("forget", 10), "retain90" -> ("retain", 90), "full" -> ("full", 100), or InputError."""
-    match = re.fullmatch(r"(forget|retain)(\d{2})", split)
+    match = re.fullmatch(r"(forget|retain)([0-9]{2})", split)
     if split == "full":
         return "full", 100
     if not match or match[2] == "00":
@@ -95,7 +95,7 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     if len(full) < 2:
         raise InputError(f"{data}: full.json has one row: need one to forget and one to keep")
     # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
-    perturbed = sets["forget10_perturbed"][-len(slice_rows(full, judged_split)):]
+    perturbed = sets["forget10_perturbed"][-len(slice_rows(full, min(judged_split, "forget10"))):]
     for row, other in zip(full[-len(perturbed):], perturbed, strict=True):
         if row["question"] != other["question"]:
             raise InputError(f"{data}: forget10_perturbed is not the end of full: {other['question']!r} "
@@ -127,7 +127,7 @@ def load_sets(data: str) -> tuple[dict, list, str]:
         sets = {name: read_rows(folder / f"{name}.json") for name in found}
         own = folder / "idontknow.jsonl"  # TOFU's own name; plain text, one refusal a line
         if own.is_file():
-            refusals = [line.strip() for line in read_text(own).splitlines() if line.strip()]
+            refusals = [line.strip() for line in read_text(own).split("\n") if line.strip()]
             refusals_from = own.name
             if not refusals:
                 raise InputError(f"{own} has no line: write one refusal a line, or remove the file")

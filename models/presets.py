@@ -1,6 +1,7 @@
 """What `--model NAME` fixes, in one table."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -91,7 +92,7 @@ def split_model(model: str, flag: str = "--model") -> tuple[str | None, str]:
     name, given, path = model.partition("=")
     if given and not path:
         raise InputError(f"{flag} {model}: nothing behind the =; need {name}=FOLDER, or {name} alone")
-    if path and name not in PRESETS:
+    if path and name not in PRESETS and not Path(model).exists():  # a folder's name may have a =
         raise InputError(f"{flag} {model}: {name} is no preset; need one of {', '.join(PRESETS)}")
     return (name, path) if name in PRESETS else (None, model)
 

@@ -24,6 +24,8 @@ from support.files import fingerprint, write_json
 from support.provenance import environment
 from support.world import World
 
+MAY_CHANGE = ("parallel", "transformers_version", "_name_or_path")  # on the way, and the run stays the same
+
 
 @dataclass
 class Job:
@@ -40,15 +42,16 @@ class Job:
     folder: Path | None = None
 
     def mark(self) -> str:
-        """What makes it this run: settings (but `--parallel` may change on the way), the start, and every
-        text as tokens. A checkpoint, or a reference, of another is refused."""
-        # Of a begun run, the settings that it knew: a later version may have more.
-        known = read_config(self.folder)["settings"] if self.folder else self.config["settings"]
-        settings = {key: value for key, value in self.config["settings"].items()
-                    if key in known and key != "parallel"}
+        """What makes it this run: settings, the model's dimensions, the start, and every text as tokens. A
+        checkpoint, or a reference, of another is refused."""
+        # Of a begun run, what it knew: a later version of this code, or of transformers, may have more.
+        known = read_config(self.folder) if self.folder else self.config
+        settings, model = ({key: value for key, value in self.config[part].items()
+                            if key in known.get(part, {}) and key not in MAY_CHANGE}
+                           for part in ("settings", "model_config"))
         evaluated = [[*t[:3], *t.encoded] for some in self.prepared.texts.values() for t in some]
         tokens = [self.plan.answers, self.plan.partners, list(self.plan.refusals.values()), evaluated]
-        return fingerprint(settings, self.config["model_config"], self.config["start_weights"], tokens)
+        return fingerprint(settings, model, self.config["start_weights"], tokens)
 
     def meta(self) -> dict:
         """npo.json of what it makes."""
@@ -141,7 +144,8 @@ def describe(job: Job, world: World):
     what = "learn" if s.loss == "sft" else f"unlearn, {len(task.retain)} to keep"
     refusals = f"; refusals: {plan.refusals_from}" if plan.refusals else ""
     world.say(f"{s.method} on {s.split} of {task.source}: {plan.rows} rows to {what}{refusals}")
-    world.say(f"model {s.model}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
+    at = f" ({s.start})" if s.start not in (None, "", s.model) else ""
+    world.say(f"model {s.model}{at}, {parameters / 1e6:.2f} M parameters; {world.size} process(es) on "
               f"{world.device.type}, {s.dtype}")
     if trained_on:
         world.say(f"it was trained on {trained_on.get('split')} of {trained_on.get('data')} "

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 from scipy.interpolate import CubicSpline
+from scipy.spatial import KDTree
 
 from study.sections import verdict
 
@@ -102,12 +103,8 @@ def path_gap(curve: np.ndarray, other: np.ndarray, steps: np.ndarray) -> float:
     """
     path, finite = np.log10(curve[:, np.isfinite(curve).all(0)]), np.isfinite(other).all(0)
     spline = CubicSpline(steps[finite], np.log10(other[:, finite]), axis=1)
-    line = spline(np.linspace(0, steps[finite][-1], 1001))
-    path = path[:, ::max(1, path.shape[1] // 100), None]  # (2, points, 1), against (2, 1, segments)
-    start, along = line[:, None, :-1], np.diff(line)[:, None, :]
-    length = np.maximum((along**2).sum(0), 1e-300)
-    nearest = start + np.clip((along * (path - start)).sum(0) / length, 0, 1) * along
-    return float(np.sqrt(((path - nearest)**2).sum(0)).min(1).max())
+    line = spline(np.linspace(0, steps[finite][-1], 20_001))  # so dense that its points stand for the line
+    return float(KDTree(line.T).query(path.T)[0].max())
 
 
 def goes_to_ga(curves: dict, steps: np.ndarray):

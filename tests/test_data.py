@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from argparse import Namespace
 from collections import Counter
 
@@ -13,7 +14,8 @@ from data.prompts import encode, encode_prompts, prompt_text, system_prompt_of
 from data.tofu import complement, evaluation_split, load_sets, load_task, read_rows, slice_rows
 from evaluation import scoring
 from models.loading import make_tiny, prompt_template
-from models.presets import PRESETS, TINY_DIMS
+from models.presets import PRESETS, TINY_DIMS, split_model
+from running.settings import resolve
 from support.errors import InputError
 
 
@@ -37,12 +39,49 @@ def test_split_sizes_and_slices(split, size):
     assert [r["question"] for r in judged] == [r["question"] for r in task.full[-len(judged):]]
 
 
+def test_above_10_percent_the_last_10_are_judged_however_many_are_perturbed(small_data, tmp_path):
+    folder = shutil.copytree(small_data, tmp_path / "data")
+    full = read_rows(folder / "full.json")
+    perturbed = [row | {"paraphrased_answer": "So.", "perturbed_answer": ["No."]} for row in full[-50:]]
+    (folder / "forget10_perturbed.json").write_text(json.dumps(perturbed))
+    for split in ("forget10", "forget20"):
+        judged = load_task(str(folder), split).evaluated["forget"]
+        expected = slice_rows(full, "forget10")
+        assert [row["question"] for row in judged] == [row["question"] for row in expected]
+
+
+def test_a_refusal_is_a_line_whatever_it_holds(small_data, tmp_path):
+    folder = shutil.copytree(small_data, tmp_path / "data")
+    (folder / "idontknow.jsonl").write_text("No idea\u2028at all.\n\nI can't say.\r\n", encoding="utf-8")
+    assert load_sets(str(folder))[1] == ["No idea\u2028at all.", "I can't say."]
+
+
+def test_the_presets_settings_are_the_papers_but_for_tiny():
+    for name in PRESETS.keys() - {"tiny"}:
+        given = {"model": f"{name}=somewhere"}
+        s, sft = resolve(given), resolve(given | {"loss": "sft", "split": "full"})
+        assert (s.loss, s.split) == ("npo", "forget10")
+        assert (s.forget_weight, s.retain_weight, s.kl_weight) == (1, 0, 0)
+        assert (s.lr, s.epochs, s.batch_size, s.weight_decay, s.beta) == (1e-5, 10, 32, 0.01, 0.1)
+        assert (s.warmup_epochs, s.max_grad_norm, s.kl_direction) == (1, 0, "policy_reference")
+        assert (sft.lr, sft.epochs, sft.weight_decay) == (1e-5, 5, 0.01)
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path):
+    assert split_model(f"tiny={tmp_path}") == ("tiny", str(tmp_path))
+    folder = tmp_path / "beta=0.1"
+    with pytest.raises(InputError, match="is no preset"):
+        split_model(str(folder))
+    folder.mkdir()
+    assert split_model(str(folder)) == (None, str(folder))
+
+
 def test_split_names():
     assert complement("forget05") == "retain95" and complement("retain90") == "forget10"
     assert evaluation_split("full") == "forget10" and evaluation_split("retain99") == "forget01"
     assert len(slice_rows(list(range(30)), "forget01")) == 1 and len(slice_rows(list(range(30)),
                                                                                 "retain99")) == 29
-    for wrong in ("forget00", "forget100", "forget5", "retain0", "forgotten", ""):
+    for wrong in ("forget00", "forget100", "forget5", "retain0", "forgotten", "", "forget١٠"):
         with pytest.raises(InputError, match="unknown split"):
             load_task("builtin", wrong)
 

@@ -18,6 +18,7 @@ from running.run_folder import best_step
 from running.settings import parse, resolve
 from support import provenance
 from support.errors import InputError
+from support.files import write_json
 from support.world import ALONE
 from train_npo import carry_out
 
@@ -224,6 +225,20 @@ def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
     assert job.mark() == mark
     job.plan.answers[0].ids[0] += 1
     assert job.mark() != mark
+
+
+def test_a_newer_transformers_is_the_same_run_and_another_precision_is_not(small_model, small_data, tmp_path):
+    job = start_of(small_model, small_data, tmp_path)
+    job.config["start_weights"], job.folder = "0", tmp_path / "run"
+    write_json(job.folder / "config.json", job.config)
+    mark = job.mark()
+    job.config["model_config"] |= {"transformers_version": "99.0", "_name_or_path": "elsewhere", "new": 1}
+    assert job.mark() == mark
+    for part, key, other in (("settings", "dtype", "bf16"), ("settings", "template", "qa"),
+                             ("model_config", "hidden_size", 1)):
+        now, job.config[part][key] = job.config[part][key], other
+        assert job.mark() != mark
+        job.config[part][key] = now
 
 
 def test_the_card_says_with_which_system_prompt_it_was_asked(small_model, small_data, tmp_path, monkeypatch):
