@@ -165,7 +165,7 @@ def compute_metrics(rows: dict, retrained_rows: list | None = None,
         metrics.update(forget_quality=float(test.pvalue), ks_statistic=float(test.statistic),
                        ks_rows=len(ours), forget_quality_log10=ks_log10_p(len(ours), test.statistic))
     for name in KL_SETS:
-        if rows.get(name) and all("kl" in row for row in rows[name]):
+        if rows.get(name) and all(row.get("kl") is not None for row in rows[name]):
             nats, tokens = (sum(row[key] for row in rows[name]) for key in ("kl", "answer_tokens"))
             metrics[f"{name}_kl"] = nats / tokens
     if rows.get(HOLDOUT_SET):

@@ -112,6 +112,10 @@ def match_retain_rows(rows: list, retain_rows: list, model_name: str, retain_nam
         if not other.get("perturbed_nll") or not (row.get("perturbed_nll") or row.get("perturbed_answer")):
             raise InputError(f"forget quality needs perturbed answers in every forget row: row {index} of "
                              f"{model_name} or of {retain_name} has none")
+        scored = "answer_nll" in row  # else it is a row of the data
+        if scored and (row.get("paraphrased_nll") is None) != (other.get("paraphrased_nll") is None):
+            raise InputError(f"row {index} has a paraphrased answer in one of {model_name} and {retain_name}:"
+                             " their truth ratios are not of the same")
         if words(row["answer"]) != words(other["answer"]):
             raise InputError(f"row {index} is {words(row['answer'])[:60]!r} in {model_name}, "
                              f"{words(other['answer'])[:60]!r} in {retain_name}: {flaw}")

@@ -13,11 +13,11 @@ from evaluation.scoring import Prepared, prepare
 from models.adapters import add_adapters
 from models.answers import AnswerModel
 from models.checks import check_model
-from models.loading import load_model, make_tiny, prompt_template, template_note, weights_folder
-from models.presets import AUTOCAST, settings_of, tiny_dims
+from models.loading import load_model, make_tiny, template_note, weights_folder
+from models.presets import AUTOCAST, tiny_dims
 from models.saving import weights_hash
 from models.sharded import fill, shard
-from running.plan import Plan
+from running.plan import Plan, check_processes, template_of
 from running.settings import NOT_STORED, read_config
 from support.errors import InputError
 from support.files import fingerprint, write_json
@@ -65,19 +65,13 @@ class Job:
 
 def prepare_job(s: Namespace, world: World) -> Job:
     """Load rows, tokenizer and model, tokenise, check. Raises InputError where the input is at fault."""
-    if world.size > s.batch_size:
-        raise InputError(f"{world.size} processes for a global batch of {s.batch_size}: need at least one "
-                         "row a process; use a larger --batch-size")
+    check_processes(s, world.size)
     task = load_task(s.data, s.split, s.forget, s.retain)
     if s.start:
         lm, tokenizer, start = load_model(s.start, without_weights=world.sharded)
     else:
         (lm, tokenizer), start = make_tiny(task.texts(), s.seed, tiny_dims(task.full)), {}
-    refuse_other_start(s, start, system_prompt_of(tokenizer))
-    s.template = prompt_template(tokenizer, start, settings_of(s.preset), s.template, s.system_prompt)
-    if s.system_prompt and s.template != "chat":
-        raise InputError(f"--system-prompt has no effect with the template {s.template}: leave it out, or "
-                         "give --template chat")
+    s.template = template_of(s, tokenizer, start)
     if s.template == "chat":
         s.system_prompt = system_prompt_of(tokenizer)
     context = getattr(lm.config, "max_position_embeddings", None)
@@ -97,16 +91,6 @@ def prepare_job(s: Namespace, world: World) -> Job:
         where = world._replace(device=torch.device("cpu")) if s.lora else world
         check(job, AnswerModel(lm.to(where.device)), "fp32", where)
     return job
-
-
-def refuse_other_start(s: Namespace, start: dict, system_prompt: str | None):
-    """Raises InputError where unlearning would ask the model otherwise than it has learned to be asked."""
-    template = start.get("template") if start.get("trained_on") else None
-    for flag, given, known in (("--template", s.template, template),
-                               ("--system-prompt", s.system_prompt, system_prompt)):
-        if s.loss != "sft" and known and given not in (None, known):
-            raise InputError(f"{flag} {given}: {s.start} was trained with {known}, and answers nothing else "
-                             "as it has learned to; leave it out")
 
 
 def check(job: Job, model: AnswerModel, dtype: str, world: World):

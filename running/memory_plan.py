@@ -18,11 +18,10 @@ from data.tofu import Task, complement, load_task, parse_split, slice_rows
 from losses import OBJECTIVES
 from models import layers
 from models.answers import KEPT_CHUNKS, chunk_tokens
-from models.loading import prompt_template
-from models.presets import PRESETS, settings_of, tiny_dims
+from models.presets import PRESETS, tiny_dims
 from models.saving import hub_id, read_meta
 from models.sharded import decoder_layers
-from running.plan import Plan
+from running.plan import Plan, check_processes, template_of
 from support.errors import InputError, cause_of
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side
@@ -48,6 +47,8 @@ def read_shape(s: Namespace, rows: list) -> Shape:
     """From the config.json in the folder `s.start`, else from the preset's dimensions. Raises InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     try:
+        if s.start and not hub_id(s.start) and not Path(s.start).exists():
+            raise OSError(f"{s.start} is not there")
         if s.start and (Path(s.start) / "config.json").is_file():
             config = AutoConfig.from_pretrained(s.start, local_files_only=True, trust_remote_code=False)
         elif s.preset == "tiny":
@@ -147,8 +148,7 @@ def count_work(s: Namespace, task: Task) -> Namespace:
         except Exception as error:  # a torn file is reported in many ways
             raise InputError(f"--dry-run: {s.start} has no tokenizer that can be read ({cause_of(error)})"
                              ) from None
-        template = prompt_template(tokenizer, read_meta(s.start), settings_of(s.preset), s.template,
-                                   s.system_prompt)
+        template = template_of(s, tokenizer, read_meta(s.start))
     plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, context)
     texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
     return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
@@ -183,6 +183,7 @@ def as_published(s: Namespace) -> Task:
 def dry_run(s: Namespace, processes: int):
     """Print the plan: counts, memory as asked and as suggested."""
     processes, gpu_memory = s.gpus or processes, s.gpu_memory or 80e9
+    check_processes(s, processes)
     published = s.split != "own" and hub_id(s.data)
     task = as_published(s) if published else load_task(s.data, s.split, s.forget, s.retain)
     x, work, room = read_shape(s, task.full), count_work(s, task), USABLE * gpu_memory

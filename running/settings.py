@@ -233,6 +233,8 @@ def resumed(folder: Path, given: dict) -> Namespace:
     if "parallel" in given:  # how, not what
         stored["parallel"] = given["parallel"]
     for key, value in given.items():
+        if key == "out" and Path(value).resolve() == folder.resolve():  # whatever name it had
+            continue
         if stored.get(key) != value:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} {value} differs from the run's "
                              f"{stored.get(key)}; leave it out, or start a new run")
@@ -258,8 +260,8 @@ def read_config(folder: Path) -> dict:
         if missing := {"loss", "method", "model", "start", "split", "data"} - set(config["settings"]):
             raise KeyError(", ".join(sorted(missing)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"--resume {folder}: its config.json is not a run's ({cause_of(error)}); need a run "
-                         "folder, such as runs/NAME") from None
+        raise InputError(f"{folder}: its config.json is not a run's ({cause_of(error)}); need a run folder, "
+                         "such as runs/NAME") from None
     return config
 
 

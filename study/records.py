@@ -214,9 +214,10 @@ def differing(runs: list) -> list[str]:
 
 def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     """The record of a single run, known by its settings alone. Raises InputError."""
-    if not ((folder / "model").is_dir() and (folder / "config.json").is_file()):
-        raise InputError(f"{folder} is no finished run: need a run folder with config.json and model/ in it")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not ((folder / "model").is_dir() and (folder / "log.jsonl").is_file()):
+        raise InputError(f"{folder} is no finished run: need a run folder with log.jsonl and model/ in it")
+    from running.settings import read_config
+    config = read_config(folder)
     settings, data = config["settings"], config["settings"]["data"]
     if settings.get("forget"):
         raise InputError(f"{folder} unlearned rows of its own: only runs on TOFU's sets are collected")

@@ -53,6 +53,10 @@ TRAIN = [
     ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --template qa --loss sft --system-prompt x", "--system-prompt has no effect"),
     ("--dry-run --resume MODEL", "has not begun"),
+    # A plan refuses what the run would.
+    ("--dry-run --model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
+    ("--dry-run --model MODEL --data DATA --gpus 64 --batch-size 32", "64 processes for a global batch"),
+    ("--dry-run --model llama2-7b=nowhere.gguf --data DATA", "nowhere.gguf is not there"),
     ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
     ("--model MODEL --data MODEL", "not found"),
     ("--model MODEL --template llama2 --data DATA --out taken", "exists"),

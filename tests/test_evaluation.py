@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp, mannwhitneyu
 
+import evaluate_tofu
 from data.batches import collate, collate_packed
 from data.tofu import load_task
 from evaluate_tofu import (
@@ -70,6 +71,31 @@ def test_released_logs_give_the_known_forget_quality(shared):
     assert metrics["forget_quality_log10"] == pytest.approx(math.log10(metrics["forget_quality"]), abs=1e-6)
     same = compute_metrics({"forget": retrained}, retrained)
     assert (same["ks_statistic"], same["forget_quality"]) == (0, 1)
+
+
+def test_released_logs_are_judged_by_the_command(shared, tmp_path, capsys):
+    folder, out = shared("retain_logs") / "llama2-7b", tmp_path / "judged.json"
+    evaluate_tofu.main(["--log", str(folder / "full.json"), "--split", "forget10", "--retain-log",
+                        str(folder / "retain90.json"), "--out", str(out)])
+    metrics = json.loads(out.read_text())["metrics"]
+    assert f"{metrics['forget_quality']:.6e}" == "1.096624e-19"
+    assert round(metrics["model_utility"], 6) == KNOWN["full"][0]
+    assert "1.0966" in capsys.readouterr().out
+
+
+def test_logs_of_which_one_has_no_paraphrases_are_not_compared():
+    rows = [row | {"answer": "a"} for row in rows_with([0.0, 1.0])]
+    bare = [{key: value for key, value in row.items() if not key.startswith("paraphrased")} for row in rows]
+    for ours, theirs in ((rows, bare), (bare, rows)):
+        with pytest.raises(InputError, match="row 0 has a paraphrased answer in one of ours and theirs"):
+            match_retain_rows(ours, theirs, "ours", "theirs")
+    assert match_retain_rows(bare, bare, "ours", "theirs") == bare
+    assert match_retain_rows(rows, rows, "ours", "theirs") == rows
+
+
+def test_a_kl_that_was_not_computed_is_none():
+    rows = [row | {"kl": None} for row in rows_with([0.0])]
+    assert compute_metrics({"forget": rows})["forget_kl"] is None
 
 
 def test_a_log_measured_on_other_rows_is_refused(shared):

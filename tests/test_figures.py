@@ -805,7 +805,8 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
 
 def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
-    settings = {**dict.fromkeys(records.COLLECTED), "data": "builtin", "loss": "npo"}
+    (tmp_path / "log.jsonl").touch()
+    settings = {**dict.fromkeys((*records.COLLECTED, "start")), "data": "builtin", "loss": "npo"}
     config = {"settings": settings, "command": "train_npo.py"}
     unjudged = {"forget_quality_log10": [None, None], "model_utility": [0.5, 0.5]}
     for curves, own, said in (({}, None, "two or more evaluations"), (unjudged, None, "--retain-log"),
@@ -814,6 +815,10 @@ def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path
         (tmp_path / "config.json").write_text(json.dumps(config))
         monkeypatch.setattr(records, "record", lambda *_, curves=curves: curves)
         with pytest.raises(InputError, match=said):
+            records.collected(tmp_path, None)
+    for torn in ("{", "{}"):
+        (tmp_path / "config.json").write_text(torn)
+        with pytest.raises(InputError, match="config.json is not a run's"):
             records.collected(tmp_path, None)
     assert pictures.style("squared+rt") and pictures.style("npo+rt+kl")  # of one's own
 
