@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
 import time
 from functools import partial
@@ -82,9 +83,13 @@ def markdown_table(head: list, rows) -> list[str]:
 def run_command(main, name: str):
     """Run `main`. What the user can mend ends in a sentence on stderr and exit status 2, Ctrl-C in 130."""
     try:
-        return main()
+        result = main()
+        sys.stdout.flush()
+        return result
     except InputError as error:
         sentence, status = str(error), 2
+    except BrokenPipeError:  # whoever reads, such as head, has seen enough
+        os._exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as error:  # no room, no right to write; or a torn file
         cause = " ".join(str(error).split())
         sentence, status = f"cannot write: {cause}; need a place with room and the right to write", 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import evaluate_tofu
 import train_npo
+from conftest import ROOT
 from data import cut_tofu
 from data.tofu import read_rows
 from models.loading import load_model, make_tiny
@@ -270,3 +272,12 @@ def test_a_place_that_cannot_be_written(forked, small_model, small_data):
     done = forked("train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run",
                   status=2)
     assert len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr
+
+
+def test_a_reader_who_has_seen_enough_ends_a_command_quietly():
+    """As in `evaluate_tofu.py .. | head -1`."""
+    code = "from support.command_line import run_command; run_command(lambda: print('x' * 10**6), 'x.py')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
