@@ -230,8 +230,9 @@ def resumed(folder: Path, given: dict) -> Namespace:
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link: copy what it points to, or start a new run")
     stored = read_config(folder)["settings"]
-    if "parallel" in given:  # how, not what
-        stored["parallel"] = given["parallel"]
+    changed = {}
+    if given.get("parallel") not in (None, stored.get("parallel")):  # how, not what
+        changed["parallel"] = stored["parallel"] = given["parallel"]
     for key, value in given.items():
         if key == "out" and Path(value).resolve() == folder.resolve():  # whatever name it had
             continue
@@ -243,7 +244,7 @@ def resumed(folder: Path, given: dict) -> Namespace:
     words = [f"--{key.replace('_', '-')}" + (f"={value}" if value is not True else "")
              for key, value in stored.items() if key in flags and value is not None and value is not False]
     try:
-        s = resolve(given_flags(parser, words), typed={})
+        s = resolve(given_flags(parser, words), typed=changed)
         wrong = [key for key, value in stored.items() if getattr(s, key, value) != value]
     except InputError as error:
         wrong = [error]

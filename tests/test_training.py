@@ -397,6 +397,8 @@ def test_a_run_that_stops_and_resumes_ends_bitwise_the_same(settings, monkeypatc
     with pytest.raises(InputError, match="differs"):
         parse(["--resume", "halves", "--lr", "0.5"])
     assert parse(["--resume", "halves", "--lr", "0.001", "--out", "./halves"])
+    with pytest.raises(InputError, match="--parallel has no effect here .*1 process"):
+        parse(["--resume", "halves", "--parallel", "fsdp"])
     # torchrun's restart goes on with its own run alone.
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     config = json.loads((halves / "config.json").read_text())
