@@ -17,8 +17,8 @@ from models.loading import load_model, make_tiny, template_note, weights_folder
 from models.presets import AUTOCAST, tiny_dims
 from models.saving import weights_hash
 from models.sharded import fill, shard
-from running.plan import Plan, check_processes, template_of
-from running.settings import NOT_STORED, read_config
+from running.plan import Plan
+from running.settings import NOT_STORED, check_processes, read_config, template_of
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment

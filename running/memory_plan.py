@@ -21,7 +21,8 @@ from models.answers import KEPT_CHUNKS, chunk_tokens
 from models.presets import PRESETS, tiny_dims
 from models.saving import hub_id, read_meta
 from models.sharded import decoder_layers
-from running.plan import Plan, check_processes, template_of
+from running.plan import Plan
+from running.settings import check_processes, template_of
 from support.errors import InputError, cause_of
 
 CHARACTERS_PER_TOKEN = 3.5  # of English with names, where no tokenizer is at hand: on the safe side

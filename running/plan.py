@@ -6,36 +6,11 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
-from data.prompts import Encoded, encode, system_prompt_of
+from data.prompts import Encoded, encode
 from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
-from models.loading import prompt_template
-from models.presets import settings_of
 from support.errors import InputError
 from support.world import World
-
-
-def check_processes(s: Namespace, processes: int):
-    """Raises InputError where one of them would have no row of a batch."""
-    if processes > s.batch_size:
-        raise InputError(f"{processes} processes for a global batch of {s.batch_size}: need at least one "
-                         "row a process; use a larger --batch-size")
-
-
-def template_of(s: Namespace, tokenizer, start: dict) -> str:
-    """How the run's model, `start` its record, is asked. Raises InputError where unlearning would ask it
-    otherwise than it has learned to be asked, and for a system prompt that no template takes."""
-    template = start.get("template") if start.get("trained_on") else None
-    for flag, given, known in (("--template", s.template, template),
-                               ("--system-prompt", s.system_prompt, system_prompt_of(tokenizer))):
-        if s.loss != "sft" and known and given not in (None, known):
-            raise InputError(f"{flag} {given}: {s.start} was trained with {known}, and answers nothing else "
-                             "as it has learned to; leave it out")
-    template = prompt_template(tokenizer, start, settings_of(s.preset), s.template, s.system_prompt)
-    if s.system_prompt and template != "chat":
-        raise InputError(f"--system-prompt has no effect with the template {template}: leave it out, or "
-                         "give --template chat")
-    return template
 
 
 class MicroBatch(NamedTuple):

@@ -9,9 +9,10 @@ from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
-from data.prompts import TEMPLATES
+from data.prompts import TEMPLATES, system_prompt_of
 from data.tofu import parse_split
 from losses import KL_DIRECTIONS, OBJECTIVES
+from models.loading import prompt_template
 from models.presets import AUTOCAST, PRESETS, settings_of, split_model, tiny_dims
 from models.saving import read_meta
 from support.command_line import Parser, given_flags, not_negative, positive
@@ -203,6 +204,29 @@ def refuse_without_effect(s: Namespace, typed: dict):
     here = f"{s.method}, {processes} process(es), --eval-every {s.eval_every}, --keep {s.keep}"
     refuse({f"--{flag.replace('_', '-')} has no effect here ({here}): leave it out":
             changes_nothing and typed.get(flag) is not None for flag, changes_nothing in idle.items()})
+
+
+def check_processes(s: Namespace, processes: int):
+    """Raises InputError where one of them would have no row of a batch."""
+    if processes > s.batch_size:
+        raise InputError(f"{processes} processes for a global batch of {s.batch_size}: need at least one "
+                         "row a process; use a larger --batch-size")
+
+
+def template_of(s: Namespace, tokenizer, start: dict) -> str:
+    """How the run's model, `start` its record, is asked. Raises InputError where unlearning would ask it
+    otherwise than it has learned to be asked, and for a system prompt that no template takes."""
+    template = start.get("template") if start.get("trained_on") else None
+    for flag, given, known in (("--template", s.template, template),
+                               ("--system-prompt", s.system_prompt, system_prompt_of(tokenizer))):
+        if s.loss != "sft" and known and given not in (None, known):
+            raise InputError(f"{flag} {given}: {s.start} was trained with {known}, and answers nothing else "
+                             "as it has learned to; leave it out")
+    template = prompt_template(tokenizer, start, settings_of(s.preset), s.template, s.system_prompt)
+    if s.system_prompt and template != "chat":
+        raise InputError(f"--system-prompt has no effect with the template {template}: leave it out, or "
+                         "give --template chat")
+    return template
 
 
 def parse(argv: list, description: str = "") -> Namespace:
