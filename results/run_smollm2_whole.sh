@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A pretrained model on all of real TOFU, forget10: SmolLM2-135M-Instruct learns the 4000 rows, another copy the 3600 that are not to be forgotten, and
-# npo+rt with two betas and two weights, ga+rt with two weights, npo and ga unlearn the rest, with one lr; two runs at a time, a thread each. Weights as for
+# npo+rt with three betas and two weights, ga+rt with two weights, npo and ga unlearn the rest, with one lr; two runs at a time, a thread each. Weights as for
 # run_smollm2.sh. From the root; it goes on where it stopped:
 #     bash results/run_smollm2_whole.sh TOFU_DIR FILE.gguf        # eight hours on two cores that multiply bf16 (amx_bf16)
 set -euo pipefail
@@ -24,9 +24,11 @@ wait
 run npo+rt_beta0.02 "${unlearn[@]}" --loss npo --retain-weight 5 --beta 0.02 &
 run ga+rt_weight1 "${unlearn[@]}" --loss ga --retain-weight 1 &
 wait
-run npo+rt_beta0.02_weight20 "${unlearn[@]}" --epochs 10 --eval-every 63 --loss npo --retain-weight 20 --beta 0.02
+run npo+rt_beta0.02_weight20 "${unlearn[@]}" --epochs 10 --eval-every 63 --loss npo --retain-weight 20 --beta 0.02 &
+run npo+rt_beta0.01_weight20 "${unlearn[@]}" --eval-every 50 --loss npo --retain-weight 20 --beta 0.01 &
+wait
 run npo "${unlearn[@]}" --loss npo --beta 0.05 &
 run ga "${unlearn[@]}" --loss ga &
 wait
 python figures_tofu.py --out results/smollm2_whole_forget10.json \
-  --collect "$base"/{retain90,npo+rt,npo+rt_beta0.02,npo+rt_beta0.02_weight20,ga+rt,ga+rt_weight1,npo,ga}
+  --collect "$base"/{retain90,npo+rt,npo+rt_beta0.02,npo+rt_beta0.02_weight20,npo+rt_beta0.01_weight20,ga+rt,ga+rt_weight1,npo,ga}

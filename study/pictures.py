@@ -76,15 +76,15 @@ def canvas(rows: int, columns: int, width: float, height: float):
 
 def panel(axes, study: dict, named: list, key: str, against: str, title: str):
     """A metric over steps or epochs, a line for each (label, runs of seeds); a method's second is
-    paler, and more than three have colours of their own."""
+    paler, and more than four have colours of their own."""
     drawn, seen, lines = float, Counter(), Counter(runs[0]["method"] for _, runs in named)
     if key == QUALITY:
         floor = floor_of([q for _, runs in named for r in runs for q in r[QUALITY]])
         drawn = partial(height, floor=floor)
     for label, runs in named:
         method = runs[0]["method"]
-        (color, line, marker), alpha = style(method), 0.6 ** seen[method]
-        if lines[method] > 3:
+        (color, line, marker), alpha = style(method), 0.65 ** seen[method]
+        if lines[method] > 4:
             color, line, alpha = f"C{seen[method] % 10}", "-:"[seen[method] // 10 % 2], 1
         steps = runs[0]["steps"]  # seeds have the same
         x = [step / (steps[-1] / runs[0]["epochs"] if against == "epochs" else 1) for step in steps]
