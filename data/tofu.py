@@ -94,7 +94,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     full = sets["full"]
     if len(full) < 2:
         raise InputError(f"{data}: full.json has one row: need one to forget and one to keep")
-    # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows.
+    # Above 10%, forget quality is measured on the last 10%: there are no further perturbed rows. Names of
+    # forget splits sort as their percentages do.
     perturbed = sets["forget10_perturbed"][-len(slice_rows(full, min(judged_split, "forget10"))):]
     for row, other in zip(full[-len(perturbed):], perturbed, strict=True):
         if row["question"] != other["question"]:

@@ -2,7 +2,7 @@
 # Built-in data, tiny, forget10: the paper's objectives with a retain term and newer ones, at the preset's lr and their published betas, five seeds, and each
 # tuned, three seeds; then all attacks on them: on the first seed of each at the preset's lr and on two more of four, and on the three tuned ones. From the
 # root; it goes on where it was stopped:
-#     bash results/run_beyond.sh        # two hours on two cores, beside the runs of the study's own
+#     bash results/run_beyond.sh        # about two hours on two cores, beside the runs of the study's own
 set -euo pipefail
 export OMP_NUM_THREADS=1
 folders() {  # folders JSON: of the reported runs that are attacked, with their seeds

@@ -2,7 +2,7 @@
 # A pretrained model on all of real TOFU, forget10: SmolLM2-135M-Instruct learns the 4000 rows, another copy the 3600 that are not to be forgotten, and
 # npo+rt with three betas and two weights, ga+rt with two weights, npo and ga unlearn the rest, with one lr; two runs at a time, a thread each. Weights as for
 # run_smollm2.sh. From the root; it goes on where it stopped:
-#     bash results/run_smollm2_whole.sh TOFU_DIR FILE.gguf        # eight hours on two cores that multiply bf16 (amx_bf16)
+#     bash results/run_smollm2_whole.sh TOFU_DIR FILE.gguf        # about eight hours on two cores that multiply bf16 (amx_bf16)
 set -euo pipefail
 export OMP_NUM_THREADS=1
 tofu=$1 base=runs/smollm2-whole start=runs/smollm2-whole/full/model
