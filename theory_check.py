@@ -134,16 +134,6 @@ def small_net(generator) -> tuple:
     return logps, torch.randn(437, generator=generator, dtype=DTYPE) / 3
 
 
-def random_feature_logistic(generator) -> tuple:
-    """The model of synthetic.py, 32 features: (logps, pi_ref's parameters)."""
-    x, y = torch.randn(64, 16, generator=generator, dtype=DTYPE), torch.randint(2, (64,), generator=generator)
-    features = (x @ torch.randn(16, 32, generator=generator, dtype=DTYPE) / 4).relu()
-
-    def logps(parameters):
-        return losses.token_logps((features @ parameters)[:, None] * torch.tensor([0, 1]), y)
-    return logps, torch.randn(32, generator=generator, dtype=DTYPE) / 2
-
-
 def proposition1(generator) -> list:
     """L_NPO - (2/beta) log 2 -> L_GA - E log pi_ref, and gradients: error beta E[r^2]/4, r = log pi/pi_ref.
 
@@ -151,31 +141,23 @@ def proposition1(generator) -> list:
     term is (2/beta) log 2, the constant one E r = L_GA - E log pi_ref, the next beta E[r^2]/4, and then
     nothing before beta^3.
     """
-    betas, verdicts = np.geomspace(0.1, 1e-3, 9), []
-    for name, make in (("small net", small_net), ("random-feature logistic", random_feature_logistic)):
-        logps, reference = make(generator)
-        noise = torch.randn(reference.shape, generator=generator, dtype=DTYPE)
-        policy = (reference + 0.5 * reference.std() * noise).requires_grad_()
-        log_ratio, ga = logps(policy) - logps(reference), losses.ga_loss(logps(policy)).mean()
-        constant, limit = (log_ratio**2).mean() / 4, ga - logps(reference).mean()
-        npo = [losses.npo_loss(logps(policy), logps(reference), beta).mean() for beta in betas]
-        errors = np.array([abs((loss - 2 / beta * math.log(2) - limit).item())
-                           for loss, beta in zip(npo, betas, strict=True)])
-        ga_gradient, constant_gradient = gradient(ga, policy), gradient(constant, policy)
-        gradient_errors = torch.stack([gradient(loss, policy) - ga_gradient for loss in npo])
-        gap = gradient_errors[-1] / betas[-1] - constant_gradient
-        deviation = (gap.norm() / constant_gradient.norm()).item()
-        order, gradient_order = (exponent(values, betas)
-                                 for values in (errors, gradient_errors.norm(dim=1).numpy()))
-        constant, last = constant.item(), errors[-1] / betas[-1]
-        verdicts += [
-            verdict(f"Proposition 1, {name}: the loss tends to gradient ascent's, error beta E[r^2]/4",
-                    close(last, constant, 0.01) and abs(order - 1) < 0.05, error_over_beta=last,
-                    predicted=constant, order_in_beta=order),
-            verdict(f"Proposition 1, {name}: so do the gradients, error beta times that of E[r^2]/4",
-                    deviation < 0.01 and abs(gradient_order - 1) < 0.05, relative_deviation=deviation,
-                    order_in_beta=gradient_order)]
-    return verdicts
+    logps, reference = small_net(generator)
+    noise = torch.randn(reference.shape, generator=generator, dtype=DTYPE)
+    policy = (reference + 0.5 * reference.std() * noise).requires_grad_()
+    ga, constant = losses.ga_loss(logps(policy)).mean(), ((logps(policy) - logps(reference))**2).mean() / 4
+    ga_gradient, constant_gradient = gradient(ga, policy), gradient(constant, policy)
+    errors, gradient_gaps = [], []
+    for beta in np.geomspace(0.1, 1e-3, 9):
+        npo = losses.npo_loss(logps(policy), logps(reference), beta).mean()
+        limit = 2 / beta * math.log(2) + ga - logps(reference).mean()
+        errors.append((npo - limit).item() / beta)
+        gap = (gradient(npo, policy) - ga_gradient) / beta - constant_gradient
+        gradient_gaps.append((gap.norm() / constant_gradient.norm()).item())
+    constant = constant.item()
+    return [verdict("Proposition 1: the loss tends to gradient ascent's, error beta E[r^2]/4",
+                    close(errors, constant, 0.01), error_over_beta=ends(errors), predicted=constant),
+            verdict("Proposition 1: so do the gradients, error beta times that of E[r^2]/4",
+                    max(gradient_gaps) < 0.01, relative_deviation=ends(gradient_gaps))]
 
 
 # -------------------------------------------------------------------------------------------- 2. Equation 5
