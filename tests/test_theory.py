@@ -46,11 +46,8 @@ NPO_LOSS, GA_RATE, NPO_RATE = losses.npo_loss, theory_check.ga_rate, theory_chec
 def test_a_mistake_in_the_loss_turns_verdicts_of_every_item(small, monkeypatch, mistake):
     monkeypatch.setattr(losses, "npo_loss", mistake)
     claims = failed()
-    for item in ("Proposition 1", "Equation 5: NPO's gradient", "Theorem 2: NPO's late distance"):
+    for item in ("Proposition 1", "Equation 5", "Theorem 2: NPO's late distance", "Section 2.1"):
         assert any(claim.startswith(item) for claim in claims), (item, claims)
-    if mistake.__name__ == "<lambda>":  # no gradient at all
-        for item in ("Equation 5: W is in", "Equation 5: W vanishes", "Section 2.1"):
-            assert any(claim.startswith(item) for claim in claims), (item, claims)
 
 
 def test_half_of_n_f_in_the_rates_turns_their_verdicts(small, monkeypatch):
