@@ -42,10 +42,8 @@ def write(stem: Path, record: dict, title: str, *paragraphs: str) -> str:
 
 
 def draw(path: Path, panels: list, styles: dict | None = None):
-    """Panels in equal rows of at most three: each (settings of its axes, {label: (x, y, *edges)}).
-
-    One edge is a prediction, a thin line; two are a band. A label's style goes before that of its place.
-    """
+    """Panels in equal rows of at most three: each (settings of its axes, {label: (x, y, *edges of a band)}).
+    A label's style goes before that of its place."""
     columns = next(count for count in (3, 2, 1) if len(panels) % count == 0)
     rows = len(panels) // columns
     figure = Figure(figsize=(5 * columns, 4.4 * rows), layout="constrained")
@@ -53,11 +51,8 @@ def draw(path: Path, panels: list, styles: dict | None = None):
     for axis, (settings, curves) in zip(axes, panels, strict=True):
         for place, (label, (x, y, *edges)) in enumerate(curves.items()):
             style = {"markersize": 4, **STYLES[place % len(STYLES)], **(styles or {}).get(label, {})}
-            if len(edges) == 2:
+            if edges:
                 axis.fill_between(x, *edges, color=style["color"], alpha=0.13)
-            if len(edges) == 1:
-                axis.plot(x, *edges, color=style["color"], linewidth=0.8)
-                style["linestyle"] = ""
             axis.plot(x, y, label=label, markevery=max(1, len(x) // 12), **style)
         axis.set(**settings)
         axis.grid(alpha=0.25)

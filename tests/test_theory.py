@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 
 def failed() -> list[str]:
-    return [result["claim"] for result in theory_check.check(None) if not result["holds"]]
+    return [result["claim"] for result in theory_check.check(0)[0] if not result["holds"]]
 
 
 def without_the_two(policy, reference, beta):
@@ -77,28 +77,9 @@ def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_pa
     assert len(list(tmp_path.glob("*.png"))) == 3 and all(result["holds"] for result in record["verdicts"])
 
     false = theory_check.verdict("a claim", False, measured=1.0)
-    monkeypatch.setattr(theory_check, "check", lambda *_: [false])
+    monkeypatch.setattr(theory_check, "check", lambda seed: ([false], {}))
     assert theory_check.main(["--out", str(tmp_path)]) == 1
     assert "FAILS  a claim" in capsys.readouterr().out
-
-
-def test_flows_solve_their_equations():
-    """Gradient ascent's has a closed form, and NPO's where beta is 1."""
-    starts, s = np.array([-1.0, 0.0, 1.3]), np.geomspace(1e-3, 1e5, 40)
-    ga = theory_check.flow("ga", starts, 1.0, 1.0, s)
-    np.testing.assert_allclose(ga + np.exp(ga), starts + np.exp(starts) - s[:, None], rtol=1e-6, atol=1e-7)
-    v_0 = 1 / (1 + np.exp(-starts))
-
-    def clock(m):  # (1 + e^x)(1 + v_0 (1 + e^-x))/2, integrated
-        return ((m + np.exp(m)) + v_0 * (2 * m + np.exp(m) - np.exp(-m))) / 2
-    npo = theory_check.flow("npo", starts, 1.0, 1.0, s)
-    np.testing.assert_allclose(clock(starts) - clock(npo), np.tile(s[:, None], 3), rtol=1e-6)
-
-
-def test_npos_flow_falls_by_one_over_beta_per_unit_of_log_t():
-    betas = np.array([0.2, 1.0, 2.0])
-    early, late = theory_check.flow("npo", np.full(3, 0.3), betas, 1.0, np.array([1e5, 1e7]))
-    np.testing.assert_allclose((early - late) / np.log(100) * betas, 1, atol=0.02)
 
 
 @pytest.mark.parametrize("loss", ["ga", "npo"])
@@ -133,7 +114,7 @@ def test_rows_are_in_the_theorems_regime():
         assert np.abs(margin).max() <= theory_check.B_THETA * theory_check.NORMS[1]
 
 
-@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", f"--seed {2**63}", "--nonsense"])
+@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
