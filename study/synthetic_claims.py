@@ -1,11 +1,10 @@
 """Section 4's claims as verdicts on the curves of `synthetic.py`.
 
-A predicate takes curves {method: (2, E)} (forget, retain), of one instance or of a mean, and the steps (E,).
-It says whether the claim holds there, and the numbers that decide.
+A predicate takes curves {method: (2, E)} (forget, retain) of the methods that the claim is about, of one
+instance or of a mean, and the steps (E,). It says whether the claim holds there, and the numbers that decide.
 """
 
 import math
-from functools import partial
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -21,32 +20,31 @@ NEAR = "at forget distances of at most a tenth of the start's"
 
 
 def gets_small(curves: dict, steps: np.ndarray):
-    """All the figure's methods but idk+rt reach a forget distance below SMALL within WITHIN steps."""
+    """All reach a forget distance below SMALL within WITHIN steps."""
     least = {name: curve[0, steps <= WITHIN].min() for name, curve in curves.items()}
-    holds = all(least[name] < SMALL for name in IN_THE_FIGURE if name != "idk+rt")
-    return holds, {"least_forget_distance": least}
+    return max(least.values()) < SMALL, {"least_forget_distance": least}
 
 
-def idk_stays_far(curves: dict, steps: np.ndarray):
-    least = curves["idk+rt"][0].min()
-    return least >= SMALL, {"least_forget_distance": least}
+def stays_far(curves: dict, steps: np.ndarray):
+    [curve] = curves.values()
+    return curve[0].min() >= SMALL, {"least_forget_distance": curve[0].min()}
 
 
-def diverges(curves: dict, steps: np.ndarray, names: tuple):
+def diverges(curves: dict, steps: np.ndarray):
     """The retain distance at least triples, and grows by more in the second half than in the first."""
     numbers = {}
-    for name in names:
-        start, middle, end = curves[name][1, [0, len(steps) // 2, -1]]
+    for name, curve in curves.items():
+        start, middle, end = curve[1, [0, len(steps) // 2, -1]]
         numbers[name] = {"start": start, "middle": middle, "end": end}
     holds = all(n["end"] > 3 * n["start"] and n["end"] - n["middle"] > n["middle"] - n["start"]
                 or n["end"] == math.inf for n in numbers.values())
     return holds, numbers
 
 
-def levels_off(curves: dict, steps: np.ndarray, name: str):
+def levels_off(curves: dict, steps: np.ndarray):
     """The retain distance: below five times its start, and growing less in the last quarter than before;
     while the forget distance has halved."""
-    (forget, retain), quarter = curves[name], (len(steps) - 1) // 4
+    [(forget, retain)], quarter = curves.values(), (len(steps) - 1) // 4
     start, half, late, end = retain[[0, -1 - 2 * quarter, -1 - quarter, -1]]
     forgets = forget.min() < forget[0] / 2
     return forgets and retain.max() < 5 * start and (end <= late or end - late < late - half), {
@@ -68,31 +66,33 @@ def frontier(curve: np.ndarray) -> np.ndarray:
     return np.minimum(at_points, np.where(crosses, crossing, math.inf).min(1))
 
 
-def better_frontier(curves: dict, steps: np.ndarray, name: str, others: tuple):
-    """At every level that any of them reaches, one at least, none has a smaller retain distance than `name`,
-    and at one it is the smallest."""
-    own, best = frontier(curves[name]), np.min([frontier(curves[other]) for other in others], axis=0)
+def better_frontier(curves: dict, steps: np.ndarray):
+    """At every level that any of them reaches, one at least, none has a smaller retain distance than the
+    first, and at one it is the smallest."""
+    own, *others = [frontier(curve) for curve in curves.values()]
+    best = np.min(others, axis=0)
     reached = np.isfinite(np.minimum(own, best))
-    ratio = own[reached] / best[reached]  # 0 where only `name` gets there, inf where only another does
+    ratio = own[reached] / best[reached]  # 0 where only the first gets there, inf where only another does
     median = float(np.median(ratio)) if len(ratio) else math.nan
     return (ratio <= 1).all() and (ratio < 1).any(), {
-        "levels": LEVELS[reached], name: own[reached], "best_of_the_others": best[reached],
+        "levels": LEVELS[reached], next(iter(curves)): own[reached], "best_of_the_others": best[reached],
         "median_ratio": median, "worst_ratio": ratio.max(initial=0.0)}
 
 
 def distances_agree(curves: dict, steps: np.ndarray):
-    """Forget and retain distance differ by at most a tenth of their sum: all the figure's methods, always."""
-    gap = {name: (abs(curves[name][0] - curves[name][1]) / curves[name].sum(0)).max()
-           for name in IN_THE_FIGURE}
+    """Forget and retain distance always differ by at most a tenth of their sum."""
+    gap = {name: (abs(forget - retain) / (forget + retain)).max()
+           for name, (forget, retain) in curves.items()}
     return max(gap.values()) <= 0.1, {"largest_relative_gap": gap}
 
 
-def npo_rt_comes_closest(curves: dict, steps: np.ndarray):
-    """npo+rt's least forget and its least retain distance along the run are below the others', and below its
-    start's."""
-    least, start = {name: curves[name].min(1) for name in IN_THE_FIGURE}, curves["npo+rt"][:, 0]
-    others = [start, *(least[name] for name in IN_THE_FIGURE if name != "npo+rt")]
-    holds = all((least["npo+rt"] < other).all() for other in others)
+def comes_closest(curves: dict, steps: np.ndarray):
+    """The first's least forget and its least retain distance along the run are below the others', and below
+    its start's."""
+    first, *_ = curves.values()
+    least = {name: curve.min(1) for name, curve in curves.items()}
+    own, *others = least.values()
+    holds = all((own < other).all() for other in [first[:, 0], *others])
     return holds, {"least_forget_and_retain_distance": least}
 
 
@@ -117,26 +117,25 @@ def goes_to_ga(curves: dict, steps: np.ndarray):
         "smallest_beta": gap[least], "largest_beta": gap[max(gap)]}
 
 
-# A claim, the methods it needs, its predicate.
+# A claim, the methods that it is about, its predicate.
 FIGURE4_GAP = (  # alpha > 0
     ("All methods of the figure but idk+rt reach a forget distance below 0.005 within 1200 steps",
-     IN_THE_FIGURE, gets_small),
-    ("idk+rt never does", ("idk+rt",), idk_stays_far),
-    ("The retain distances of ga and ga+rt diverge", ("ga", "ga+rt"),
-     partial(diverges, names=("ga", "ga+rt"))),
-    ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), partial(levels_off, name="npo+rt")),
-    ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), partial(levels_off, name="dpo+rt")),
-    (f"npo+rt has the best Pareto frontier of the figure, {NEAR}", IN_THE_FIGURE,
-     partial(better_frontier, name="npo+rt", others=IN_THE_FIGURE[1:])),
+     tuple(name for name in IN_THE_FIGURE if name != "idk+rt"), gets_small),
+    ("idk+rt never does", ("idk+rt",), stays_far),
+    ("The retain distances of ga and ga+rt diverge", ("ga", "ga+rt"), diverges),
+    ("npo+rt's retain distance grows slowly and levels off", ("npo+rt",), levels_off),
+    ("dpo+rt's retain distance grows slowly and levels off", ("dpo+rt",), levels_off),
+    (f"npo+rt has the best Pareto frontier of the figure, {NEAR}", IN_THE_FIGURE, better_frontier),
     (f"Without the retain set npo has a better Pareto frontier than ga, {NEAR}", ("npo", "ga"),
-     partial(better_frontier, name="npo", others=("ga",))))
+     better_frontier))
 FIGURE4_NO_GAP = (  # alpha = 0
     ("Forget and retain distances are equal", IN_THE_FIGURE, distances_agree),
-    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE, npo_rt_comes_closest))
-FIGURE3 = (("npo's curve goes to ga's as beta -> 0", ("ga",), goes_to_ga),)
+    ("npo+rt attains the smallest forget and retain distances", IN_THE_FIGURE, comes_closest))
+FIGURE3 = (("npo's curve goes to ga's as beta -> 0",
+            ("ga", "npo@0.01", "npo@0.1", "npo@0.2", "npo@0.5", "npo@1"), goes_to_ga),)
 
 
-def judged(claim: str, predicate, names: list, curves: np.ndarray, steps: np.ndarray) -> dict:
+def judged(claim: str, predicate, names: tuple, curves: np.ndarray, steps: np.ndarray) -> dict:
     """A claim on the mean of the instances, (K, M, 2, E), on each, and on means of five of many."""
     def judge(values):
         return predicate(dict(zip(names, values, strict=True)), steps)
@@ -158,13 +157,14 @@ def verdicts(figure: int, alpha: float, names: list, curves: np.ndarray, steps: 
     if figure == 3:
         claims, least_steps = FIGURE3, 2000
     decided, undecided = [], []
-    for claim, needs, predicate in claims:
-        missing = ", ".join(name for name in needs if name not in names)
+    for claim, about, predicate in claims:
+        missing = ", ".join(name for name in about if name not in names)
         needed = [f"methods {missing}"] * bool(missing)
         needed += [f"--steps {least_steps}"] * bool(steps[-1] < least_steps)
         needed += [f"--eval-every {APART}"] * bool(np.diff(steps).max() > APART)
         if needed:
             undecided.append({"claim": claim, "needs": ", ".join(needed)})
         else:
-            decided.append(judged(claim, predicate, names, curves, steps))
+            own = curves[:, [names.index(name) for name in about]]
+            decided.append(judged(claim, predicate, about, own, steps))
     return {"verdicts": decided, "undecided": undecided}
