@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.integrate import solve_ivp
+from scipy.linalg import block_diag
 from scipy.special import expit
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from study.sections import draw, table, verdict, write
 from support.command_line import Parser, not_negative, run_command
 from support.provenance import environment
 
-# Shapes: B samples; C configurations (problems of Theorem 2), padded to n samples; E recorded times.
+# Shapes: C configurations (problems of Theorem 2), n samples of all together; E recorded times.
 DTYPE = torch.float64
 BETAS = (0.2, 0.5, 1.0, 2.0)
 LAST = 10**6  # the theorem is followed for this many steps
@@ -175,28 +176,27 @@ def signed_gram(n_f: int, d: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Problems:
-    """C problems as one padded batch: the same step, or the same flow, moves all of them."""
+    """C problems side by side, their samples (n,) in one vector: a step, or the flow, moves all of them."""
 
     def __init__(self, grams: list, eta: np.ndarray, beta: np.ndarray):
         """grams: (S, margin_0) of each; eta and beta (C,)."""
-        self.grams, self.eta, self.beta = grams, eta, beta
-        self.n_f = np.array([len(margin) for _, margin in grams])
-        n = self.n_f.max()
-        self.S = np.stack([np.pad(S, (0, n - len(S))) for S, _ in grams])
-        self.margin_0 = np.stack([np.pad(margin, (0, n - len(margin))) for _, margin in grams])
+        n_f = np.array([len(margin) for _, margin in grams])
+        self.S = block_diag(*[S for S, _ in grams])
+        self.margin_0 = np.concatenate([margin for _, margin in grams])
+        self.first = np.cumsum(n_f) - n_f  # of each problem's samples
+        self.rate, self.beta = np.repeat(eta / n_f, n_f), torch.from_numpy(np.repeat(beta, n_f))
 
     def velocity(self, margin: np.ndarray, loss: str) -> np.ndarray:
-        """-(change of the margins in a step), (C, n): (eta/n_f) S dL/dmargin, the slope by autograd."""
-        margins, beta = torch.from_numpy(margin).requires_grad_(), torch.from_numpy(self.beta)[:, None]
+        """-(change of the margins in a step), (n,): (eta/n_f) S dL/dmargin, the slope by autograd."""
+        margins, beta = torch.from_numpy(margin).requires_grad_(), self.beta
         value = losses.ga_loss(F.logsigmoid(margins))
         if loss == "npo":  # beta inside and 1/beta outside is the same loss: one call for all beta
             reference_logps = F.logsigmoid(torch.from_numpy(self.margin_0))
             value = losses.npo_loss(beta * F.logsigmoid(margins), beta * reference_logps, 1.0) / beta
-        slopes = gradient(value, margins).numpy()[:, :, None]
-        return (self.eta / self.n_f)[:, None] * (self.S @ slopes)[:, :, 0]
+        return self.rate * (self.S @ gradient(value, margins).numpy())
 
     def steps(self, loss: str, wanted: np.ndarray) -> np.ndarray:
-        """Gradient descent, step by step: margins at the steps `wanted` (E, C, n)."""
+        """Gradient descent, step by step: margins at the steps `wanted` (E, n)."""
         margin, kept = self.margin_0.copy(), []
         for step in tqdm(range(1, wanted[-1] + 1), f"{loss}, step by step", ncols=100, leave=False):
             margin -= self.velocity(margin, loss)
@@ -210,19 +210,15 @@ class Problems:
         The flow dm/dt = -velocity is smooth in the clock log t. Steps leave it early on, where they are
         made; what they would still do later is measured too.
         """
-        def velocity(log_t, flat):
-            return -math.exp(log_t) * self.velocity(flat.reshape(self.margin_0.shape), loss).ravel()
-
         early, late = times[times <= EXACT], times[times > EXACT]
         margins, clock = self.steps(loss, np.union1d(early, EXACT)), np.log([EXACT, *late])
-        flow = solve_ivp(velocity, clock[[0, -1]], margins[-1].ravel(), "DOP853", clock[1:], rtol=1e-8,
-                         atol=1e-8)
-        late_margins = flow.y.T.reshape(-1, *self.margin_0.shape)
-        return self.norms(np.concatenate([margins[:len(early)], late_margins]))
+        flow = solve_ivp(lambda log_t, margin: -math.exp(log_t) * self.velocity(margin, loss), clock[[0, -1]],
+                         margins[-1], "DOP853", clock[1:], rtol=1e-8, atol=1e-8)
+        return self.norms(np.concatenate([margins[:len(early)], flow.y.T]))
 
     def norms(self, margins: np.ndarray) -> np.ndarray:
-        """|theta - theta_init| in the norm of X^T X: (E, C, n) -> (E, C)."""
-        return np.sqrt(((margins - self.margin_0)**2).sum(-1))
+        """|theta - theta_init| in the norm of X^T X: (E, n) -> (E, C)."""
+        return np.sqrt(np.add.reduceat((margins - self.margin_0)**2, self.first, axis=1))
 
 
 def theorem2(seed: int) -> tuple[list, dict]:
@@ -234,12 +230,13 @@ def theorem2(seed: int) -> tuple[list, dict]:
     rows = [{**BASE, key: value, "sweep": key} for key, values in SWEEPS.items() for value in values]
     found = {column: np.array([row[column] for row in rows]) for column in rows[0]}
     n_f, eta, beta = found["n_f"], found["eta"], found["beta"]
-    problems = Problems([signed_gram(row["n_f"], row["d"], seed) for row in rows], eta, beta)
+    grams = [signed_gram(row["n_f"], row["d"], seed) for row in rows]
+    problems = Problems(grams, eta, beta)
     times = np.unique(np.geomspace([1, EXACT], [EXACT, LAST], 25).round().astype(int))  # even in log t
     ga, npo = (problems.follow(loss, times) for loss in ("ga", "npo"))
     c = np.expm1(beta * npo / n_f**0.5) * n_f / (eta * times[:, None])
     followed = {"found": found, "times": times, "ga": ga, "npo": npo, "c": c}
-    return [skip_verdict(problems), *rate_verdicts(problems.grams, **followed)], followed
+    return [skip_verdict(problems), *rate_verdicts(grams, **followed)], followed
 
 
 def skip_verdict(problems: Problems) -> dict:
