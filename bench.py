@@ -41,7 +41,7 @@ from running.settings import resolve, resumed
 from support.command_line import Parser, cores, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
-from support.provenance import environment
+from support.provenance import environment, without_folders
 from support.world import World
 from train_npo import carry_out, join_world, train
 
@@ -156,9 +156,6 @@ def main():
     label = preset or (folder.parent.name if folder.name == "model" else folder.name)
     tiny = label == "tiny"
     wanted = args.only or [row for row in ROWS if row != ("memory" if tiny else "first-command")]
-    # No path of this machine: where model and data lie is nobody's business.
-    data = "TOFU_DIR" if Path(args.data).is_dir() else args.data
-    model = f"{preset}=PATH" if preset and path else preset or "PATH"
     args.device = join_world(args.device).device
     args.repeats, args.few, args.process_epochs = (5, 3, 11) if tiny else (2, 1, 1)
     if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
@@ -167,13 +164,14 @@ def main():
         args.model = small_start(args)
     file = args.out / f"bench_{label}.json"
     known = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    measured_on, rows = "builtin" if data == "builtin" else "TOFU", known["rows"]
+    measured_on, rows = "builtin" if args.data == "builtin" else "TOFU", known["rows"]
     if known.get("data", measured_on) != measured_on:
         raise InputError(f"{file} was measured on {known['data']}, not on {measured_on}: give another --out")
     for row in wanted:
         rows[row], took = measure.timed(ROWS[row][1], args)
-        rows[row]["provenance"] = {**environment(), "took": took, **machine(args),
-                                   "command": f"python bench.py --model {model} --data {data} --only {row}"}
+        made = environment()
+        rows[row]["provenance"] = {**made, "command": without_folders(made["command"]), "took": took,
+                                   **machine(args)}
         rows = {key: rows[key] for key in ROWS if key in rows}
         write_json(file, {"model": label, "data": measured_on, "rows": rows})
         file.with_suffix(".md").write_text(table(rows, tiny) + "\n")

@@ -136,31 +136,26 @@ def fresh_process(**environ):
 
 # ---------------------------------------------------------------- B': evaluation
 
+@torch.no_grad()
 def evaluation(s: Namespace, device, rows: list, max_new_tokens: int) -> tuple[list, float]:
-    """(`scores` of the start, seconds)."""
+    """One set the plain way: a pass for every eight of its answers, then `generate` for every eight rows. Of
+    each row {"nll": [..], "generation", "rouge_l_recall"}, and the seconds without loading."""
+    from rouge_score import rouge_scorer
     lm, tokenizer, _ = load_model(s.start)
     lm.to(device).eval()
     begin = now(device)
-    with torch.no_grad():
-        return scores(lm, tokenizer, s.template, rows, max_new_tokens), now(device) - begin
-
-
-def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> list:
-    """One set the plain way: a pass for every eight of its answers, then `generate` for every eight rows. Of
-    each row {"nll": [..], "generation", "rouge_l_recall"}."""
-    from rouge_score import rouge_scorer
     pad, scorer = tokenizer.eos_token_id, rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     asked = [(i, text) for i, row in enumerate(rows)
              for text in known_answers(row, "answer", "paraphrased_answer", "perturbed_answer")]
     results = [{"nll": []} for _ in rows]
     for at in range(0, len(asked), 8):
         chunk = asked[at:at + 8]
-        encoded = encode(tokenizer, template, [(rows[i]["question"], text) for i, text in chunk])
+        encoded = encode(tokenizer, s.template, [(rows[i]["question"], text) for i, text in chunk])
         for (i, _), logp in zip(chunk, answer_logps(lm, encoded, pad).tolist(), strict=True):
             results[i]["nll"].append(-logp)
     for at in range(0, len(rows), 8):
         chunk = range(at, min(at + 8, len(rows)))
-        prompts = encode_prompts(tokenizer, template, [rows[i]["question"] for i in chunk])
+        prompts = encode_prompts(tokenizer, s.template, [rows[i]["question"] for i in chunk])
         width = max(map(len, prompts))
         ids = padded([prompt[::-1] for prompt in prompts], pad, width).flip(1).to(lm.device)
         mask = padded([[1] * len(prompt) for prompt in prompts], 0, width).flip(1).to(lm.device)
@@ -170,7 +165,7 @@ def scores(lm, tokenizer, template: str, rows: list, max_new_tokens: int) -> lis
         for i, text in zip(chunk, texts, strict=True):
             recall = scorer.score(rows[i]["answer"], text.strip())["rougeL"].recall
             results[i].update(generation=text.strip(), rouge_l_recall=recall)
-    return results
+    return results, now(device) - begin
 
 
 def known_answers(row: dict, answer: str, paraphrased: str, perturbed: str) -> list:
