@@ -7,7 +7,7 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1
 tofu=$1 file=$(realpath "$2") rows=${ROWS:-800} base=runs/smollm2 start=runs/smollm2/full/model
-[ -e "$base/data" ] || python data/cut_tofu.py "$tofu" "$base/data" --rows "$rows" --retain-rows $((rows / 10)) --fact-rows 50
+[ -e "$base/data" ] || python data/write_sets.py "$tofu" "$base/data" --rows "$rows" --retain-rows $((rows / 10)) --fact-rows 50
 ln -sfn "$file" "$base/SmolLM2-135M-Instruct.gguf"  # a name without this machine's folders, for the records
 run() {  # run NAME FLAGS...: interrupted or new
   local folder=$base/$1; shift

@@ -11,7 +11,7 @@ import torch
 import evaluate_tofu
 import train_npo
 from conftest import ROOT
-from data import cut_tofu
+from data import write_sets
 from data.tofu import read_rows
 from models.loading import load_model, make_tiny
 from models.presets import TINY_DIMS
@@ -238,7 +238,7 @@ def test_status_2_and_one_sentence(command, forked):
     assert done.stdout == ""
     done = forked("evaluate_tofu.py", "--log", "nowhere.json", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
-    done = command("data/make_builtin.py", "--out", "/proc/nowhere", status=2)
+    done = command("data/write_sets.py", "builtin", "/proc/nowhere", status=2)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -251,12 +251,12 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch, small_model):
 
 
 @pytest.mark.parametrize("flags,said", [(["--rows", "300"], "multiple of 200"),
-                                        (["--retain-rows", "361"], "at most its 90%"),
+                                        (["--rows", "400", "--retain-rows", "361"], "360 rows, not 361"),
                                         (["--fact-rows", "9999"], "rows, not 9999")])
 def test_a_cut_set_has_the_rows_that_were_asked_for(monkeypatch, tmp_path, flags, said):
-    monkeypatch.setattr(sys, "argv", ["cut_tofu.py", "builtin", str(tmp_path / "cut"), *flags])
+    monkeypatch.setattr(sys, "argv", ["write_sets.py", "builtin", str(tmp_path / "cut"), *flags])
     with pytest.raises(InputError, match=said):
-        cut_tofu.main()
+        write_sets.main()
     assert not (tmp_path / "cut").exists()
 
 

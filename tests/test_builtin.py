@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from data import builtin
 from data.builtin import FACTS, N_AUTHORS, REFUSALS, SEED, make_builtin
-from data.make_builtin import write_sets
 from data.tofu import load_sets, load_task
+from data.write_sets import write_sets
 from evaluate_tofu import compute_metrics, log_truth_ratio
 from support.errors import InputError
 
@@ -227,23 +227,36 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "data" / "make_builtin.py", *map(str, arguments)],
+    return subprocess.run([sys.executable, ROOT / "data" / "write_sets.py", *map(str, arguments)],
                           capture_output=True, text=True)
 
 
 def test_the_command(tmp_path):
-    done = command("--out", tmp_path / "a", "--seed", 3)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and not done.stderr
-    lines = (tmp_path / "a" / "full.json").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == make_builtin(3)["full"]
+    done = command("builtin", tmp_path / "a")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6 and not done.stderr
+    assert load_sets(str(tmp_path / "a")) == (SPLITS, REFUSALS, "idontknow.jsonl")
 
     (tmp_path / "file").touch()
-    for arguments in (("--out", tmp_path / "a"), ("--out", tmp_path / "b", "--seed", -1), ("--seed", 0),
-                      ("--out", tmp_path / "b", "--seed", "x"), ("--out", tmp_path / "file" / "b")):
+    for arguments in (("builtin", tmp_path / "a"), ("builtin",), ("nowhere", tmp_path / "b"),
+                      ("builtin", tmp_path / "b", "--rows", "x"), ("builtin", tmp_path / "file" / "b")):
         refused = command(*arguments)
         assert refused.returncode == 2 and not refused.stdout, arguments
         assert len(refused.stderr.splitlines()) == 1, arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
+def test_a_cut_set_is_whole_authors_with_the_same_forget10(tmp_path):
+    write_sets(tmp_path / "a", SPLITS)
+    done = command(tmp_path / "a", tmp_path / "cut", "--rows", 400, "--retain-rows", 30, "--fact-rows", 20)
+    assert done.returncode == 0, done.stderr
+    cut, _, refusals_from = load_sets(str(tmp_path / "cut"))
+    assert refusals_from == "builtin"
+    assert cut == {"full": SPLITS["full"][:360] + SPLITS["full"][-40:],
+                   "forget10_perturbed": SPLITS["forget10_perturbed"][-40:],
+                   "retain_perturbed": SPLITS["retain_perturbed"][:30],
+                   "real_authors_perturbed": SPLITS["real_authors_perturbed"][:20],
+                   "world_facts_perturbed": SPLITS["world_facts_perturbed"][:20], "holdout10": HOLDOUT[:40]}
+    load_task(str(tmp_path / "cut"), "forget10")
 
 
 @pytest.mark.slow

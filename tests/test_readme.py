@@ -46,7 +46,7 @@ def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data,
 
 
 PARSERS = {"train_npo.py": parse, "synthetic.py": synthetic.parse_args}  # others have a `build_parser`
-NO_PARSER = ("theory_check.py", "make_builtin.py", "cut_tofu.py")
+NO_PARSER = ("theory_check.py", "write_sets.py")
 
 
 def test_every_documents_commands_have_valid_flags(tmp_path, monkeypatch):
