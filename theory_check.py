@@ -95,24 +95,20 @@ def close(measured, predicted, tolerance: float) -> bool:
 
 
 # ----------------------------------------------------------------------------------------- 1. Proposition 1
-def small_net(generator) -> tuple:
-    """(logps of flat parameters, pi_ref's parameters): a two-layer tanh network on five classes."""
-    x, y = torch.randn(64, 12, generator=generator, dtype=DTYPE), torch.randint(5, (64,), generator=generator)
-
-    def logps(parameters):
-        w1, b1, w2, b2 = parameters.split([12 * 24, 24, 24 * 5, 5])
-        return losses.token_logps((x @ w1.view(12, 24) + b1).tanh() @ w2.view(24, 5) + b2, y)
-    return logps, torch.randn(437, generator=generator, dtype=DTYPE) / 3
-
-
 def proposition1(generator) -> list:
     """L_NPO - (2/beta) log 2 -> L_GA - E log pi_ref, and gradients: error beta E[r^2]/4, r = log pi/pi_ref.
+    On a two-layer tanh network, five classes.
 
     Why: L_NPO = (2/beta) E log(1 + e^(beta r)), and log(1 + e^u) = log 2 + u/2 + u^2/8 + O(u^4). The 1/beta
     term is (2/beta) log 2, the constant one E r = L_GA - E log pi_ref, the next beta E[r^2]/4, and then
     nothing before beta^3.
     """
-    logps, reference = small_net(generator)
+    x, y = torch.randn(64, 12, generator=generator, dtype=DTYPE), torch.randint(5, (64,), generator=generator)
+
+    def logps(parameters):
+        w1, b1, w2, b2 = parameters.split([12 * 24, 24, 24 * 5, 5])
+        return losses.token_logps((x @ w1.view(12, 24) + b1).tanh() @ w2.view(24, 5) + b2, y)
+    reference = torch.randn(437, generator=generator, dtype=DTYPE) / 3
     noise = torch.randn(reference.shape, generator=generator, dtype=DTYPE)
     policy = (reference + 0.5 * reference.std() * noise).requires_grad_()
     ga, constant = losses.ga_loss(logps(policy)).mean(), ((logps(policy) - logps(reference))**2).mean() / 4
