@@ -38,7 +38,7 @@ from scipy.stats import hmean, ks_2samp, rankdata
 
 from data.prompts import TEMPLATES
 from data.tofu import EVALUATED, NO_HOLDOUT, Task, evaluation_split, load_task, parse_split
-from evaluation.logs import MAX_ROWS, expect_split, metrics_table, read_log, read_retain_log
+from evaluation.logs import MAX_ROWS, expect_split, log_truth_ratio, metrics_table, read_log, read_retain_log
 from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, prepare, reference_states
 from models.answers import AnswerModel
 from models.checks import check_model
@@ -56,17 +56,6 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 
 
 # ---------------------------------------------------------------- metrics, from rows alone
-
-def log_truth_ratio(row: dict) -> float | None:
-    """log R of a row, above 0 where the (paraphrased) truth is likelier than the falsehoods; None without
-    perturbed answers."""
-    if not row.get("perturbed_nll"):
-        return None
-    # Real authors and world facts: the answer stands for its paraphrase.
-    truth = "answer" if row.get("paraphrased_nll") is None else "paraphrased"
-    perturbed = np.divide(row["perturbed_nll"], row["perturbed_tokens"])
-    return float(perturbed.mean() - row[f"{truth}_nll"] / row[f"{truth}_tokens"])
-
 
 def truth_ratio(row: dict, forget: bool) -> float | None:
     """min(R, 1/R) of a forget row, max(0, 1 - 1/R) of another; None without perturbed answers."""

@@ -50,11 +50,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def open_study(args: Namespace) -> grid.Study:
-    from evaluate_tofu import log_truth_ratio  # and with it PyTorch, which drawing does without
-    return records.open_study(args, log_truth_ratio)
-
-
 def draw(args: Namespace):
     """Pictures of this study, and the pages over all studies in OUT/tofu."""
     path, out = records.json_path(args), Path(args.out)
@@ -71,8 +66,7 @@ def draw(args: Namespace):
 
 def collect(folders: list, out: Path):
     """The records of single runs in one JSON."""
-    from evaluate_tofu import log_truth_ratio
-    found = [records.collected(folder, log_truth_ratio) for folder in folders]
+    found = [records.collected(folder) for folder in folders]
     runs, models = ([r for r in found if r["kind"] == kind] for kind in ("unlearn", "model"))
     write_json(out, {"runs": runs, "retrained": models, "provenance": environment()})
 
@@ -95,7 +89,7 @@ def run(args: Namespace):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved like Ctrl-C
     path = records.json_path(args)
     with locked(path.with_suffix(".lock")):  # two commands would overwrite each other's records
-        study = open_study(args)
+        study = records.open_study(args)
         workers.run_missing(study)
         records.take_attacks(study)
         write_json(path, records.complete(study))
@@ -118,7 +112,7 @@ def main():
         raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "
                          "nothing to make")
     if args.plan:
-        return workers.print_plan(open_study(args))
+        return workers.print_plan(records.open_study(args))
     if not args.draw_only:
         run(args)
     draw(args)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data.prompts import encode
 from data.tofu import complement, parse_split
-from evaluate_tofu import add_rows, compute_metrics, log_truth_ratio, refuse_unwritable, task_of
+from evaluate_tofu import add_rows, compute_metrics, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, BATCH, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
@@ -64,7 +64,7 @@ def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) ->
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
     lab = Lab(task, tokenizer, template, getattr(lm.config, "max_position_embeddings", None), rows, known,
-              world, args, compute_metrics, log_truth_ratio)
+              world, args, compute_metrics)
     texts = lab.prepared().encoded()
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
     lm.cpu()  # the retrained model comes first

@@ -24,6 +24,7 @@ from data.builtin import FACTS
 from data.prompts import Encoded, encode
 from data.tofu import Task
 from evaluation.attack_pages import LABELS, MEASURES
+from evaluation.logs import log_truth_ratio
 from evaluation.scoring import MAX_NEW_TOKENS, Prepared, evaluate, prepare, rouge_l_recall
 from models.answers import AnswerModel, untouched
 from models.generation import generate
@@ -58,7 +59,6 @@ class Lab:
     world: World
     settings: Namespace  # the command's; of them SETTINGS decide numbers
     metrics_of: Callable  # evaluate_tofu's compute_metrics
-    log_truth_ratio: Callable
 
     def prepared(self, rows: list | None = None) -> Prepared:
         return prepare({"forget": rows or self.rows}, self.tokenizer, self.template, self.context, max_rows=0)
@@ -67,7 +67,7 @@ class Lab:
         """MEASURES, and each row's log R (None where the rows have no perturbed answers)."""
         rows = evaluate(model, prepared, self.tokenizer, batch_size=self.preset.eval_batch_size,
                         world=self.world)
-        metrics, ratios = self.metrics_of(rows)["forget"], list(map(self.log_truth_ratio, rows["forget"]))
+        metrics, ratios = self.metrics_of(rows)["forget"], list(map(log_truth_ratio, rows["forget"]))
         return {**{key: metrics[key] for key in MEASURES}, "log_truth_ratios": ratios}
 
     def identity(self, models: dict) -> dict:

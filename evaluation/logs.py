@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from data.tofu import EVALUATED, complement, parse_split
 from support.command_line import markdown_table, number
 from support.errors import InputError, cause_of
@@ -95,6 +97,17 @@ def check_rows(rows: list, where: str, unasked: tuple):
             raise InputError(f"{where} row {row['index']}: needs question, answer, generation, "
                              "rouge_l_recall and finite sums (.._nll) with as many token counts of "
                              "at least 1 (.._tokens)")
+
+
+def log_truth_ratio(row: dict) -> float | None:
+    """log R of a row, above 0 where the (paraphrased) truth is likelier than the falsehoods; None without
+    perturbed answers."""
+    if not row.get("perturbed_nll"):
+        return None
+    # Real authors and world facts: the answer stands for its paraphrase.
+    truth = "answer" if row.get("paraphrased_nll") is None else "paraphrased"
+    perturbed = np.divide(row["perturbed_nll"], row["perturbed_tokens"])
+    return float(perturbed.mean() - row[f"{truth}_nll"] / row[f"{truth}_tokens"])
 
 
 def words(text) -> str:

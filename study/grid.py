@@ -8,7 +8,6 @@ on the same seed.
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,7 +55,6 @@ class Study:
     task: Task  # of TUNING_SPLIT
     preset_name: str
     preset: object  # models' Preset
-    log_truth_ratio: Callable
     known: dict  # the distilled JSON
 
 

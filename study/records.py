@@ -5,7 +5,6 @@ import json
 import math
 import statistics
 from argparse import Namespace
-from collections.abc import Callable
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +13,7 @@ from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
 from evaluation.attack_pages import last_states
-from evaluation.logs import MIA, SHARPER
+from evaluation.logs import MIA, SHARPER, log_truth_ratio
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
 from study.grid import Job, Study
@@ -57,7 +56,7 @@ def read_study(path: Path, needed: set = NEEDED) -> dict:
     return study
 
 
-def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
+def open_study(args: Namespace) -> Study:
     """The study with its JSON, or a new one. Raises InputError, also for a JSON of other data."""
     from models.presets import PRESETS
     from running.memory_plan import read_shape
@@ -69,7 +68,7 @@ def open_study(args: Namespace, log_truth_ratio: Callable) -> Study:
         raise InputError(f"--model {args.model}: the study makes its tiny models itself; leave {folder} out")
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
     shape = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full)
-    study = Study(args, task, name, preset, log_truth_ratio, {})
+    study = Study(args, task, name, preset, {})
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
                 "start": Path(start.folder).name if start else Path(folder).name or preset.finetuned}
@@ -107,7 +106,7 @@ def missing(study: Study, jobs: list) -> list[Job]:
     return list(models.values()) + open_jobs
 
 
-def record(folder: Path, facts: dict, data: str, log_truth_ratio: Callable) -> dict:
+def record(folder: Path, facts: dict, data: str) -> dict:
     """A finished run: `facts`, the curves of its metrics, counts of its last answers; of
     one that only serves the choice of settings no more than `grid.score` and the page need."""
     files = sorted((folder / "eval").glob("step_*.json"))
@@ -212,7 +211,7 @@ def differing(runs: list) -> list[str]:
     return [key for key in keys if len({run.get(key) for run in runs}) > 1]
 
 
-def collected(folder: Path, log_truth_ratio: Callable) -> dict:
+def collected(folder: Path) -> dict:
     """The record of a single run, known by its settings alone. Raises InputError."""
     if not ((folder / "model").is_dir() and (folder / "log.jsonl").is_file()):
         raise InputError(f"{folder} is no finished run: need a run folder with log.jsonl and model/ in it")
@@ -224,7 +223,7 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
              "command": without_folders(config["command"]),
              **{k: settings.get(k) for k in COLLECTED}, "data": Path(data).name}
-    found = record(folder, facts, data, log_truth_ratio)
+    found = record(folder, facts, data)
     quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])
     if facts["kind"] == "unlearn" and (len(quality) < 2 or None in quality + utility):
         raise InputError(f"{folder}: need two or more evaluations with forget quality and model utility, so "
@@ -235,7 +234,7 @@ def collected(folder: Path, log_truth_ratio: Callable) -> dict:
 def keep(study: Study, job: Job, seconds: float | None):
     """Write the record of a finished job to the study's JSON."""
     facts = {"key": job.key, **job.facts, "seconds": seconds and round(seconds, 1)}
-    keep_record(study, record(Path(job.folder), facts, study.args.data, study.log_truth_ratio))
+    keep_record(study, record(Path(job.folder), facts, study.args.data))
 
 
 def keep_record(study: Study, kept: dict):

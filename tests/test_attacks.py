@@ -15,7 +15,7 @@ from data.batches import collate
 from data.builtin import make_builtin
 from data.prompts import encode
 from data.tofu import load_task
-from evaluate_tofu import compute_metrics, log_truth_ratio
+from evaluate_tofu import compute_metrics
 from evaluation import attack_pages, attacks
 from evaluation.attacks import Lab, attacked, built_in_value, leak_at, rounded_blockwise, stated, steps_to
 from models.answers import AnswerModel
@@ -65,8 +65,7 @@ def lab(models, small_data):
     _, tokenizer, _ = load_model(str(models["start"]))
     task = load_task(str(small_data), "forget10")
     return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE,
-               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics,
-               log_truth_ratio)
+               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics)
 
 
 def loaded(models, name):

@@ -504,7 +504,7 @@ def study(small_data, tmp_path, monkeypatch):
     def make(*words):
         args = figures_tofu.build_parser().parse_args(["--data", str(small_data), "--epochs", "1", *words])
         args.jobs = args.jobs or 1
-        return figures_tofu.open_study(args)
+        return records.open_study(args)
     return make
 
 
@@ -815,11 +815,11 @@ def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path
         (tmp_path / "config.json").write_text(json.dumps(config))
         monkeypatch.setattr(records, "record", lambda *_, curves=curves: curves)
         with pytest.raises(InputError, match=said):
-            records.collected(tmp_path, None)
+            records.collected(tmp_path)
     for torn in ("{", "{}"):
         (tmp_path / "config.json").write_text(torn)
         with pytest.raises(InputError, match="config.json is not a run's"):
-            records.collected(tmp_path, None)
+            records.collected(tmp_path)
     assert pictures.style("squared+rt") and pictures.style("npo+rt+kl")  # of one's own
 
 
