@@ -39,7 +39,6 @@ BETA_FACTORS = (1.0, 0.5, 2.0)  # of the preset's beta, or the published; the fi
 SIMNPO_BETA = 2.5  # in its place: its log-probability is a mean over tokens (Fan et al., 2024)
 RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
-SECOND_START, SECOND_START_SEED = ("npo+rt", "ga+rt"), 1  # forget10, seed 1, from a start of another seed
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
 # What identifies a run, besides data, start and retrained model. Micro-batch and device change no number.
@@ -104,9 +103,9 @@ def model_job(study: Study, split: str, seed: int) -> Job | None:
     return Job(given, key, folder, (), {"kind": "model", "split": split, "seed": seed})
 
 
-def start_model(study: Study, seed: int) -> str:
-    """`--model` of a run from the start that was fine-tuned with this seed."""
-    start = model_job(study, "full", seed)
+def start_model(study: Study) -> str:
+    """`--model` of an unlearning run: the fine-tuned start."""
+    start = model_job(study, "full", 0)
     return f"{study.preset_name}={start.folder}/model" if start else study.args.model
 
 
@@ -115,7 +114,7 @@ def defaults(study: Study) -> dict:
     """Every setting of an unlearning run as it is where its job says nothing else."""
     from running.settings import resolve
     epochs = study.args.epochs or study.preset.epochs
-    return vars(resolve({"data": study.args.data, "epochs": epochs, "model": start_model(study, 0)}))
+    return vars(resolve({"data": study.args.data, "epochs": epochs, "model": start_model(study)}))
 
 
 def has_beta(method: str) -> bool:
@@ -124,11 +123,11 @@ def has_beta(method: str) -> bool:
     return "beta" in OBJECTIVES[method.split("+")[0]].takes
 
 
-def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict, start_seed: int = 0,
+def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict,
                 retain_weight: float | None = None) -> Job:
     """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
     args, base, (loss, *terms) = study.args, defaults(study), method.split("+")
-    start, retrained = model_job(study, "full", start_seed), model_job(study, complement(split), seed)
+    start, retrained = model_job(study, "full", 0), model_job(study, complement(split), seed)
     every = STEP_SPLIT_EVERY
     if split != STEP_SPLIT:
         every = math.ceil(EVALUATE_EPOCHS * len(slice_rows(study.task.full, split)) / base["batch_size"])
@@ -141,8 +140,8 @@ def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict, s
                   Path(retrained.folder).name)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
     facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
-             "seed": seed, "start_seed": start_seed, **{k: s[k] for k in told}, **hyper}
-    given |= {"model": start_model(study, start_seed), "retain_log": retrained.folder}
+             "seed": seed, **{k: s[k] for k in told}, **hyper}
+    given |= {"model": start_model(study), "retain_log": retrained.folder}
     chosen = "lr" in hyper
     return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
                run_folder(args, facts, key), tuple(filter(None, (start, retrained))), facts)
@@ -214,11 +213,8 @@ def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict)
         jobs = weight_jobs(study, method, split, hyper)
         weights = [chosen_weight(study, method, split, hyper)]
         hyper = {} if weights == [None] else hyper
-    jobs += [unlearn_job(study, method, split, seed, hyper, retain_weight=weight) for weight in weights
-             for seed in range(1, study.args.seeds + 1)]
-    if figure == "5" and split == TUNING_SPLIT and method in SECOND_START and not study.preset.finetuned:
-        jobs.append(unlearn_job(study, method, split, 1, hyper, start_seed=SECOND_START_SEED))
-    return jobs
+    return jobs + [unlearn_job(study, method, split, seed, hyper, retain_weight=weight) for weight in weights
+                   for seed in range(1, study.args.seeds + 1)]
 
 
 def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]:

@@ -47,11 +47,11 @@ def page(studies: dict, folder: Path) -> str:
 def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: verdicts, figures, tables."""
     made = study["provenance"]
-    origins = Counter((r["commit"], r["start_seed"], r["start_weights"]) for r in study["runs"])
+    origins = Counter((r["commit"], r["start_weights"]) for r in study["runs"])
     lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {how(study)}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; "
              f"{verdicts.scale(study)}; last command `{made['command']}`, {made['time']}.", "",
-             *markdown_table(["commit", "seed of the start", "its weights", "runs"],
+             *markdown_table(["commit", "the start's weights", "runs"],
                     [[*origin, runs] for origin, runs in origins.most_common()]),
              *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]], "", "### Verdicts", "",
              *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
@@ -108,10 +108,9 @@ def mean_sd(values: list, spec: str = ".2f") -> str:
 
 
 def peak_table(study: dict, splits: tuple) -> list[str]:
-    """Every method on these splits, with weights of 1, from the first fine-tuned start and the second."""
-    return runs_table(["split", "method"], [
-        ([split, m + f", start {start}" * (start > 0)], chosen_runs(study, split, m, start_seed=start))
-        for split in splits for m in study["chosen"] for start in (0, grid.SECOND_START_SEED)])
+    """Every method on these splits, with weights of 1."""
+    return runs_table(["split", "method"], [([split, m], chosen_runs(study, split, m))
+                                            for split in splits for m in study["chosen"]])
 
 
 def single_runs_table(runs: list) -> list[str]:

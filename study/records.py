@@ -23,7 +23,7 @@ from support.provenance import environment, without_folders
 
 CURVES = ("forget_quality_log10", "ks_statistic", "model_utility", "forget_truth_ratio", "forget_kl",
           "world_facts_kl", "privleak")
-ORDER = ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "start_seed", "seed", "key")
+ORDER = ("split", "method", "lr", "beta", "forget_weight", "retain_weight", "seed", "key")
 SAMPLED_SETS = ("forget", "retain", "world_facts")
 SAMPLED_ROW = 7  # of each of these sets, for Figure 7
 TEXT = 160  # characters of a sampled text that are kept
@@ -241,8 +241,7 @@ def keep_record(study: Study, kept: dict):
     """Write one more record to the study's JSON. Raises InputError for a run from another start than the
     others of its split: one name's weights differ from machine to machine, in rounding."""
     known, place = study.known, "retrained" if kept["kind"] == "model" else "runs"
-    began = {r["start_weights"] for r in known["runs"]
-             if all(r.get(key) == kept.get(key) for key in ("split", "start_seed"))}
+    began = {r["start_weights"] for r in known["runs"] if r["split"] == kept["split"]}
     if began - {kept["start_weights"]}:
         raise InputError(f"{json_path(study.args)} has runs of {kept['split']} that began "
                          f"from weights {min(began)}, and these begin from {kept['start_weights']}: "

@@ -33,14 +33,13 @@ COVERED, EQUAL_SEEDS = 0.95, 5  # of equal values fewer than so many decide noth
 RANK = {False: 0, "undecided": 1, True: 2}
 
 
-def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None,
-                start_seed: int = 0) -> list:
+def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None) -> list:
     """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1,
     or with another retain weight (0: npo at npo+rt's lr and beta)."""
     if method not in study["chosen"]:
         return []
     choice, plain = study["chosen"][method], method.removesuffix("+rt")
-    wanted = {"split": split, "method": plain if retain_weight == 0 else method, "start_seed": start_seed,
+    wanted = {"split": split, "method": plain if retain_weight == 0 else method,
               "epochs": study["epochs"], "forget_weight": 1, "kl_weight": int("+kl" in method),
               "retain_weight": int("+rt" in method) if retain_weight is None else retain_weight,
               "lr": choice["lr"], "beta": choice["beta"]}

@@ -82,7 +82,7 @@ def counts(**given) -> dict:
     return {**base, **given}
 
 
-def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_seed=0) -> dict:
+def hand_made_run(method: str, split: str, seed: int, retain_weight=None) -> dict:
     """A run as the paper describes its method's."""
     loss, _, term = method.partition("+")
     wiggle = 0.01 * seed
@@ -104,9 +104,9 @@ def hand_made_run(method: str, split: str, seed: int, retain_weight=None, start_
     answers["forget"] = counts(**{"other fact": 85})
     if loss == "ga":
         answers["forget"] = counts(repetitive=95, repetition_rate=0.8)
-    run = {"key": f"{method} {split} {seed} {weight} {start_seed}", "kind": "unlearn",
+    run = {"key": f"{method} {split} {seed} {weight}", "kind": "unlearn",
            "method": "npo" if (loss, weight, term) == ("npo", 0, "rt")
-           else method, "split": split, "seed": seed, "start_seed": start_seed, "lr": 1e-3, "beta": 0.1,
+           else method, "split": split, "seed": seed, "lr": 1e-3, "beta": 0.1,
            "forget_weight": 1.0,
            "retain_weight": weight, "kl_weight": float(term == "kl"), "epochs": 10,
            "steps": [0, 25, 50, 75, 100, 125], "total_steps": 125, "commit": "c", "start_weights": "57a7",
@@ -130,7 +130,6 @@ def hand_made_study(seeds=6, change=None) -> dict:
             for seed in range(1, seeds + 1)]
     runs += [hand_made_run("npo+rt", "forget10", seed, weight) for weight in (0.0, 0.5, 2.0, 5.0)
              for seed in range(1, seeds + 1)]
-    runs.append(hand_made_run("npo+rt", "forget10", 1, start_seed=1))
     runs = list({r["key"]: r for r in runs}.values())
     for run in runs:
         if change:
@@ -307,12 +306,11 @@ def test_some_of_them_do_where_one_does():
     assert verdicts.one_of([test(False, -9), test(False, -2)])["mean"] == -2
 
 
-def test_selection_leaves_out_tuning_runs_second_starts_and_other_settings():
+def test_selection_leaves_out_tuning_runs_and_other_settings():
     study = hand_made_study(seeds=3)
     tuning, other = (hand_made_run("npo+rt", "forget10", seed) for seed in (0, 2))
     study["runs"] += [tuning, {**other, "lr": 5e-4}]
     assert [r["seed"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt")] == [1, 2, 3]
-    assert len(verdicts.chosen_runs(study, "forget10", "npo+rt", start_seed=1)) == 1
     assert [r["method"] for r in verdicts.chosen_runs(study, "forget10", "npo+rt", 0)] == ["npo"] * 3
     study["runs"].append({**verdicts.chosen_runs(study, "forget10", "npo+rt")[0], "key": "the same again"})
     with pytest.raises(AssertionError, match="two records of one seed"):
@@ -397,7 +395,7 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert all(sentence in page for sentence in pages.LESSONS.values()) and page.count("| holds |") == 13
     assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES) - 2
-    for expected in ("| npo+rt | In $Lima. [other fact] |", "| forget10 | npo+rt, start 1 | 1 |",
+    for expected in ("| npo+rt | In $Lima. [other fact] |", "| forget10 | npo+rt | 6 |",
                      "1 of 1 above 0.05", "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |",
                      "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
         assert expected in page, expected
@@ -597,14 +595,16 @@ def test_a_job_is_a_command_of_train_npo(study):
     assert workers.command_of(job)[2:] == ["--resume", job.folder]
 
 
-def test_other_data_another_start_or_another_retrained_model_make_another_run(study, monkeypatch):
+def test_other_data_another_start_or_another_retrained_model_make_another_run(study):
     s = study("--figure", "5", "--methods", "npo+rt", "--seeds", "2")
+    of = [("data", "start", "retrained"), ("other", "start", "retrained"), ("data", "other", "retrained"),
+          ("data", "start", "other")]
+    assert len({grid.run_key(grid.defaults(s), *facts) for facts in of}) == 4
     hyper = {"lr": 1e-3, "beta": 0.1}
-    job = grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper)
-    others = [grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, start_seed=1),
-              grid.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
-              grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
-    assert len({job.key, *(o.key for o in others)}) == 4
+    jobs = [grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper),
+            grid.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
+            grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
+    assert len({job.key for job in jobs}) == 3
 
 
 def test_a_beta_without_effect_makes_no_other_run(study):
@@ -648,8 +648,7 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     for same in ({}, {"seed": 9}):
         with pytest.raises(InputError, match="began from weights 57a7"):
             records.keep_record(s, {**kept, "start_weights": "0", **same})
-    for other in ({"start_seed": 1}, {"split": "forget20"}):
-        records.keep_record(s, {**kept, "start_weights": "0", **other})
+    records.keep_record(s, {**kept, "start_weights": "0", "split": "forget20"})
 
 
 FATES = {  # in place of a run
