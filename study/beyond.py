@@ -10,8 +10,8 @@ import numpy as np
 
 from study.grid import FIGURES, NEWER
 from study.pages import how, mean_sd
-from study.pictures import canvas, save, with_runs
-from study.verdicts import LINE, best_at_utility, kept_utility, last
+from study.pictures import canvas, save
+from study.verdicts import LINE, best_at_utility, chosen_runs, kept_utility, last
 from support.command_line import markdown_table
 
 SPLIT, UTILITY = "forget10", 0.9  # share of the start's utility at which objectives are compared
@@ -23,7 +23,7 @@ STATES = {"before": "before", "forget 100%": "relearned", "retain": "after retai
 
 def objectives(study: dict) -> dict:
     """method -> its runs of the reported seeds; none where the study has no newer objective."""
-    found = dict(with_runs(study, SPLIT, FIGURES["objectives"][1]))
+    found = {m: runs for m in FIGURES["objectives"][1] if (runs := chosen_runs(study, SPLIT, m))}
     return found if found.keys() & set(NEWER) else {}
 
 

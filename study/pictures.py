@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from data.tofu import complement
-from study.grid import FIGURES, LARGE, SMALL, STEP_SPLIT
+from study.grid import FIGURES, STEP_SPLIT
 from study.records import COLLECTED, differing
 from study.verdicts import LINE, chosen_runs, peak, peak_at, tuned_runs
 
@@ -62,11 +62,6 @@ def dual_axis(axes, study: dict, split: str, floor: float):
         axes.axhline(middle, color="tab:cyan", linewidth=1.2, linestyle="-.",
                      label="retrained against retrained")
         axes.axhspan(low, high, color="tab:cyan", alpha=0.12, linewidth=0)
-
-
-def with_runs(study: dict, split: str, methods, select=chosen_runs) -> list:
-    """(method, its runs) for those that have any."""
-    return [(m, runs) for m in methods if (runs := select(study, split, m))]
 
 
 def canvas(rows: int, columns: int, width: float, height: float):
@@ -120,13 +115,10 @@ def save(figure, path: Path) -> Path:
     return path
 
 
-def trade_off(study: dict, path: Path, splits: tuple):
+def trade_off(study: dict, path: Path, columns: list) -> Path:
     """Forget quality against utility at each method's peak, one panel a split."""
-    found = [(split, named) for split in splits if (named := with_runs(study, split, study["chosen"]))]
-    if not found:
-        return None
-    figure, panels = canvas(1, len(found), 5.2 * len(found), 5.2)
-    for axes, (split, named) in zip(panels[0], found, strict=True):
+    figure, panels = canvas(1, len(columns), 5.2 * len(columns), 5.2)
+    for axes, (split, named) in zip(panels[0], columns, strict=True):
         trade_off_panel(axes, study, split, named)
     return finish(figure, path)
 
@@ -157,21 +149,17 @@ def trade_off_panel(axes, study: dict, split: str, named: list):
              ylabel="forget quality at its peak", xlim=(-0.03, 1.08 * axes.get_xlim()[1]))
 
 
-def evolution(study: dict, path: Path, splits: tuple, note: str = "", select=chosen_runs,
-              keys: tuple = (QUALITY, "model_utility")):
+def evolution(study: dict, path: Path, columns: list, keys: tuple = (QUALITY, "model_utility")) -> Path:
     """Metrics below each other, one column a split, over epochs (forget01: over steps)."""
-    found = [(split, some) for split in splits if (some := with_runs(study, split, study["chosen"], select))]
-    if not found:
-        return None
-    figure, panels = canvas(len(keys), len(found), 5.2 * len(found), 2.2 + 2.6 * len(keys))
-    for (split, some), column in zip(found, panels.T, strict=True):
-        against = "steps" if split == STEP_SPLIT else "epochs"
+    figure, panels = canvas(len(keys), len(columns), 5.2 * len(columns), 2.2 + 2.6 * len(keys))
+    for (title, named), column in zip(columns, panels.T, strict=True):
+        against = "steps" if title == STEP_SPLIT else "epochs"
         for axes, key in zip(column, keys, strict=True):
-            panel(axes, study, some, key, against, split + note if key == keys[0] else "")
+            panel(axes, study, named, key, against, title if key == keys[0] else "")
     return finish(figure, path)
 
 
-def single_runs(runs: list, path: Path):
+def single_runs(runs: list, path: Path) -> Path:
     """Records of any settings, a line for those that differ in their seed alone; the same method is named by
     what differs of the settings, and by its place too where only data or start do."""
     alike = {}  # settings without the seed -> runs
@@ -187,37 +175,36 @@ def single_runs(runs: list, path: Path):
             for key, value in telling.items())]))
     if len(set(names)) < len(names):
         names = [f"{place}: {name}" for place, name in enumerate(names, 1)]
-    named = dict(zip(names, alike.values(), strict=True))
-    return evolution({"chosen": named}, path, ("forget quality",),
-                     select=lambda _study, _split, name: named[name])
+    return evolution({}, path, [("forget quality", list(zip(names, alike.values(), strict=True)))])
 
 
-def retain_weight(study: dict, path: Path):
-    """npo+rt on forget10 over epochs, a line for each of two or more retain weights."""
-    weights = study["budget"]["retain_weights"]
-    found = {f"weight {w:g}": runs for w in weights if (runs := chosen_runs(study, "forget10", "npo+rt", w))}
-    if len(found) < 2:
-        return None
-    return evolution({**study, "chosen": found}, path, ("forget10",),
-                     select=lambda _study, _split, weight: found[weight])
+MAKERS = {"overview": evolution, "2": partial(evolution, keys=(QUALITY, "model_utility", "world_facts_kl")),
+          "5": trade_off, "6": evolution, "8": partial(evolution, keys=("forget_kl",)), "9": evolution,
+          "retain-weight": evolution, "beyond10": trade_off}
 
 
-MAKERS = {
-    "overview": partial(evolution, splits=("forget10",)),
-    "2": partial(evolution, splits=("forget05",), keys=(QUALITY, "model_utility", "world_facts_kl")),
-    "5": partial(trade_off, splits=SMALL), "6": partial(evolution, splits=SMALL),
-    "8": partial(evolution, splits=("forget10",), keys=("forget_kl",)),
-    "9": partial(evolution, splits=("forget50", "forget90"), note=", tuned weights", select=tuned_runs),
-    "retain-weight": retain_weight, "beyond10": partial(trade_off, splits=LARGE),
-}
+def columns_of(study: dict, figure: str) -> list:
+    """A figure's [(title, [(label, its runs)])], of what there are runs for."""
+    splits, methods = FIGURES[figure]
+    methods, least = [m for m in study["chosen"] if m in methods], 1
+    if figure == "retain-weight":
+        weights, least = study["budget"]["retain_weights"], 2  # one weight compares nothing
+        columns = {"forget10": [(f"weight {w:g}", chosen_runs(study, "forget10", "npo+rt", w))
+                                for w in weights]}
+    elif figure == "9":
+        columns = {f"{split}, tuned weights": [(m, tuned_runs(study, split, m)) for m in methods]
+                   for split in splits}
+    else:
+        columns = {split: [(m, chosen_runs(study, split, m)) for m in methods] for split in splits}
+    found = [(title, [(label, runs) for label, runs in named if runs]) for title, named in columns.items()]
+    return [(title, named) for title, named in found if len(named) >= least]
 
 
 def draw(study: dict, figures: list, stem: Path) -> list[Path]:
     """The wanted figures of the paper that the study has runs for, as STEM_figureN.png; their paths."""
-    names = {f: f"figure{f}" if f.isdigit() else f for f in figures if f in MAKERS}
     drawn = []
-    for figure, name in names.items():
-        chosen = {m: choice for m, choice in study["chosen"].items() if m in FIGURES[figure][1]}
-        path = stem.with_name(f"{stem.name}_{name}.png")
-        drawn.append(MAKERS[figure]({**study, "chosen": chosen}, path))
-    return [path for path in drawn if path]
+    for figure in figures:
+        if figure in MAKERS and (columns := columns_of(study, figure)):
+            name = f"figure{figure}" if figure.isdigit() else figure
+            drawn.append(MAKERS[figure](study, stem.with_name(f"{stem.name}_{name}.png"), columns))
+    return drawn
