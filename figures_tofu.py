@@ -5,12 +5,12 @@
     python figures_tofu.py --draw-only           # from the JSON alone: no model, no run folder
     python figures_tofu.py --collect runs/NAME --out FILE.json    # single runs: records, table, picture
 
-It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, OUT/tofu.md and beyond.md over every such JSON;
+It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md over every such JSON;
 docs/study.md has the figures. A run is known by its settings, data, start and retrained model, which its
 folder's name stands for: one that is in the JSON, or finished in --runs, is not made again; one that was
 interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned start is shared. The story:
-`study/`'s grid (what is needed), workers (running it), records (what is kept), verdicts, pages and pictures
-(from the JSON alone).
+`study/`'s grid (what is needed), workers (running it), records (what is kept), verdicts, pages, pictures and
+beyond (from the JSON alone).
 """
 
 import signal
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
 
 
 def draw(args: Namespace):
-    """Pictures of this study, and the pages over all studies in OUT/tofu."""
+    """Pictures of this study, and the page over all studies in OUT/tofu."""
     path, out = records.json_path(args), Path(args.out)
     study = records.read_study(path)
     drawn = pictures.draw(study, grid.wanted_figures(args), path.with_suffix(""))
@@ -59,9 +59,8 @@ def draw(args: Namespace):
         drawn += beyond.draw(study, path.with_suffix(""))
     studies = {p.stem: records.read_study(p) for p in sorted(path.parent.glob("*.json"))}
     (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
-    (out / "beyond.md").write_text(beyond.page(studies), encoding="utf-8")
     print(*map(verdicts.line, verdicts.verdicts(study)), sep="\n")
-    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {out}: tofu.md, beyond.md")
+    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {out}: tofu.md")
 
 
 def collect(folders: list, out: Path):

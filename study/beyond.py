@@ -1,6 +1,6 @@
 """What came after the paper, from the study's JSON: who forgets best, and who stays forgotten.
 
-It draws two pictures and writes one page, results/beyond.md; docs/beyond.md says how to read each number.
+Two pictures and two tables of the study's page; docs/beyond.md says how to read each number.
 """
 
 import statistics
@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from study.grid import FIGURES, NEWER
-from study.pages import how, mean_sd
 from study.pictures import canvas, save
-from study.verdicts import LINE, best_at_utility, chosen_runs, kept_utility, last
+from study.verdicts import LINE, best_at_utility, chosen_runs, kept_utility, last, mean_sd
 from support.command_line import markdown_table
 
 SPLIT, UTILITY = "forget10", 0.9  # share of the start's utility at which objectives are compared
@@ -84,24 +83,6 @@ def attacks_table(study: dict) -> list[str]:
             cells["halfway"] = f"{statistics.mean(reached):.1f}{some}"
         rows.append([name, len(models), *cells.values()])
     return markdown_table(["model", "seeds", *STATES.values()], rows)
-
-
-def page(studies: dict) -> str:
-    """results/beyond.md from the JSON of every study; name -> study."""
-    lines = ["# Beyond the paper: newer objectives, sharper metrics, attacks", "",
-             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`. Each "
-             "method has retain weight 1. Means over seeds ± their standard deviation. docs/beyond.md says "
-             "how to read each number.", ""]
-    for name, study in studies.items():
-        head = f"## {study['data']}, {study['model']}, {SPLIT}: who"
-        if objectives(study):
-            lines += [f"{head} forgets best", "", f"Hyper-parameters of {how(study)}.", "",
-                      f"![objectives](tofu/{name}_objectives.png)", "", *objectives_table(study), ""]
-        if attacks := attacks_table(study):
-            lines += [f"{head} stays forgotten", "",
-                      "Extraction strength of forget rows, before and after each attack.", "",
-                      f"![attacks](tofu/{name}_attacks.png)", "", *attacks, ""]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def draw(study: dict, stem: Path) -> list[Path]:

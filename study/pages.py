@@ -1,15 +1,14 @@
 """The study's page, results/tofu.md: lessons, verdicts, figures and tables from the JSON of each study."""
 
-import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
 from evaluation.logs import words
-from study import grid, verdicts
+from study import beyond, grid, verdicts
 from study.answers import KINDS
 from study.records import differing
-from study.verdicts import chosen_runs, kept_utility, last, peak, peak_at, rate, tuned_runs
+from study.verdicts import chosen_runs, kept_utility, last, mean_sd, peak, peak_at, rate, tuned_runs
 from support.command_line import markdown_table
 
 FIGURE_TITLES = {
@@ -17,7 +16,9 @@ FIGURE_TITLES = {
     "figure2": "Figure 2: forget05, with the divergence", "figure5": "Figure 5: at each method's peak",
     "figure6": "Figure 6: over the run", "figure8": "Figure 8: divergence",
     "figure9": "Figure 9: forget50 and forget90 with tuned weights",
-    "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5"}
+    "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5",
+    "objectives": "Beyond the paper: newer objectives, sharper metrics",
+    "attacks": "Beyond the paper: extraction strength of forget rows, before and after each attack"}
 
 LESSONS = {  # ten lines for a student, beside the verdict that each rests on
     "ga_falls": "Gradient ascent has no floor: what peaks early is destroyed by going on.",
@@ -34,11 +35,12 @@ LESSONS = {  # ten lines for a student, beside the verdict that each rests on
 
 def page(studies: dict, folder: Path) -> str:
     """results/tofu.md from the JSON of every study in `folder`; name -> study."""
-    lines = ["# The TOFU study: Figures 2 and 5 to 9", "",
+    lines = ["# The TOFU study: Figures 2 and 5 to 9, and beyond", "",
              "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every "
              "number is computed from there. How claims are judged, with their thresholds, is in the opening "
              "of `study/verdicts.py`. In brackets: the 95% interval of the mean over seeds; for a share of "
-             "seeds the lower and the upper one-sided 95% bound, since each claim has a direction.", ""]
+             "seeds the lower and the upper one-sided 95% bound, since each claim has a direction. How "
+             "to read what lies beyond the paper is in docs/beyond.md.", ""]
     for name, study in studies.items():
         lines += section(name, study, folder)
     return "\n".join(lines).rstrip() + "\n"
@@ -63,11 +65,12 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
              for split in ("forget50", "forget90") for m, choice in study["chosen"].items()
              if split in choice["weights"]]
     methods = {m: choice for m, choice in study["chosen"].items() if m in grid.METHODS}
-    whole, study = study, {**study, "chosen": methods}  # newer objectives have a page of their own
+    whole, study = study, {**study, "chosen": methods}  # newer objectives have tables of their own
     tables = {"figure5": [*peak_table(study, grid.SMALL), "", *ceiling_table(study)],
               "figure9": runs_table(["split", "method", "retain weight"], tuned),
               "retain-weight": runs_table(["retain weight"], by_weight),
-              "beyond10": peak_table(study, grid.LARGE)}
+              "beyond10": peak_table(study, grid.LARGE),
+              "objectives": beyond.objectives_table(whole), "attacks": beyond.attacks_table(whole)}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
@@ -97,14 +100,6 @@ def runs_table(head: list, named: list) -> list[str]:
                          mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
     return markdown_table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
                   "last log10 forget quality", "utility / start"], rows)
-
-
-def mean_sd(values: list, spec: str = ".2f") -> str:
-    if not values:
-        return "-"
-    finite = math.isfinite(sum(values))  # -inf: never with so much of the utility
-    sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 and finite else ""
-    return f"{statistics.mean(values):{spec}}{sd}"
 
 
 def peak_table(study: dict, splits: tuple) -> list[str]:

@@ -99,6 +99,15 @@ def rate(answers: dict, kind: str, sets: tuple) -> float:
     return sum(c[kind] for c in counts) / sum(c["answers"] for c in counts)
 
 
+def mean_sd(values: list, spec: str = ".2f") -> str:
+    """Over seeds; "-" for none."""
+    if not values:
+        return "-"
+    finite = math.isfinite(sum(values))  # -inf: never with so much of the utility
+    sd = f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 and finite else ""
+    return f"{statistics.mean(values):{spec}}{sd}"
+
+
 def interval(values: list) -> tuple[float, float]:
     """95% interval of the mean over two or more seeds, Student's t."""
     mean, half = statistics.mean(values), stats.t.ppf((1 + COVERED) / 2, len(values) - 1) * stats.sem(values)

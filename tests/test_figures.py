@@ -394,7 +394,7 @@ def test_the_page_follows_from_the_json(tmp_path):
     page = pages.page({"builtin_tiny": study}, tmp_path)
     assert page == pages.page({"builtin_tiny": json.loads(json.dumps(study))}, tmp_path)
     assert all(sentence in page for sentence in pages.LESSONS.values()) and page.count("| holds |") == 13
-    assert page.count("](tofu/builtin_tiny_") == len(grid.FIGURES) - 2
+    assert page.count("](tofu/builtin_tiny_") == len(pages.FIGURE_TITLES)
     for expected in ("| npo+rt | In $Lima. [other fact] |", "| forget10 | npo+rt | 6 |",
                      "1 of 1 above 0.05", "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |",
                      "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
@@ -441,9 +441,12 @@ def with_newer_objectives() -> dict:
     return study
 
 
-def test_newer_objectives_have_a_page_and_pictures_of_their_own(tmp_path):
+def test_newer_objectives_have_tables_and_pictures_of_their_own(tmp_path):
     study = with_newer_objectives()
-    page = beyond.page({"builtin_tiny": study})
+    for key in pages.FIGURE_TITLES:
+        (tmp_path / f"builtin_tiny_{key}.png").touch()
+    page = pages.page({"builtin_tiny": study}, tmp_path)
+    assert "| forget10 | tnpo+rt |" not in page  # the paper's tables have the paper's methods
     for expected in ("| undial+rt | 0.001 | 3 | ", "| 0.40 ± 0.10 | 40.00 ± 0.00 |",
                      "| (retrained) |  | 2 |  |  |  | 0.45 ± 0.00 |",
                      "| npo+rt | 2 | 0.25 ± 0.00 | 0.60 ± 0.00 |",
@@ -454,21 +457,16 @@ def test_newer_objectives_have_a_page_and_pictures_of_their_own(tmp_path):
     assert [path.name for path in drawn] == ["a_objectives.png", "a_attacks.png"]
     assert [path.read_bytes() for path in beyond.draw(study, tmp_path / "a")] == [
         path.read_bytes() for path in drawn]
-    assert "tnpo+rt" not in "\n".join(pages.peak_table({**study, "chosen": {
-        m: c for m, c in study["chosen"].items() if m in grid.METHODS}}, grid.SMALL))
-    for key in pages.FIGURE_TITLES:
-        (tmp_path / f"builtin_tiny_{key}.png").touch()
-    assert "| forget10 | tnpo+rt |" not in pages.page({"builtin_tiny": study}, tmp_path)
 
 
 def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path, monkeypatch):
-    assert "##" not in beyond.page({"builtin_tiny": hand_made_study()})
+    assert not beyond.objectives(hand_made_study()) and not beyond.draw(hand_made_study(), tmp_path / "a")
     study = with_newer_objectives()
     for run in study["runs"]:
         run.pop("attacks", None)
-    assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
+    assert not beyond.attacks_table(study)
     study["runs"][0]["attacks"] = {"retrained": {"before": 0.5}}  # stopped before the unlearned model's turn
-    assert "stays forgotten" not in beyond.page({"builtin_tiny": study})
+    assert not beyond.attacks_table(study)
     assert [path.name for path in beyond.draw(study, tmp_path / "a")] == ["a_objectives.png"]
     monkeypatch.setattr(beyond, "picture", lambda path, panels: panels)
     panels, = beyond.draw({**study, "retrained": []}, tmp_path / "a")
