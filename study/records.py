@@ -92,14 +92,15 @@ def is_there(job: Job) -> bool:
     return (Path(job.folder) / "model").is_dir()
 
 
-def recorded_keys(study: Study) -> set:
-    return {r["key"] for r in study.known["runs"] + study.known["retrained"]}
+def ended_keys(study: Study) -> set:
+    """Of what has a record, or has failed."""
+    return {r["key"] for place in ("runs", "retrained", "failed") for r in study.known[place]}
 
 
 def missing(study: Study, jobs: list) -> list[Job]:
     """Runs without a record whose models have not failed, and before them the models that they need."""
     failed = {f["key"] for f in study.known["failed"]}
-    ended = recorded_keys(study) | failed
+    ended = ended_keys(study)
     open_jobs = [job for job in jobs if job.key not in ended
                  and not any(need.key in failed for need in job.needs)]
     models = {need.key: need for job in open_jobs for need in job.needs if not is_there(need)}

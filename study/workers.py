@@ -44,11 +44,9 @@ def run_missing(study: Study):
 
 def record_finished(study: Study, jobs: list):
     """Records of runs that ended while nobody looked, and of models of other commands."""
-    every = {job.key: job for one in jobs for job in (*one.needs, one)}
-    for key, job in every.items():
-        known = records.recorded_keys(study) | {f["key"] for f in study.known["failed"]}
-        if job.given and records.is_there(job) and key not in known:
-            kept(study, job, None)
+    for job in {job.key: job for one in jobs for job in (*one.needs, one)}.values():
+        if job.given and records.is_there(job) and job.key not in records.ended_keys(study):
+            ended(study, job, 0, None)
 
 
 def execute(study: Study, jobs: list):
@@ -84,30 +82,25 @@ def log_of(study: Study, job: Job) -> Path:
     return Path(study.args.runs) / f"{job.name}.log"
 
 
-def ended(study: Study, job: Job, status: int, seconds: float) -> str:
-    """Take down a job that has ended, or its failure: the others go on. What to say of it."""
-    if status == 0:
-        if job.needs:  # a hundred runs would fill the disk
-            for part in ("checkpoints", "reference"):
-                shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
-        return kept(study, job, seconds)
-    said = log_of(study, job).read_text(errors="replace").split("\n")
-    why = next((line for line in reversed(said) if line.strip()), "")[:300]
-    return failed(study, job, f"exit status {status}: {why}")
-
-
-def kept(study: Study, job: Job, seconds: float | None) -> str:
-    """Take down a finished job; where it can't be compared with what is there, that is its failure."""
-    try:
-        records.keep(study, job, seconds)
-        return clock(seconds or 0)
-    except InputError as error:
-        return failed(study, job, str(error))
-
-
-def failed(study: Study, job: Job, why: str) -> str:
-    study.known["failed"].append({"key": job.key, "name": job.name, "why": why})
-    return f"FAILED: {why}"
+def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
+    """Take down a job that has ended, or its failure: the others go on. What to say of it. A run that can't
+    be compared with what is there has failed, too."""
+    why = ""
+    if status:
+        said = log_of(study, job).read_text(errors="replace").split("\n")
+        why = f"exit status {status}: {next((line for line in reversed(said) if line.strip()), '')[:300]}"
+    else:
+        try:
+            records.keep(study, job, seconds)
+        except InputError as error:
+            why = str(error)
+    if why:
+        study.known["failed"].append({"key": job.key, "name": job.name, "why": why})
+        return f"FAILED: {why}"
+    if job.needs:  # a hundred runs would fill the disk
+        for part in ("checkpoints", "reference"):
+            shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
+    return clock(seconds or 0)
 
 
 def duration(study: Study, jobs: list) -> str:

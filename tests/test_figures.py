@@ -684,7 +684,7 @@ def test_a_failed_tuning_run_is_known_until_it_is_tried_again(study):
     s = study("--figure", "8", "--methods", "ga")
     first, *others = grid.tuning_jobs(s, "ga")
     s = recorded(s, *others)
-    workers.failed(s, first, "exit status 1")
+    s.known["failed"].append({"key": first.key, "name": first.name, "why": "exit status 1"})
     records.json_path(s.args).parent.mkdir(parents=True)
     records.json_path(s.args).write_text(json.dumps(records.complete(s)))
     later = study("--figure", "8", "--methods", "npo")
