@@ -7,7 +7,7 @@
 
 It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md over every such JSON;
 docs/study.md has the figures. A run is known by its settings, data, start and retrained model, which its
-folder's name stands for: one that is in the JSON, or finished in --runs, is not made again; one that was
+folder's name stands for: one that is in the JSON, or finished in runs/, is not made again; one that was
 interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned start is shared. The story:
 `study/`'s grid (what is needed), workers (running it), records (what is kept), verdicts, pages, pictures and
 beyond (from the JSON alone).
@@ -44,7 +44,6 @@ def build_parser() -> Parser:
     add("--draw-only", action="store_true", help="draw and judge from the JSON alone")
     add("--collect", nargs="+", type=Path, metavar="FOLDER",
         help="finished run folders: write their records to --out, a table and a picture beside it")
-    add("--runs", default="runs/tofu", help="where run folders are")
     add("--out", default="results",
         help="where tofu/*.json, its pictures and tofu.md go; with --collect FILE.json, with --draw-only too")
     return parser

@@ -41,6 +41,7 @@ RETAIN_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 5.0)
 TUNED_WEIGHTS = (1.0, 2.0, 5.0)  # retain weights that Figure 9 chooses from, on TUNING_SEED
 EVALUATE_EPOCHS = 2  # epochs between evaluations; forget01, whose steps are few, every STEP_SPLIT_EVERY steps
 STEP_SPLIT, STEP_SPLIT_EVERY = "forget01", 2
+RUNS = "runs/tofu"  # the folder of unlearning runs
 # What identifies a run, besides data, start and retrained model. Micro-batch and device change no number.
 SIGNIFICANT = ("loss", "split", "forget_weight", "retain_weight", "kl_weight", "kl_direction", "beta",
                "gamma", "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "max_grad_norm",
@@ -144,12 +145,12 @@ def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict,
     given |= {"model": start_model(study), "retain_log": retrained.folder}
     chosen = "lr" in hyper
     return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
-               run_folder(args, facts, key), tuple(filter(None, (start, retrained))), facts)
+               run_folder(facts, key), tuple(filter(None, (start, retrained))), facts)
 
 
-def run_folder(args: Namespace, facts: dict, key: str) -> str:
+def run_folder(facts: dict, key: str) -> str:
     """Where an unlearning run is: what its folder's name says is all that identifies it."""
-    return f"{args.runs}/{facts['split']}_{facts['method']}_seed{facts['seed']}_{key[:8]}"
+    return f"{RUNS}/{facts['split']}_{facts['method']}_seed{facts['seed']}_{key[:8]}"
 
 
 def wanted_figures(args: Namespace) -> list:

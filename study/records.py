@@ -171,7 +171,7 @@ def attacked(path: Path) -> dict:
 def take_attacks(study: Study):
     """Into the records of its runs, what `robustness_tofu.py --out FOLDER/robustness` found of them."""
     for run in study.known["runs"]:
-        path = Path(grid.run_folder(study.args, run, run["key"])) / "robustness" / "robustness.json"
+        path = Path(grid.run_folder(run, run["key"])) / "robustness" / "robustness.json"
         if path.is_file():
             run["attacks"] = attacked(path)
 

@@ -38,7 +38,7 @@ def run_missing(study: Study):
         if not ready:
             return
         print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; "
-              f"{duration(study, todo)}; what they print is in {study.args.runs}/*.log", flush=True)
+              f"{duration(study, todo)}; what they print is in {grid.RUNS}/*.log", flush=True)
         execute(study, ready)
 
 
@@ -52,13 +52,13 @@ def record_finished(study: Study, jobs: list):
 def execute(study: Study, jobs: list):
     """Run `jobs`, each in a process of its own, and record each as it ends."""
     args, waiting, running = study.args, list(jobs), {}  # the last: process -> (job, when it began)
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    Path(grid.RUNS).mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // min(args.jobs, len(jobs)))
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
                 job = waiting.pop(0)
-                with log_of(study, job).open("w") as log:
+                with log_of(job).open("w") as log:
                     process = subprocess.Popen(command_of(job), stdout=log, stderr=subprocess.STDOUT,
                                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
                 running[process] = job, time.perf_counter()
@@ -78,8 +78,8 @@ def execute(study: Study, jobs: list):
             process.wait()
 
 
-def log_of(study: Study, job: Job) -> Path:
-    return Path(study.args.runs) / f"{job.name}.log"
+def log_of(job: Job) -> Path:
+    return Path(grid.RUNS) / f"{job.name}.log"
 
 
 def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
@@ -87,7 +87,7 @@ def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
     be compared with what is there has failed, too."""
     why = ""
     if status:
-        said = log_of(study, job).read_text(errors="replace").split("\n")
+        said = log_of(job).read_text(errors="replace").split("\n")
         why = f"exit status {status}: {next((line for line in reversed(said) if line.strip()), '')[:300]}"
     else:
         try:
