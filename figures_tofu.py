@@ -58,7 +58,7 @@ def draw(args: Namespace):
         drawn += beyond.draw(study, path.with_suffix(""))
     studies = {p.stem: records.read_study(p) for p in sorted(path.parent.glob("*.json"))}
     (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
-    print(*map(verdicts.line, verdicts.verdicts(study)), sep="\n")
+    print(verdicts.scale(study), *map(verdicts.line, verdicts.verdicts(study)), sep="\n")
     print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {out}: tofu.md")
 
 
@@ -105,10 +105,6 @@ def main():
         collect(args.collect, out)
     if args.collect or args.draw_only and out.suffix == ".json":
         return draw_single_runs(out)
-    if not args.draw_only and not any(set(splits) & set(args.splits) and set(methods) & set(args.methods) for
-                                      splits, methods in map(grid.FIGURES.get, grid.wanted_figures(args))):
-        raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "
-                         "nothing to make")
     if args.plan:
         return workers.print_plan(records.open_study(args))
     if not args.draw_only:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from data.tofu import Task, complement, slice_rows
 from study.verdicts import kept_utility
+from support.errors import InputError
 from support.files import fingerprint
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
@@ -159,7 +160,7 @@ def wanted_figures(args: Namespace) -> list:
 
 def plan(study: Study) -> list[Job]:
     """The unlearning runs that the wanted figures need, each once; without settings what waits for a
-    choice."""
+    choice. Raises InputError where there are none."""
     args, jobs = study.args, {}
     for figure in wanted_figures(args):
         splits, methods = ([x for x in some if x in wanted] for some, wanted in zip(
@@ -169,6 +170,9 @@ def plan(study: Study) -> list[Job]:
             for split in splits:
                 found += figure_jobs(study, figure, method, split, hyper or {})
             jobs = {job.key: job for job in found} | jobs
+    if not jobs:
+        raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "
+                         "nothing to make")
     return list(jobs.values())
 
 

@@ -265,9 +265,8 @@ CLAIMS = (ga_falls, npo_plateau, npo_beats_ga, forget05_only_npo, forget10_npo_r
 
 
 def verdicts(study: dict) -> list[dict]:
-    """Every claim of Section 5, in the paper's order: {"key", "claim", "scale", "tests", "holds"}."""
-    found = [{"key": claim.__name__, "claim": claim.__doc__, "scale": scale(study), "tests": claim(study)}
-             for claim in CLAIMS]
+    """Every claim of Section 5, in the paper's order: {"key", "claim", "tests", "holds"}."""
+    found = [{"key": claim.__name__, "claim": claim.__doc__, "tests": claim(study)} for claim in CLAIMS]
     return [{**v, "holds": min((t["holds"] for t in v["tests"]), key=RANK.get)} for v in found]
 
 
@@ -297,4 +296,4 @@ def numbers_of(v: dict) -> str:
 def line(v: dict) -> str:
     """One verdict in one line."""
     seeds = max(t["seeds"] for t in v["tests"])
-    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{v['scale']}, {seeds} seeds]"
+    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{seeds} seeds]"
