@@ -7,8 +7,9 @@ from pathlib import Path
 from evaluation.logs import words
 from study import beyond, grid, verdicts
 from study.answers import KINDS
+from study.pictures import columns_of
 from study.records import differing
-from study.verdicts import chosen_runs, kept_utility, last, mean_sd, peak, peak_at, rate, tuned_runs
+from study.verdicts import chosen_runs, kept_utility, last, mean_sd, peak, peak_at, rate
 from support.command_line import markdown_table
 
 FIGURE_TITLES = {
@@ -59,18 +60,13 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
              *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
                     [[LESSONS.get(v["key"], ""), v["claim"], verdicts.ANSWER[v["holds"]],
                       verdicts.numbers_of(v)] for v in verdicts.verdicts(study)]), ""]
-    by_weight = [([f"{w:g}"], chosen_runs(study, "forget10", "npo+rt", w))
-                 for w in study["budget"]["retain_weights"]]
-    tuned = [([split, m, f"{choice['weights'][split]:g}"], tuned_runs(study, split, m))
-             for split in ("forget50", "forget90") for m, choice in study["chosen"].items()
-             if split in choice["weights"]]
     methods = {m: choice for m, choice in study["chosen"].items() if m in grid.METHODS}
     whole, study = study, {**study, "chosen": methods}  # newer objectives have tables of their own
-    tables = {"figure5": [*peak_table(study, grid.SMALL), "", *ceiling_table(study)],
-              "figure9": runs_table(["split", "method", "retain weight"], tuned),
-              "retain-weight": runs_table(["retain weight"], by_weight),
-              "beyond10": peak_table(study, grid.LARGE),
-              "objectives": beyond.objectives_table(whole), "attacks": beyond.attacks_table(whole)}
+    tables = {key: runs_table(["split", "runs"], [
+        ([title, label], runs) for title, named in columns_of(study, key.removeprefix("figure"))
+        for label, runs in named]) for key in ("figure5", "figure9", "retain-weight", "beyond10")}
+    tables["figure5"] += ["", *ceiling_table(study)]
+    tables |= {"objectives": beyond.objectives_table(whole), "attacks": beyond.attacks_table(whole)}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
@@ -93,19 +89,12 @@ def runs_table(head: list, named: list) -> list[str]:
     rows = []
     for names, runs in named:
         at = [(r, peak_at(r)) for r in runs]
-        if runs:
-            rows.append([*names, len(runs), mean_sd(list(map(peak, runs))),
-                         mean_sd([kept_utility(r, i) for r, i in at]),
-                         mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in at], ".1f"),
-                         mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
+        rows.append([*names, len(runs), mean_sd(list(map(peak, runs))),
+                     mean_sd([kept_utility(r, i) for r, i in at]),
+                     mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in at], ".1f"),
+                     mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
     return markdown_table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
                   "last log10 forget quality", "utility / start"], rows)
-
-
-def peak_table(study: dict, splits: tuple) -> list[str]:
-    """Every method on these splits, with weights of 1."""
-    return runs_table(["split", "method"], [([split, m], chosen_runs(study, split, m))
-                                            for split in splits for m in study["chosen"]])
 
 
 def single_runs_table(runs: list) -> list[str]:

@@ -397,7 +397,7 @@ def test_the_page_follows_from_the_json(tmp_path):
     assert page.count("](tofu/builtin_tiny_") == len(pages.FIGURE_TITLES)
     for expected in ("| npo+rt | In $Lima. [other fact] |", "| forget10 | npo+rt | 6 |",
                      "1 of 1 above 0.05", "| npo+rt | 0.001 | 0.1 | forget50 1, forget90 1 |",
-                     "| forget90 | npo+rt | 1 | 6 |", "\n| 5 | 6 |"):
+                     "| forget90, tuned weights | npo+rt | 6 |", "| forget10 | weight 5 | 6 |"):
         assert expected in page, expected
 
 
