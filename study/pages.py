@@ -70,7 +70,9 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
-    if asked := study_samples(study):
+    asked = [([name], r["samples"]) for name, records in answering(study).items() for r in records
+             if "samples" in r]
+    if asked:
         lines += ["### Figure 7: answers", "", "Counts of all answers on forget10, at the end of the run; "
                   "then seed 1's answers to one question a set.", "",
                   *answers_table(study), *samples_table(["model"], asked), ""]
@@ -116,14 +118,13 @@ def samples_table(head: list, named: list) -> list[str]:
     return [line for asked, rows in tables.items() for line in ["", *markdown_table([*head, *asked], rows)]]
 
 
-def study_samples(study: dict) -> list:
-    """Figure 7's (names, samples): of the start, of a retrained model, of each method's seed 1."""
-    named = [("(start)", r["samples_start"]) for r in study["runs"] if "samples_start" in r][:1]
-    named += [("(retrained)", m["samples"]) for m in study["retrained"]
-              if m["split"] == "retain90" and m["seed"] == 1 and "samples" in m]
-    named += [(m, r["samples"]) for m in study["chosen"] for r in chosen_runs(study, "forget10", m)
-              if "samples" in r]
-    return [([name], samples) for name, samples in named]
+def answering(study: dict) -> dict:
+    """name -> records with answers on forget10: the start's, the retrained models', each method's runs."""
+    start = [{"answers": r["answers_start"], "samples": r["samples_start"]} for r in study["runs"]
+             if "answers_start" in r][:1]
+    retrained = [m for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
+    methods = {m: chosen_runs(study, "forget10", m) for m in study["chosen"]}
+    return {"(start)": start, "(retrained)": retrained, **methods}
 
 
 def ceiling_table(study: dict) -> list[str]:
@@ -140,18 +141,15 @@ def ceiling_table(study: dict) -> list[str]:
 
 def answers_table(study: dict) -> list[str]:
     """Counts of the last answers on forget10, all seeds together, in per cent."""
-    start = [r["answers_start"] for r in study["runs"] if "answers_start" in r][:1]
-    retrained = [m["answers"] for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
-    named = {m: [r["answers"] for r in chosen_runs(study, "forget10", m)] for m in study["chosen"]}
     elsewhere, rows = verdicts.ELSEWHERE, []
     asked = [*((kind, ("forget",)) for kind in KINDS), ("true", elsewhere), ("refusal", elsewhere)]
-    for name, runs in {"(start)": start, "(retrained)": retrained, **named}.items():
-        if runs:
-            shares = [f"{100 * statistics.mean(rate(a, *what) for a in runs):.0f}" for what in asked]
-            distinct = [d for a in runs if (d := a["forget"]["distinct_2"]) is not None]
-            repeated = statistics.mean(a["forget"]["repetition_rate"] for a in runs)
-            rows.append([name, len(runs), *shares, f"{statistics.mean(distinct):.2f}" if distinct else "none",
-                         f"{repeated:.2f}"])
+    for name, records in answering(study).items():
+        answers = [r["answers"] for r in records]
+        if answers:
+            shares = [f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in asked]
+            distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
+            repeated = [a["forget"]["repetition_rate"] for a in answers]
+            rows.append([name, len(answers), *shares, mean_sd(distinct), mean_sd(repeated)])
     return markdown_table(["method", "runs", *(f"{kind} %" for kind in KINDS), "elsewhere: true %",
                   "elsewhere: refusal %", "distinct-2", "repetition rate"], rows)
 
