@@ -60,13 +60,11 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
              *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
                     [[LESSONS.get(v["key"], ""), v["claim"], verdicts.ANSWER[v["holds"]],
                       verdicts.numbers_of(v)] for v in verdicts.verdicts(study)]), ""]
-    methods = {m: choice for m, choice in study["chosen"].items() if m in grid.METHODS}
-    whole, study = study, {**study, "chosen": methods}  # newer objectives have tables of their own
     tables = {key: runs_table(["split", "runs"], [
         ([title, label], runs) for title, named in columns_of(study, key.removeprefix("figure"))
         for label, runs in named]) for key in ("figure5", "figure9", "retain-weight", "beyond10")}
     tables["figure5"] += ["", *ceiling_table(study)]
-    tables |= {"objectives": beyond.objectives_table(whole), "attacks": beyond.attacks_table(whole)}
+    tables |= {"objectives": beyond.objectives_table(study), "attacks": beyond.attacks_table(study)}
     for key, title in FIGURE_TITLES.items():
         if (folder / f"{name}_{key}.png").exists():
             lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
@@ -76,7 +74,7 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
         lines += ["### Figure 7: answers", "", "Counts of all answers on forget10, at the end of the run; "
                   "then seed 1's answers to one question a set.", "",
                   *answers_table(study), *samples_table(["model"], asked), ""]
-    return [*lines, "### Hyper-parameters", "", *hyper_parameters(whole), ""]
+    return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
 
 
 def how(study: dict) -> str:
@@ -123,7 +121,7 @@ def answering(study: dict) -> dict:
     start = [{"answers": r["answers_start"], "samples": r["samples_start"]} for r in study["runs"]
              if "answers_start" in r][:1]
     retrained = [m for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
-    methods = {m: chosen_runs(study, "forget10", m) for m in study["chosen"]}
+    methods = {m: chosen_runs(study, "forget10", m) for m in grid.METHODS}
     return {"(start)": start, "(retrained)": retrained, **methods}
 
 
