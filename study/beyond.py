@@ -18,6 +18,9 @@ SPLIT, UTILITY = "forget10", 0.9  # share of the start's utility at which object
 STATES = {"before": "before", "forget 100%": "relearned", "retain": "after retain rows", "int8": "8 bits",
           "int4": "4 bits", "nf4": "NF4", "paraphrased question": "paraphrased", "prefix": "answer begun",
           "few-shot": "few-shot", "halfway": "steps to halfway", "1": "leak@1", "64": "leak@64"}
+SHOWN = {"extraction strength, relearning": ("before", "forget 100%", "retain"),  # of these, in the picture
+         "extraction strength, rounding, another wording": ("before", "int4", "paraphrased question"),
+         "sampling, leak@k": ("1", "64")}
 
 
 def objectives(study: dict) -> dict:
@@ -93,22 +96,16 @@ def draw(study: dict, stem: Path) -> list[Path]:
         extraction, leak = ({m: at_the_end(key, runs) for m, runs in named.items()}
                             for key in ("forget_extraction_strength", "privleak"))
         controls = at_the_end("forget_extraction_strength", retrained(study))
-        line = "line: retrained" if controls else "no retrained model was measured so"
-        panels = {f"log10 forget quality, best with {UTILITY:.0%} of the utility\nline: 0.05": (best, [LINE]),
-                  f"extraction strength, end of the run\n{line}": (extraction, controls),
-                  "PrivLeak, end of the run\nline: retrained": (leak, [0])}
-        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"),
-                             {title: {"": values} for title, values in panels.items()}))
+        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"), {
+            f"log10 forget quality, best with {UTILITY:.0%} of the utility\nline: 0.05": {"": (best, [LINE])},
+            "extraction strength, end of the run\nline: retrained": {"": (extraction, controls)},
+            "PrivLeak, end of the run\nline: retrained": {"": (leak, [0])}}))
     if found:
-        strength, retrained_too = "extraction strength", "\nlines: retrained"
-        shown = {f"{strength}, relearning{retrained_too}": ("before", "forget 100%", "retain"),
-                 f"{strength}, rounding, another wording{retrained_too}":
-                     ("before", "int4", "paraphrased question"),
-                 f"sampling, leak@k{retrained_too}": ("1", "64")}
-        panels, control = {title: {} for title in shown}, found["(retrained)"]
-        for title, what in [(title, what) for title, whats in shown.items() for what in whats]:
-            columns = {m: measured(models, what) for m, models in found.items() if not m.startswith("(")}
-            panels[title][STATES[what]] = columns, measured(control, what)
+        methods, panels = {m: models for m, models in found.items() if not m.startswith("(")}, {}
+        for title, whats in SHOWN.items():
+            panels[f"{title}\nlines: retrained"] = {
+                STATES[what]: ({m: measured(models, what) for m, models in methods.items()},
+                               measured(found["(retrained)"], what)) for what in whats}
         drawn.append(picture(stem.with_name(f"{stem.name}_attacks.png"), panels))
     return drawn
 

@@ -459,7 +459,7 @@ def test_newer_objectives_have_tables_and_pictures_of_their_own(tmp_path):
         path.read_bytes() for path in drawn]
 
 
-def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path, monkeypatch):
+def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path):
     assert not beyond.objectives(hand_made_study()) and not beyond.draw(hand_made_study(), tmp_path / "a")
     study = with_newer_objectives()
     for run in study["runs"]:
@@ -468,9 +468,6 @@ def test_without_newer_objectives_or_attacks_nothing_is_said_of_them(tmp_path, m
     study["runs"][0]["attacks"] = {"retrained": {"before": 0.5}}  # stopped before the unlearned model's turn
     assert not beyond.attacks_table(study)
     assert [path.name for path in beyond.draw(study, tmp_path / "a")] == ["a_objectives.png"]
-    monkeypatch.setattr(beyond, "picture", lambda path, panels: panels)
-    panels, = beyond.draw({**study, "retrained": []}, tmp_path / "a")
-    assert not any("extraction" in title and "line:" in title for title in panels)  # there is no such line
 
 
 def test_what_attacks_found_is_kept_with_the_run(tmp_path):
