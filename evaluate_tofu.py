@@ -43,7 +43,7 @@ from evaluation.scoring import HOLDOUT_SET, KL_SETS, MAX_NEW_TOKENS, evaluate, p
 from models.answers import AnswerModel
 from models.checks import check_model
 from models.loading import load_named, prompt_template, template_note
-from models.presets import AUTOCAST, autocast
+from models.presets import AUTOCAST, Preset, autocast
 from running.processes import take_device
 from support.command_line import Parser, given_flags, not_negative, positive, run_command
 from support.errors import InputError, refuse
@@ -234,12 +234,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     lm, tokenizer, meta, known = load_named(args.model)
     trained_on = meta.get("trained_on", {})
     task = task_of(args, trained_on)
-    template = prompt_template(tokenizer, meta, known, args.template)
-    if meta.get("template") not in (None, template):
-        print(f"note: {args.model} was trained with --template {meta['template']}; it is asked with "
-              f"{template}")
-    if note := not args.template and template_note(args.model, tokenizer, meta, template):
-        print(note)
+    template = asked_as(args, tokenizer, {"model": meta}, known)
     batch_size = args.batch_size or known.eval_batch_size
     context = getattr(lm.config, "max_position_embeddings", None)
     prepared = prepare(task.evaluated, tokenizer, template, context, args.max_rows, task.holdout)
@@ -274,6 +269,19 @@ def task_of(args, trained_on: dict) -> Task:
             "the model was trained on rows of its own: give them with --forget and --retain":
                 split == "own" and not own})
     return load_task(args.data or trained_on.get("data") or "builtin", split, args.forget, args.retain)
+
+
+def asked_as(args, tokenizer, records: dict, known: Preset) -> str:
+    """The prompt template. Says where a model has learned another by its record (flag's name -> record), or
+    where only a default decides."""
+    template = prompt_template(tokenizer, records["model"], known, args.template)
+    for name, record in records.items():
+        if record.get("template") not in (None, template):
+            print(f"note: --{name} was trained with --template {record['template']}; it is asked with "
+                  f"{template}")
+    if note := not args.template and template_note(args.model, tokenizer, records["model"], template):
+        print(note)
+    return template
 
 
 def reference_of(source: str, vocabulary: int, prepared, batch_size: int, world):

@@ -19,12 +19,11 @@ from pathlib import Path
 
 from data.prompts import encode
 from data.tofu import complement, parse_split
-from evaluate_tofu import add_rows, compute_metrics, refuse_unwritable, task_of
+from evaluate_tofu import add_rows, asked_as, compute_metrics, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
 from evaluation.attacks import ATTACKS, BATCH, Lab, asked_otherwise, carry_out, load_models, read_result
 from models.answers import AnswerModel
 from models.checks import check_attention, check_model
-from models.loading import prompt_template, template_note
 from models.presets import Preset
 from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
@@ -57,10 +56,11 @@ def build_parser() -> Parser:
 def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
     task = task_of(args, records["model"].get("trained_on", {}))
-    template = prompt_template(tokenizer, records["model"], known, args.template)
-    if note := not args.template and template_note(args.model, tokenizer, records["model"], template):
-        print(note)
-    note_control(task.split, template, records)
+    template = asked_as(args, tokenizer, records, known)
+    learned = records.get("retrained", {}).get("trained_on", {}).get("split")
+    if task.split != "own" and learned not in (None, complement(task.split)):
+        print(f"note: --retrained was trained on {learned}; the control of {task.split} is a model trained "
+              f"on {complement(task.split)}")
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
     lab = Lab(task, tokenizer, template, getattr(lm.config, "max_position_embeddings", None), rows, known,
@@ -83,19 +83,6 @@ def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) ->
             wanted.remove("prompts")
     args.attacks = wanted
     return lab
-
-
-def note_control(split: str, template: str, records: dict):
-    """Say where the retrained model has, by its record, learned another split than what is kept, or where a
-    model is not asked as it has learned to be."""
-    learned = records.get("retrained", {}).get("trained_on", {}).get("split")
-    if split != "own" and learned not in (None, complement(split)):
-        print(f"note: --retrained was trained on {learned}; the control of {split} is a model trained on "
-              f"{complement(split)}")
-    for name, record in records.items():
-        if record.get("template") not in (None, template):
-            print(f"note: --{name} was trained with --template {record['template']}, it is asked with "
-                  f"{template}")
 
 
 def main(argv=None):
