@@ -51,15 +51,15 @@ def build_parser() -> Parser:
 
 def draw(args: Namespace):
     """Pictures of this study, and the page over all studies in OUT/tofu."""
-    path, out = records.json_path(args), Path(args.out)
-    study = records.read_study(path)
+    path, page = records.json_path(args), Path(args.out) / "tofu.md"
+    studies = {p.stem: records.read_study(p) for p in sorted({path, *path.parent.glob("*.json")})}
+    study = studies[path.stem]
     drawn = pictures.draw(study, grid.wanted_figures(args), path.with_suffix(""))
     if "objectives" in grid.wanted_figures(args):
         drawn += beyond.draw(study, path.with_suffix(""))
-    studies = {p.stem: records.read_study(p) for p in sorted(path.parent.glob("*.json"))}
-    (out / "tofu.md").write_text(pages.page(studies, path.parent), encoding="utf-8")
+    page.write_text(pages.page(studies, path.parent), encoding="utf-8")
     print(verdicts.scale(study), *map(verdicts.line, verdicts.verdicts(study)), sep="\n")
-    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {out}: tofu.md")
+    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {page}")
 
 
 def collect(folders: list, out: Path):
