@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.tofu import Task, complement
-from evaluate_tofu import compute_metrics, log_truth_ratio
+from evaluate_tofu import compute_metrics
 from evaluation.scoring import logps_of_texts
 from losses import nll_loss
 from models.answers import NOTHING, AnswerModel, OnLogits
@@ -324,7 +324,7 @@ def run_job(job: Job, begin: float, world: World):
             with whole_folder(folder, world) as aside, autocast(s.dtype, world.device):
                 reference_pass(s, model, job.plan, job.prepared, aside, mark, world)
         reference = Reference(folder, mark, job.plan, world.device)
-    with RunFolder(job, reference, compute_metrics, log_truth_ratio, world) as run:
+    with RunFolder(job, reference, compute_metrics, world) as run:
         train(s, job.plan, model, reference, run, world)
         run.finish(model, time.perf_counter() - begin)
 

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data.tofu import evaluation_split
+from evaluation.logs import log_truth_ratio
 from evaluation.scoring import evaluate
 from models.answers import AnswerModel
 from models.presets import autocast, settings_of
@@ -65,12 +66,12 @@ def open_folder(s: Namespace, config: dict, world: World) -> Path:
 
 class RunFolder:
     """A run's folder while the run goes on. metrics_of: (rows, the retrained model's forget rows, its holdout
-    rows) -> metrics; log_ratio_of: row -> log R or None."""
+    rows) -> metrics."""
 
-    def __init__(self, job, reference, metrics_of: Callable, log_ratio_of: Callable, world: World):
+    def __init__(self, job, reference, metrics_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
         self.reference, self.mark, self.world = reference, job.mark(), world
-        self.metrics_of, self.log_ratio_of = metrics_of, log_ratio_of
+        self.metrics_of = metrics_of
         self.evaluations = {}  # step -> metrics
         self.evaluation_steps = self.plan.evaluation_steps(self.s.eval_every)
         every = self.s.checkpoint_every
@@ -209,7 +210,7 @@ class RunFolder:
                          for step in (start, last))
         forget_rows = {"start": before["forget"], "retrained": self.job.retrained[0],
                        "unlearned": after["forget"]}
-        samples = {name: list(map(self.log_ratio_of, rows or [])) for name, rows in forget_rows.items()}
+        samples = {name: list(map(log_truth_ratio, rows or [])) for name, rows in forget_rows.items()}
         log = [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
         draw_trajectory(self.s.method, evaluations, log, samples).savefig(self.folder / "trajectory.png")
         for name in ("forget", "retain"):
