@@ -108,8 +108,8 @@ def missing(study: Study, jobs: list) -> list[Job]:
 
 
 def record(folder: Path, facts: dict, data: str) -> dict:
-    """A finished run: `facts`, the curves of its metrics, counts of its last answers; of
-    one that only serves the choice of settings no more than `grid.score` and the page need."""
+    """A finished run: `facts`, the curves of its metrics, counts of its last answers; of one that only serves
+    the choice of settings no more than `grid.score` and the page need."""
     files = sorted((folder / "eval").glob("step_*.json"))
     evaluations = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -127,11 +127,8 @@ def record(folder: Path, facts: dict, data: str) -> dict:
     steps = {"steps": [e["provenance"]["step"] for e in evaluations], "total_steps": log[-1]["step"]}
     if "key" in facts and facts["kind"] == "unlearn" and facts["seed"] == grid.TUNING_SEED:
         return kept | steps | {key: curve(key) for key in CURVES[:3]}
-    split, first, last = facts["split"], evaluations[0]["rows"], evaluations[-1]["rows"]
-    judged = evaluation_split(split)
-    asked = [name for name, rows in last.items() if rows[0]["generation"] is not None]  # no holdout
-    told = asked if judged == grid.TUNING_SPLIT else ("forget",)  # what verdicts need
-    kept["answers"] = answers_of(data, judged, {name: last[name] for name in told})
+    judged, first, last = evaluation_split(facts["split"]), evaluations[0]["rows"], evaluations[-1]["rows"]
+    kept["answers"] = answers_of(data, judged, last)
     if "key" not in facts or facts["seed"] == 1 and judged == grid.TUNING_SPLIT:  # a single run has no key
         kept["samples"] = samples_of(data, judged, last)
     kept |= {f"forget_{key}": curve(key, "forget") for key in SHARPER}
@@ -140,9 +137,9 @@ def record(folder: Path, facts: dict, data: str) -> dict:
     if facts["kind"] == "model":
         return kept | {"model_utility": curve("model_utility")[-1],
                        "log_truth_ratios": [round(ratio, 4) for ratio in ratios[-1]]}
-    if "key" in facts and "samples" in kept and facts["method"] == "npo+rt" and split == grid.TUNING_SPLIT:
-        kept["samples_start"] = samples_of(data, judged, first)
-        kept["answers_start"] = answers_of(data, judged, {name: first[name] for name in told})
+    if "samples" in kept and facts["method"] == "npo+rt":
+        kept |= {"samples_start": samples_of(data, judged, first),
+                 "answers_start": answers_of(data, judged, first)}
     # The last two are what the Kolmogorov-Smirnov test sees, in two numbers.
     return kept | steps | {key: curve(key) for key in CURVES} | {
         "forget_probability": curve("probability", "forget"),
@@ -190,10 +187,10 @@ def texts_of(data: str, split: str) -> tuple:
 
 
 def answers_of(data: str, split: str, rows: dict) -> dict:
-    """`statistics_of` each set's generations."""
+    """`statistics_of` the generations of each set but the holdout, which is not asked."""
     evaluated, *pairs = texts_of(data, split)
-    return {name: statistics_of([row["generation"] for row in some], evaluated[name][:len(some)], *pairs)
-            for name, some in rows.items()}
+    return {name: statistics_of([row["generation"] for row in rows[name]], some[:len(rows[name])], *pairs)
+            for name, some in evaluated.items()}
 
 
 def samples_of(data: str, split: str, rows: dict) -> list:
