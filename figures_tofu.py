@@ -27,7 +27,8 @@ from support.provenance import environment
 def build_parser() -> Parser:
     parser = Parser(prog="figures_tofu.py", description=__doc__)
     add = parser.add_argument
-    add("--figure", default="all", choices=[*grid.FIGURES, "all"], help="what to make")
+    add("--figure", nargs="+", choices=grid.FIGURES, default=[*grid.FIGURES], metavar="FIGURE",
+        help=f"what to make: {', '.join(grid.FIGURES)} (default: all)")
     add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N")
     methods, splits = grid.METHODS + grid.NEWER, grid.SMALL + grid.LARGE
     add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
@@ -54,8 +55,8 @@ def draw(args: Namespace):
     path, page = records.json_path(args), Path(args.out) / "tofu.md"
     studies = {p.stem: records.read_study(p) for p in sorted({path, *path.parent.glob("*.json")})}
     study = studies[path.stem]
-    drawn = pictures.draw(study, grid.wanted_figures(args), path.with_suffix(""))
-    if "objectives" in grid.wanted_figures(args):
+    drawn = pictures.draw(study, args.figure, path.with_suffix(""))
+    if "objectives" in args.figure:
         drawn += beyond.draw(study, path.with_suffix(""))
     page.write_text(pages.page(studies, path.parent), encoding="utf-8")
     print(verdicts.scale(study), *map(verdicts.line, verdicts.verdicts(study)), sep="\n")

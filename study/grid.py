@@ -154,15 +154,11 @@ def run_folder(facts: dict, key: str) -> str:
     return f"{RUNS}/{facts['split']}_{facts['method']}_seed{facts['seed']}_{key[:8]}"
 
 
-def wanted_figures(args: Namespace) -> list:
-    return list(FIGURES) if args.figure == "all" else [args.figure]
-
-
 def plan(study: Study) -> list[Job]:
     """The unlearning runs that the wanted figures need, each once; without settings what waits for a
     choice. Raises InputError where there are none."""
     args, jobs = study.args, {}
-    for figure in wanted_figures(args):
+    for figure in args.figure:
         splits, methods = ([x for x in some if x in wanted] for some, wanted in zip(
             FIGURES[figure], (args.splits, args.methods), strict=True))
         for method in methods if splits else []:
@@ -171,8 +167,8 @@ def plan(study: Study) -> list[Job]:
                 found += figure_jobs(study, figure, method, split, hyper or {})
             jobs = {job.key: job for job in found} | jobs
     if not jobs:
-        raise InputError(f"--figure {args.figure} has none of these --splits with one of these --methods: "
-                         "nothing to make")
+        raise InputError(f"--figure {' '.join(args.figure)} has none of these --splits with one of these "
+                         "--methods: nothing to make")
     return list(jobs.values())
 
 
