@@ -76,11 +76,10 @@ def open_study(args: Namespace) -> Study:
     for key, value in identity.items():
         if known.get(key) != value:
             raise InputError(f"{path} was made with {key} {known.get(key)}, not {value}: give another --out")
-    data = args.data if args.data == "builtin" else Path(args.data).name
     budget = {"split": grid.TUNING_SPLIT, "seed": grid.TUNING_SEED, "retain_weights": grid.RETAIN_WEIGHTS}
     made = environment()
     made["command"] = without_folders(made["command"])
-    study.known = {**known, "data": data, "model": name, "parameters": shape.parameters,
+    study.known = {**known, "data": Path(args.data).name, "model": name, "parameters": shape.parameters,
                    "budget": budget, "provenance": made, "choices_from": args.choices}
     planned = {one.key for job in grid.plan(study) for one in (*job.needs, job)}  # these are tried again
     study.known["failed"] = [failure for failure in known["failed"] if failure["key"] not in planned]
