@@ -53,9 +53,9 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) -> Lab:
+def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: Preset) -> Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
-    task = task_of(args, records["model"].get("trained_on", {}))
+    lm, task = models["model"], task_of(args, records["model"].get("trained_on", {}))
     template = asked_as(args, tokenizer, records, known)
     learned = records.get("retrained", {}).get("trained_on", {}).get("split")
     if task.split != "own" and learned not in (None, complement(task.split)):
@@ -64,7 +64,7 @@ def make_lab(args, world: World, lm, records: dict, tokenizer, known: Preset) ->
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
     lab = Lab(task, tokenizer, template, getattr(lm.config, "max_position_embeddings", None), rows, known,
-              world, args, compute_metrics)
+              world, args, compute_metrics, models.get("start"))
     texts = lab.prepared().encoded()
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
     lm.cpu()  # the retrained model comes first
@@ -97,7 +97,7 @@ def main(argv=None):
     refuse_unwritable([out / "robustness.json"])
     world = ALONE._replace(device=take_device(args.device))
     models, *known = load_models(args)
-    lab = make_lab(args, world, models["model"], *known)
+    lab = make_lab(args, world, models, *known)
     identity = lab.identity(models)
     for name, without in (("start", "no measure of what there was to know, none of changed codes"),
                           ("retrained", "no control, no forget quality")):

@@ -59,6 +59,7 @@ class Lab:
     world: World
     settings: Namespace  # the command's; of them SETTINGS decide numbers
     metrics_of: Callable  # evaluate_tofu's compute_metrics
+    start: nn.Module | None  # the model before unlearning
 
     def prepared(self, rows: list | None = None) -> Prepared:
         return prepare({"forget": rows or self.rows}, self.tokenizer, self.template, self.context, max_rows=0)
@@ -78,10 +79,10 @@ class Lab:
                 **{name: getattr(self.settings, name) for name in SETTINGS}}
 
 
-def attacked(lab: Lab, attack: str, model: AnswerModel, start: nn.Module | None) -> list[dict]:
+def attacked(lab: Lab, attack: str, model: AnswerModel) -> list[dict]:
     """The attack's states, with what was measured in each."""
     return [state if prepared is None else {**state, **lab.measured(model, prepared)}
-            for state, prepared in ATTACKS[attack](lab, model, start)]
+            for state, prepared in ATTACKS[attack](lab, model)]
 
 
 def add_quality(states: list[dict], retrained: list[dict] | None):
@@ -105,7 +106,7 @@ def put_back(model: nn.Module):
 
 # ---------------------------------------------------------------- relearning
 
-def relearn(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+def relearn(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
     """One epoch over each share of the forget rows, then as many steps as the largest on retain rows."""
     prepared, forget = lab.prepared(), lab.task.forget
     sets = {f"forget {share:g}%": (forget, max(1, round(len(forget) * share / 100)))
@@ -165,16 +166,16 @@ def steps_to(curve: list[dict], target: float) -> float | None:
 
 # ---------------------------------------------------------------- quantisation
 
-def quantize(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+def quantize(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
     """8 and 4 bits (Zhang et al., 2024, "Catastrophic failure of LLM unlearning via quantization").
     `codes_changed`: the share of weights whose code is not the start's."""
-    prepared, starts = lab.prepared(), dict(linear_weights(start)) if start else {}
+    prepared, starts = lab.prepared(), dict(linear_weights(lab.start)) if lab.start else {}
     for kind, levels in LEVELS.items():
         changed = total = 0
         with put_back(model), torch.no_grad():
             for name, weight in linear_weights(model.lm):
                 codes, rounded = rounded_blockwise(weight, levels)
-                if start:
+                if lab.start:
                     changed += int((codes != rounded_blockwise(starts[name].to(weight), levels)[0]).sum())
                     total += weight.numel()
                 weight.copy_(rounded)
@@ -202,7 +203,7 @@ def rounded_blockwise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- other prompts
 
-def prompts(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+def prompts(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
     for what, prepared in asked_otherwise(lab).items():
         yield {"what": what}, prepared
 
@@ -247,7 +248,7 @@ def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
 
 # ---------------------------------------------------------------- sampling
 
-def sample(lab: Lab, model: AnswerModel, start: nn.Module | None) -> Iterator[tuple]:
+def sample(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
     """leak@k (2511.04934), k = 1, 2, 4 .. and all samples, mean over the first `sample_rows` forget rows."""
     rows, n = lab.rows[:lab.settings.sample_rows], lab.settings.samples
     prepared = lab.prepared(rows)
@@ -343,8 +344,7 @@ def carry_out(lab: Lab, models: dict, result: dict, wanted: list, path: Path):
                 print(f"{attack} of the {LABELS[name]} model: there already", flush=True)
                 continue
             before = before or lab.measured(model, lab.prepared())
-            states = [{"what": "before", "step": 0, **before},
-                      *attacked(lab, attack, model, models.get("start"))]
+            states = [{"what": "before", "step": 0, **before}, *attacked(lab, attack, model)]
             if name != "retrained":
                 add_quality(states, entries.get("retrained", {}).get("states"))
             entries[name] = {"states": states, "made": environment()}

@@ -3,6 +3,7 @@ tells them apart, and the weights come back."""
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -65,7 +66,8 @@ def lab(models, small_data):
     _, tokenizer, _ = load_model(str(models["start"]))
     task = load_task(str(small_data), "forget10")
     return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE,
-               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics)
+               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics,
+               None)
 
 
 def loaded(models, name):
@@ -80,7 +82,7 @@ def test_each_attack_tells_knowledge_from_its_absence(lab, models, attack):
     for name in ("start", "retrained"):
         model = loaded(models, name)
         before = weights_hash(model.lm)
-        found[name] = attacked(lab, attack, model, None)
+        found[name] = attacked(lab, attack, model)
         assert weights_hash(model.lm) == before
     if attack == "sample":
         assert found["start"][0]["leak"]["1"] > found["retrained"][0]["leak"]["1"] + 0.3
@@ -90,7 +92,7 @@ def test_each_attack_tells_knowledge_from_its_absence(lab, models, attack):
 
 
 def test_relearning_brings_hidden_knowledge_back_sooner_than_it_teaches(lab, models):
-    curves = {name: attacked(lab, "relearn", loaded(models, name), None) for name in ("model", "retrained")}
+    curves = {name: attacked(lab, "relearn", loaded(models, name)) for name in ("model", "retrained")}
     assert [(s["what"], s["step"]) for s in curves["model"]] == [("forget 50%", 1), ("forget 100%", 1),
                                                                  ("retain", 1)]
     gain = {}
@@ -117,16 +119,17 @@ def test_rounding_is_to_the_nearest_level_of_a_block_and_is_its_own_fixed_point(
 
 def test_what_is_measured_is_the_rounded_model(lab, models):
     model = loaded(models, "start")
-    for state, _ in attacks.quantize(lab, model, None):
+    for state, _ in attacks.quantize(lab, model):
         _, weight = next(attacks.linear_weights(model.lm))
         assert torch.allclose(rounded_blockwise(weight, attacks.LEVELS[state["what"]])[1], weight)
 
 
 def test_changed_codes_are_counted_against_the_start(lab, models):
     model, start = loaded(models, "model"), load_model(str(models["start"]))[0]
-    shares = {s["what"]: s["codes_changed"] for s in attacked(lab, "quantize", model, start)}
+    lab = replace(lab, start=start)
+    shares = {s["what"]: s["codes_changed"] for s in attacked(lab, "quantize", model)}
     assert 0 < shares["int4"] < shares["int8"] < 1
-    same = attacked(lab, "quantize", AnswerModel(start), start)
+    same = attacked(lab, "quantize", AnswerModel(start))
     assert {s["codes_changed"] for s in same} == {0}
     head = start.get_output_embeddings().weight
     assert all(weight is not head for _, weight in attacks.linear_weights(start))
