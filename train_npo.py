@@ -43,7 +43,7 @@ from models.presets import autocast
 from models.sharded import local, whole
 from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
-from running.plan import Counts, MicroBatch, Plan
+from running.plan import Counts, Plan
 from running.processes import meeting_place, share_cores, take_device
 from running.reference import Reference, reference_pass
 from running.run_folder import RunFolder, Stopped, open_folder
@@ -65,17 +65,19 @@ def forget_loss(plan: Plan, known: dict) -> Tensor:
     return values
 
 
-def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Reference | None,
+def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Reference | None,
               counts: Counts, kl_baseline: Tensor, device) -> dict:
-    """This micro-batch's summands of the global batch's losses (names: PARTS), each already divided by the
+    """A micro-batch's summands of the global batch's losses (names: PARTS), each already divided by the
     whole batch's count, so that they add up over micro-batches and processes."""
-    objective = plan.objective
-    batch, sizes = plan.collate(micro, device)  # of answers, refusals and retain answers, in this order
-    rows, kl_states = [i.row for i in micro.items], None
+    objective, share = plan.objective, 1.0
+    if not items:  # no row is left: one without weight meets the others in the last backward pass
+        items, share = plan.stream[0][:1], 0.0
+    batch, sizes = plan.collate(items, device)  # of answers, refusals and retain answers, in this order
+    rows, kl_states = [i.row for i in items], None
     if s.kl_weight > 0:
-        kl_states = reference.of_tokens("retain", micro.partners), reference.head
+        kl_states = reference.of_tokens("retain", [i.partner for i in items]), reference.head
     settings = {name: getattr(s, name) for name in objective.settings}
-    tokens = sum(plan.of_loss(i).answer_tokens for i in micro.items)  # the batch's first
+    tokens = plan.counts(items).forget_tokens  # the batch's first
 
     def loss_of_logits(policy_logits, reference_logits, targets):  # (n, V): never of all tokens at once
         return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
@@ -95,9 +97,9 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     if "reference_token_logps" in objective.takes:
         known["reference_token_logps"] = reference.of_tokens("tokens", rows)
     if "reference_logps" in objective.takes:
-        known["reference_logps"] = reference.answer_logps(micro.items)
+        known["reference_logps"] = reference.answer_logps(items)
     if "reference_refusal_logps" in objective.takes:
-        known["reference_refusal_logps"] = reference.refusal_logps(micro.items)
+        known["reference_refusal_logps"] = reference.refusal_logps(items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
     values = forget_loss(plan, known) if on_logits is NOTHING else token_values[:tokens]
     sums = {"forget_loss": values.sum() / count}
@@ -111,7 +113,7 @@ def loss_sums(s: Namespace, policy, plan: Plan, micro: MicroBatch, reference: Re
     if objective.weight:
         weights = objective.weight(*(known[name] for name in objective.takes))
         sums["mean_W"] = weights.detach().sum() / count
-    return {name: value * (0.0 if micro.ghost else 1.0) for name, value in sums.items()}
+    return {name: share * value for name, value in sums.items()}
 
 
 @torch.no_grad()

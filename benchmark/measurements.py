@@ -162,7 +162,7 @@ def measure_step(args: Namespace, method: str, process=plain.fresh_process) -> d
     with tempfile.TemporaryDirectory() as folder, process() as there:
         def turn(step: int, lr: float):
             for name in losses:
-                rows = side.plan.whole_batch(side.stream[step - 1][:rows_of[name]])
+                rows = side.plan.texts(side.stream[step - 1][:rows_of[name]])
                 loss, passes, update = there(plain.step, side.s, args.device, name, lr, *rows)
                 seconds[name].append(passes / rows_of[name] + update / args.batch_size)
                 losses[name].append(loss)
@@ -232,7 +232,7 @@ def measure_arithmetic(args: Namespace) -> dict:
         reference, _ = side.refer(folder, model)
         seconds, *_ = side.run(model, reference, lambda *_: rates.append(matmul_rate(args.device)))
     useful = [sum(training_flops(shape, len(e.ids), e.answer_tokens)
-                  for e in chain(*side.plan.whole_batch(items))) for items in side.stream]
+                  for e in chain(*side.plan.texts(items))) for items in side.stream]
     reached = [flops / taken for flops, taken in zip(useful, seconds, strict=True)][1:]
     shares = [rate / max(around) for rate, around in zip(reached, pairwise(rates), strict=True)]
     return {"unit": "of the rate", "ratio": {"matmul": spread(shares)},
@@ -278,7 +278,7 @@ def peak_of(args: Namespace, micro_batch: int, ours: bool) -> float:
     else:
         loop, side.lm = plain.PlainLoop(side.s, args.device, 0, micro_batch), None
         for items in side.stream:
-            loop.step(side.s.lr, *side.plan.whole_batch(items))
+            loop.step(side.s.lr, *side.plan.texts(items))
     on_gpu = args.device.type == "cuda"
     return (torch.cuda.max_memory_allocated() if on_gpu else peak_memory() - before) / GB
 

@@ -151,7 +151,7 @@ def count_work(s: Namespace, task: Task) -> Namespace:
                              ) from None
         template = template_of(s, tokenizer, read_meta(s.start))
     plan = Plan(Namespace(**{**vars(s), "template": template}), task, tokenizer, context)
-    texts = [e for items in plan.stream for some in plan.whole_batch(items) for e in some]
+    texts = [e for items in plan.stream for some in plan.texts(items) for e in some]
     return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
                      answer_tokens=sum(e.answer_tokens for e in texts) / plan.steps, estimated=estimated,
                      sequences=len(texts) // (plan.rows * s.epochs), width=max(len(e.ids) for e in texts))

@@ -2,7 +2,6 @@
 
 import math
 from argparse import Namespace
-from itertools import zip_longest
 from typing import NamedTuple
 
 from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
@@ -11,13 +10,6 @@ from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
 from support.errors import InputError
 from support.world import World
-
-
-class MicroBatch(NamedTuple):
-    """What goes through one forward pass, as places in the stream and in `Plan.partners`."""
-    items: list[Item]
-    partners: list[int]
-    ghost: bool  # no row is left: one is computed with weight 0, to meet the others in the last backward pass
 
 
 class Counts(NamedTuple):
@@ -67,44 +59,30 @@ class Plan:
 
     # ---- a step
 
-    def of_loss(self, item: Item) -> Encoded:
-        """The text that the forget loss is about: the row's answer, or where it has none, the refusal."""
-        return self.answers[item.row] if self.objective.with_answer else self.refusals[item.row, item.refusal]
-
-    def micro_batches(self, items: list[Item], world: World) -> list[MicroBatch]:
-        """This process's share of a global batch; forget and retain rows are each ordered by length."""
-        lengths = [len(self.of_loss(i).ids) for i in items]
+    def micro_batches(self, items: list[Item], world: World) -> list[list[Item]]:
+        """This process's share of a global batch, ordered by what a row's texts take; none left: empty."""
+        lengths = [self.counts([item]).tokens for item in items]
         mine = deal(items, lengths, self.micro_batch_size, world.rank, world.size)
-        partners = self.partners_of(items)
-        lengths = [len(self.partners[p].ids) for p in partners]
-        retain = deal(partners, lengths, self.micro_batch_size, world.rank, world.size)
         # The longest first: its activations meet no gradients yet, and the next fit into what it leaves.
-        return [MicroBatch(own or items[:1], kept or partners[:1], ghost=not own)
-                for own, kept in zip_longest(mine, retain, fillvalue=[])][::-1]
+        return mine[::-1]
 
-    def texts(self, items: list[Item], partners: list[int]) -> list[list[Encoded]]:
+    def texts(self, items: list[Item]) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads, empty where the objective has none."""
         asks_for_refusals = "refusal_logps" in self.objective.takes
         answers = [self.answers[i.row] for i in items] if self.objective.with_answer else []
         refusals = [self.refusals[i.row, i.refusal] for i in items] if asks_for_refusals else []
-        return [answers, refusals, [self.partners[p] for p in partners]]
+        return [answers, refusals, [self.partners[i.partner] for i in items] if self.partners else []]
 
-    def partners_of(self, items: list[Item]) -> list[int]:
-        return [i.partner for i in items] if self.partners else []
-
-    def whole_batch(self, items: list[Item]) -> list[list[Encoded]]:
-        """The texts of a global batch, each row with its own partner."""
-        return self.texts(items, self.partners_of(items))
-
-    def collate(self, micro: MicroBatch, device) -> tuple[TokenBatch, list[int]]:
-        """Its texts as one batch, and how many of them are answers, refusals and retain answers."""
-        texts = self.texts(micro.items, micro.partners)
+    def collate(self, items: list[Item], device) -> tuple[TokenBatch, list[int]]:
+        """Their texts as one batch, and how many of them are answers, refusals and retain answers."""
+        texts = self.texts(items)
         return collate_packed(sum(texts, []), self.pad, device), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
-        texts = self.whole_batch(items)
-        return Counts(rows=len(items), forget_tokens=sum(self.of_loss(i).answer_tokens for i in items),
-                      retain_tokens=sum(e.answer_tokens for e in texts[2]),
+        texts = answers, refusals, retain = self.texts(items)
+        # The loss is about the rows' answers, or where it has no ear for them, about refusals.
+        return Counts(rows=len(items), forget_tokens=sum(e.answer_tokens for e in answers or refusals),
+                      retain_tokens=sum(e.answer_tokens for e in retain),
                       tokens=sum(len(e.ids) for some in texts for e in some))
 
     # ---- the run
