@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data.tofu import Task, complement
 from evaluate_tofu import compute_metrics
 from evaluation.scoring import logps_of_texts
-from losses import nll_loss
-from models.answers import NOTHING, AnswerModel, OnLogits
+from losses import kl_loss, nll_loss, token_logps
+from models.answers import AnswerModel, Span
 from models.layers import prepare_layers
 from models.presets import autocast
 from models.sharded import local, whole
@@ -73,42 +73,46 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
     if not items:  # no row is left: one without weight meets the others in the last backward pass
         items, share = plan.stream[0][:1], 0.0
     batch, sizes = plan.collate(items, device)  # of answers, refusals and retain answers, in this order
-    rows, kl_states = [i.row for i in items], None
-    if s.kl_weight > 0:
-        kl_states = reference.of_tokens("retain", [i.partner for i in items]), reference.head
+    own, rows = plan.counts(items), [i.row for i in items]
     settings = {name: getattr(s, name) for name in objective.settings}
-    tokens = plan.counts(items).forget_tokens  # the batch's first
+    on_logits = "policy_logits" in objective.takes
 
-    def loss_of_logits(policy_logits, reference_logits, targets):  # (n, V): never of all tokens at once
-        return forget_loss(plan, {"policy_logits": policy_logits, "reference_logits": reference_logits,
+    def of_forget(logits, targets, reference_logits=None):  # (n, V): never of all tokens at once
+        if not on_logits:
+            return token_logps(logits, targets)
+        return forget_loss(plan, {"policy_logits": logits, "reference_logits": reference_logits,
                                   "targets": targets, **settings})
 
-    on_logits = NOTHING
-    if "policy_logits" in objective.takes:
-        on_logits = OnLogits(tokens, loss_of_logits)
-        if "reference_logits" in objective.takes:
-            on_logits = on_logits._replace(states=(reference.of_tokens("forget", rows), reference.head))
-    token_values, token_kl = policy(batch, kl_states, s.kl_direction, on_logits)
-    answer_logps, refusal_logps, retain_logps = batch.per_text(token_values).split(sizes)
+    def of_retain(logits, targets, *reference_logits):  # log pi, and K against a reference: (1, n) or (2, n)
+        kls = [kl_loss(logits, known, s.kl_direction) for known in reference_logits]
+        return torch.stack([token_logps(logits, targets), *kls])
+
+    states = reference.states("forget", rows) if "reference_logits" in objective.takes else None
+    spans = [Span(len(batch.targets) - own.retain_tokens, of_forget, states)]
+    if plan.partners:
+        states = reference.states("retain", [i.partner for i in items]) if s.kl_weight > 0 else None
+        spans.append(Span(own.retain_tokens, of_retain, states))
+    token_values, *retain_values = policy(batch, spans)
+    answer_logps, refusal_logps, _ = batch.per_text(token_values).split(sizes)
 
     known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
-             "policy_token_logps": token_values[:tokens], "kl_baseline": kl_baseline,
+             "policy_token_logps": token_values[:own.forget_tokens], "kl_baseline": kl_baseline,
              "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
     if "reference_token_logps" in objective.takes:
-        known["reference_token_logps"] = reference.of_tokens("tokens", rows)
+        known["reference_token_logps"] = reference.token_logps(rows)
     if "reference_logps" in objective.takes:
         known["reference_logps"] = reference.answer_logps(items)
     if "reference_refusal_logps" in objective.takes:
         known["reference_refusal_logps"] = reference.refusal_logps(items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
-    values = forget_loss(plan, known) if on_logits is NOTHING else token_values[:tokens]
+    values = token_values if on_logits else forget_loss(plan, known)
     sums = {"forget_loss": values.sum() / count}
     sums["loss"] = s.forget_weight * sums["forget_loss"]
     if s.retain_weight > 0:
-        sums["retain_loss"] = nll_loss(retain_logps).sum() / counts.retain_tokens  # nats a token
+        sums["retain_loss"] = nll_loss(retain_values[0][0]).sum() / counts.retain_tokens  # nats a token
         sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
     if s.kl_weight > 0:
-        sums["kl_loss"] = token_kl.sum() / counts.retain_tokens
+        sums["kl_loss"] = retain_values[0][1].sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
         weights = objective.weight(*(known[name] for name in objective.takes))

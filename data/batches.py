@@ -85,9 +85,8 @@ class TokenBatch(NamedTuple):
     order: Tensor | None = None
 
     def per_text(self, values: Tensor) -> Tensor:
-        """Sums over each text's answer tokens, (R,). values (N,), or (M,) of the last M: 0 elsewhere."""
-        rows = self.rows[len(self.rows) - len(values):]
-        return values.new_zeros(len(self.answer_tokens)).index_add(0, rows, values)
+        """Sums over each text's answer tokens, (R,). values (N,), or of the first texts: 0 elsewhere."""
+        return values.new_zeros(len(self.answer_tokens)).index_add(0, self.rows[:len(values)], values)
 
     def attention(self, dtype) -> dict:
         """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""

@@ -3,7 +3,7 @@ nothing: mode, random state and tokenizer come out as they went in.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from data.batches import TokenBatch, collate, collate_packed, deal, packed_tokens, within
 from data.prompts import Encoded, encode, encode_prompts
 from evaluation.logs import MAX_ROWS
-from models.answers import AnswerModel, untouched
+from losses import kl_loss, token_logps
+from models.answers import AnswerModel, Span, hits_and_standardised, untouched
 from models.generation import generate
 from support.world import ALONE, World
 
@@ -33,10 +34,6 @@ class Text(NamedTuple):
     index: int
     slot: int
     encoded: Encoded
-
-    @property
-    def has_kl(self) -> bool:
-        return self.slot == ANSWER and self.set in KL_SETS
 
 
 class Prepared(NamedTuple):
@@ -161,7 +158,7 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, *, batch_size: i
 @torch.no_grad()
 def score_answers(model: AnswerModel, prepared: Prepared, results: dict, reference: ReferenceStates | None,
                   pad: int, world: World, bar):
-    """Add to `results`, (set, index) -> row, each answer's negative log-probability, nats, its tokens, KL and
+    """Add to `results`, (set, index) -> row, each answer's negative log-probability, nats, its tokens, and
     `token_measures`. SCORED_TOKENS a forward pass, a question once for all of its answers."""
     keys = list(results)
     lengths = [packed_tokens([t.encoded for t in prepared.texts[key]]) for key in keys]
@@ -170,26 +167,22 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
     ghost = next(iter(prepared.texts.values()))
     scores = {}  # Text without its tokens -> (nll, tokens)
     for texts, counts in in_step(batches, ghost, world):
-        # The rows' own answers come last, and of them those with a KL, as the model wants them.
-        texts = sorted(texts, key=lambda t: (t.slot == ANSWER, t.has_kl))
+        known = reference.states if reference is not None and counts else {}
         own = [t for t in texts if t.slot == ANSWER]
-        tokens = [t.encoded.answer_tokens for t in own]
-        with_kl = [t for t in texts if t.has_kl and reference is not None and counts]
-        batch = collate_packed([t.encoded for t in texts], pad, world.device)
-        states = None
-        if with_kl:
-            known = torch.cat([reference.states[t[:2]] for t in with_kl])
-            states = known.to(world.device), reference.head
-        logps, hits, standardised, kls = model.scores(batch, sum(tokens), states)
-        sums, kls = batch.per_text(-logps).tolist(), batch.per_text(kls).tolist()
+        kinds = [([t for t in texts if t.slot != ANSWER], token_logps, None),
+                 ([t for t in own if t[:2] not in known], own_values, None),
+                 ([t for t in own if t[:2] in known], own_values, reference)]
+        kinds = [kind for kind in kinds if kind[0]]
+        batch = collate_packed([t.encoded for kind, *_ in kinds for t in kind], pad, world.device)
+        found = model(batch, [span_of(*kind) for kind in kinds])
         if counts:
-            for t, nll, kl in zip(texts, sums, kls, strict=True):
-                scores[t[:3]] = nll, t.encoded.answer_tokens
-                if t.has_kl and reference is not None:
-                    results[t[:2]]["kl"] = kl
-            of_own = logps[len(logps) - sum(tokens):], hits, standardised
-            for t, *values in zip(own, *(x.cpu().split(tokens) for x in of_own), strict=True):
-                results[t[:2]].update(token_measures(*(x.tolist() for x in values)))
+            for (kind, *_), values in zip(kinds, found, strict=True):
+                each = torch.atleast_2d(values).cpu().split([t.encoded.answer_tokens for t in kind], dim=1)
+                for t, of_tokens in zip(kind, each, strict=True):
+                    logps, *measured = of_tokens.tolist()
+                    scores[t[:3]] = -sum(logps), len(logps)
+                    if measured:
+                        results[t[:2]].update(token_measures(logps, *measured))
             bar.update(len(texts))
     for key in keys:
         row = prepared.rows[key[0]][key[1]]
@@ -203,16 +196,35 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
                             question=row["question"], answer=row["answer"], generation=None)
 
 
-def token_measures(logps: list, hits: list, standardised: list) -> dict:
+def span_of(texts: list, values: Callable, reference: ReferenceStates | None) -> Span:
+    """What is asked of these texts' answer tokens, with the reference's logits there where it is given."""
+    states = None
+    if reference is not None:
+        known = torch.cat([reference.states[t[:2]] for t in texts])
+        states = known.to(reference.head.device), reference.head
+    return Span(sum(t.encoded.answer_tokens for t in texts), values, states)
+
+
+def own_values(logits: Tensor, targets: Tensor, *reference_logits) -> Tensor:
+    """Of the tokens of rows' own answers, (3, n): log pi and `hits_and_standardised`; where there is a
+    reference D(pi_ref || pi), nats, as a fourth."""
+    logps = token_logps(logits, targets)
+    kls = [kl_loss(logits, known, "reference_policy") for known in reference_logits]
+    return torch.stack([logps, *hits_and_standardised(logits, targets, logps), *kls])
+
+
+def token_measures(logps: list, hits: list, standardised: list, kls: list | None = None) -> dict:
     """Of one answer's tokens, the end of sequence last: the share that the model holds likeliest (exact
     memorisation) and that of the longest suffix of such (extraction strength), both without the end; minus
-    the mean of the lowest MIN_K of log pi, and of the same standardised (min-k++), both with it."""
+    the mean of the lowest MIN_K of log pi, and of the same standardised (min-k++), both with it; the sum of
+    `kls`."""
     right = hits[:-1] or hits
     suffix = sum(1 for _ in takewhile(bool, reversed(right)))
     lowest = max(1, int(MIN_K * len(logps)))
     min_k, min_k_plus_plus = (-sum(sorted(values)[:lowest]) / lowest for values in (logps, standardised))
-    return {"exact_memorization": sum(right) / len(right), "extraction_strength": suffix / len(right),
-            "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
+    measures = {"exact_memorization": sum(right) / len(right), "extraction_strength": suffix / len(right),
+                "min_k": min_k, "min_k_plus_plus": min_k_plus_plus}
+    return measures if kls is None else {**measures, "kl": sum(kls)}
 
 
 def in_step(batches: list, ghost: list, world: World) -> list:

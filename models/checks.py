@@ -64,13 +64,13 @@ def check_attention(config, longest: int, name: str):
 def _flaw_of_scores(model, texts: list, end: int, dtype: str, device) -> str | None:
     """Answers' log-probabilities in one packed sequence, against a whole pass over each text."""
     batch, theirs = collate_packed(texts, end, device, in_one=True), []
-    ours, _ = model(batch)
+    [ours] = model(batch)
     for e in texts:
         ids = torch.tensor([e.ids], device=device)
         theirs.append(token_logps(model.all_logits(input_ids=ids)[0, e.start - 1:-1], ids[0, e.start:]))
     theirs = torch.cat(theirs)
     model.lm.train()
-    in_training, _ = model(batch)
+    [in_training] = model(batch)
     model.lm.eval()
     if not theirs.isfinite().all():
         return "gives scores that are not finite: its weights are broken"

@@ -53,7 +53,7 @@ def shard(model, dtype: torch.dtype, world: World):
     for layer in decoder_layers(model.lm):
         fsdp.fully_shard(layer, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for method in ("hidden", "scores", "next_logits", "all_logits"):  # beside its forward
+    for method in ("hidden", "next_logits", "all_logits"):  # beside its forward
         fsdp.register_fsdp_forward_method(model, method)
 
 

@@ -112,7 +112,7 @@ def memory(x: Shape, s: Namespace, work: Namespace, processes: int) -> dict:
     # Behind the layers: the chunks that are kept and one at work, with the gradients for head and embedding.
     tokens, heads = min(answers, chunk_tokens(x.vocabulary)), 2 if compared else 1
     chunk = 4 * tokens * x.vocabulary
-    kept = min(KEPT_CHUNKS, math.ceil(answers / tokens)) * heads * chunk * element / 4
+    kept = min(2 * KEPT_CHUNKS, math.ceil(answers / tokens)) * heads * chunk * element / 4
     # Inside a layer's backward pass: gradients of gate, up and product, the product itself, and the stream's.
     again = token_bytes(x, s.dtype, s.parallel, False) if s.activation_checkpointing else 0
     layer = n * (element * 5 * x.inner + 4 * 4 * x.hidden + again)

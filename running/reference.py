@@ -50,10 +50,14 @@ class Reference:
         """log pi_ref of the rows' refusals, (B,)."""
         return sent(torch.stack([self.refusals[i.row, i.refusal] for i in items]), self.device)
 
-    def of_tokens(self, kind: str, numbers: list[int]) -> Tensor:
-        """Of each token of these answers: "tokens", log pi_ref of rows to unlearn, (N,); "forget" and
-        "retain", the hidden states of such and of retain rows, (N, H), which with `head` give the logits."""
-        return sent(torch.cat([self[f"{kind}/{n}"] for n in numbers]), self.device)
+    def token_logps(self, rows: list[int]) -> Tensor:
+        """log pi_ref of each token of the rows' own answers, (N,)."""
+        return sent(torch.cat([self[f"tokens/{row}"] for row in rows]), self.device)
+
+    def states(self, kind: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Of each answer token of rows to unlearn ("forget") or to keep ("retain") the hidden states, (N, H),
+        which with the LM head, (V, H), give the logits."""
+        return sent(torch.cat([self[f"{kind}/{n}"] for n in numbers]), self.device), self.head
 
     @cached_property
     def head(self) -> Tensor:

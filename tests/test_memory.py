@@ -14,7 +14,7 @@ import train_npo
 from losses import KL_DIRECTIONS, ceu_loss, kl_loss, token_logps, undial_loss
 from models import answers as chunked_head
 from models import layers
-from models.answers import OnLogits, answer_values
+from models.answers import Span, answer_values
 from models.layers import prepare_layers
 from running.memory_plan import Shape, token_bytes
 from support.errors import InputError
@@ -41,6 +41,19 @@ def values_and_gradients(function, hidden, weight):
     return logps.detach(), kl.detach(), hidden.grad, weight.grad
 
 
+def in_spans(targets, reference, direction="policy_reference", first=()):
+    """A function of (hidden, weight), as training asks: the spans `first`, then log pi, of the last M also K
+    where there is a `reference`."""
+    def of_last(logits, targets, *known):
+        return torch.stack([token_logps(logits, targets), *(kl_loss(logits, k, direction) for k in known)])
+    spans = [*first, Span(N - M - sum(span.tokens for span in first)), Span(M, of_last, reference)]
+
+    def chunked(hidden, weight):
+        *values, (logps, *kl) = answer_values(hidden, weight, targets, spans)
+        return torch.cat([*values, logps]), torch.cat([logps[:0], *kl])
+    return chunked
+
+
 @pytest.fixture(params=(1, 5, 9, 22))
 def small_chunks(request, monkeypatch):
     """So many tokens a chunk; the last two chunks are kept."""
@@ -58,8 +71,7 @@ def test_chunks_change_neither_values_nor_gradients(small_chunks, direction, wit
         logits = linear(hidden, weight)
         kl = kl_loss(logits[N - M:], linear(*reference), direction) if with_kl else logits.new_zeros(0)
         return token_logps(logits, targets), kl
-    def chunked(hidden, weight):
-        return answer_values(hidden, weight, targets, reference, direction)
+    chunked = in_spans(targets, reference, direction)
     for a, b in zip(values_and_gradients(whole, hidden, weight),
                     values_and_gradients(chunked, hidden, weight), strict=False):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -71,9 +83,9 @@ F = 12  # tokens with a loss on logits
 def on_logits(loss, reference):
     """CE-U's and UNDIAL's first F tokens, as training asks for them."""
     if loss == "ceu":
-        return OnLogits(F, lambda policy, reference, targets: ceu_loss(policy, targets))
-    return OnLogits(F, lambda policy, reference, targets: undial_loss(policy, reference, targets, 1.5),
-                    (reference[0].new_ones(F, H), reference[1]))
+        return Span(F, ceu_loss)
+    return Span(F, lambda policy, targets, reference: undial_loss(policy, reference, targets, 1.5),
+                (reference[0].new_ones(F, H), reference[1]))
 
 
 @pytest.mark.parametrize("loss", ("ceu", "undial"))
@@ -85,10 +97,9 @@ def test_chunks_change_no_loss_on_logits(small_chunks, loss, with_kl):
     def whole(hidden, weight):
         logits, theirs = linear(hidden, weight), linear(reference[0].new_ones(F, H), reference[1])
         kl = kl_loss(logits[N - M:], linear(*reference)) if with_kl else logits.new_zeros(0)
-        first = asked.loss(logits[:F], theirs, targets[:F])
+        first = asked.values(logits[:F], targets[:F], *([theirs] if asked.states else []))
         return torch.cat([first, token_logps(logits[F:], targets[F:])]), kl
-    def chunked(hidden, weight):
-        return answer_values(hidden, weight, targets, states, on_logits=asked)
+    chunked = in_spans(targets, states, first=[asked])
     for a, b in zip(values_and_gradients(whole, hidden, weight),
                     values_and_gradients(chunked, hidden, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -103,7 +114,7 @@ def test_chunks_under_autocast_have_its_logits_and_a_float32_gradient(small_chun
         return token_logps(logits, targets), kl_loss(logits[N - M:], linear(*reference))
     with torch.autocast("cpu", dtype):
         right = values_and_gradients(whole, hidden, weight)
-        ours = values_and_gradients(lambda h, w: answer_values(h, w, targets, reference), hidden, weight)
+        ours = values_and_gradients(in_spans(targets, reference), hidden, weight)
     for value, expected in zip(ours, right, strict=False):
         assert value.dtype == torch.float32
         assert (value - expected).norm() <= 1e-2 * expected.norm()
@@ -123,11 +134,10 @@ def test_no_step_of_the_head_holds_the_logits_of_all_tokens(monkeypatch):
             return made
     monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 10 * 4 * V)
     hidden, weight, targets, reference = head_inputs()
-    for asked in (OnLogits(), on_logits("ceu", reference), on_logits("undial", reference)):
+    for first in ([], [on_logits("ceu", reference)], [on_logits("undial", reference)]):
         sizes.clear()
         with Watch():
-            values_and_gradients(lambda h, w, asked=asked: answer_values(h, w, targets, reference,
-                                                                         on_logits=asked), hidden, weight)
+            values_and_gradients(in_spans(targets, reference, first=first), hidden, weight)
         assert max(sizes) == 10 * V < N * V
 
 

@@ -201,11 +201,11 @@ def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
         answers = collate([plan.answers[i.row] for i in items], 0)
         return model, reference, items, answers
     model, reference, items, answers = cached("tnpo")
-    logps = reference.of_tokens("tokens", [i.row for i in items])
+    logps = reference.token_logps([i.row for i in items])
     torch.testing.assert_close(logps, model(answers)[0].detach())
     assert not any(key.startswith(("forget/", "retain/")) for key in reference.file_of)
     model, reference, items, answers = cached("undial")
-    states, head = reference.of_tokens("forget", [i.row for i in items]), reference.head
+    states, head = reference.states("forget", [i.row for i in items])
     torch.testing.assert_close(states @ head.T, (model.hidden(answers) @ head.T).detach())
     _, reference, _, _ = cached("npo")
     assert not any(key.startswith(("forget/", "tokens/")) for key in reference.file_of)
