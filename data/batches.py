@@ -69,10 +69,8 @@ class TokenBatch(NamedTuple):
     """R texts in S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
 
     ids (S, T); sequences, positions, targets, rows (N,): hidden[sequences, positions] predicts targets, which
-    are tokens of the texts `rows`, in the texts' order. Where a sequence is one text there is no attention
-    mask: with causal attention no real token looks at padding that comes after it. Else a sequence holds
-    several prompts (`prompts`, (S, T)), each once (its `branches` 0) with its answers behind it (1, 2 ..);
-    `order` are places in the text.
+    are tokens of the texts `rows`, in the texts' order. A sequence holds several prompts (`prompts`, (S, T)),
+    each once (its `branches` 0) with its answers behind it (1, 2 ..); `order` are places in the text.
     """
     ids: Tensor
     sequences: Tensor
@@ -80,9 +78,9 @@ class TokenBatch(NamedTuple):
     targets: Tensor
     rows: Tensor
     answer_tokens: Tensor  # (R,)
-    prompts: Tensor | None = None
-    branches: Tensor | None = None
-    order: Tensor | None = None
+    prompts: Tensor
+    branches: Tensor
+    order: Tensor
 
     def per_text(self, values: Tensor) -> Tensor:
         """Sums over each text's answer tokens, (R,). values (N,), or of the first texts: 0 elsewhere."""
@@ -90,8 +88,6 @@ class TokenBatch(NamedTuple):
 
     def attention(self, dtype) -> dict:
         """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
-        if self.prompts is None:
-            return {}
         # keys (S, 1, T) against queries (S, T, 1)
         same_prompt = self.prompts.unsqueeze(1) == self.prompts.unsqueeze(2)
         same_answer = self.branches.unsqueeze(1) == self.branches.unsqueeze(2)
@@ -102,20 +98,8 @@ class TokenBatch(NamedTuple):
         return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
 
     def to(self, device) -> "TokenBatch":
-        return TokenBatch(*(x if x is None else sent(x, device) for x in self))
+        return TokenBatch(*(sent(x, device) for x in self))
 
-
-def collate(encoded: list, pad_id: int, device="cpu") -> TokenBatch:
-    """Encoded texts -> TokenBatch, each a sequence, padded to the longest."""
-    width = max(len(e.ids) for e in encoded)
-    ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in encoded])
-    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
-    rows = torch.arange(len(encoded)).repeat_interleave(answer_tokens)
-    positions = torch.cat([torch.arange(e.start - 1, len(e.ids) - 1) for e in encoded])  # the one before
-    return TokenBatch(ids, rows, positions, ids[rows, positions + 1], rows, answer_tokens).to(device)
-
-
-# ---------------------------------------------------------------- several texts in a sequence
 
 PACKED_TOKENS = 384  # the most in a sequence of several prompts: attention's cost grows with the square
 ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
@@ -155,9 +139,8 @@ def pack(lengths: list) -> list[list[int]]:
     return best
 
 
-def collate_packed(encoded: list, pad_id: int, device="cpu", pad_to: int = 0,
-                   in_one: bool = False) -> TokenBatch:
-    """As `collate`, with hardly a pad token: several texts lie in one sequence (`in_one`: all of them) and do
+def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0, in_one: bool = False) -> TokenBatch:
+    """Encoded texts -> TokenBatch with hardly a pad token: several lie in one sequence (`in_one`: all) and do
     not see each other, and a prompt that several answer stands there once."""
     by_prompt = {}  # prompt -> places of the texts that answer it
     for place, e in enumerate(encoded):

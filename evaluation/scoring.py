@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batches import TokenBatch, collate, collate_packed, deal, packed_tokens, within
+from data.batches import TokenBatch, collate, deal, packed_tokens, within
 from data.prompts import Encoded, encode, encode_prompts
 from evaluation.logs import MAX_ROWS
 from losses import kl_loss, token_logps
@@ -77,8 +77,8 @@ def prepare(evaluated: dict, tokenizer, template: str, context: int | None,
 
 
 def batches_of(texts: dict, batch_size: int, pad: int, world: World) -> Iterator[tuple[list, TokenBatch]]:
-    """This process's share of `texts`, key -> Encoded, as (keys, batch), one text a sequence: without a mask
-    attention takes its fastest way. Where the model is sharded, one without a row gets a ghost: no keys."""
+    """This process's share of `texts`, key -> Encoded, as (keys, batch). Where the model is sharded, one
+    without a row gets a ghost: no keys."""
     keys = list(texts)
     for mine in deal(keys, [len(texts[key].ids) for key in keys], batch_size, world.rank, world.size):
         if mine or world.sharded:
@@ -173,7 +173,7 @@ def score_answers(model: AnswerModel, prepared: Prepared, results: dict, referen
                  ([t for t in own if t[:2] not in known], own_values, None),
                  ([t for t in own if t[:2] in known], own_values, reference)]
         kinds = [kind for kind in kinds if kind[0]]
-        batch = collate_packed([t.encoded for kind, *_ in kinds for t in kind], pad, world.device)
+        batch = collate([t.encoded for kind, *_ in kinds for t in kind], pad, world.device)
         found = model(batch, [span_of(*kind) for kind in kinds])
         if counts:
             for (kind, *_), values in zip(kinds, found, strict=True):

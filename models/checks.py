@@ -6,7 +6,7 @@ mask, and generates from a batch that is padded on the left. Not every architect
 
 import torch
 
-from data.batches import collate_packed
+from data.batches import collate
 from data.prompts import Encoded
 from losses import token_logps
 from models.answers import AnswerModel, untouched
@@ -63,7 +63,7 @@ def check_attention(config, longest: int, name: str):
 @torch.no_grad()
 def _flaw_of_scores(model, texts: list, end: int, dtype: str, device) -> str | None:
     """Answers' log-probabilities in one packed sequence, against a whole pass over each text."""
-    batch, theirs = collate_packed(texts, end, device, in_one=True), []
+    batch, theirs = collate(texts, end, device, in_one=True), []
     [ours] = model(batch)
     for e in texts:
         ids = torch.tensor([e.ids], device=device)

@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 from typing import NamedTuple
 
-from data.batches import Item, TokenBatch, collate_packed, deal, make_stream
+from data.batches import Item, TokenBatch, collate, deal, make_stream
 from data.prompts import Encoded, encode
 from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
@@ -76,7 +76,7 @@ class Plan:
     def collate(self, items: list[Item], device) -> tuple[TokenBatch, list[int]]:
         """Their texts as one batch, and how many of them are answers, refusals and retain answers."""
         texts = self.texts(items)
-        return collate_packed(sum(texts, []), self.pad, device), [len(some) for some in texts]
+        return collate(sum(texts, []), self.pad, device), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
         texts = answers, refusals, retain = self.texts(items)

@@ -124,14 +124,14 @@ def checked(lm, tokenizer, texts):
 
 def equals_a_plain_loop(lm, texts):
     """npo's loss and gradient, all texts in few packed sequences, against one whole pass a text."""
-    from data.batches import collate_packed
+    from data.batches import collate
     prepare_layers(lm)
     lm.train()
     found = []
     for packed in (True, False):
         lm.zero_grad()
         if packed:
-            batch = collate_packed(texts, 0)
+            batch = collate(texts, 0)
             logps = batch.per_text(AnswerModel(lm)(batch)[0])
         else:
             logps = torch.stack([plain_logp(lm, e) for e in texts])

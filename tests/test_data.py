@@ -200,12 +200,12 @@ def test_dealing_uses_every_row_once_and_keeps_processes_in_step(world_size, mic
 def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     pairs = [("Where is it?", "In Oslo."), ("Who wrote it? Who wrote it?", "Ann did.")]
     encoded = encode(tokenizer, "llama2", pairs)
-    batch, lengths = collate(encoded, tokenizer.pad_token_id), [len(e.ids) for e in encoded]
-    assert lengths[0] < lengths[1] and batch.ids[0, lengths[0]:].eq(tokenizer.pad_token_id).all()
-    assert batch.ids.shape == (2, lengths[1])
+    batch = collate(encoded, tokenizer.pad_token_id)
     assert batch.answer_tokens.tolist() == [e.answer_tokens for e in encoded]
     assert batch.targets.tolist() == [i for e in encoded for i in e.ids[e.start:]]
-    assert torch.equal(batch.ids[batch.rows, batch.positions + 1], batch.targets)
+    before = [i for e in encoded for i in e.ids[e.start - 1:-1]]
+    assert batch.ids[batch.sequences, batch.positions].tolist() == before
+    assert batch.ids.eq(tokenizer.pad_token_id).sum() == batch.ids.numel() - sum(len(e.ids) for e in encoded)
 
 
 @pytest.mark.parametrize("text,message", [

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import losses
 import train_npo
 from conftest import SMALL
-from data.batches import collate, collate_packed
+from data.batches import collate
 from data.tofu import load_task
 from evaluation.scoring import Prepared
 from models.answers import AnswerModel
@@ -53,7 +53,7 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(pad_to: int = 0, **given) -> Namespace:
-        monkeypatch.setattr("running.plan.collate_packed", partial(collate_packed, pad_to=pad_to))
+        monkeypatch.setattr("running.plan.collate", partial(collate, pad_to=pad_to))
         return resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
                         "batch_size": 8, "eval_every": "never", "template": "llama2", **given})
     return make
