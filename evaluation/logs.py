@@ -9,7 +9,7 @@ import numpy as np
 from data.tofu import EVALUATED, complement, parse_split
 from support.command_line import markdown_table, number
 from support.errors import InputError, cause_of
-from support.files import MAX_FILE_BYTES, holds_texts, read_text
+from support.files import holds_texts, read_text
 
 MAX_ROWS = 300  # of a set, the first ones: TOFU's own
 
@@ -36,7 +36,7 @@ MIA = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
 def read_log(path: str) -> tuple[dict, dict]:
     """(rows, provenance) of an evaluation's JSON, ours or TOFU's released one. Raises InputError."""
     try:
-        log = json.loads(read_text(Path(path), longest_line=MAX_FILE_BYTES))
+        log = json.loads(read_text(Path(path)))
     except (ValueError, RecursionError) as error:  # an InputError is a ValueError
         raise InputError(f"cannot read the log {path}: {error}; need JSON, ours or TOFU's") from None
     log = log if isinstance(log, dict) else {}

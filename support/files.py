@@ -11,8 +11,7 @@ from filelock import FileLock, Timeout
 
 from support.errors import InputError
 
-# The most of a text file, bytes, and of a line, characters. TOFU has 1 MB in lines below 2 kB.
-MAX_FILE_BYTES, MAX_LINE = 2**30, 2**24
+MAX_FILE_BYTES = 2**30  # of a text file; TOFU has 1 MB
 
 
 def locked(file: Path, wait: bool = False):
@@ -55,23 +54,17 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def read_text(path: Path, longest_line: int = MAX_LINE) -> str:
-    """A text file whole. Raises InputError before one too large, or a line of it, fills the memory."""
-    lines = []
+def read_text(path: Path) -> str:
+    """A text file whole. Raises InputError before one too large fills the memory."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # Windows begins files with a mark
             size = os.fstat(file.fileno()).st_size
             if size > MAX_FILE_BYTES:
                 raise InputError(f"{path} has {size / 2**30:.1f} GB, at most {MAX_FILE_BYTES >> 30} GB is "
                                  "read: give a smaller file")
-            while line := file.readline(longest_line + 1):
-                lines.append(line)
-                if len(line) > longest_line:
-                    raise InputError(f"{path} line {len(lines)} has more than {longest_line} characters, the "
-                                     "most that is read: write one object a line")
+            return file.read(MAX_FILE_BYTES)  # a device has no size, and no end
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}; need a UTF-8 text file") from None
-    return "".join(lines)
 
 
 def holds_texts(record, *keys) -> bool:

@@ -24,7 +24,7 @@ from running import checkpoints
 from running.memory_plan import read_shape
 from running.settings import parse, read_config
 from support.errors import InputError
-from support.files import MAX_FILE_BYTES, MAX_LINE, locked
+from support.files import locked
 from support.world import ALONE
 from train_npo import carry_out
 
@@ -160,23 +160,20 @@ def test_an_adapter_that_names_another_model_is_refused(crafted):
 
 # ---------------------------------------------------------------- data and logs
 
-@pytest.mark.parametrize("size,sentence", [(5 * 2**30, "has 5.0 GB, at most 1 GB"),
-                                           (MAX_FILE_BYTES - 1,
-                                            f"line 2 has more than {MAX_LINE} characters")])
-def test_a_line_of_gigabytes_is_refused_without_reading_it(tmp_path, size, sentence):
+def test_gigabytes_are_refused_without_reading_them(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"question": "Who?", "answer": "Ann."}\n')
     with open(file, "r+b") as opened:
-        opened.truncate(size)  # a second line of zeros, sparse
+        opened.truncate(5 * 2**30)  # a second line of zeros, sparse
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert sentence in refusal(read_rows, file)
+    assert "has 5.0 GB, at most 1 GB" in refusal(read_rows, file)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # kB
-    if size > MAX_FILE_BYTES:
-        assert "at most 1 GB" in refusal(read_log, file)
+    assert "at most 1 GB" in refusal(read_log, file)
 
 
-def test_a_device_is_no_endless_file():
-    assert "characters, the most that is read" in refusal(read_rows, Path("/dev/zero"))
+def test_a_device_is_no_endless_file(monkeypatch):
+    monkeypatch.setattr("support.files.MAX_FILE_BYTES", 10_000)
+    assert "not JSON" in refusal(read_rows, Path("/dev/zero"))
 
 
 def test_a_data_name_with_dots_is_no_hub_id(tmp_path, monkeypatch, small_model, small_data):
