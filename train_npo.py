@@ -44,11 +44,11 @@ from models.sharded import local, whole
 from running.job import Job, describe, policy_of, prepare_job
 from running.memory_plan import dry_run
 from running.plan import Counts, Plan
-from running.processes import meeting_place, share_cores, take_device
+from running.processes import meeting_place, take_device
 from running.reference import Reference, reference_pass
 from running.run_folder import RunFolder, Stopped, open_folder
 from running.settings import parse, resumed, tiny_settings
-from support.command_line import run_command
+from support.command_line import cores, run_command
 from support.errors import InputError
 from support.files import locked, whole_folder
 from support.world import World
@@ -138,8 +138,8 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     chosen = take_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
-        share_cores(local_size)
+    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # all that torchrun leaves a process
+        torch.set_num_threads(max(1, cores() // local_size))
     if size > 1:
         # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
         backend = "nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo"

@@ -139,7 +139,7 @@ def pack(lengths: list) -> list[list[int]]:
     return best
 
 
-def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0, in_one: bool = False) -> TokenBatch:
+def collate(encoded: list, pad_id: int, device="cpu", in_one: bool = False) -> TokenBatch:
     """Encoded texts -> TokenBatch with hardly a pad token: several lie in one sequence (`in_one`: all) and do
     not see each other, and a prompt that several answer stands there once."""
     by_prompt = {}  # prompt -> places of the texts that answer it
@@ -160,7 +160,7 @@ def collate(encoded: list, pad_id: int, device="cpu", pad_to: int = 0, in_one: b
                 predicting[i] = s, [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
                 tokens += [(token, g, branch, at) for at, token in enumerate(answer, len(prompt))]
         sequences.append(tokens)
-    width = max(pad_to, *map(len, sequences))
+    width = max(map(len, sequences))
     padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in sequences]
     ids, prompts, branches, order = torch.tensor(np.array(padded).transpose(2, 0, 1))
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])

@@ -56,11 +56,9 @@ class Job:
     def meta(self) -> dict:
         """npo.json of what it makes."""
         s = self.settings
-        facts = self.start_record.get("trained_on", {}).get("facts_included", False)
         return {"preset": s.preset, "template": s.template,
                 "trained_on": {"split": s.split, "loss": s.method, "data": s.data,
-                               "data_fingerprint": self.task.fingerprint, "seed": s.seed,
-                               "facts_included": facts or s.loss == "sft" and not s.start}}
+                               "data_fingerprint": self.task.fingerprint, "seed": s.seed}}
 
 
 def prepare_job(s: Namespace, world: World) -> Job:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.command_line import cores
 from support.errors import InputError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
@@ -62,9 +61,3 @@ def meeting_place(rank: int, size: int) -> dict:
         return {}
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
     return {"store": dist.PrefixStore(f"restart{restarts}", store), "rank": rank, "world_size": size}
-
-
-def share_cores(local_size: int):
-    """Where torchrun has left each process one thread, its default, share this machine's cores evenly."""
-    if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, cores() // local_size))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import losses
@@ -46,6 +47,14 @@ METHODS = {"ga": {}, "ga+rt": dict(retain_weight=1.0), "ga+kl": dict(kl_weight=1
            "ceu+rt": dict(retain_weight=1.0), "undial": {}, "undial+kl": dict(kl_weight=1.0)}
 
 
+def padded(width: int, encoded: list, pad: int, device):
+    """`collate`, with pad tokens up to this width."""
+    batch = collate(encoded, pad, device)
+    more = (0, max(0, width - batch.ids.shape[1]))
+    return batch._replace(ids=F.pad(batch.ids, more, value=pad), prompts=F.pad(batch.prompts, more, value=-1),
+                          branches=F.pad(batch.branches, more), order=F.pad(batch.order, more))
+
+
 @pytest.fixture
 def settings(small_model, small_data, tmp_path, monkeypatch):
     """settings(loss="npo", ...) as the command line would resolve them, for the small model and data; runs
@@ -53,7 +62,7 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(pad_to: int = 0, **given) -> Namespace:
-        monkeypatch.setattr("running.plan.collate", partial(collate, pad_to=pad_to))
+        monkeypatch.setattr("running.plan.collate", partial(padded, pad_to))
         return resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
                         "batch_size": 8, "eval_every": "never", "template": "llama2", **given})
     return make
