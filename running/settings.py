@@ -1,6 +1,5 @@
 """A run's settings: every flag with type, default, unit and one sentence; what a preset adds; refusals."""
 
-import argparse
 import json
 import os
 import shlex
@@ -33,11 +32,8 @@ def evaluation_interval(text: str) -> str:
 
 
 def gigabytes(text: str) -> float:
-    """"80G" (10^9 bytes) -> bytes."""
-    number = text.removesuffix("G").removesuffix("g")
-    if number == text:
-        raise argparse.ArgumentTypeError(f"must be gigabytes such as 80G, got {text}")
-    return 1e9 * positive(float)(number)
+    """"80G", or 80 (10^9 bytes) -> bytes."""
+    return 1e9 * positive(float)(text.rstrip("Gg"))
 
 
 def build_parser(description: str = "") -> Parser:

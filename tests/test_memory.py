@@ -289,7 +289,7 @@ def test_a_micro_batch_that_fits_is_not_called_slow(capsys):
     assert "As asked it fits" in said and "Faster" not in said
 
 
-@pytest.mark.parametrize("flags, reason", ((["--gpu-memory", "80X"], "gigabytes such as 80G"),
+@pytest.mark.parametrize("flags, reason", ((["--gpu-memory", "80X"], "invalid gigabytes value: '80X'"),
                                            (["--gpu-memory", "0G"], "positive"),
                                            (["--gpus", "0"], "positive")))
 def test_a_plan_that_cannot_be_made_is_refused_in_one_sentence(capsys, flags, reason):
