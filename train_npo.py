@@ -77,21 +77,20 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
     settings = {name: getattr(s, name) for name in objective.settings}
     on_logits = "policy_logits" in objective.takes
 
-    def of_forget(logits, targets, reference_logits=None):  # (n, V): never of all tokens at once
-        if not on_logits:
-            return token_logps(logits, targets)
+    def loss_of_logits(logits, targets, reference_logits=None):  # (n, V): never of all tokens at once
         return forget_loss(plan, {"policy_logits": logits, "reference_logits": reference_logits,
                                   "targets": targets, **settings})
 
-    def of_retain(logits, targets, *reference_logits):  # log pi, and K against a reference: (1, n) or (2, n)
+    def logps_and_kl(logits, targets, *reference_logits):  # (1, n), or with a reference (2, n)
         kls = [kl_loss(logits, known, s.kl_direction) for known in reference_logits]
         return torch.stack([token_logps(logits, targets), *kls])
 
     states = reference.states("forget", rows) if "reference_logits" in objective.takes else None
-    spans = [Span(len(batch.targets) - own.retain_tokens, of_forget, states)]
+    values = loss_of_logits if on_logits else token_logps
+    spans = [Span(len(batch.targets) - own.retain_tokens, values, states)]
     if plan.partners:
         states = reference.states("retain", [i.partner for i in items]) if s.kl_weight > 0 else None
-        spans.append(Span(own.retain_tokens, of_retain, states))
+        spans.append(Span(own.retain_tokens, logps_and_kl, states))
     token_values, *retain_values = policy(batch, spans)
     answer_logps, refusal_logps, _ = batch.per_text(token_values).split(sizes)
 

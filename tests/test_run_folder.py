@@ -16,6 +16,7 @@ from running.job import describe, prepare_job
 from running.pages import draw_trajectory
 from running.run_folder import best_step
 from running.settings import parse, resolve
+from study import records
 from support import provenance
 from support.errors import InputError
 from support.files import write_json
@@ -77,7 +78,7 @@ def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
     ("x.py --data=/a/tofu --out runs/a/b", "x.py --data=tofu --out runs/a/b"),
     ("x.py --model smollm2-135m=/a/m --data '../my data'", "x.py --model smollm2-135m=m --data 'my data'")])
 def test_a_command_is_told_without_folders_of_this_machine(command, told):
-    assert provenance.without_folders(command) == told
+    assert records.without_folders(command) == told
 
 
 def test_a_chat_model_without_a_record_is_not_asked_otherwise_without_a_word():
