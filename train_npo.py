@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data.batches import collate
 from data.tofu import Task, complement
 from evaluate_tofu import compute_metrics
 from evaluation.scoring import logps_of_texts
@@ -72,8 +73,8 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
     objective, share = plan.objective, 1.0
     if not items:  # no row is left: one without weight meets the others in the last backward pass
         items, share = plan.stream[0][:1], 0.0
-    batch, sizes = plan.collate(items, device)  # of answers, refusals and retain answers, in this order
-    own, rows = plan.counts(items), [i.row for i in items]
+    texts, own, rows = plan.texts(items), plan.counts(items), [i.row for i in items]
+    batch = collate(sum(texts, []), plan.pad, device)  # answers, refusals, retain answers, in this order
     settings = {name: getattr(s, name) for name in objective.settings}
     on_logits = "policy_logits" in objective.takes
 
@@ -92,7 +93,7 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
         states = reference.states("retain", [i.partner for i in items]) if s.kl_weight > 0 else None
         spans.append(Span(own.retain_tokens, logps_and_kl, states))
     token_values, *retain_values = policy(batch, spans)
-    answer_logps, refusal_logps, _ = batch.per_text(token_values).split(sizes)
+    answer_logps, refusal_logps, _ = batch.per_text(token_values).split([len(some) for some in texts])
 
     known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
              "policy_token_logps": token_values[:own.forget_tokens], "kl_baseline": kl_baseline,

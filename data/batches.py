@@ -97,9 +97,6 @@ class TokenBatch(NamedTuple):
         mask = mask.masked_fill_(~sees, torch.finfo(dtype).min)
         return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
 
-    def to(self, device) -> "TokenBatch":
-        return TokenBatch(*(sent(x, device) for x in self))
-
 
 PACKED_TOKENS = 384  # the most in a sequence of several prompts: attention's cost grows with the square
 ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
@@ -164,9 +161,10 @@ def collate(encoded: list, pad_id: int, device="cpu", in_one: bool = False) -> T
     padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in sequences]
     ids, prompts, branches, order = torch.tensor(np.array(padded).transpose(2, 0, 1))
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
-    return TokenBatch(
+    batch = TokenBatch(
         ids=ids, sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
         positions=torch.tensor([at for _, positions in predicting for at in positions]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
         rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
-        prompts=prompts, branches=branches, order=order).to(device)
+        prompts=prompts, branches=branches, order=order)
+    return TokenBatch(*(sent(x, device) for x in batch))

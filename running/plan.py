@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 from typing import NamedTuple
 
-from data.batches import Item, TokenBatch, collate, deal, make_stream
+from data.batches import Item, deal, make_stream
 from data.prompts import Encoded, encode
 from data.tofu import ALTERNATIVE
 from losses import OBJECTIVES
@@ -72,11 +72,6 @@ class Plan:
         answers = [self.answers[i.row] for i in items] if self.objective.with_answer else []
         refusals = [self.refusals[i.row, i.refusal] for i in items] if asks_for_refusals else []
         return [answers, refusals, [self.partners[i.partner] for i in items] if self.partners else []]
-
-    def collate(self, items: list[Item], device) -> tuple[TokenBatch, list[int]]:
-        """Their texts as one batch, and how many of them are answers, refusals and retain answers."""
-        texts = self.texts(items)
-        return collate(sum(texts, []), self.pad, device), [len(some) for some in texts]
 
     def counts(self, items: list[Item]) -> Counts:
         texts = answers, refusals, retain = self.texts(items)

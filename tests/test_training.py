@@ -62,7 +62,7 @@ def settings(small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def make(pad_to: int = 0, **given) -> Namespace:
-        monkeypatch.setattr("running.plan.collate", partial(padded, pad_to))
+        monkeypatch.setattr("train_npo.collate", partial(padded, pad_to))
         return resolve({"model": str(small_model), "data": str(small_data), "lr": 1e-3, "epochs": 2,
                         "batch_size": 8, "eval_every": "never", "template": "llama2", **given})
     return make
