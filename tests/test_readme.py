@@ -55,7 +55,7 @@ def test_every_documents_commands_have_valid_flags(tmp_path, monkeypatch):
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/*.md")]
     blocks = [block for path in documents for block in re.findall(r"```\n(.*?)```", path.read_text(), re.S)]
     tried = set()
-    lines = "".join(blocks).splitlines()
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
     for line in [line for line in lines if re.match(r"([A-Z_]+=\w+ )*(python|torchrun) ", line)]:
         words = shlex.split(line, comments=True)
         found = [i for i, word in enumerate(words) if word.endswith(".py")]
