@@ -134,7 +134,7 @@ def test_what_cannot_be_converted_is_refused(small_model, tmp_path, monkeypatch)
 
 
 def test_the_real_file_comes_over(tmp_path, monkeypatch):
-    """$NPO_SMOLLM2 names SmolLM2-135M-Instruct as a .gguf file (README says where it is from)."""
+    """$NPO_SMOLLM2 names SmolLM2-135M-Instruct as a .gguf file (docs/own_data_and_models.md: where from)."""
     file = os.environ.get("NPO_SMOLLM2")
     if not file or not Path(file).is_file():
         pytest.skip("set NPO_SMOLLM2 to the .gguf file of SmolLM2-135M-Instruct")
