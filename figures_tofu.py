@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     add("--figure", nargs="+", choices=grid.FIGURES, default=[*grid.FIGURES], metavar="FIGURE",
         help=f"what to make: {', '.join(grid.FIGURES)} (default: all)")
     add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N")
-    methods, splits = grid.METHODS + grid.NEWER, grid.SMALL + grid.LARGE
+    methods, splits = grid.METHODS + grid.NEWER, grid.SMALL + grid.LARGE + grid.LARGEST
     add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
         help="make runs of these only (default: all)")
     add("--splits", nargs="+", choices=splits, default=splits, metavar="SPLIT",
