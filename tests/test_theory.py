@@ -50,6 +50,18 @@ def test_a_mistake_in_the_loss_turns_verdicts_of_every_item(small, monkeypatch, 
         assert any(claim.startswith(item) for claim in claims), (item, claims)
 
 
+def test_what_is_no_number_far_from_the_start_turns_verdicts(small, monkeypatch):
+    """At the greatest beta alone, the last that is measured."""
+    def mistake(policy, reference, beta):
+        loss, gone = NPO_LOSS(policy, reference, beta), beta * (policy - reference) < -20
+        return torch.where(gone, loss * np.nan, loss) if beta == max(theory_check.BETAS) else loss
+
+    monkeypatch.setattr(losses, "npo_loss", mistake)
+    claims = failed()
+    for item in ("Equation 5", "Equation 3", "Section 2.1"):
+        assert any(claim.startswith(item) for claim in claims), (item, claims)
+
+
 def test_half_of_n_f_in_the_rates_turns_their_verdicts(small, monkeypatch):
     monkeypatch.setattr(theory_check, "ga_rate", lambda n_f, eta, t: GA_RATE(n_f / 2, eta, t))
     monkeypatch.setattr(theory_check, "npo_rate",
