@@ -245,6 +245,13 @@ def test_frontier_interpolates_between_evaluations():
     assert np.isfinite(late).all()
 
 
+def test_what_diverges_has_no_equal_distances():
+    near, gone = curve([1.0, 0.5], [1.0, 0.5]), curve([1.0, np.inf], [1.0, np.inf])
+    assert claims.distances_agree({"npo+rt": near}, None)[0]
+    with np.errstate(invalid="ignore"):
+        assert not claims.distances_agree({"npo+rt": near, "ga": gone}, None)[0]
+
+
 def test_path_gap_is_of_paths_and_not_of_clocks():
     steps = np.arange(0, 101, 5)
 
