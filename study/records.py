@@ -136,7 +136,7 @@ def record(folder: Path, facts: dict, data: str) -> dict:
     if facts["kind"] == "model":
         return kept | {"model_utility": curve("model_utility")[-1],
                        "log_truth_ratios": [round(ratio, 4) for ratio in ratios[-1]]}
-    if "samples" in kept and facts["method"] == "npo+rt":
+    if "key" in facts and "samples" in kept and facts["method"] == "npo+rt":
         kept |= {"samples_start": samples_of(data, judged, first),
                  "answers_start": answers_of(data, judged, first)}
     # The last two are what the Kolmogorov-Smirnov test sees, in two numbers.
