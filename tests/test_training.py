@@ -168,6 +168,16 @@ def test_warmup_and_evaluation_steps_are_derived_from_epochs(settings, small_mod
     assert plan.evaluation_steps("never") == set()
 
 
+def test_rows_of_one_length_pass_together_the_longest_first(settings, small_model):
+    """A micro-batch's memory, and its padding, is that of its longest rows, partners counted."""
+    s = settings(retain_weight=1.0, micro_batch_size=2)
+    plan = Plan(s, load_task(s.data, s.split), load_model(str(small_model))[1], None)
+    for rank in (0, 1):
+        micros = plan.micro_batches(plan.stream[0], World(rank, 2, torch.device("cpu")))
+        lengths = [[plan.counts([item]).tokens for item in micro] for micro in micros]
+        assert len(lengths) == 2 and min(lengths[0]) >= max(lengths[1])
+
+
 def test_training_equals_a_plain_loop_with_a_resident_reference(settings, small_model, small_data):
     """npo+rt in the textbook way: a second model, all logits, one row at a time; the same weights after every
     step."""
