@@ -75,7 +75,7 @@ class Plan:
 
     def counts(self, items: list[Item]) -> Counts:
         texts = answers, refusals, retain = self.texts(items)
-        # The loss is about the rows' answers, or where it has no ear for them, about refusals.
+        # The loss is about the rows' answers, or where it takes none, about refusals.
         return Counts(rows=len(items), forget_tokens=sum(e.answer_tokens for e in answers or refusals),
                       retain_tokens=sum(e.answer_tokens for e in retain),
                       tokens=sum(len(e.ids) for some in texts for e in some))
