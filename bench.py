@@ -86,7 +86,6 @@ ROWS = {
     "evaluation": ("whole evaluation", measure.measure_evaluation, {"B'": 3}),
     "memory": ("peak memory, npo+rt, 135M", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
     "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
-    "start-up": ("start-up to the first step", measure.measure_startup, {"s": 6}),
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
     "synthetic": ("synthetic, Figure 4, both alpha", measure_synthetic, {"S": 20}),
     "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}

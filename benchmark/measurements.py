@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from contextlib import contextmanager
 from dataclasses import replace
@@ -292,34 +291,12 @@ def train_npo(run, flags: list, processes: int = 1, folder: str | None = None, *
                stdout=subprocess.DEVNULL, env={**os.environ, **environ})
 
 
-def flags_of(args: Namespace, folder: str) -> list:
-    return ["--model", args.model, "--data", args.data, "--device", args.device.type, "--eval-every", "never",
-            "--out", f"{folder}/run"]
-
-
-def measure_startup(args: Namespace) -> dict:
-    """Command to first step, where the run is ended."""
-    seconds = []
-    for _ in range(args.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            begin, log = time.perf_counter(), Path(folder) / "run" / "log.jsonl"
-            flags = ["--loss", "npo", "--retain-weight", "1", *flags_of(args, folder)]
-            process = train_npo(subprocess.Popen, flags)
-            while process.poll() is None and not (log.exists() and log.stat().st_size):
-                time.sleep(0.01)
-            seconds.append(time.perf_counter() - begin)
-            if process.poll():
-                raise RuntimeError("train_npo.py ended before its first step, and says why above")
-            process.kill()
-            process.wait()
-    return row_of("s to the first step", {"ours": seconds})
-
-
 def training_rate(args: Namespace, runs: int, processes: int) -> float:
     """Tokens a second, added up, of runs at the same time, of so many processes each, of one thread each."""
-    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(args.process_epochs)]
+    flags = ["--loss", "sft", "--split", "retain03", "--epochs", str(args.process_epochs), "--eval-every",
+             "never", "--model", args.model, "--data", args.data, "--device", args.device.type]
     with tempfile.TemporaryDirectory() as folder:
-        begun = [train_npo(subprocess.Popen, [*flags, *flags_of(args, f"{folder}/{number}")], processes,
+        begun = [train_npo(subprocess.Popen, [*flags, "--out", f"{folder}/{number}/run"], processes,
                            OMP_NUM_THREADS="1") for number in range(runs)]
         if any([process.wait() for process in begun]):  # a list: all are waited for
             raise RuntimeError("train_npo.py ended before its last step, and says why above")
