@@ -89,36 +89,16 @@ def agree(what: str, gaps: dict) -> dict:
 
 # ---------------------------------------------------------------- our side
 
-class Turns:
-    """What `train` needs of a run folder, with nothing kept. It calls `log` after every step, and there
+class Side:
+    """A method as the real code takes it: settings, model, plan; and its rows as the opponents take them.
+    batches: rows of each step.
+
+    To `train` it is the run folder, with nothing kept. After every step `train` calls `log`, and there
     `turn(step, lr)`, untimed, lets others have theirs: the loop is the real one, and the sides take turns."""
 
     evaluation_steps = checkpoint_steps = frozenset()
     stop_asked = save_due = False
     folder = Path("bench")
-
-    def __init__(self, device, turn=None):
-        self.device, self.turn = device, turn
-        self.seconds, self.losses = [], []  # of our steps
-
-    def restore(self, *_) -> int:
-        self.begin = plain.now(self.device)
-        return 0
-
-    def log(self, step: int, lr: float, parts: dict, *_):
-        self.seconds.append(plain.now(self.device) - self.begin)
-        self.losses.append(parts["loss"])
-        if self.turn:
-            self.turn(step, lr)
-        self.begin = plain.now(self.device)
-
-    def checkpoint(self, *_, **__):
-        """Nothing is kept, not even before a step that `train` refuses."""
-
-
-class Side:
-    """A method as the real code takes it: settings, model, plan; and its rows as the opponents take them.
-    batches: rows of each step."""
 
     def __init__(self, args: Namespace, given: dict, batches: list):
         self.loop, self.world = args.train, World(0, 1, args.device)
@@ -144,11 +124,25 @@ class Side:
     def run(self, model: AnswerModel, reference, turn=None, rows: int | None = None) -> tuple:
         """The real loop over the batches, or the first `rows` of each: (seconds of its steps, losses, weights
         after them). The first step has lr 0 (the schedule's warm-up) and is discarded."""
-        turns, plan = Turns(self.world.device, turn), self.plan
+        self.turn, self.seconds, self.losses, plan = turn, [], [], self.plan
         plan.stream, plan.warmup_steps = [items[:rows] for items in self.stream], 1
         plan.steps = len(plan.stream)
-        self.loop(self.s, plan, model, reference, turns, self.world)
-        return turns.seconds, turns.losses, {name: p.detach() for name, p in model.lm.named_parameters()}
+        self.loop(self.s, plan, model, reference, self, self.world)
+        return self.seconds, self.losses, {name: p.detach() for name, p in model.lm.named_parameters()}
+
+    def restore(self, *_) -> int:
+        self.begin = plain.now(self.world.device)
+        return 0
+
+    def log(self, step: int, lr: float, parts: dict, *_):
+        self.seconds.append(plain.now(self.world.device) - self.begin)
+        self.losses.append(parts["loss"])
+        if self.turn:
+            self.turn(step, lr)
+        self.begin = plain.now(self.world.device)
+
+    def checkpoint(self, *_):
+        """Nothing is kept, not even before a step that `train` refuses."""
 
 
 # ---------------------------------------------------------------- a step, an evaluation, arithmetic
