@@ -15,9 +15,9 @@ written plainly (benchmark/opponents.py), with the same attention, threads and o
 
 Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights
 and scores. A first step is discarded. A takes 4 rows of a batch, since each costs it the same, B' 40 rows a
-set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Memory is
-measured at SmolLM2-135M's shape (up to 11 GB). Unless `--only` asks, the tiny model goes without it, the
-others without README's first command.
+set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Unless
+`--only` asks, the tiny model goes without memory (135M's is up to 11 GB), the others without README's first
+command.
 
 Results: bench_MODEL.json and .md, the table. What is kept in results/ was made with `--out results`.
 """
@@ -84,13 +84,13 @@ ROWS = {
     "dpo+rt": ("dpo+rt step", partial(measure.measure_step, method="dpo+rt"), {"A": 12, "B": 2}),
     "sft": ("fine-tuning step", partial(measure.measure_step, method="sft"), {"A": 8, "B": 1.6}),
     "evaluation": ("whole evaluation", measure.measure_evaluation, {"B'": 3}),
-    "memory": ("peak memory, npo+rt, 135M", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
+    "memory": ("peak memory, npo+rt", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
     "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
     "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
     "synthetic": ("synthetic, Figure 4, both alpha", measure_synthetic, {"S": 20}),
     "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}
 MET = {True: "yes", False: "**no**"}
-WITHOUT_THE_MODEL = {"memory", "first-command", "synthetic"}
+WITHOUT_THE_MODEL = {"first-command", "synthetic"}
 
 
 def table(rows: dict, tiny: bool) -> str:

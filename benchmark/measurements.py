@@ -24,9 +24,8 @@ from benchmark import opponents as plain
 from data.tofu import load_task
 from evaluation.scoring import Prepared, evaluate, prepare
 from models.answers import AnswerModel
-from models.loading import load_model, make_tiny
-from models.presets import PRESETS, settings_of
-from models.saving import save_model
+from models.loading import load_model
+from models.presets import settings_of
 from running.memory_plan import GB, Shape, shape_of
 from running.plan import Plan
 from running.processes import peak_memory, take_device
@@ -236,21 +235,15 @@ def measure_arithmetic(args: Namespace) -> dict:
 # ---------------------------------------------------------------- memory
 
 def measure_memory(args: Namespace) -> dict:
-    """Peaks of npo+rt at SmolLM2-135M's shape (random weights), ours and B's, a process of its own each."""
+    """Peaks of npo+rt, ours and B's, a process of its own each."""
     row = {"unit": "GB", "costs": {}, "ratio": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        dims = {**PRESETS["smollm2-135m"].dims, "max_position_embeddings": 2048}
-        del dims["tie_word_embeddings"]  # make_tiny's are
-        texts = load_task(args.data, "full").texts()
-        save_model(*make_tiny(texts, 0, dims), Path(folder), {"template": "llama2"})
-        args = Namespace(**{**vars(args), "model": f"smollm2-135m={folder}"})
-        for size in (8, 32):
-            with plain.fresh_process() as there:
-                peak = there(peak_of, args, size, True)
-            with plain.fresh_process(**PLAIN_ALLOCATOR) as there:
-                theirs = there(peak_of, args, size, False)
-            row["ratio"][f"B, {size} rows"] = spread([theirs / peak])
-            row["costs"][f"B, {size} rows"] = f"{peak:.2f} GB"
+    for size in (8, 32):
+        with plain.fresh_process() as there:
+            peak = there(peak_of, args, size, True)
+        with plain.fresh_process(**PLAIN_ALLOCATOR) as there:
+            theirs = there(peak_of, args, size, False)
+        row["ratio"][f"B, {size} rows"] = spread([theirs / peak])
+        row["costs"][f"B, {size} rows"] = f"{peak:.2f} GB"
     return row
 
 
