@@ -36,14 +36,11 @@ import synthetic
 from benchmark import opponents
 from data.tofu import load_task
 from models.presets import PRESETS, split_model
-from running.run_folder import Stopped
-from running.settings import resolve, resumed
 from support.command_line import Parser, cores, run_command
 from support.errors import InputError
 from support.files import fingerprint, write_json
 from support.provenance import environment, without_folders
-from support.world import World
-from train_npo import carry_out, join_world, train
+from train_npo import join_world, train
 
 STEPS, EVAL_EVERY = 2000, 25  # of Figure 4
 
@@ -126,12 +123,10 @@ def small_start(args: Namespace) -> str:
     mark = fingerprint(load_task(args.data, "full").fingerprint, PRESETS["tiny"].sft_lr)
     folder = Path(f"runs/bench/tiny-{mark}")
     if not (folder / "model").is_dir():
-        s = resolve({"loss": "sft", "split": "full", "data": args.data, "epochs": 3, "out": str(folder),
-                     "eval_every": "never", "device": args.device.type})
-        try:
-            carry_out(resumed(folder, {}) if folder.exists() else s, World(0, 1, args.device))
-        except Stopped:  # saved: the same command goes on
-            raise KeyboardInterrupt from None
+        flags = ["--resume", str(folder)] if folder.exists() else [
+            "--loss", "sft", "--data", args.data, "--epochs", "3", "--eval-every", "never", "--device",
+            args.device.type, "--out", str(folder)]
+        measure.train_npo(flags)
     return f"tiny={folder / 'model'}"
 
 
