@@ -28,6 +28,7 @@ from tqdm import tqdm
 import losses
 from study.sections import draw, table, verdict, write
 from support.command_line import Parser, not_negative, run_command
+from support.errors import refuse
 from support.provenance import environment
 
 # Shapes: C configurations (problems of Theorem 2), n samples of all together; E recorded times.
@@ -340,6 +341,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--seed", type=not_negative(int), default=0, help="of all that is drawn (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/theory"), help="default runs/theory")
     args = parser.parse_args(argv)
+    refuse({f"--seed {args.seed} is too large: need less than 2^63": args.seed >= 2**63})
     args.out.mkdir(parents=True, exist_ok=True)
     verdicts, pictures = check(args.seed)
     for name, panels in pictures.items():

@@ -126,7 +126,7 @@ def test_rows_are_in_the_theorems_regime():
         assert np.abs(margin).max() <= theory_check.B_THETA * theory_check.NORMS[1]
 
 
-@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", "--nonsense"])
+@pytest.mark.parametrize("flags", ["--seed -1", "--seed x", f"--seed {2**64}", "--nonsense"])
 def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
