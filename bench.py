@@ -47,16 +47,12 @@ STEPS, EVAL_EVERY = 2000, 25  # of Figure 4
 
 def measure_synthetic(args: Namespace) -> dict:
     """Figure 4 for both alpha: ten methods, five published instances, pi_ref and pi_retr trained too."""
-    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    with opponents.fresh_process(**one) as there:
-        seconds, gap = there(time_synthetic, args.few)
-    return measure.row_of("s a figure", seconds, checked=measure.agree("synthetic", {"distances": gap}),
-                          threads="ours: a process a core; S: one process; one thread each")
+    with opponents.fresh_process() as there:
+        return there(synthetic_row, args.few)
 
 
-def time_synthetic(repeats: int) -> tuple[dict, float]:
-    """(seconds of ours and S, the largest relative gap between them). Ours whole, in as many processes as
-    cores; S in one, on the first instance, scaled."""
+def synthetic_row(repeats: int) -> dict:
+    """One thread a process: ours whole, in as many as cores; S in one, on the first instance, scaled."""
     torch.set_num_threads(1)
     instances = [synthetic.published_instance(seed) for seed in synthetic.PUBLISHED_SEEDS]
     methods = {alpha: synthetic.published_methods(alpha) for alpha in (1, 0)}
@@ -71,7 +67,8 @@ def time_synthetic(repeats: int) -> tuple[dict, float]:
                 path = opponents.unlearning(method, instances[0], alpha, models, STEPS, EVAL_EVERY)
                 gaps.append(float((abs(np.transpose(path) - ours) / abs(ours)).max()))
         seconds["S"].append(len(instances) * (opponents.now() - begin))
-    return seconds, max(gaps)
+    return measure.row_of("s a figure", seconds,
+                          checked=measure.agree("synthetic", {"distances": max(gaps)}))
 
 
 # row -> (its name, how it is measured, targets: opponent -> ratio, or seconds of the tiny model)
