@@ -126,28 +126,27 @@ def has_beta(method: str) -> bool:
     return "beta" in OBJECTIVES[method.split("+")[0]].takes
 
 
-def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict,
-                retain_weight: float | None = None) -> Job:
-    """An unlearning run with `hyper` {"lr", "beta"}; without lr it waits for the choice of it."""
+def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict) -> Job:
+    """An unlearning run with `hyper` {"lr", "beta"}, and "retain_weight" where it isn't the method's own;
+    without lr it waits for the choice of it."""
     args, base, (loss, *terms) = study.args, defaults(study), method.split("+")
     start, retrained = model_job(study, "full", 0), model_job(study, complement(split), seed)
     every = STEP_SPLIT_EVERY
     if split != STEP_SPLIT:
         every = math.ceil(EVALUATE_EPOCHS * len(slice_rows(study.task.full, split)) / base["batch_size"])
-    rt, kl = float("rt" in terms) if retain_weight is None else retain_weight, float("kl" in terms)
-    given = {"loss": loss, "retain_weight": rt, "kl_weight": kl, "split": split, "seed": seed,
-             "data": args.data, "epochs": base["epochs"], "eval_every": str(every),
-             **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
+    given = {"loss": loss, "retain_weight": float("rt" in terms), "kl_weight": float("kl" in terms),
+             "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"],
+             "eval_every": str(every), **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
     s = {**base, **given}
     key = run_key(s, study.task.fingerprint, Path(start.folder).name if start else base["start"],
                   Path(retrained.folder).name)
+    name = loss + "+rt" * (s["retain_weight"] > 0) + "+kl" * (s["kl_weight"] > 0)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
-    facts = {"kind": "unlearn", "method": loss + "+rt" * (rt > 0) + "+kl" * (kl > 0), "split": split,
-             "seed": seed, **{k: s[k] for k in told}, **hyper}
+    facts = {"kind": "unlearn", "method": name, "split": split, "seed": seed, **{k: s[k] for k in told},
+             **hyper}
     given |= {"model": start_model(study), "retain_log": retrained.folder}
-    chosen = "lr" in hyper
-    return Job(given if chosen else None, key if chosen else f"to be chosen: {key}",
-               run_folder(facts, key), tuple(filter(None, (start, retrained))), facts)
+    return Job(given if "lr" in hyper else None, key, run_folder(facts, key),
+               tuple(filter(None, (start, retrained))), facts)
 
 
 def run_folder(facts: dict, key: str) -> str:
@@ -163,7 +162,7 @@ def plan(study: Study) -> list[Job]:
         splits, methods = ([x for x in some if x in wanted] for some, wanted in zip(
             FIGURES[figure], (args.splits, args.methods), strict=True))
         for method in methods if splits else []:
-            hyper, found = choose(study, method), tuning_jobs(study, method)
+            found, hyper = tuning(study, method)
             for split in splits:
                 found += figure_jobs(study, figure, method, split, hyper or {})
             jobs = {job.key: job for job in found} | jobs
@@ -173,56 +172,61 @@ def plan(study: Study) -> list[Job]:
     return list(jobs.values())
 
 
-def first_beta(preset, method: str) -> float:
-    """The preset's, where a method has none published on its own."""
+def tuning(study: Study, method: str) -> tuple[list[Job], dict | None]:
+    """(A method's tuning runs, {"lr", "beta"} of the best): all learning rates at the first beta, the other
+    betas at the best of these. None while they are not all there; with --choices preset its, and no runs."""
     from losses import OBJECTIVES
-    loss = method.partition("+")[0]
-    return SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", preset.beta)
-
-
-def tuning_jobs(study: Study, method: str) -> list[Job]:
-    """All learning rates at the first beta; the other betas at the best of these."""
+    preset, loss = study.preset, method.partition("+")[0]
+    first = SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", preset.beta)
     if study.args.choices:
-        return []
-    preset = study.preset
-    first = first_beta(preset, method)
-    betas = [factor * first for factor in (BETA_FACTORS if has_beta(method) else BETA_FACTORS[:1])]
+        return [], {"lr": preset.lr, "beta": first}
     rates = [factor * preset.lr for factor in LR_FACTORS]
-    jobs = grid_jobs(study, method, "lr", rates, {"beta": first})
-    if best := best_of(study, jobs):
-        return jobs + grid_jobs(study, method, "beta", betas, {"lr": best["lr"]})
-    return jobs + grid_jobs(study, method, "beta", betas[1:], {})
+    betas = [factor * first for factor in (BETA_FACTORS if has_beta(method) else BETA_FACTORS[:1])]
+    jobs, best = search_beyond(study, method, "lr", rates, {"beta": first})
+    if not best:
+        return jobs + search(study, method, TUNING_SPLIT, "beta", betas[1:], {})[0], None
+    more, best = search_beyond(study, method, "beta", betas, {"lr": best["lr"]})
+    return jobs + more, best and {k: best[k] for k in ("lr", "beta")}
 
 
-def grid_jobs(study: Study, method: str, name: str, values: list, others: dict) -> list[Job]:
-    """A run for each value of a setting; where the best of them stands at an end, one more beyond it."""
-    def job(value: float) -> Job:
-        return unlearn_job(study, method, TUNING_SPLIT, TUNING_SEED, {**others, name: value})
+def search_beyond(study: Study, method: str, name: str, values: list, others: dict) -> tuple:
+    """`search` on TUNING_SPLIT; where the best of several stands at an end, one more beyond it."""
+    jobs, best = search(study, method, TUNING_SPLIT, name, values, others)
+    further = {min(values): min(values) / 2, max(values): 2 * max(values)}
+    if len(values) > 1 and best and best[name] in further:
+        return search(study, method, TUNING_SPLIT, name, [*values, further[best[name]]], others)
+    return jobs, best
 
-    jobs = [job(value) for value in values]
-    best = best_of(study, jobs) if len(values) > 1 else None
-    if best and best[name] == min(values):
-        jobs.append(job(min(values) / 2))
-    if best and best[name] == max(values):
-        jobs.append(job(2 * max(values)))
-    return jobs
+
+def search(study: Study, method: str, split: str, name: str, values: list, others: dict) -> tuple:
+    """(A run on TUNING_SEED for each value of a setting, the record with the highest score); None for that
+    while a run that has not failed is still to be made."""
+    jobs = [unlearn_job(study, method, split, TUNING_SEED, {**others, name: value}) for value in values]
+    records, failed = {r["key"]: r for r in study.known["runs"]}, {f["key"] for f in study.known["failed"]}
+    if any(job.key not in records.keys() | failed for job in jobs):
+        return jobs, None
+    return jobs, max((records[job.key] for job in jobs if job.key in records), key=score, default=None)
+
+
+def tuned_weight(study: Study, method: str, split: str, hyper: dict) -> tuple[list[Job], float | None]:
+    """(The tuning runs of Figure 9's retain weight, the best), None while these are not all there; a method
+    without a retain term has none to choose."""
+    if "+rt" not in method:
+        return [], 0.0
+    jobs, best = search(study, method, split, "retain_weight", TUNED_WEIGHTS, hyper)
+    return jobs, best and best["retain_weight"]
 
 
 def figure_jobs(study: Study, figure: str, method: str, split: str, hyper: dict) -> list[Job]:
     """The runs of one method on one split for one figure, on the reported seeds."""
-    jobs, weights = [], RETAIN_WEIGHTS if figure == "retain-weight" else [None]
+    jobs, settings = [], [hyper]
+    if figure == "retain-weight":
+        settings = [{**hyper, "retain_weight": weight} for weight in RETAIN_WEIGHTS]
     if figure == "9":
-        jobs = weight_jobs(study, method, split, hyper)
-        weights = [chosen_weight(study, method, split, hyper)]
-        hyper = {} if weights == [None] else hyper
-    return jobs + [unlearn_job(study, method, split, seed, hyper, retain_weight=weight) for weight in weights
+        jobs, weight = tuned_weight(study, method, split, hyper)
+        settings = [{} if weight is None else {**hyper, "retain_weight": weight}]
+    return jobs + [unlearn_job(study, method, split, seed, one) for one in settings
                    for seed in range(1, study.args.seeds + 1)]
-
-
-def weight_jobs(study: Study, method: str, split: str, hyper: dict) -> list[Job]:
-    """The retain weights that Figure 9 chooses from; a method without a retain term has none to choose."""
-    weights = TUNED_WEIGHTS if "+rt" in method else ()
-    return [unlearn_job(study, method, split, TUNING_SEED, hyper, retain_weight=w) for w in weights]
 
 
 def score(run: dict) -> float:
@@ -233,36 +237,11 @@ def score(run: dict) -> float:
     return max(min(1 - d / distance[0], kept_utility(run, i)) for i, d in enumerate(distance[1:], 1))
 
 
-def best_of(study: Study, jobs: list) -> dict | None:
-    """The record with the highest score; None while a job that has not failed is still to be run."""
-    records, failed = {r["key"]: r for r in study.known["runs"]}, {f["key"] for f in study.known["failed"]}
-    if any(job.key not in records.keys() | failed for job in jobs):
-        return None
-    return max((records[job.key] for job in jobs if job.key in records), key=score, default=None)
-
-
-def choose(study: Study, method: str) -> dict | None:
-    """{"lr", "beta"} of a method: with --choices preset its, else those of its best tuning run; None while
-    these are not all there."""
-    if study.args.choices:
-        return {"lr": study.preset.lr, "beta": first_beta(study.preset, method)}
-    best = best_of(study, tuning_jobs(study, method))
-    return best and {k: best[k] for k in ("lr", "beta")}
-
-
-def chosen_weight(study: Study, method: str, split: str, hyper: dict) -> float | None:
-    """The retain weight of Figure 9, or None while its tuning runs are not all there."""
-    if "+rt" not in method:
-        return 0.0
-    best = best_of(study, weight_jobs(study, method, split, hyper))
-    return best and best["retain_weight"]
-
-
 def chosen(study: Study) -> dict:
     """What was chosen for each method, and its weights of Figure 9: {"lr", "beta", "weights"}."""
     choices, (splits, methods) = {}, FIGURES["9"]
     for method in (*METHODS, *NEWER):
-        if hyper := choose(study, method):
-            weights = {s: chosen_weight(study, method, s, hyper) for s in splits if method in methods}
+        if hyper := tuning(study, method)[1]:
+            weights = {s: tuned_weight(study, method, s, hyper)[1] for s in splits if method in methods}
             choices[method] = {**hyper, "weights": {s: w for s, w in weights.items() if w is not None}}
     return choices

@@ -522,27 +522,27 @@ def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     s = recorded(s, ga[0], ga[2])
     s = recorded(s, ga[1], ks=0.1)
     first = s.preset.beta
-    assert grid.choose(s, "ga") == {"lr": ga[1].facts["lr"], "beta": first}
-    assert grid.choose(s, "npo+rt") is None
+    assert grid.tuning(s, "ga")[1] == {"lr": ga[1].facts["lr"], "beta": first}
+    assert grid.tuning(s, "npo+rt")[1] is None
     jobs = grid.plan(s)
     chosen = [job for job in jobs if job.given and job.facts["method"] == "ga" and job.facts["seed"] > 0]
     assert [job.facts["lr"] for job in chosen] == [ga[1].facts["lr"]] * 2
     rates = [job for job in jobs if job.given and job.facts["method"] == "npo+rt"]
     s = recorded(recorded(s, *rates[1:]), rates[0], utility=0.2)
-    assert grid.choose(s, "npo+rt") is None  # the second beta, at the best rate, is next
-    beta = grid.tuning_jobs(s, "npo+rt")[-1]
+    assert grid.tuning(s, "npo+rt")[1] is None  # the second beta, at the best rate, is next
+    beta = grid.tuning(s, "npo+rt")[0][-1]
     assert beta.facts["beta"] == pytest.approx(2 * first) and beta.facts["lr"] == rates[1].facts["lr"]
     s = recorded(s, beta, ks=0.0)
-    assert grid.choose(s, "npo+rt") is None  # the best stands at the end of the betas: once more beyond it
-    beyond = grid.tuning_jobs(s, "npo+rt")[-1]
+    assert grid.tuning(s, "npo+rt")[1] is None  # the best stands at the end of the betas: once more beyond it
+    beyond = grid.tuning(s, "npo+rt")[0][-1]
     assert beyond.facts["beta"] == pytest.approx(4 * first)
-    assert grid.choose(recorded(s, beyond), "npo+rt") == {k: beta.facts[k] for k in ("lr", "beta")}
+    assert grid.tuning(recorded(s, beyond), "npo+rt")[1] == {k: beta.facts[k] for k in ("lr", "beta")}
 
 
 def test_every_method_has_the_same_budget(study):
     s = study("--seeds", "1")
     for method in grid.METHODS + grid.NEWER:
-        tuning = grid.tuning_jobs(s, method)
+        tuning = grid.tuning(s, method)[0]
         assert len(tuning) == 3 + grid.has_beta(method)
 
 
@@ -598,7 +598,7 @@ def test_other_data_another_start_or_another_retrained_model_make_another_run(st
     hyper = {"lr": 1e-3, "beta": 0.1}
     jobs = [grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper),
             grid.unlearn_job(s, "npo+rt", "forget10", 2, hyper),
-            grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=2.0)]
+            grid.unlearn_job(s, "npo+rt", "forget10", 1, {**hyper, "retain_weight": 2.0})]
     assert len({job.key for job in jobs}) == 3
 
 
@@ -613,7 +613,7 @@ def test_a_beta_without_effect_makes_no_other_run(study):
 def test_retain_weight_0_shares_nothing_but_npos_own_settings(study):
     s = study("--figure", "retain-weight", "--seeds", "1")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    zero = grid.unlearn_job(s, "npo+rt", "forget10", 1, hyper, retain_weight=0.0)
+    zero = grid.unlearn_job(s, "npo+rt", "forget10", 1, {**hyper, "retain_weight": 0.0})
     assert zero.key == grid.unlearn_job(s, "npo", "forget10", 1, hyper).key
     assert zero.facts["method"] == "npo"
     assert len(grid.plan(s)) == 4 + len(grid.RETAIN_WEIGHTS)
@@ -679,7 +679,7 @@ def test_a_run_that_is_killed_or_refused_fails_and_the_others_go_on(run_fates):
 
 def test_a_failed_tuning_run_is_known_until_it_is_tried_again(study):
     s = study("--figure", "8", "--methods", "ga")
-    first, *others = grid.tuning_jobs(s, "ga")
+    first, *others = grid.tuning(s, "ga")[0]
     s = recorded(s, *others)
     s.known["failed"].append({"key": first.key, "name": first.name, "why": "exit status 1"})
     records.json_path(s.args).parent.mkdir(parents=True)
@@ -704,14 +704,13 @@ def test_a_run_that_ends_as_it_is_asked_to_stop_ends_too(run_fates, monkeypatch)
 def test_figure_9_takes_the_weight_with_the_best_score_on_its_own_split(study):
     s = study("--figure", "9", "--methods", "npo+rt", "--splits", "forget50")
     hyper = {"lr": 1e-3, "beta": 0.1}
-    one, two, five = grid.weight_jobs(s, "npo+rt", "forget50", hyper)
+    one, two, five = grid.tuned_weight(s, "npo+rt", "forget50", hyper)[0]
     s = recorded(s, one, five)
-    assert grid.chosen_weight(s, "npo+rt", "forget50", hyper) is None
+    assert grid.tuned_weight(s, "npo+rt", "forget50", hyper)[1] is None
     s = recorded(s, two, ks=0.1)
-    assert grid.chosen_weight(s, "npo+rt", "forget50", hyper) == 2.0 == two.facts["retain_weight"]
+    assert grid.tuned_weight(s, "npo+rt", "forget50", hyper)[1] == 2.0 == two.facts["retain_weight"]
     assert {job.facts["split"] for job in (one, two, five)} == {"forget50"} and two.facts["seed"] == 0
-    assert not grid.weight_jobs(s, "npo", "forget50", hyper)  # no retain term, nothing to choose
-    assert grid.chosen_weight(s, "npo", "forget50", hyper) == 0.0
+    assert grid.tuned_weight(s, "npo", "forget50", hyper) == ([], 0.0)  # no retain term, nothing to choose
 
 
 def test_a_ceiling_compares_different_retrained_models(study):
