@@ -86,23 +86,15 @@ def open_study(args: Namespace) -> Study:
     return study
 
 
-def is_there(job: Job) -> bool:
-    """The run is over: its result is in its folder."""
-    return (Path(job.folder) / "model").is_dir()
-
-
-def ended_keys(study: Study) -> set:
-    """Of what has a record, or has failed."""
-    return {r["key"] for place in ("runs", "retrained", "failed") for r in study.known[place]}
-
-
 def missing(study: Study, jobs: list) -> list[Job]:
-    """Runs without a record whose models have not failed, and before them the models that they need."""
+    """Runs without a record whose models have not failed; before them the models that they need and that are
+    not in their folders, or have no record."""
     failed = {f["key"] for f in study.known["failed"]}
-    ended = ended_keys(study)
-    open_jobs = [job for job in jobs if job.key not in ended
+    recorded = {r["key"] for r in study.known["runs"] + study.known["retrained"]}
+    open_jobs = [job for job in jobs if job.key not in recorded | failed
                  and not any(need.key in failed for need in job.needs)]
-    models = {need.key: need for job in open_jobs for need in job.needs if not is_there(need)}
+    models = {need.key: need for job in open_jobs for need in job.needs
+              if need.key not in recorded or not (Path(need.folder) / "model").is_dir()}
     return list(models.values()) + open_jobs
 
 
@@ -228,13 +220,7 @@ def collected(folder: Path) -> dict:
     return found
 
 
-def keep(study: Study, job: Job, seconds: float | None):
-    """Write the record of a finished job to the study's JSON."""
-    facts = {"key": job.key, **job.facts, "seconds": seconds and round(seconds, 1)}
-    keep_record(study, record(Path(job.folder), facts, study.args.data))
-
-
-def keep_record(study: Study, kept: dict):
+def keep(study: Study, kept: dict):
     """Write one more record to the study's JSON. Raises InputError for a run from another start than the
     others of its split: one name's weights differ from machine to machine, in rounding."""
     known, place = study.known, "retrained" if kept["kind"] == "model" else "runs"

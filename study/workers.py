@@ -18,7 +18,7 @@ LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
 
 
 def command_of(job: Job) -> list[str]:
-    """What makes the job's run, or goes on with it where it was begun."""
+    """What makes the job's run, or goes on with it where it was begun; a finished one is left as it is."""
     if Path(job.folder).is_dir():
         return [sys.executable, str(TRAIN), "--resume", job.folder]
     given = {**job.given, "out": job.folder}
@@ -31,22 +31,13 @@ def command_of(job: Job) -> list[str]:
 def run_missing(study: Study):
     """Pass after pass, models before the runs that need them: what is known decides what is planned, until
     nothing is missing."""
-    while True:
-        record_finished(study, grid.plan(study))
-        todo = records.missing(study, grid.plan(study))
+    while todo := records.missing(study, grid.plan(study)):
         ready = [job for job in todo if not job.needs] or [job for job in todo if job.given]
-        if not ready:
+        if not ready:  # what waits for a choice between runs that have all failed
             return
         print(f"{len(ready)} runs to make now, {len(todo) - len(ready)} after them; "
               f"{duration(study, todo)}; what they print is in {grid.RUNS}/*.log", flush=True)
         execute(study, ready)
-
-
-def record_finished(study: Study, jobs: list):
-    """Records of runs that ended while nobody looked, and of models of other commands."""
-    for job in {job.key: job for one in jobs for job in (*one.needs, one)}.values():
-        if job.given and records.is_there(job) and job.key not in records.ended_keys(study):
-            ended(study, job, 0, None)
 
 
 def execute(study: Study, jobs: list):
@@ -82,7 +73,7 @@ def log_of(job: Job) -> Path:
     return Path(grid.RUNS) / f"{job.name}.log"
 
 
-def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
+def ended(study: Study, job: Job, status: int, seconds: float) -> str:
     """Take down a job that has ended, or its failure: the others go on. What to say of it. A run that can't
     be compared with what is there has failed, too."""
     why = ""
@@ -90,8 +81,9 @@ def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
         said = log_of(job).read_text(errors="replace").split("\n")
         why = f"exit status {status}: {next((line for line in reversed(said) if line.strip()), '')[:300]}"
     else:
+        facts = {"key": job.key, **job.facts, "seconds": round(seconds, 1)}
         try:
-            records.keep(study, job, seconds)
+            records.keep(study, records.record(Path(job.folder), facts, study.args.data))
         except InputError as error:
             why = str(error)
     if why:
@@ -100,7 +92,7 @@ def ended(study: Study, job: Job, status: int, seconds: float | None) -> str:
     if job.needs:  # a hundred runs would fill the disk
         for part in ("checkpoints", "reference"):
             shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
-    return clock(seconds or 0)
+    return clock(seconds)
 
 
 def duration(study: Study, jobs: list) -> str:

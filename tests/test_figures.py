@@ -638,12 +638,12 @@ def test_runs_from_other_weights_of_the_start_do_not_go_into_one_json(study):
     job, other = [j for j in grid.plan(s) if j.given][:2]
     s = recorded(s, job)
     kept = {**s.known["runs"][0], "key": other.key}
-    records.keep_record(s, kept)
+    records.keep(s, kept)
     assert len(s.known["runs"]) == 2
     for same in ({}, {"seed": 9}):
         with pytest.raises(InputError, match="began from weights 57a7"):
-            records.keep_record(s, {**kept, "start_weights": "0", **same})
-    records.keep_record(s, {**kept, "start_weights": "0", "split": "forget20"})
+            records.keep(s, {**kept, "start_weights": "0", **same})
+    records.keep(s, {**kept, "start_weights": "0", "split": "forget20"})
 
 
 FATES = {  # in place of a run
@@ -660,7 +660,8 @@ def run_fates(study, monkeypatch, tmp_path):
     them."""
     def run(*fates):
         s = study("--figure", "8", "--methods", "ga", "--jobs", "1")
-        monkeypatch.setattr(records, "keep", lambda s, job, seconds: recorded(s, job))
+        monkeypatch.setattr(records, "record", lambda folder, facts, data: {**facts, "start_weights": "57a7"})
+        monkeypatch.setattr(records, "complete", lambda s: {})
         jobs = [j for j in grid.plan(s) if j.given][:len(fates)]
         scripts = dict(zip((job.folder for job in jobs), fates, strict=True))
         monkeypatch.setattr(workers, "command_of",
