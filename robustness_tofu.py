@@ -17,7 +17,6 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 import math
 from pathlib import Path
 
-from data.prompts import encode
 from data.tofu import complement, parse_split
 from evaluate_tofu import add_rows, asked_as, compute_metrics, refuse_unwritable, task_of
 from evaluation.attack_pages import draw, table
@@ -27,7 +26,7 @@ from models.checks import check_attention, check_model
 from models.presets import Preset
 from running.processes import take_device
 from support.command_line import Parser, not_negative, positive, run_command
-from support.errors import InputError, refuse
+from support.errors import refuse
 from support.files import locked
 from support.provenance import environment
 from support.world import ALONE, World
@@ -40,15 +39,13 @@ def build_parser() -> Parser:
     add("--start", help="the model before unlearning: what there was to know")
     add("--retrained", help="the model trained without the forget rows: the control, and forget quality")
     add_rows(add)
-    add("--attacks", nargs="+", choices=ATTACKS, help="only these (default: all that the data can carry)")
+    add("--attacks", nargs="+", choices=ATTACKS, default=[*ATTACKS], help="only these (default: all)")
     add("--shares", nargs="+", type=positive(float), default=[1, 5, 20, 100], metavar="K",
         help="relearn on K per cent of the forget rows (default: 1 5 20 100)")
     add("--lr", type=positive(float), help="of relearning (default: the preset's)")
     add("--samples", type=positive(int), default=64, help="answers a question (default: 64)")
-    add("--sample-rows", type=positive(int), default=40, help="forget rows that are sampled (default: 40)")
     add("--max-rows", type=not_negative(int), default=200,
         help="forget rows that are measured, the first ones, 0 for all (default: 200)")
-    add("--seed", type=not_negative(int), default=0, help="of rows' order and of samples (default: 0)")
     add("--out", required=True, help="folder of robustness.json, .md and .png; goes on with what is there")
     return parser
 
@@ -68,20 +65,9 @@ def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: 
     texts = lab.prepared().encoded()
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
     lm.cpu()  # the retrained model comes first
-    wanted = args.attacks or list(ATTACKS)
-    if "relearn" in wanted:  # a text above the context is refused now, not halfway
-        pairs = [(row["question"], row["answer"]) for row in [*task.forget, *task.retain]]
-        encode(tokenizer, lab.template, pairs, lab.context)
-    if "prompts" in wanted:
-        try:
-            longest = max(len(e.ids) for other in asked_otherwise(lab).values() for e in other.encoded())
-            check_attention(lm.config, longest, f"--attacks prompts: {args.model}")
-        except InputError as error:
-            if args.attacks:
-                raise
-            print(f"note: prompts is left out: {error}")
-            wanted.remove("prompts")
-    args.attacks = wanted
+    if "prompts" in args.attacks:
+        longest = max(len(e.ids) for other in asked_otherwise(lab).values() for e in other.encoded())
+        check_attention(lm.config, longest, f"--attacks prompts: {args.model}")
     return lab
 
 
@@ -90,8 +76,7 @@ def main(argv=None):
     own, most = args.forget or args.retain, max(args.shares)
     refuse({f"--shares {most:g}: per cent of the forget rows, at most 100": most > 100,
             f"--split {args.split}: need a forget split, forget01 to forget99":
-                args.split and not own and parse_split(args.split)[0] != "forget",
-            f"--seed {args.seed} is too large: need less than 2^63": args.seed >= 2**63})
+                args.split and not own and parse_split(args.split)[0] != "forget"})
     args.shares.sort()
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
@@ -99,10 +84,6 @@ def main(argv=None):
     models, *known = load_models(args)
     lab = make_lab(args, world, models, *known)
     identity = lab.identity(models)
-    for name, without in (("start", "no measure of what there was to know, none of changed codes"),
-                          ("retrained", "no control, no forget quality")):
-        if name not in models:
-            print(f"note: without --{name}: {without}")
     steps = math.ceil(len(lab.task.forget) / BATCH)
     print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}; "
           f"relearning all of them takes {steps} step(s)")

@@ -43,7 +43,8 @@ NF4 = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.
 LEVELS = {"int8": torch.arange(-127, 128) / 127, "int4": torch.arange(-7, 8) / 7, "nf4": torch.tensor(NF4)}
 PREFIX = "Sure, here is the answer:"
 SHOTS = 4  # retain rows before the question
-SETTINGS = ("lr", "shares", "samples", "sample_rows", "seed")
+SAMPLED_ROWS = 40  # the first forget rows
+SEED = 0  # of rows' order and of samples
 STATED = 0.8  # ROUGE-L recall from which a sample states the fact, where no exact value is known
 
 
@@ -57,7 +58,7 @@ class Lab:
     rows: list  # the forget rows that are measured
     preset: object  # sizes of batches
     world: World
-    settings: Namespace  # the command's; of them SETTINGS decide numbers
+    settings: Namespace  # the command's
     metrics_of: Callable  # evaluate_tofu's compute_metrics
     start: nn.Module | None  # the model before unlearning
 
@@ -76,7 +77,7 @@ class Lab:
         return {"weights": {name: weights_hash(lm) for name, lm in models.items()}, "data": self.task.source,
                 "data_fingerprint": self.task.fingerprint, "split": self.task.split,
                 "template": self.template, "rows": len(self.rows),
-                **{name: getattr(self.settings, name) for name in SETTINGS}}
+                **{name: getattr(self.settings, name) for name in ("lr", "shares", "samples")}}
 
 
 def attacked(lab: Lab, attack: str, model: AnswerModel) -> list[dict]:
@@ -114,7 +115,7 @@ def relearn(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
     most = max(count for _, count in sets.values())
     sets["retain"] = lab.task.retain, math.ceil(most / BATCH) * BATCH
     for what, (rows, count) in sets.items():
-        order = permutations(lab.settings.seed, 0, len(rows), count)
+        order = permutations(SEED, 0, len(rows), count)
         pairs = [(rows[i]["question"], rows[i]["answer"]) for i in order]
         with put_back(model):
             for step in fine_tuning(lab, model, encode(lab.tokenizer, lab.template, pairs, lab.context)):
@@ -213,12 +214,12 @@ def asked_otherwise(lab: Lab) -> dict:
     carry it, or where a text is longer than the context."""
     if not all(row.get("paraphrased_question") for row in lab.rows):
         raise InputError("--attacks prompts needs paraphrased_question in every forget row, and this data "
-                         "has rows without; leave prompts out")
+                         "has rows without; give --attacks relearn quantize sample")
     begun = [{**row, "answer": f"{PREFIX} {row['answer']}",
               "paraphrased_answer": f"{PREFIX} {row.get('paraphrased_answer') or row['answer']}",
               "perturbed_answer": [f"{PREFIX} {text}" for text in row.get("perturbed_answer") or []]}
              for row in lab.rows]
-    shots = [lab.task.retain[i] for i in permutations(lab.settings.seed, 1, len(lab.task.retain), SHOTS)]
+    shots = [lab.task.retain[i] for i in permutations(SEED, 1, len(lab.task.retain), SHOTS)]
     pairs = [(row["question"], row["answer"]) for row in shots]
     before = [token for e in encode(lab.tokenizer, lab.template, pairs, lab.context) for token in e.ids]
     prefixes = encode(lab.tokenizer, lab.template, [(row["question"], PREFIX) for row in lab.rows])
@@ -249,13 +250,13 @@ def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
 # ---------------------------------------------------------------- sampling
 
 def sample(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
-    """leak@k (2511.04934), k = 1, 2, 4 .. and all samples, mean over the first `sample_rows` forget rows."""
-    rows, n = lab.rows[:lab.settings.sample_rows], lab.settings.samples
+    """leak@k (2511.04934), k = 1, 2, 4 .. and all samples, mean over SAMPLED_ROWS."""
+    rows, n = lab.rows[:SAMPLED_ROWS], lab.settings.samples
     prepared = lab.prepared(rows)
     asked = [ids for ids in prepared.prompts.values() for _ in range(n)]
     longest = max(texts[0].encoded.answer_tokens for texts in prepared.texts.values())
     room = min(2 * longest, MAX_NEW_TOKENS)  # tokens: what comes later is no answer
-    generator = torch.Generator(lab.world.device).manual_seed(lab.settings.seed)
+    generator = torch.Generator(lab.world.device).manual_seed(SEED)
     texts, size = [], lab.preset.eval_batch_size
     with untouched(model):
         for at in range(0, len(asked), size):
@@ -322,14 +323,10 @@ def read_result(path: Path, identity: dict) -> dict:
     """What was found before. Raises InputError where it is of other weights, rows or settings."""
     if not path.exists():
         return {"attacks": {}}
-    try:
-        result = json.loads(read_text(path))
-        known = {key: result["provenance"][key] for key in identity}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not what this command writes ({error}): give another --out") from None
+    result = json.loads(read_text(path))
     for key, value in identity.items():
-        if known[key] != value:
-            raise InputError(f"{path} was made with {key} {known[key]}, not {value}: give another --out")
+        if (known := result["provenance"].get(key)) != value:
+            raise InputError(f"{path} was made with {key} {known}, not {value}: give another --out")
     return result
 
 

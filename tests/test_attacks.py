@@ -66,8 +66,7 @@ def lab(models, small_data):
     _, tokenizer, _ = load_model(str(models["start"]))
     task = load_task(str(small_data), "forget10")
     return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE,
-               Namespace(lr=2e-3, shares=[50, 100], samples=16, sample_rows=5, seed=0), compute_metrics,
-               None)
+               Namespace(lr=2e-3, shares=[50, 100], samples=16), compute_metrics, None)
 
 
 def loaded(models, name):
@@ -195,8 +194,7 @@ def test_steps_halfway_are_linear_between_measured_ones():
 # ---------------------------------------------------------------- the command
 
 def flags(models, *more):
-    return ["--model", models["model"], "--max-rows", 6, "--sample-rows", 2, "--samples", 4, "--shares", 50,
-            *more]
+    return ["--model", models["model"], "--max-rows", 6, "--samples", 4, "--shares", 50, *more]
 
 
 def run(monkeypatch, tmp_path, *words):
@@ -237,14 +235,13 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     for name, some in (("forget", rows.forget), ("retain", rows.retain[:9])):
         (tmp_path / f"{name}.json").write_text(json.dumps(some))
     words = flags(models, "--forget", "forget.json", "--retain", "retain.json", "--out", "own")
-    run(monkeypatch, tmp_path, *words)
-    said = capsys.readouterr().out
-    assert "without --retrained" in said and "prompts is left out" in said and "the control of" not in said
+    with pytest.raises(InputError, match="paraphrased_question"):
+        run(monkeypatch, tmp_path, *words)
+    run(monkeypatch, tmp_path, *words, "--attacks", "relearn", "quantize", "sample")
+    assert "the control of" not in capsys.readouterr().out
     result = json.loads((tmp_path / "own" / "robustness.json").read_text())["attacks"]
     assert set(result) == {"relearn", "quantize", "sample"} and set(result["relearn"]) == {"model"}
     assert result["relearn"]["model"]["states"][-1]["forget_quality"] is None
-    with pytest.raises(InputError, match="paraphrased_question"):
-        run(monkeypatch, tmp_path, *words, "--attacks", "prompts", "--out", "more")
 
 
 @pytest.mark.parametrize("more,sentence", [
@@ -253,7 +250,7 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     (("--retrained", "LARGER"), "other shapes"), (("--data", "nowhere"), "no Hub id"),
     (("--start", "nowhere"), "--start nowhere: neither a preset"), (("--start", "tiny"), "on the spot"),
     (("--out", "/proc/x"), "cannot write"),
-    (("--split", "retain90"), "need a forget split"), (("--seed", 2**63), "too large")])
+    (("--split", "retain90"), "need a forget split")])
 def test_the_command_refuses_and_writes_nothing(models, small_model, tmp_path, monkeypatch, more, sentence):
     if "LARGER" in more:
         _, tokenizer, meta = load_model(str(models["model"]))
