@@ -1,6 +1,6 @@
 """What a model's answers look like, as counts (Section 5.2's remarks on them). Pure functions of texts.
 
-    distinct-n        different word n-grams over all of a set's answers (Li et al., 2016)
+    distinct-2        different pairs of words over all of a set's answers (Li et al., 2016)
     repetition rate   share of an answer's runs of 8 characters that it has had before (seq-rep-n of
                       Welleck et al., 2019, on characters, for answers without blanks); mean over answers
     refusal           at least 80% of the answer's word pairs, begin and end included, are in the refusals
@@ -14,6 +14,7 @@ wording, and wrong.
 
 import re
 import statistics
+from itertools import pairwise
 
 PAIRS_KNOWN = 0.8  # share of word pairs that makes an answer a refusal, or of the wording
 RUN = 8  # characters
@@ -27,26 +28,23 @@ def words(text: str) -> list[str]:
 
 
 def word_pairs(text: str) -> list[tuple]:
-    """Neighbouring words, with the text's begin and end as words of their own; [] without any word."""
-    marked = ["<", *found, ">"] if (found := words(text)) else []
-    return list(zip(marked, marked[1:], strict=False))
+    """Neighbouring words, with the text's begin and end as words of their own."""
+    return list(pairwise(["<", *words(text), ">"]))
 
 
 def pairs_of(texts: list) -> set:
-    """Every word pair of the texts: what `is_made_of` looks an answer up in."""
     return {pair for text in texts for pair in word_pairs(text)}
 
 
 def is_made_of(text: str, pairs: set) -> bool:
-    """Enough of the text's word pairs are among `pairs`."""
     own = word_pairs(text)
     return sum(pair in pairs for pair in own) / len(own) >= PAIRS_KNOWN
 
 
-def distinct(texts: list, n: int) -> float | None:
-    """Different word n-grams over all, over all texts together; None where no text has n words."""
-    grams = [tuple(found[i:i + n]) for found in map(words, texts) for i in range(len(found) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
+def distinct_2(texts: list) -> float | None:
+    """Of all texts together; None where no text has two words."""
+    pairs = [pair for text in texts for pair in pairwise(words(text))]
+    return len(set(pairs)) / len(pairs) if pairs else None
 
 
 def repetition_rate(text: str) -> float:
@@ -79,11 +77,10 @@ def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> s
 
 
 def statistics_of(generations: list, rows: list, answer_pairs: set, refusal_pairs: set) -> dict:
-    """{"answers", counts of KINDS, "distinct_1", "distinct_2", "repetition_rate", "words"} of a set."""
+    """{"answers", counts of KINDS, "distinct_2", "repetition_rate"} of a set."""
     kinds = [kind(text, row, answer_pairs, refusal_pairs)
              for text, row in zip(generations, rows, strict=True)]
-    numbers = {"distinct_1": distinct(generations, 1), "distinct_2": distinct(generations, 2),
-               "repetition_rate": statistics.mean(map(repetition_rate, generations)),
-               "words": statistics.mean(len(words(text)) for text in generations)}
+    distinct = distinct_2(generations)
     return {"answers": len(generations), **{k: kinds.count(k) for k in KINDS},
-            **{k: None if v is None else round(v, 4) for k, v in numbers.items()}}
+            "distinct_2": None if distinct is None else round(distinct, 4),
+            "repetition_rate": round(statistics.mean(map(repetition_rate, generations)), 4)}

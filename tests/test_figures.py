@@ -23,10 +23,9 @@ from support.errors import InputError
 # ---------------------------------------------------------------- answers
 
 
-def test_distinct_counts_different_n_grams_over_all():
-    assert tofu_answers.distinct(["a b a b", "a b"], 1) == 2 / 6
-    assert tofu_answers.distinct(["a b a b", "a b"], 2) == 2 / 4
-    assert tofu_answers.distinct(["a", ""], 2) is None
+def test_distinct_counts_different_pairs_over_all():
+    assert tofu_answers.distinct_2(["a b a b", "a b"]) == 2 / 4
+    assert tofu_answers.distinct_2(["a", ""]) is None
 
 
 def test_repetition_is_seen_with_blanks_and_without():
@@ -78,7 +77,7 @@ UTILITY = {"": 0.1, "rt": 0.9, "kl": 0.7}  # at the end, of the start's
 
 def counts(**given) -> dict:
     base = {"answers": 100, "true": 0, "other fact": 0, "refusal": 0, "repetitive": 0, "garbled": 0,
-            "empty": 0, "distinct_1": 0.5, "distinct_2": 0.5, "repetition_rate": 0.02, "words": 6}
+            "empty": 0, "distinct_2": 0.5, "repetition_rate": 0.02}
     return {**base, **given}
 
 
