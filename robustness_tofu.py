@@ -14,13 +14,11 @@ which compares with the retrained model after the same attack (docs/beyond.md). 
 .md and .png. What is in the JSON already, of the same weights, data and settings, is not done again.
 """
 
-import math
 from pathlib import Path
 
 from data.tofu import complement, parse_split
 from evaluate_tofu import add_rows, asked_as, compute_metrics, refuse_unwritable, task_of
-from evaluation.attack_pages import draw, table
-from evaluation.attacks import ATTACKS, BATCH, Lab, asked_otherwise, carry_out, load_models, read_result
+from evaluation import attacks
 from models.answers import AnswerModel
 from models.checks import check_attention, check_model
 from models.presets import Preset
@@ -39,7 +37,8 @@ def build_parser() -> Parser:
     add("--start", help="the model before unlearning: what there was to know")
     add("--retrained", help="the model trained without the forget rows: the control, and forget quality")
     add_rows(add)
-    add("--attacks", nargs="+", choices=ATTACKS, default=[*ATTACKS], help="only these (default: all)")
+    every = list(attacks.ATTACKS)
+    add("--attacks", nargs="+", choices=every, default=every, help="only these (default: all)")
     add("--shares", nargs="+", type=positive(float), default=[1, 5, 20, 100], metavar="K",
         help="relearn on K per cent of the forget rows (default: 1 5 20 100)")
     add("--lr", type=positive(float), help="of relearning (default: the preset's)")
@@ -50,7 +49,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: Preset) -> Lab:
+def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: Preset) -> attacks.Lab:
     """What the attacks share. Raises InputError for what the data or the model can't carry."""
     lm, task = models["model"], task_of(args, records["model"].get("trained_on", {}))
     template = asked_as(args, tokenizer, records, known)
@@ -60,13 +59,14 @@ def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: 
               f"on {complement(task.split)}")
     rows = task.evaluated["forget"][:args.max_rows or None]
     args.lr = args.lr or known.lr
-    lab = Lab(task, tokenizer, template, getattr(lm.config, "max_position_embeddings", None), rows, known,
-              world, args, compute_metrics, models.get("start"))
+    context = getattr(lm.config, "max_position_embeddings", None)
+    lab = attacks.Lab(task, tokenizer, template, context, rows, known, world, args, compute_metrics,
+                      models.get("start"))
     texts = lab.prepared().encoded()
     check_model(AnswerModel(lm.to(world.device)), texts, tokenizer.eos_token_id, args.model, "fp32", world)
     lm.cpu()  # the retrained model comes first
     if "prompts" in args.attacks:
-        longest = max(len(e.ids) for other in asked_otherwise(lab).values() for e in other.encoded())
+        longest = max(len(e.ids) for other in attacks.asked_otherwise(lab).values() for e in other.encoded())
         check_attention(lm.config, longest, f"--attacks prompts: {args.model}")
     return lab
 
@@ -81,20 +81,18 @@ def main(argv=None):
     out = Path(args.out)
     refuse_unwritable([out / "robustness.json"])
     world = ALONE._replace(device=take_device(args.device))
-    models, *known = load_models(args)
+    models, *known = attacks.load_models(args)
     lab = make_lab(args, world, models, *known)
     identity = lab.identity(models)
-    steps = math.ceil(len(lab.task.forget) / BATCH)
-    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}; "
-          f"relearning all of them takes {steps} step(s)")
+    print(f"{', '.join(args.attacks)} on {len(lab.rows)} forget rows of {lab.task.source}, lr {args.lr:g}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "robustness.lock"):
-        result = read_result(out / "robustness.json", identity)
+        result = attacks.read_result(out / "robustness.json", identity)
         result["provenance"] = {**environment(), **identity}
-        carry_out(lab, models, result, args.attacks, out / "robustness.json")
-    lines = table(result["attacks"])
+        attacks.carry_out(lab, models, result, args.attacks, out / "robustness.json")
+    lines = attacks.table(result["attacks"])
     (out / "robustness.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw(result["attacks"], out / "robustness.png")
+    attacks.draw(result["attacks"], out / "robustness.png")
     print("\n".join(lines), f"\n{out}: robustness.json, robustness.md, robustness.png")
 
 

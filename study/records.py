@@ -12,7 +12,6 @@ from pathlib import Path
 from scipy.stats import ks_2samp
 
 from data.tofu import evaluation_split, load_task
-from evaluation.attack_pages import last_states
 from evaluation.logs import MIA, SHARPER, log_truth_ratio
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
@@ -118,10 +117,10 @@ def record(folder: Path, facts: dict, data: str) -> dict:
     steps = {"steps": [e["provenance"]["step"] for e in evaluations], "total_steps": log[-1]["step"]}
     if "key" in facts and facts["kind"] == "unlearn" and facts["seed"] == grid.TUNING_SEED:
         return kept | steps | {key: curve(key) for key in CURVES[:3]}
-    judged, first, last = evaluation_split(facts["split"]), evaluations[0]["rows"], evaluations[-1]["rows"]
-    kept["answers"] = answers_of(data, judged, last)
+    judged = evaluation_split(facts["split"])
+    kept["answers"], samples = answers_of(data, judged, evaluations[-1]["rows"])
     if "key" not in facts or facts["seed"] == 1 and judged == grid.TUNING_SPLIT:  # a single run has no key
-        kept["samples"] = samples_of(data, judged, last)
+        kept["samples"] = samples
     kept |= {f"forget_{key}": curve(key, "forget") for key in SHARPER}
     kept["mia"] = {key: curve(key, "mia") for key in MIA}
     ratios = [[log_truth_ratio(row) for row in e["rows"]["forget"]] for e in evaluations]
@@ -129,8 +128,7 @@ def record(folder: Path, facts: dict, data: str) -> dict:
         return kept | {"model_utility": curve("model_utility")[-1],
                        "log_truth_ratios": [round(ratio, 4) for ratio in ratios[-1]]}
     if "key" in facts and "samples" in kept and facts["method"] == "npo+rt":
-        kept |= {"samples_start": samples_of(data, judged, first),
-                 "answers_start": answers_of(data, judged, first)}
+        kept["answers_start"], kept["samples_start"] = answers_of(data, judged, evaluations[0]["rows"])
     # The last two are what the Kolmogorov-Smirnov test sees, in two numbers.
     return kept | steps | {key: curve(key) for key in CURVES} | {
         "forget_probability": curve("probability", "forget"),
@@ -146,11 +144,11 @@ def attacked(path: Path) -> dict:
     for entries in json.loads(path.read_text(encoding="utf-8"))["attacks"].values():
         for name, entry in entries.items():
             model = found.setdefault(name, {})
-            for what, state in last_states(entry).items():
+            for state in entry["states"]:  # of a curve the last one stays
                 if "leak" in state:
                     model["leak"] = {k: short(leak) for k, leak in state["leak"].items()}
                 elif "extraction_strength" in state:
-                    model[what] = short(state["extraction_strength"])
+                    model[state["what"]] = short(state["extraction_strength"])
             if "halfway" in entry:
                 model["halfway"] = {k: short(steps) for k, steps in entry["halfway"]["steps"].items()}
     return found
@@ -177,21 +175,18 @@ def texts_of(data: str, split: str) -> tuple:
             pairs_of(task.refusals))
 
 
-def answers_of(data: str, split: str, rows: dict) -> dict:
-    """`statistics_of` the generations of each set but the holdout, which is not asked."""
-    evaluated, *pairs = texts_of(data, split)
-    return {name: statistics_of([row["generation"] for row in rows[name]], some[:len(rows[name])], *pairs)
-            for name, some in evaluated.items()}
-
-
-def samples_of(data: str, split: str, rows: dict) -> list:
-    """One question a set with its answer: {"set", "question", "answer", "generation", "kind"}."""
-    (evaluated, *pairs), samples = texts_of(data, split), []
-    for name in SAMPLED_SETS:
-        row, asked = (some[name][min(SAMPLED_ROW, len(rows[name]) - 1)] for some in (rows, evaluated))
-        samples.append({"set": name, **{k: row[k][:TEXT] for k in ("question", "answer", "generation")},
-                        "kind": kind(row["generation"], asked, *pairs)})
-    return samples
+def answers_of(data: str, split: str, rows: dict) -> tuple[dict, list]:
+    """(`statistics_of` the generations of each set but the holdout, which is not asked; of one question a set
+    {"set", "question", "answer", "generation", "kind"})."""
+    (evaluated, *pairs), counts, samples = texts_of(data, split), {}, []
+    for name, asked in evaluated.items():
+        answered = rows[name]
+        counts[name] = statistics_of([row["generation"] for row in answered], asked[:len(answered)], *pairs)
+        if name in SAMPLED_SETS:
+            row = answered[place := min(SAMPLED_ROW, len(answered) - 1)]
+            samples.append({"set": name, **{k: row[k][:TEXT] for k in ("question", "answer", "generation")},
+                            "kind": kind(row["generation"], asked[place], *pairs)})
+    return counts, samples
 
 
 def differing(runs: list) -> list[str]:

@@ -17,7 +17,7 @@ from data.builtin import make_builtin
 from data.prompts import encode
 from data.tofu import load_task
 from evaluate_tofu import compute_metrics
-from evaluation import attack_pages, attacks
+from evaluation import attacks
 from evaluation.attacks import Lab, attacked, built_in_value, leak_at, rounded_blockwise, stated, steps_to
 from models.answers import AnswerModel
 from models.generation import generate
@@ -179,7 +179,7 @@ def test_a_panel_of_an_attack_that_was_not_made_is_left_out(tmp_path, monkeypatc
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     states = [{"what": "before", "step": 0, "extraction_strength": 0.5}]
-    attack_pages.draw({"quantize": {"model": {"states": states}}}, tmp_path / "picture.png")
+    attacks.draw({"quantize": {"model": {"states": states}}}, tmp_path / "picture.png")
     assert [axes.get_title() for axes in drawn[0].axes] == ["quantised, asked otherwise"]
 
 
