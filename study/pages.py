@@ -12,6 +12,8 @@ from study.records import differing
 from study.verdicts import chosen_runs, kept_utility, last, mean_sd, peak, peak_at, rate
 from support.command_line import markdown_table
 
+HOW = {None: "each method's own tuning",  # "choices_from" in words
+       "preset": "the preset, the same for all methods, as in the paper"}
 FIGURE_TITLES = {
     "overview": "Five methods over the run",
     "figure2": "Figure 2: forget05, with the divergence", "figure5": "Figure 5: at each method's peak",
@@ -51,7 +53,7 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
     """One study: verdicts, figures, tables."""
     made = study["provenance"]
     origins = Counter((r["commit"], r["start_weights"]) for r in study["runs"])
-    lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {how(study)}", "",
+    lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {HOW[study['choices_from']]}", "",
              f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; "
              f"{verdicts.scale(study)}; last command `{made['command']}`, {made['time']}.", "",
              *markdown_table(["commit", "the start's weights", "runs"],
@@ -75,13 +77,6 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
                   "then seed 1's answers to one question a set.", "",
                   *answers_table(study), *samples_table(["model"], asked), ""]
     return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
-
-
-def how(study: dict) -> str:
-    """Where a study's learning rates and betas come from."""
-    if study["choices_from"]:
-        return "the preset, the same for all methods, as in the paper"
-    return "each method's own tuning"
 
 
 def runs_table(head: list, named: list) -> list[str]:
@@ -156,7 +151,7 @@ def hyper_parameters(study: dict) -> list[str]:
     """What was chosen, and every setting that was tried with its score."""
     budget, choices = study["budget"], study["chosen"].items()
     tried = [r for r in study["runs"] if r["seed"] == budget["seed"]]
-    source = f"Not tuned here: those of {how(study)}."
+    source = f"Not tuned here: those of {HOW['preset']}."
     if not study["choices_from"]:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
                  "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \

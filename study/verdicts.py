@@ -36,11 +36,10 @@ RANK = {False: 0, "undecided": 1, True: 2}
 def chosen_runs(study: dict, split: str, method: str, retain_weight: float | None = None) -> list:
     """A method's runs with its chosen lr and beta, on the reported seeds, in their order; with weights of 1,
     or with another retain weight (0: npo at npo+rt's lr and beta)."""
-    if method not in study["chosen"]:
+    choice = study["chosen"].get(method)
+    if not choice:
         return []
-    choice, plain = study["chosen"][method], method.removesuffix("+rt")
-    wanted = {"split": split, "method": plain if retain_weight == 0 else method,
-              "epochs": study["epochs"], "forget_weight": 1, "kl_weight": int("+kl" in method),
+    wanted = {"split": split, "method": method.removesuffix("+rt") if retain_weight == 0 else method,
               "retain_weight": int("+rt" in method) if retain_weight is None else retain_weight,
               "lr": choice["lr"], "beta": choice["beta"]}
     found = [r for r in study["runs"] if all(r[k] == v for k, v in wanted.items())

@@ -733,7 +733,7 @@ def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     assert len(jobs) == len(grid.METHODS) and {j.facts["lr"] for j in jobs} == {preset.lr}
     assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
     assert records.json_path(s.args).name.endswith("_tiny_preset.json")
-    assert pages.how(s.known) == "the preset, the same for all methods, as in the paper"
+    assert s.known["choices_from"] == "preset" in pages.HOW
     s = study("--figure", "9", "--seeds", "1", "--methods", "npo+rt", "--choices", "preset")
     tuned = [j.facts for j in grid.plan(s) if j.given]  # the retain weight is still the method's own
     assert {facts["retain_weight"] for facts in tuned} == set(grid.TUNED_WEIGHTS)
