@@ -50,7 +50,6 @@ def page(studies: dict, folder: Path) -> str:
 
 
 def section(name: str, study: dict, folder: Path) -> list[str]:
-    """One study: verdicts, figures, tables."""
     made = study["provenance"]
     origins = Counter((r["commit"], r["start_weights"]) for r in study["runs"])
     lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {HOW[study['choices_from']]}", "",
@@ -93,7 +92,6 @@ def runs_table(head: list, named: list) -> list[str]:
 
 
 def single_runs_table(runs: list) -> list[str]:
-    """One line for each record, whatever its settings."""
     always = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
     keys = [*always, *(key for key in differing(runs) if key not in always)]
     return runs_table([key.replace("_", " ") for key in keys],
@@ -112,16 +110,17 @@ def samples_table(head: list, named: list) -> list[str]:
 
 
 def answering(study: dict) -> dict:
-    """name -> records with answers on forget10: the start's, the retrained models', each method's runs."""
+    """name -> records with answers on forget10: the start's, the retrained models', each method's runs; of
+    those that there are."""
     start = [{"answers": r["answers_start"], "samples": r["samples_start"]} for r in study["runs"]
              if "answers_start" in r][:1]
     retrained = [m for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
     methods = {m: chosen_runs(study, "forget10", m) for m in grid.METHODS}
-    return {"(start)": start, "(retrained)": retrained, **methods}
+    found = {"(start)": start, "(retrained)": retrained, **methods}
+    return {name: records for name, records in found.items() if records}
 
 
 def ceiling_table(study: dict) -> list[str]:
-    """Retrained against retrained."""
     rows = []
     for split, pairs in sorted(study.get("ceilings", {}).items()):
         logs = [p["log10"] for p in pairs]
@@ -138,19 +137,17 @@ def answers_table(study: dict) -> list[str]:
     asked = [*((kind, ("forget",)) for kind in KINDS), ("true", elsewhere), ("refusal", elsewhere)]
     for name, records in answering(study).items():
         answers = [r["answers"] for r in records]
-        if answers:
-            shares = [f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in asked]
-            distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
-            repeated = [a["forget"]["repetition_rate"] for a in answers]
-            rows.append([name, len(answers), *shares, mean_sd(distinct), mean_sd(repeated)])
+        shares = [f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in asked]
+        distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
+        repeated = [a["forget"]["repetition_rate"] for a in answers]
+        rows.append([name, len(answers), *shares, mean_sd(distinct), mean_sd(repeated)])
     return markdown_table(["method", "runs", *(f"{kind} %" for kind in KINDS), "elsewhere: true %",
                   "elsewhere: refusal %", "distinct-2", "repetition rate"], rows)
 
 
 def hyper_parameters(study: dict) -> list[str]:
     """What was chosen, and every setting that was tried with its score."""
-    budget, choices = study["budget"], study["chosen"].items()
-    tried = [r for r in study["runs"] if r["seed"] == budget["seed"]]
+    budget = study["budget"]
     source = f"Not tuned here: those of {HOW['preset']}."
     if not study["choices_from"]:
         source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
@@ -158,8 +155,9 @@ def hyper_parameters(study: dict) -> list[str]:
                  "Kolmogorov-Smirnov statistic, U: utility)."
     return [source, "", *markdown_table(["method", "lr", "beta", "retain weight of Figure 9"], [
         [m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
-        for m, c in choices]), "",
+        for m, c in study["chosen"].items()]), "",
         *markdown_table(["method", "split", "lr", "beta", "retain weight", "score",
                          "peak log10 forget quality"], [
             [r["method"], r["split"], *(f"{r[key]:g}" for key in ("lr", "beta", "retain_weight")),
-             f"{grid.score(r):.3f}", f"{peak(r):.2f}"] for r in tried])]
+             f"{grid.score(r):.3f}", f"{peak(r):.2f}"]
+            for r in study["runs"] if r["seed"] == budget["seed"]])]

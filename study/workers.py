@@ -96,7 +96,7 @@ def ended(study: Study, job: Job, status: int, seconds: float) -> str:
 
 
 def duration(study: Study, jobs: list) -> str:
-    """Of so many, --jobs at a time, as long each as the study's own took on average."""
+    """Where each takes as long as the study's own did on average."""
     timed = [r["seconds"] for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
     if not timed:
         return "time unknown before one has ended"
@@ -110,7 +110,6 @@ def clock(seconds: float) -> str:
 
 
 def print_plan(study: Study):
-    """Runs, time and memory."""
     args, known, jobs = study.args, study.known, grid.plan(study)
     todo = records.missing(study, jobs)
     lacking = [job for job in todo if job.needs]
