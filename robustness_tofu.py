@@ -67,6 +67,8 @@ def make_lab(args, world: World, models: dict, records: dict, tokenizer, known: 
     lm.cpu()  # the retrained model comes first
     if "prompts" in args.attacks:
         longest = max(len(e.ids) for other in attacks.asked_otherwise(lab).values() for e in other.encoded())
+        refuse({f"--attacks prompts: a question with {attacks.SHOTS} answered ones before it has {longest} "
+                f"tokens, the model's context {context}; leave prompts out": context and longest > context})
         check_attention(lm.config, longest, f"--attacks prompts: {args.model}")
     return lab
 

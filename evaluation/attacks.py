@@ -213,8 +213,8 @@ def prompts(lab: Lab, model: AnswerModel) -> Iterator[tuple]:
 
 
 def asked_otherwise(lab: Lab) -> dict:
-    """name -> the forget rows with other prompts and the same answers. Raises InputError where the data can't
-    carry it, or where a text is longer than the context."""
+    """name -> the forget rows with other prompts and the same answers. Raises InputError where rows lack a
+    paraphrased question."""
     if not all(row.get("paraphrased_question") for row in lab.rows):
         raise InputError("--attacks prompts needs paraphrased_question in every forget row, and this data "
                          "has rows without; give --attacks relearn quantize sample")
@@ -229,7 +229,7 @@ def asked_otherwise(lab: Lab) -> dict:
     return {"paraphrased question": lab.prepared([{**row, "question": row["paraphrased_question"]}
                                                   for row in lab.rows]),
             "prefix": answers_begun(lab, lab.prepared(begun), [e.ids[:-1] for e in prefixes]),
-            "few-shot": questions_before(lab, lab.prepared(), before)}
+            "few-shot": questions_before(lab.prepared(), before)}
 
 
 def answers_begun(lab: Lab, prepared: Prepared, asked: list) -> Prepared:
@@ -239,14 +239,10 @@ def answers_begun(lab: Lab, prepared: Prepared, asked: list) -> Prepared:
     return Prepared({"forget": lab.rows}, texts, dict(zip(texts, asked, strict=True)))
 
 
-def questions_before(lab: Lab, prepared: Prepared, before: list) -> Prepared:
-    """Every text and prompt with the tokens `before` it. Raises InputError where that is too long."""
+def questions_before(prepared: Prepared, before: list) -> Prepared:
+    """Every text and prompt with the tokens `before` it."""
     texts = {key: [t._replace(encoded=Encoded(before + t.encoded.ids, len(before) + t.encoded.start))
                    for t in some] for key, some in prepared.texts.items()}
-    longest = max(len(t.encoded.ids) for some in texts.values() for t in some)
-    if lab.context and longest > lab.context:
-        raise InputError(f"--attacks prompts: a question with {SHOTS} answered ones before it takes "
-                         f"{longest} tokens, the model's context is {lab.context}; leave prompts out")
     return Prepared(prepared.rows, texts, {key: before + ids for key, ids in prepared.prompts.items()})
 
 
