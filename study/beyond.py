@@ -30,19 +30,16 @@ def objectives(study: dict) -> dict:
 
 
 def attacked(study: dict) -> dict:
-    """method -> what attacks found of its seeds, by STATES; "(retrained)" and "(start)" are the controls.
-    Empty where none was attacked."""
+    """method -> what attacks found of its seeds, by STATES; "(retrained)" and "(start)" are the controls."""
     def flat(model: dict) -> dict:
         return {**model, **model.get("leak", {}), "halfway": model.get("halfway", {}).get("forget 100%")}
 
     found = {m: [r["attacks"] for r in runs if "model" in r.get("attacks", {})]  # not stopped on the way
              for m, runs in objectives(study).items()}
-    found = {method: attacks for method, attacks in found.items() if attacks}
-    if not found:
-        return {}
-    most = max(found.values(), key=len)
-    controls = {f"({name})": [flat(a[name]) for a in most if name in a] for name in ("retrained", "start")}
-    return controls | {method: [flat(a["model"]) for a in attacks] for method, attacks in found.items()}
+    most = max(found.values(), key=len, default=[])
+    controls = {f"({name})": [a[name] for a in most if name in a] for name in ("retrained", "start")}
+    models = controls | {method: [a["model"] for a in attacks] for method, attacks in found.items()}
+    return {name: list(map(flat, some)) for name, some in models.items() if some}
 
 
 def at_the_end(name: str, runs: list) -> list:
@@ -90,24 +87,23 @@ def attacks_table(study: dict) -> list[str]:
 
 def draw(study: dict, stem: Path) -> list[Path]:
     """STEM_objectives.png and STEM_attacks.png, where the study has runs for them; their paths."""
-    named, found, drawn = objectives(study), attacked(study), []
+    named, found, pictures = objectives(study), attacked(study), {}
     if named:
         best = {m: [best_at_utility(r, UTILITY) for r in runs] for m, runs in named.items()}
         extraction, leak = ({m: at_the_end(key, runs) for m, runs in named.items()}
                             for key in ("forget_extraction_strength", "privleak"))
         controls = at_the_end("forget_extraction_strength", retrained(study))
-        drawn.append(picture(stem.with_name(f"{stem.name}_objectives.png"), {
+        pictures["objectives"] = {
             f"log10 forget quality, best with {UTILITY:.0%} of the utility\nline: 0.05": {"": (best, [LINE])},
             "extraction strength, end of the run\nline: retrained": {"": (extraction, controls)},
-            "PrivLeak, end of the run\nline: retrained": {"": (leak, [0])}}))
+            "PrivLeak, end of the run\nline: retrained": {"": (leak, [0])}}
     if found:
-        methods, panels = {m: models for m, models in found.items() if not m.startswith("(")}, {}
-        for title, whats in SHOWN.items():
-            panels[f"{title}\nlines: retrained"] = {
-                STATES[what]: ({m: measured(models, what) for m, models in methods.items()},
-                               measured(found["(retrained)"], what)) for what in whats}
-        drawn.append(picture(stem.with_name(f"{stem.name}_attacks.png"), panels))
-    return drawn
+        methods = {m: models for m, models in found.items() if not m.startswith("(")}
+        pictures["attacks"] = {f"{title}\nlines: retrained": {
+            STATES[what]: ({m: measured(models, what) for m, models in methods.items()},
+                           measured(found.get("(retrained)", []), what))
+            for what in whats} for title, whats in SHOWN.items()}
+    return [picture(stem.with_name(f"{stem.name}_{name}.png"), panels) for name, panels in pictures.items()]
 
 
 def picture(path: Path, panels: dict) -> Path:
