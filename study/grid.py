@@ -138,8 +138,7 @@ def unlearn_job(study: Study, method: str, split: str, seed: int, hyper: dict) -
              "split": split, "seed": seed, "data": args.data, "epochs": base["epochs"],
              "eval_every": str(every), **{k: v for k, v in hyper.items() if k != "beta" or has_beta(method)}}
     s = {**base, **given}
-    key = run_key(s, study.task.fingerprint, Path(start.folder).name if start else base["start"],
-                  Path(retrained.folder).name)
+    key = run_key(s, study.task.fingerprint, start.name if start else base["start"], retrained.name)
     name = loss + "+rt" * (s["retain_weight"] > 0) + "+kl" * (s["kl_weight"] > 0)
     told = ("lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs")
     facts = {"kind": "unlearn", "method": name, "split": split, "seed": seed, **{k: s[k] for k in told},
@@ -159,8 +158,8 @@ def plan(study: Study) -> list[Job]:
     choice. Raises InputError where there are none."""
     args, jobs = study.args, {}
     for figure in args.figure:
-        splits, methods = ([x for x in some if x in wanted] for some, wanted in zip(
-            FIGURES[figure], (args.splits, args.methods), strict=True))
+        splits = [split for split in FIGURES[figure][0] if split in args.splits]
+        methods = [method for method in FIGURES[figure][1] if method in args.methods]
         for method in methods if splits else []:
             found, hyper = tuning(study, method)
             for split in splits:

@@ -116,37 +116,34 @@ def save(figure, path: Path) -> Path:
 
 
 def trade_off(study: dict, path: Path, columns: list) -> Path:
-    """Forget quality against utility at each method's peak, one panel a split."""
+    """Forget quality against utility, a panel a split: each method's point at its peak with the seeds' range,
+    the start and the retrained model."""
     figure, panels = canvas(1, len(columns), 5.2 * len(columns), 5.2)
     for axes, (split, named) in zip(panels[0], columns, strict=True):
-        trade_off_panel(axes, study, split, named)
+        runs = [r for _, own in named for r in own]
+        floor = floor_of([q for r in runs for q in (r[QUALITY][0], peak(r))])
+        for method, own in named:
+            color, _, marker = style(method)
+            x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
+            middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
+            x_error, y_error = ([[max(0, mean - min(values))], [max(0, max(values) - mean)]]
+                                for values, mean in zip((x, y), middle, strict=True))
+            axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color, markersize=7,
+                          markerfacecolor=color if "+" in method else "white", elinewidth=0.8, label=method)
+        start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", QUALITY))
+        axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10,
+                  label="fine-tuned start")
+        utilities = [m["model_utility"] for m in study["retrained"]
+                     if m["split"] == complement(split) and m.get("model_utility")]
+        if utilities:
+            axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan", markersize=14,
+                      label="retrained (p = 1)")
+        dual_axis(axes, study, split, floor)
+        axes.grid(alpha=0.25)
+        seeds = sorted({len(own) for _, own in named})
+        axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
+                 ylabel="forget quality at its peak", xlim=(-0.03, 1.08 * axes.get_xlim()[1]))
     return finish(figure, path)
-
-
-def trade_off_panel(axes, study: dict, split: str, named: list):
-    """Each method's point with the seeds' range, the start and the retrained model."""
-    runs = [r for _, own in named for r in own]
-    floor = floor_of([q for r in runs for q in (r[QUALITY][0], peak(r))])
-    for method, own in named:
-        color, _, marker = style(method)
-        x, y = [r["model_utility"][peak_at(r)] for r in own], [height(peak(r), floor) for r in own]
-        middle = statistics.mean(x), height(statistics.mean(map(peak, own)), floor)
-        x_error, y_error = ([[max(0, mean - min(values))], [max(0, max(values) - mean)]]
-                            for values, mean in zip((x, y), middle, strict=True))
-        axes.errorbar(*middle, xerr=x_error, yerr=y_error, fmt=marker, color=color, markersize=7,
-                      markerfacecolor=color if "+" in method else "white", elinewidth=0.8, label=method)
-    start, quality = (statistics.mean(r[key][0] for r in runs) for key in ("model_utility", QUALITY))
-    axes.plot(start, height(quality, floor), "P", color="tab:brown", markersize=10, label="fine-tuned start")
-    utilities = [m["model_utility"] for m in study["retrained"]
-                 if m["split"] == complement(split) and m.get("model_utility")]
-    if utilities:
-        axes.plot(statistics.mean(utilities), ABOVE, "*", color="tab:cyan", markersize=14,
-                  label="retrained (p = 1)")
-    dual_axis(axes, study, split, floor)
-    axes.grid(alpha=0.25)
-    seeds = sorted({len(own) for _, own in named})
-    axes.set(title=f"{split} (seeds: {'-'.join(map(str, seeds))})", xlabel="model utility",
-             ylabel="forget quality at its peak", xlim=(-0.03, 1.08 * axes.get_xlim()[1]))
 
 
 def evolution(study: dict, path: Path, columns: list, keys: tuple = (QUALITY, "model_utility")) -> Path:

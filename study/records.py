@@ -70,7 +70,7 @@ def open_study(args: Namespace) -> Study:
     study = Study(args, task, name, preset, {})
     start, path = grid.model_job(study, "full", 0), json_path(args)
     identity = {"data_fingerprint": task.fingerprint, "epochs": args.epochs or preset.epochs,
-                "start": Path(start.folder).name if start else Path(folder).name or preset.finetuned}
+                "start": start.name if start else Path(folder).name or preset.finetuned}
     known = read_study(path) if path.exists() else {"runs": [], "retrained": [], "failed": [], **identity}
     for key, value in identity.items():
         if known.get(key) != value:
