@@ -305,8 +305,7 @@ def load_models(args) -> tuple:
     where they differ in tokenizer or shape."""
     models, records, first = {}, {}, None
     for name in ("model", "start", "retrained"):
-        source = getattr(args, name)
-        if source:
+        if source := getattr(args, name):
             models[name], tokenizer, records[name], preset = load_named(source, f"--{name}")
             facts = {"another tokenizer": tokenizer.get_vocab(),
                      "other shapes": {key: tuple(x.shape) for key, x in models[name].state_dict().items()}}

@@ -16,7 +16,7 @@ from evaluation.logs import MIA, SHARPER, log_truth_ratio
 from study import grid
 from study.answers import kind, pairs_of, statistics_of
 from study.grid import Job, Study
-from support.errors import InputError
+from support.errors import InputError, refuse
 from support.files import write_json
 from support.provenance import environment, without_folders
 
@@ -60,11 +60,10 @@ def open_study(args: Namespace) -> Study:
     from models.presets import PRESETS
     from running.memory_plan import read_shape
     name, _, folder = args.model.partition("=")
-    if name not in PRESETS:
-        raise InputError(f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or "
-                         "PRESET=FOLDER: retraining needs to know the base model and its settings")
-    if name == "tiny" and folder:
-        raise InputError(f"--model {args.model}: the study makes its tiny models itself; leave {folder} out")
+    refuse({f"--model {args.model}: need one of the presets {', '.join(PRESETS)}, or PRESET=FOLDER: "
+            "retraining needs to know the base model and its settings": name not in PRESETS,
+            f"--model {args.model}: the study makes its tiny models itself; leave {folder} out":
+                name == "tiny" and folder})
     task, preset = load_task(args.data, grid.TUNING_SPLIT), PRESETS[name]
     shape = read_shape(Namespace(preset=name, start=folder, model=args.model), task.full)
     study = Study(args, task, name, preset, {})

@@ -76,19 +76,15 @@ def log_of(job: Job) -> Path:
 def ended(study: Study, job: Job, status: int, seconds: float) -> str:
     """Take down a job that has ended, or its failure: the others go on. What to say of it. A run that can't
     be compared with what is there has failed, too."""
-    why = ""
-    if status:
-        said = log_of(job).read_text(errors="replace").split("\n")
-        why = f"exit status {status}: {next((line for line in reversed(said) if line.strip()), '')[:300]}"
-    else:
+    try:
+        if status:
+            said = [line for line in log_of(job).read_text(errors="replace").split("\n") if line.strip()]
+            raise InputError(f"exit status {status}: {said[-1][:300] if said else ''}")
         facts = {"key": job.key, **job.facts, "seconds": round(seconds, 1)}
-        try:
-            records.keep(study, records.record(Path(job.folder), facts, study.args.data))
-        except InputError as error:
-            why = str(error)
-    if why:
-        study.known["failed"].append({"key": job.key, "name": job.name, "why": why})
-        return f"FAILED: {why}"
+        records.keep(study, records.record(Path(job.folder), facts, study.args.data))
+    except InputError as error:
+        study.known["failed"].append({"key": job.key, "name": job.name, "why": str(error)})
+        return f"FAILED: {error}"
     if job.needs:  # a hundred runs would fill the disk
         for part in ("checkpoints", "reference"):
             shutil.rmtree(Path(job.folder) / part, ignore_errors=True)
