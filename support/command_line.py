@@ -91,10 +91,8 @@ def run_command(main, name: str):
     except BrokenPipeError:  # whoever reads, such as head, has seen enough
         os._exit(128 + signal.SIGPIPE)
     except (OSError, SafetensorError) as error:  # no room, no right to write; or a torn file
-        cause = " ".join(str(error).split())
-        sentence, status = f"cannot write: {cause}; need a place with room and the right to write", 2
-        if "deserializing" in cause:
-            sentence = f"cannot read weights: {cause}; a .safetensors file is torn, bring it again"
+        sentence, status = (f"cannot write, or read what is torn ({cause_of(error)}); need a place with room "
+                            "and the right to write, or the file again"), 2
     except RuntimeError as error:
         sentence, status = "stopped, because another process has ended; it says why", 1
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which this file does not import
