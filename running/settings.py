@@ -38,14 +38,7 @@ def gigabytes(text: str) -> float:
 
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="train_npo.py", description=description)
-    add_objective(parser.add_argument_group("objective").add_argument)
-    add_data_and_model(parser.add_argument_group("data and model").add_argument)
-    add_training(parser.add_argument_group("training").add_argument)
-    add_run(parser.add_argument_group("the run").add_argument)
-    return parser
-
-
-def add_objective(add):
+    add = parser.add_argument_group("objective").add_argument
     add("--loss", default="npo", choices=OBJECTIVES, help="objective on the forget rows; sft fine-tunes")
     add("--split", help="rows to unlearn, forget01 to forget99 (default: forget10); with sft to learn: full "
                         "(default) or retainNN")
@@ -62,9 +55,7 @@ def add_objective(add):
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule")
-
-
-def add_data_and_model(add):
+    add = parser.add_argument_group("data and model").add_argument
     add("--model", default="tiny",
         help=f"preset ({', '.join(PRESETS)}), folder, Hub id, or PRESET=PATH, a folder or FILE.gguf")
     add("--data", default="builtin",
@@ -76,9 +67,7 @@ def add_data_and_model(add):
     add("--system-prompt", help="with --template chat: system turn before the question, kept with the model")
     add("--retain-log", help="evaluation log of a model retrained without the forget rows, for forget "
                              "quality (tiny: made on the spot)")
-
-
-def add_training(add):
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive(int), help="passes over the forget rows (default: the preset's)")
     add("--batch-size", type=positive(int), default=32, help="global batch, rows")
     add("--micro-batch-size", type=positive(int),
@@ -101,9 +90,7 @@ def add_training(add):
     add("--lora", type=positive(int), metavar="RANK",
         help="train adapters of this rank on every linear layer, and nothing else (needs peft)")
     add("--compile", action="store_true", help="compile each layer (needs a C++ compiler)")
-
-
-def add_run(add):
+    add = parser.add_argument_group("the run").add_argument
     add("--eval-every", type=evaluation_interval,
         help="epoch, step, a number of steps, end, or never (default: epoch; sft: end)")
     add("--keep", default="last", choices=("last", "best"),
@@ -119,6 +106,7 @@ def add_run(add):
     add("--gpus", type=positive(int),
         help="for --dry-run: processes, one a GPU (default: this command's own number)")
     add("--gpu-memory", type=gigabytes, metavar="80G", help="for --dry-run: memory of one GPU (default: 80G)")
+    return parser
 
 
 def resolve(given: dict, typed: dict | None = None) -> Namespace:
