@@ -23,10 +23,7 @@ class World(NamedTuple):
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
-        box = torch.tensor(number, device=self.device)
-        if self.size > 1:
-            dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return int(box)
+        return max(self.collect(number))
 
     def agree(self, value):
         """Process 0's value, on all."""
