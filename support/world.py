@@ -23,7 +23,10 @@ class World(NamedTuple):
 
     def most(self, number: int) -> int:
         """The largest of the processes' numbers."""
-        return max(self.collect(number))
+        box = torch.tensor(number, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
 
     def agree(self, value):
         """Process 0's value, on all."""
