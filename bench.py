@@ -24,6 +24,7 @@ Results: bench_MODEL.json and .md, the table. What is kept in results/ was made 
 
 import json
 import platform
+import subprocess
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,7 @@ def small_start(args: Namespace) -> str:
         flags = ["--resume", str(folder)] if folder.exists() else [
             "--loss", "sft", "--data", args.data, "--epochs", "3", "--eval-every", "never", "--device",
             args.device.type, "--out", str(folder)]
-        measure.train_npo(flags)
+        measure.train_npo(subprocess.check_call, flags)
     return f"tiny={folder / 'model'}"
 
 

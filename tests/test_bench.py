@@ -1,7 +1,9 @@
 """The benchmark's arithmetic, and that its opponents do the same work as the real code."""
 
+import subprocess
 from argparse import Namespace
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from conftest import FORKS
 from data.prompts import Encoded
 from models.loading import load_model
 from running.memory_plan import shape_of
+from running.settings import parse
 from train_npo import train
 
 
@@ -96,6 +99,22 @@ def test_a_case_of_memory_is_measured(args, monkeypatch):
     monkeypatch.setattr(opponents, "get_context", lambda kind: FORKS)
     with opponents.fresh_process() as ours, opponents.fresh_process() as theirs:
         assert ours(peak_of, args, 8, True) > 0 and theirs(peak_of, args, 8, False) > 0
+
+
+def test_the_tiny_model_is_trained_by_the_command_once(small_data, tmp_path, monkeypatch):
+    """An interrupted training is gone on with."""
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(subprocess, "check_call", lambda words, **_: begun.append(words[2:]))
+    args = Namespace(data=str(small_data), device=torch.device("cpu"))
+    model = bench.small_start(args).removeprefix("tiny=")
+    s = parse(begun[0])
+    assert (s.loss, s.split, s.epochs, s.data) == ("sft", "full", 3, str(small_data))
+    assert str(Path(s.out, "model")) == model
+    Path(s.out).mkdir(parents=True)
+    assert bench.small_start(args) == f"tiny={model}" and begun[1] == ["--resume", s.out]
+    Path(model).mkdir()
+    assert bench.small_start(args) == f"tiny={model}" and len(begun) == 2
 
 
 def test_the_table():
