@@ -107,7 +107,7 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study):
     args, known, jobs = study.args, study.known, grid.plan(study)
-    todo = records.missing(study, jobs)
+    todo = [job for job in records.missing(study, jobs) if not (Path(job.folder) / "model").is_dir()]
     lacking = [job for job in todo if job.needs]
     print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "

@@ -572,6 +572,18 @@ def test_what_is_in_the_json_is_not_made_again(study, capsys):
     assert set(records.complete(s)["chosen"]) == {"ga"}
 
 
+def test_what_is_finished_is_taken_down_and_not_planned(study, capsys):
+    s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
+    model, *_, run = [job for job in records.missing(s, grid.plan(s)) if job.given]
+    for job in (model, run):
+        Path(job.folder, "model").mkdir(parents=True)
+    workers.print_plan(s)
+    said = capsys.readouterr().out
+    assert "4 unlearning runs, 3 missing (1 wait" in said and "2 models to fine-tune or retrain first" in said
+    again = {job.key for job in records.missing(s, grid.plan(s))}  # their commands leave them as they are
+    assert {model.key, run.key} <= again
+
+
 def test_a_job_is_a_command_of_train_npo(study):
     """Begun with its flags, gone on with by its folder."""
     from running.settings import parse, resolve
