@@ -244,6 +244,13 @@ def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_pa
     assert result["relearn"]["model"]["states"][-1]["forget_quality"] is None
 
 
+def test_answered_questions_beyond_the_context_are_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(attacks, "SHOTS", 18)
+    with pytest.raises(InputError, match="with 18 answered ones .* context 512; leave prompts out"):
+        run(monkeypatch, tmp_path, *flags(models, "--out", "out"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("more,sentence", [
     (("--shares", 0), "must be positive"), (("--shares", 101), "at most 100"), (("--samples", 0), "positive"),
     (("--attacks", "steal"), "invalid choice"), (("--start", "OTHER"), "another tokenizer"),
