@@ -18,7 +18,9 @@ LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
 
 
 def command_of(job: Job) -> list[str]:
-    """What makes the job's run, or goes on with it where it was begun; a finished one is left as it is."""
+    """What makes the job's run, or goes on with it where it was begun."""
+    if (Path(job.folder) / "model").is_dir():  # finished, wherever and by whichever version
+        return [sys.executable, "-c", ""]
     if Path(job.folder).is_dir():
         return [sys.executable, str(TRAIN), "--resume", job.folder]
     given = {**job.given, "out": job.folder}
@@ -80,7 +82,7 @@ def ended(study: Study, job: Job, status: int, seconds: float) -> str:
         if status:
             said = [line for line in log_of(job).read_text(errors="replace").split("\n") if line.strip()]
             raise InputError(f"exit status {status}: {said[-1][:300] if said else ''}")
-        facts = {"key": job.key, **job.facts, "seconds": round(seconds, 1)}
+        facts = {"key": job.key, **job.facts, "seconds": round(seconds)}  # 0: it was there
         records.keep(study, records.record(Path(job.folder), facts, study.args.data))
     except InputError as error:
         study.known["failed"].append({"key": job.key, "name": job.name, "why": str(error)})

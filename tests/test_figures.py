@@ -572,7 +572,7 @@ def test_what_is_in_the_json_is_not_made_again(study, capsys):
     assert set(records.complete(s)["chosen"]) == {"ga"}
 
 
-def test_what_is_finished_is_taken_down_and_not_planned(study, capsys):
+def test_what_is_finished_is_taken_down_and_not_planned(study, capsys, monkeypatch):
     s = study("--figure", "8", "--methods", "ga", "--seeds", "1")
     model, *_, run = [job for job in records.missing(s, grid.plan(s)) if job.given]
     for job in (model, run):
@@ -580,8 +580,14 @@ def test_what_is_finished_is_taken_down_and_not_planned(study, capsys):
     workers.print_plan(s)
     said = capsys.readouterr().out
     assert "4 unlearning runs, 3 missing (1 wait" in said and "2 models to fine-tune or retrain first" in said
-    again = {job.key for job in records.missing(s, grid.plan(s))}  # their commands leave them as they are
-    assert {model.key, run.key} <= again
+    assert {model.key, run.key} <= {job.key for job in records.missing(s, grid.plan(s))}
+    monkeypatch.setattr(records, "record", lambda folder, facts, data: {**facts, "start_weights": "57a7"})
+    workers.execute(s, [model, run])  # a folder without config.json: nothing is asked of it
+    assert [r["key"] for r in s.known["retrained"] + s.known["runs"]] == [model.key, run.key]
+    assert not {model.key, run.key} & {job.key for job in records.missing(s, grid.plan(s))}
+    s.known["retrained"], s.known["runs"] = [], []
+    workers.ended(s, run, 0, 0.2)
+    assert workers.duration(s, [run]) == "time unknown before one has ended"  # it says nothing of others
 
 
 def test_a_job_is_a_command_of_train_npo(study):
