@@ -508,6 +508,17 @@ def recorded(study, *jobs, ks=0.3, utility=0.5):
     return study
 
 
+@pytest.mark.parametrize("end, factor", [(0, 0.5), (-1, 2.0)])
+def test_where_the_best_rate_stands_at_an_end_one_more_is_tried_beyond_it(study, end, factor):
+    s = study("--figure", "8", "--methods", "ga")
+    rates = sorted(grid.tuning(s, "ga")[0], key=lambda job: job.facts["lr"])
+    best = rates.pop(end)
+    s = recorded(recorded(s, *rates), best, ks=0.1)
+    known = {r["key"] for r in s.known["runs"]}
+    [further] = [job for job in grid.tuning(s, "ga")[0] if job.key not in known]
+    assert further.given["lr"] == pytest.approx(factor * best.facts["lr"])
+
+
 def test_hyper_parameters_come_first_and_then_what_depends_on_them(study):
     s = study("--figure", "8", "--methods", "npo+rt", "ga", "--seeds", "2")
     jobs = grid.plan(s)
