@@ -79,7 +79,7 @@ class Lab:
         """What the numbers depend on: two results with equal ones can stand in one file."""
         return {"weights": {name: weights_hash(lm) for name, lm in models.items()}, "data": self.task.source,
                 "data_fingerprint": self.task.fingerprint, "split": self.task.split,
-                "template": self.template, "rows": len(self.rows),
+                "template": self.template, "rows": len(self.rows), "sample_rows": SAMPLED_ROWS, "seed": SEED,
                 **{name: getattr(self.settings, name) for name in ("lr", "shares", "samples")}}
 
 
@@ -321,10 +321,14 @@ def read_result(path: Path, identity: dict) -> dict:
     """What was found before. Raises InputError where it is of other weights, rows or settings."""
     if not path.exists():
         return {"attacks": {}}
-    result = json.loads(read_text(path))
+    try:
+        result = json.loads(read_text(path))
+        known = {key: result["provenance"][key] for key in identity}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not what this command writes ({error}): give another --out") from None
     for key, value in identity.items():
-        if (known := result["provenance"].get(key)) != value:
-            raise InputError(f"{path} was made with {key} {known}, not {value}: give another --out")
+        if known[key] != value:
+            raise InputError(f"{path} was made with {key} {known[key]}, not {value}: give another --out")
     return result
 
 

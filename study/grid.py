@@ -73,6 +73,11 @@ class Job(NamedTuple):
         """Its folder's, and its log's."""
         return Path(self.folder).name
 
+    @property
+    def is_over(self) -> bool:
+        """Its result is in its folder, whoever made it."""
+        return (Path(self.folder) / "model").is_dir()
+
 
 # What needs PyTorch is imported in functions, since drawing does without.
 

@@ -92,7 +92,7 @@ def missing(study: Study, jobs: list) -> list[Job]:
     open_jobs = [job for job in jobs if job.key not in recorded | failed
                  and not any(need.key in failed for need in job.needs)]
     models = {need.key: need for job in open_jobs for need in job.needs
-              if need.key not in recorded or not (Path(need.folder) / "model").is_dir()}
+              if need.key not in recorded or not need.is_over}
     return list(models.values()) + open_jobs
 
 

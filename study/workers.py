@@ -18,8 +18,8 @@ LIBRARIES = 0.6e9  # bytes that Python and PyTorch take
 
 
 def command_of(job: Job) -> list[str]:
-    """What makes the job's run, or goes on with it where it was begun."""
-    if (Path(job.folder) / "model").is_dir():  # finished, wherever and by whichever version
+    """What makes the job's run, or goes on with it where it was begun; of one that is over, nothing."""
+    if job.is_over:  # wherever and by whichever version
         return [sys.executable, "-c", ""]
     if Path(job.folder).is_dir():
         return [sys.executable, str(TRAIN), "--resume", job.folder]
@@ -94,7 +94,7 @@ def ended(study: Study, job: Job, status: int, seconds: float) -> str:
 
 
 def duration(study: Study, jobs: list) -> str:
-    """Where each takes as long as the study's own did on average."""
+    """In words, if each takes as long as the study's own did on average."""
     timed = [r["seconds"] for r in study.known["runs"] + study.known["retrained"] if r.get("seconds")]
     if not timed:
         return "time unknown before one has ended"
@@ -109,7 +109,7 @@ def clock(seconds: float) -> str:
 
 def print_plan(study: Study):
     args, known, jobs = study.args, study.known, grid.plan(study)
-    todo = [job for job in records.missing(study, jobs) if not (Path(job.folder) / "model").is_dir()]
+    todo = [job for job in records.missing(study, jobs) if not job.is_over]
     lacking = [job for job in todo if job.needs]
     print(f"together {len(jobs)} unlearning runs, {len(lacking)} missing "
           f"({sum(j.given is None for j in todo)} wait for a choice of hyper-parameters), and "

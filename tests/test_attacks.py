@@ -228,6 +228,11 @@ def test_the_command_writes_goes_on_and_refuses_other_weights(models, tmp_path, 
     with pytest.raises(InputError, match="was made with shares"):
         run(monkeypatch, tmp_path, *words, "--shares", 20, 50)
     assert file.read_bytes() == before
+    for other, said in ((b"{}", "is not what this command"), (b"torn", "is not what this command"),
+                        (before.replace(b'"seed": 0', b'"seed": 1'), "was made with seed 1")):
+        file.write_bytes(other)
+        with pytest.raises(InputError, match=said):
+            run(monkeypatch, tmp_path, *words)
 
 
 def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_path, monkeypatch, capsys):
