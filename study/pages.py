@@ -59,8 +59,8 @@ def section(name: str, study: dict, folder: Path) -> list[str]:
                     [[*origin, runs] for origin, runs in origins.most_common()]),
              *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]], "", "### Verdicts", "",
              *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
-                    [[LESSONS.get(v["key"], ""), v["claim"], verdicts.ANSWER[v["holds"]],
-                      verdicts.numbers_of(v)] for v in verdicts.verdicts(study)]), ""]
+                    [[LESSONS.get(v["key"], ""), v["claim"], verdicts.answer(v), verdicts.numbers_of(v)]
+                     for v in verdicts.verdicts(study)]), ""]
     tables = {key: runs_table(["split", "runs"], [
         ([title, label], runs) for title, named in columns_of(study, key.removeprefix("figure"))
         for label, runs in named]) for key in ("figure5", "figure9", "retain-weight", "beyond10")}

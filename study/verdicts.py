@@ -272,6 +272,17 @@ def verdicts(study: dict) -> list[dict]:
 ANSWER = {True: "holds", False: "does not hold", "undecided": "undecided"}
 
 
+def answer(v: dict) -> str:
+    """Whether a claim holds; of each split by itself where these answer differently."""
+    splits = {}
+    for t in v["tests"]:  # what a test is of begins with its split
+        splits.setdefault(t["what"][:len("forget10")], []).append(t["holds"])
+    found = {split: min(holds, key=RANK.get) for split, holds in splits.items()}
+    if len(set(found.values())) == 1:
+        return ANSWER[v["holds"]]
+    return ", ".join(f"{split}: {ANSWER[holds]}" for split, holds in found.items())
+
+
 def scale(study: dict) -> str:
     size = study["parameters"]
     return f"{study['model']} ({size / 1e6:.2g} M parameters), {study['data']}, {study['epochs']} epochs"
@@ -295,4 +306,4 @@ def numbers_of(v: dict) -> str:
 def line(v: dict) -> str:
     """One verdict in one line."""
     seeds = max(t["seeds"] for t in v["tests"])
-    return f"{v['claim']}: {ANSWER[v['holds']]} ({numbers_of(v)}) [{seeds} seeds]"
+    return f"{v['claim']}: {answer(v)} ({numbers_of(v)}) [{seeds} seeds]"

@@ -260,6 +260,7 @@ def test_a_verdicts_line_has_its_numbers():
     assert verdicts.scale(hand_made_study()) == "tiny (0.9 M parameters), builtin, 10 epochs"
     false = verdicts.verdicts(hand_made_study(change=BENT["beyond10"][0]))[10]
     assert "forget20 npo+rt: peak log10 forget quality -9" in verdicts.line(false)
+    assert verdicts.answer(false) == "forget20: does not hold, forget30: holds"
 
 
 @pytest.mark.parametrize("seeds", (2, 3, 5, 10))
