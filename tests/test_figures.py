@@ -369,7 +369,7 @@ def test_a_legend_names_what_only_one_panel_has(monkeypatch):
 
 
 @pytest.mark.parametrize("name,labels", [("builtin_starts", {"npo+rt seed 0", "npo+rt seed 5"}),
-                                         ("smollm2_forget10", {"npo+rt beta 0.05 retain weight 5", "npo"})])
+                                         ("smollm2_forget10_tried", {"npo+rt beta 0.03 retain weight 10"})])
 def test_single_runs_of_one_method_are_named_by_what_differs(name, labels, monkeypatch):
     runs = json.loads((ROOT / "results" / f"{name}.json").read_text())["runs"]
     monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
@@ -378,7 +378,7 @@ def test_single_runs_of_one_method_are_named_by_what_differs(name, labels, monke
 
 
 def test_single_runs_that_differ_in_any_setting_have_lines_and_rows_of_their_own(monkeypatch):
-    runs = json.loads((ROOT / "results" / "smollm2_forget10.json").read_text())["runs"][:1] * 2
+    runs = json.loads((ROOT / "results" / "builtin_starts.json").read_text())["runs"][:1] * 2
     runs = [{**run, "kl_direction": way} for run, way in zip(runs, ("ours", "theirs"), strict=True)]
     monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
     figure = pictures.single_runs(runs, Path("x"))
