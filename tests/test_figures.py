@@ -369,7 +369,8 @@ def test_a_legend_names_what_only_one_panel_has(monkeypatch):
 
 
 @pytest.mark.parametrize("name,labels", [("builtin_starts", {"npo+rt seed 0", "npo+rt seed 5"}),
-                                         ("smollm2_forget10_tried", {"npo+rt beta 0.03 retain weight 10"})])
+                                         ("smollm2_forget10_tried", {"npo+rt beta 0.03 retain weight 10"}),
+                                         ("smollm2_forget10", {"ga+rt retain weight 10", "npo"})])
 def test_single_runs_of_one_method_are_named_by_what_differs(name, labels, monkeypatch):
     runs = json.loads((ROOT / "results" / f"{name}.json").read_text())["runs"]
     monkeypatch.setattr(pictures, "save", lambda figure, path: figure)
