@@ -66,25 +66,25 @@ def sent(x: Tensor, device) -> Tensor:
 
 
 class TokenBatch(NamedTuple):
-    """R texts in S sequences, padded at the end to T tokens, and where their N answer tokens are predicted.
+    """R texts in S lines, padded at the end to T tokens, and where their N answer tokens are predicted.
 
-    ids (S, T); sequences, positions, targets, rows (N,): hidden[sequences, positions] predicts targets, which
-    are tokens of the texts `rows`, in the texts' order. A sequence holds several prompts (`prompts`, (S, T)),
-    each once (its `branches` 0) with its answers behind it (1, 2 ..); `order` are places in the text.
+    ids (S, T); lines, columns, targets, texts (N,): hidden[lines, columns] predicts targets, which are tokens
+    of these texts, in the texts' order. A line holds several prompts (`prompts`, (S, T)), each once (its
+    `branches` 0) with its answers behind it (1, 2 ..); `position_ids` count within a text.
     """
     ids: Tensor
-    sequences: Tensor
-    positions: Tensor
+    lines: Tensor
+    columns: Tensor
     targets: Tensor
-    rows: Tensor
+    texts: Tensor
     answer_tokens: Tensor  # (R,)
     prompts: Tensor
     branches: Tensor
-    order: Tensor
+    position_ids: Tensor
 
     def per_text(self, values: Tensor) -> Tensor:
         """Sums over each text's answer tokens, (R,). values (N,), or of the first texts: 0 elsewhere."""
-        return values.new_zeros(len(self.answer_tokens)).index_add(0, self.rows[:len(values)], values)
+        return values.new_zeros(len(self.answer_tokens)).index_add(0, self.texts[:len(values)], values)
 
     def attention(self, dtype) -> dict:
         """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
@@ -95,15 +95,15 @@ class TokenBatch(NamedTuple):
         sees = (same_prompt & (in_prompt | same_answer)).tril()
         mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
         mask = mask.masked_fill_(~sees, torch.finfo(dtype).min)
-        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.order}
+        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.position_ids}
 
 
-PACKED_TOKENS = 384  # the most in a sequence of several prompts: attention's cost grows with the square
-ATTENTION_TOKENS = 600  # in so long a sequence attention costs about as much as all else
+PACKED_TOKENS = 384  # the most in a line of several prompts: attention's cost grows with the square
+ATTENTION_TOKENS = 600  # in so long a line attention costs about as much as all else
 
 
 def packed_tokens(encoded: list) -> int:
-    """Tokens that texts of ONE prompt take in a sequence."""
+    """Tokens that texts of ONE prompt take in a line."""
     return encoded[0].start + sum(e.answer_tokens for e in encoded)
 
 
@@ -120,33 +120,33 @@ def within(lengths: list, budget: int) -> list[list[int]]:
 
 
 def pack(lengths: list) -> list[list[int]]:
-    """Places of `lengths`, the longest first to the emptiest of as many sequences as cost the least."""
+    """Places of `lengths`, the longest first to the emptiest of as many lines as cost the least."""
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     most = max(1, sum(lengths) // max(lengths))
     best, least = None, math.inf
     for count in range(min(most, math.ceil(sum(lengths) / PACKED_TOKENS)), most + 1):
-        sequences, filled = [[] for _ in range(count)], [0] * count
+        lines, filled = [[] for _ in range(count)], [0] * count
         for i in longest_first:
             emptiest = filled.index(min(filled))
-            sequences[emptiest].append(i)
+            lines[emptiest].append(i)
             filled[emptiest] += lengths[i]
         cost = count * max(filled) * (1 + max(filled) / ATTENTION_TOKENS)
         if cost < least:
-            best, least = sequences, cost
+            best, least = lines, cost
     return best
 
 
 def collate(encoded: list, pad_id: int, device="cpu", in_one: bool = False) -> TokenBatch:
-    """Encoded texts -> TokenBatch with hardly a pad token: several lie in one sequence (`in_one`: all) and do
-    not see each other, and a prompt that several answer stands there once."""
+    """Encoded texts -> TokenBatch with hardly a pad token: several lie in one line (`in_one`: all) and do not
+    see each other, and a prompt that several answer stands there once."""
     by_prompt = {}  # prompt -> places of the texts that answer it
     for place, e in enumerate(encoded):
         by_prompt.setdefault(tuple(e.ids[:e.start]), []).append(place)
     groups = list(by_prompt.items())
     lengths = [packed_tokens([encoded[i] for i in places]) for _, places in groups]
-    sequences = []  # of each token (id, prompt, branch, place in its text)
-    predicting = [None] * len(encoded)  # of a text: its sequence, and the positions that predict its answer
-    for s, packed in enumerate([range(len(groups))] if in_one else pack(lengths)):
+    lines = []  # of each token (id, prompt, branch, place in its text)
+    predicting = [None] * len(encoded)  # of a text: its line, and the columns that predict its answer
+    for line, packed in enumerate([range(len(groups))] if in_one else pack(lengths)):
         tokens = []
         for g in packed:
             prompt, places = groups[g]
@@ -154,17 +154,17 @@ def collate(encoded: list, pad_id: int, device="cpu", in_one: bool = False) -> T
             last = len(tokens) - 1  # the prompt's last token predicts the first of every answer
             for branch, i in enumerate(places, 1):
                 answer = encoded[i].ids[len(prompt):]
-                predicting[i] = s, [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
+                predicting[i] = line, [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
                 tokens += [(token, g, branch, at) for at, token in enumerate(answer, len(prompt))]
-        sequences.append(tokens)
-    width = max(map(len, sequences))
-    padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in sequences]
-    ids, prompts, branches, order = torch.tensor(np.array(padded).transpose(2, 0, 1))
+        lines.append(tokens)
+    width = max(map(len, lines))
+    padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in lines]
+    ids, prompts, branches, position_ids = torch.tensor(np.array(padded).transpose(2, 0, 1))
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     batch = TokenBatch(
-        ids=ids, sequences=torch.tensor([s for s, _ in predicting]).repeat_interleave(answer_tokens),
-        positions=torch.tensor([at for _, positions in predicting for at in positions]),
+        ids=ids, lines=torch.tensor([line for line, _ in predicting]).repeat_interleave(answer_tokens),
+        columns=torch.tensor([column for _, columns in predicting for column in columns]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        rows=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
-        prompts=prompts, branches=branches, order=order)
+        texts=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
+        prompts=prompts, branches=branches, position_ids=position_ids)
     return TokenBatch(*(sent(x, device) for x in batch))

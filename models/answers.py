@@ -1,7 +1,7 @@
 """log pi(answer | prompt), the one thing that unlearning asks of a language model, and K against a reference.
 
 Only hidden states at answer positions meet the LM head, a chunk of tokens at a time: logits of every token,
-(S, T, V), never exist. Shapes: S sequences of T tokens; N answer tokens; H hidden size, V vocabulary.
+(S, T, V), never exist. Shapes: S lines of T tokens; N answer tokens; H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,10 @@ LEAST_VARIANCE = 1e-6  # square nats, of log pi under the model's own distributi
 class Span(NamedTuple):
     """So many answer tokens of a batch, one behind the other, and what is asked of them."""
     tokens: int
-    # Of the policy's logits (n, V), targets (n,), and the reference's logits if there are `states`: (n,), or
+    # Of the policy's logits (n, V), targets (n,), and where there is a `reference` its logits: (n,), or
     # several, (k, n). By default log pi.
     values: Callable[..., Tensor] = token_logps
-    states: tuple[Tensor, Tensor] | None = None  # the reference's hidden states (tokens, H), its head (V, H)
+    reference: tuple[Tensor, Tensor] | None = None  # its hidden states (tokens, H) and its head (V, H)
 
 
 class AnswerModel(nn.Module):
@@ -49,7 +49,7 @@ class AnswerModel(nn.Module):
         """Last hidden states where the answers' tokens are predicted, (N, H)."""
         inputs = batch.attention(self.lm.dtype)
         states = self.lm.base_model(input_ids=batch.ids, use_cache=False, **inputs).last_hidden_state
-        return states[batch.sequences, batch.positions]
+        return states[batch.lines, batch.columns]
 
     def next_logits(self, **inputs) -> Tensor:
         """Logits of the token that follows each sequence, (S, V), as the model itself computes them."""
@@ -88,22 +88,22 @@ def answer_values(hidden: Tensor, weight: Tensor, targets: Tensor,
     device, spans, values = hidden.device.type, spans or [Span(len(hidden))], []
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, weight, tokens = hidden.to(dtype), weight.to(dtype), [span.tokens for span in spans]
-    for span, states, some in zip(spans, hidden.split(tokens), targets.split(tokens), strict=True):
-        factors = [(states, weight)]
-        if span.states:
-            factors.append([x.to(dtype) for x in span.states])
-        values.append(in_chunks(span.values, some, factors))
+    for span, own, some in zip(spans, hidden.split(tokens), targets.split(tokens), strict=True):
+        states_and_heads = [(own, weight)]
+        if span.reference:
+            states_and_heads.append([x.to(dtype) for x in span.reference])
+        values.append(in_chunks(span.values, some, states_and_heads))
     return values
 
 
-def in_chunks(values: Callable, targets: Tensor, factors: list) -> Tensor:
-    """`values` of logits, products of the `factors`, which never exist for more than a chunk of tokens."""
-    size = chunk_tokens(len(factors[0][1]))
+def in_chunks(values: Callable, targets: Tensor, states_and_heads: list) -> Tensor:
+    """`values` of the policy's logits and the reference's, which exist for a chunk of tokens at a time."""
+    size = chunk_tokens(len(states_and_heads[0][1]))
     chunks = [slice(at, at + size) for at in range(0, len(targets), size)]
 
     def logits_of(chunk: slice) -> list[Tensor]:
         with torch.autocast(targets.device.type, enabled=False):
-            return [linear(states[chunk], weight) for states, weight in factors]
+            return [linear(states[chunk], head) for states, head in states_and_heads]
 
     def of_logits(chunk: slice, logits: list) -> Tensor:
         return values(logits[0], targets[chunk], *logits[1:])

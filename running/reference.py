@@ -20,7 +20,7 @@ from running.plan import Plan
 from support.errors import InputError
 from support.world import World
 
-NUMBERS = ("answers", "refusals", *(f"scored/{name}" for name in scoring.MIA_SETS))  # log pi_ref a text
+SUMS = ("answers", "refusals", *(f"scored/{name}" for name in scoring.MIA_SETS))  # log pi_ref of each text
 
 
 class Reference:
@@ -36,7 +36,7 @@ class Reference:
                 raise InputError(f"{path} is stale: it was made from other weights, data, template or "
                                  f"precision (mark {made_for}, now {mark}); start a new run")
             self.file_of.update(dict.fromkeys(file.keys(), file))
-        self.answers, refusals, *self.scored = (self[name] for name in NUMBERS)
+        self.answer_sums, refusals, *self.scored = (self[name] for name in SUMS)
         self.refusals = dict(zip(plan.refusals, refusals, strict=False))  # none where none are compared
 
     def __getitem__(self, key: str) -> Tensor:
@@ -44,7 +44,7 @@ class Reference:
 
     def answer_logps(self, items: list[Item]) -> Tensor:
         """log pi_ref of the rows' own answers, (B,)."""
-        return sent(self.answers[[i.row for i in items]], self.device)
+        return sent(self.answer_sums[[i.row for i in items]], self.device)
 
     def refusal_logps(self, items: list[Item]) -> Tensor:
         """log pi_ref of the rows' refusals, (B,)."""
@@ -84,7 +84,7 @@ def reference_pass(s: Namespace, model: AnswerModel, plan: Plan, prepared: scori
     takes, tensors, of_tokens = set(plan.objective.takes), {}, {}
     answers = plan.answers if takes & {"reference_logps", "reference_token_logps"} else []
     refusals = plan.refusals.values() if takes & {"reference_refusal_logps", "kl_baseline"} else []
-    for name, some in zip(NUMBERS, (answers, refusals, *scored), strict=True):
+    for name, some in zip(SUMS, (answers, refusals, *scored), strict=True):
         logps, of_tokens[name] = scoring.logps_of_texts(model, [*some], batch_size, plan.pad, world)
         tensors[name] = logps.cpu()
     if "reference_token_logps" in takes:

@@ -169,7 +169,7 @@ def test_in_16_bits_rounding_passes_and_a_leak_does_not(tokenizer, rows, tmp_pat
     check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "bf16", ALONE)
     with pytest.raises(InputError, match="see each other"):
         check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "fp32", ALONE)
-    monkeypatch.setattr(TokenBatch, "attention", lambda self, dtype: {"position_ids": self.order})
+    monkeypatch.setattr(TokenBatch, "attention", lambda self, dtype: {"position_ids": self.position_ids})
     with pytest.raises(InputError, match="see each other"):
         check_model(AnswerModel(lm), texts, tokenizer.eos_token_id, "FOLDER", "bf16", ALONE)
 

@@ -204,7 +204,7 @@ def test_collate_predicts_each_answer_token_from_the_one_before(tokenizer):
     assert batch.answer_tokens.tolist() == [e.answer_tokens for e in encoded]
     assert batch.targets.tolist() == [i for e in encoded for i in e.ids[e.start:]]
     before = [i for e in encoded for i in e.ids[e.start - 1:-1]]
-    assert batch.ids[batch.sequences, batch.positions].tolist() == before
+    assert batch.ids[batch.lines, batch.columns].tolist() == before
     assert batch.ids.eq(tokenizer.pad_token_id).sum() == batch.ids.numel() - sum(len(e.ids) for e in encoded)
 
 

@@ -97,7 +97,7 @@ def test_chunks_change_no_loss_on_logits(small_chunks, loss, with_kl):
     def whole(hidden, weight):
         logits, theirs = linear(hidden, weight), linear(reference[0].new_ones(F, H), reference[1])
         kl = kl_loss(logits[N - M:], linear(*reference)) if with_kl else logits.new_zeros(0)
-        first = asked.values(logits[:F], targets[:F], *([theirs] if asked.states else []))
+        first = asked.values(logits[:F], targets[:F], *([theirs] if asked.reference else []))
         return torch.cat([first, token_logps(logits[F:], targets[F:])]), kl
     chunked = in_spans(targets, states, first=[asked])
     for a, b in zip(values_and_gradients(whole, hidden, weight),

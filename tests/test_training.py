@@ -52,7 +52,7 @@ def padded(width: int, encoded: list, pad: int, device):
     batch = collate(encoded, pad, device)
     more = (0, max(0, width - batch.ids.shape[1]))
     return batch._replace(ids=F.pad(batch.ids, more, value=pad), prompts=F.pad(batch.prompts, more, value=-1),
-                          branches=F.pad(batch.branches, more), order=F.pad(batch.order, more))
+                          branches=F.pad(batch.branches, more), position_ids=F.pad(batch.position_ids, more))
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_reference_cache_has_what_token_losses_ask_for(settings, tmp_path):
                                                    ("dpo", 20, True), ("kto", 20, True)])
 def test_the_reference_pass_computes_what_the_loss_compares(settings, tmp_path, loss, answers, refusals):
     _, plan, reference, _ = prepared_step(settings(loss=loss), tmp_path)
-    assert len(reference.answers) == answers
+    assert len(reference.answer_sums) == answers
     assert reference.refusals.keys() == (plan.refusals.keys() if refusals else set())
 
 
