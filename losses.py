@@ -19,8 +19,10 @@ is D(policy || reference) by default (theirs is the other direction). KTO is in 
 `kto_loss`.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -55,8 +57,7 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_loss(policy_logps: Tensor) -> Tensor:
-    """-log pi_theta(y|x), (B,), nats a sequence: the retain loss RT, FG and IDK (Section 2), and
-    fine-tuning."""
+    """-log pi_theta, nats, (B,) or of tokens (N,): the retain loss RT, FG and IDK (Section 2), and sft."""
     return -policy_logps
 
 
@@ -146,16 +147,17 @@ def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "p
 # ---------------------------------------------------------------- newer objectives, per answer token
 
 # Published as means over the forget answers' tokens. p = pi_theta(y_t|..), q = pi_ref(y_t|..); no gradient
-# flows through a weight or a target. Where published implementations differ: docs/beyond.md.
+# flows through a weight or a target. Defaults are the published ones; where implementations differ:
+# docs/beyond.md.
 
-def wga_loss(policy_token_logps: Tensor, beta: float) -> Tensor:
+def wga_loss(policy_token_logps: Tensor, beta: float = 1.0) -> Tensor:
     """p^beta log p, (N,): gradient ascent with a weight that vanishes on what is forgotten (WGA, Wang et al.
     2025, arXiv 2502.19301)."""
     _check(beta, policy_token_logps)
     return (beta * policy_token_logps.detach().clamp(max=0)).exp() * policy_token_logps
 
 
-def satimp_loss(policy_token_logps: Tensor, beta: float, beta2: float) -> Tensor:
+def satimp_loss(policy_token_logps: Tensor, beta: float = 5.0, beta2: float = 1.0) -> Tensor:
     """p^beta (1 - p)^beta2 log p, (N,): saturation times importance (SatImp, Yang et al. 2025, arXiv
     2505.11953; beta and beta2 are its beta_1 and beta_2)."""
     _check(beta, policy_token_logps)
@@ -164,7 +166,7 @@ def satimp_loss(policy_token_logps: Tensor, beta: float, beta2: float) -> Tensor
     return (beta * logps).exp() * (-logps.expm1()) ** beta2 * policy_token_logps
 
 
-def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: float) -> Tensor:
+def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: float = 4.0) -> Tensor:
     """2 p^beta / (p^beta + q^beta) log p, (N,): NPO's weight W (Eq. 5) of a token in place of a sequence
     (TNPO, Wang et al. 2025, arXiv 2502.19301). log p where the policy is the reference."""
     return npo_weight(policy_token_logps, reference_token_logps, beta).detach() * policy_token_logps
@@ -178,7 +180,8 @@ def ceu_loss(policy_logits: Tensor, targets: Tensor) -> Tensor:
     return undial_loss(policy_logits, policy_logits, targets, beyond_every_logit)
 
 
-def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor, beta: float) -> Tensor:
+def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor,
+                beta: float = 10.0) -> Tensor:
     """-sum_v r_v log p_v, (N, V), (N, V) and (N,) -> (N,), r = softmax(z_ref - beta 1[v = target]): the
     reference's distribution with the target made less likely (UNDIAL, Dong et al. 2024, arXiv 2402.10052)."""
     _check(beta, policy_logits, reference_logits)
@@ -198,18 +201,23 @@ def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor
 COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
             "kl_baseline", "policy_token_logps", "reference_token_logps", "policy_logits", "reference_logits",
             "targets")
+signature = cache(inspect.signature)  # asked in every step
 
 
 class Objective(NamedTuple):
-    """A loss on the forget rows, and what it needs. Nothing else asks which loss it is."""
+    """A loss on the forget rows. Its arguments' names say what it needs: of COMPUTED, or a setting, such as
+    beta, whose default wins over the preset's. Nothing else asks which loss it is."""
     loss: Callable[..., Tensor]  # one value a sequence (B,) or answer token (N,), never their mean
-    takes: tuple[str, ...]  # its arguments, in its order: names of COMPUTED, and settings such as beta
+    given: dict[str, str] = {}  # an argument's name -> what it is given, where that is called otherwise
     mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
-    at_reference: float | None = None  # beta times its value where the policy is the reference
+    at_reference: float | None = None  # its value where the policy is the reference, times beta if it has one
     weight: Callable[..., Tensor] | None = None  # W, 1 at the reference: of the same arguments as the loss
-    published: dict[str, float] = {}  # settings that win over the preset's where no flag gives them
     skips: int = 0  # an answer's first tokens that the loss passes over
     alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return tuple(self.given.get(name, name) for name in signature(self.loss).parameters)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -217,9 +225,9 @@ class Objective(NamedTuple):
         return tuple(name for name in self.takes if name not in COMPUTED)
 
     @property
-    def with_answer(self) -> bool:
-        """The policy runs forward on the row's own answer."""
-        return any(name in self.takes for name in ("policy_logps", "policy_token_logps", "policy_logits"))
+    def defaults(self) -> dict[str, float]:
+        arguments = signature(self.loss).parameters
+        return {name: own.default for name, own in arguments.items() if own.default is not own.empty}
 
     @property
     def needs_refusals(self) -> bool:
@@ -227,23 +235,19 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES = {
-    "sft": Objective(nll_loss, ("policy_logps",), mean="tokens"),
-    "ga": Objective(ga_loss, ("policy_logps",), mean="tokens"),
-    "idk": Objective(nll_loss, ("refusal_logps",), mean="tokens"),
-    "dpo": Objective(dpo_loss,
-                     ("refusal_logps", "policy_logps", "reference_refusal_logps", "reference_logps", "beta"),
-                     at_reference=math.log(2), alternatives=True),
-    "kto": Objective(kto_loss, ("policy_logps", "reference_logps", "kl_baseline", "beta"),
-                     at_reference=2 * math.log(2)),
-    "npo": Objective(npo_loss, ("policy_logps", "reference_logps", "beta"), at_reference=2 * math.log(2),
-                     weight=npo_weight),
-    "simnpo": Objective(simnpo_loss, ("policy_logps", "answer_lengths", "beta", "gamma")),
-    "wga": Objective(wga_loss, ("policy_token_logps", "beta"), mean="tokens", published={"beta": 1.0}),
-    "satimp": Objective(satimp_loss, ("policy_token_logps", "beta", "beta2"), mean="tokens",
-                        published={"beta": 5.0, "beta2": 1.0}),
-    "tnpo": Objective(tnpo_loss, ("policy_token_logps", "reference_token_logps", "beta"), mean="tokens",
-                      weight=npo_weight, published={"beta": 4.0}),
-    "ceu": Objective(ceu_loss, ("policy_logits", "targets"), mean="tokens", skips=1),
-    "undial": Objective(undial_loss, ("policy_logits", "reference_logits", "targets", "beta"), mean="tokens",
-                        published={"beta": 10.0}),
+    "sft": Objective(nll_loss, mean="tokens"),
+    "ga": Objective(ga_loss, mean="tokens"),
+    "idk": Objective(nll_loss, {"policy_logps": "refusal_logps"}, mean="tokens"),
+    "dpo": Objective(dpo_loss, {
+        "policy_chosen_logps": "refusal_logps", "policy_rejected_logps": "policy_logps",
+        "reference_chosen_logps": "reference_refusal_logps", "reference_rejected_logps": "reference_logps"},
+        at_reference=math.log(2), alternatives=True),
+    "kto": Objective(kto_loss, at_reference=2 * math.log(2)),
+    "npo": Objective(npo_loss, at_reference=2 * math.log(2), weight=npo_weight),
+    "simnpo": Objective(simnpo_loss),
+    "wga": Objective(wga_loss, mean="tokens"),
+    "satimp": Objective(satimp_loss, mean="tokens"),
+    "tnpo": Objective(tnpo_loss, mean="tokens", weight=npo_weight),
+    "ceu": Objective(ceu_loss, mean="tokens", skips=1),
+    "undial": Objective(undial_loss, mean="tokens"),
 }

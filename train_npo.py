@@ -30,10 +30,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.batches import collate
+from data.batches import Item, collate
 from data.tofu import Task, complement
 from evaluate_tofu import compute_metrics
 from evaluation.scoring import logps_of_texts
@@ -61,19 +61,21 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
     """L_forget of each sequence, (B,), or answer token, (N,), from what is `known` of the batch."""
-    values = plan.objective.loss(*(known[name] for name in plan.objective.takes))
-    assert values.ndim == 1, "a loss returns one value a sequence or token, not their mean"
+    given = [known[name] for name in plan.objective.takes]
+    values = plan.objective.loss(*given)
+    one_each = {x.shape[:1] for x in given if torch.is_tensor(x) and x.ndim > 0}
+    assert {values.shape} == one_each, f"need one value a sequence or token, got {tuple(values.shape)}"
     return values
 
 
-def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Reference | None,
+def loss_sums(s: Namespace, policy: nn.Module, plan: Plan, items: list[Item], reference: Reference | None,
               counts: Counts, kl_baseline: Tensor, device) -> dict:
-    """A micro-batch's summands of the global batch's losses (names: PARTS), each already divided by the
-    whole batch's count, so that they add up over micro-batches and processes."""
+    """A micro-batch's summands of the global batch's loss, its parts and W, each already divided by the whole
+    batch's count, so that they add up over micro-batches and processes. policy: an AnswerModel, or DDP's."""
     objective, share = plan.objective, 1.0
     if not items:  # no row is left: one without weight meets the others in the last backward pass
         items, share = plan.stream[0][:1], 0.0
-    texts, own, rows = plan.texts(items), plan.counts(items), [i.row for i in items]
+    texts, micro_counts, rows = plan.texts(items), plan.counts(items), [i.row for i in items]
     batch = collate(sum(texts, []), plan.pad, device)  # answers, refusals, retain answers, in this order
     settings = {name: getattr(s, name) for name in objective.settings}
     on_logits = "policy_logits" in objective.takes
@@ -83,20 +85,20 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
                                   "targets": targets, **settings})
 
     def logps_and_kl(logits, targets, *reference_logits):  # (1, n), or with a reference (2, n)
-        kls = [kl_loss(logits, known, s.kl_direction) for known in reference_logits]
+        kls = [kl_loss(logits, theirs, s.kl_direction) for theirs in reference_logits]
         return torch.stack([token_logps(logits, targets), *kls])
 
     states = reference.states("forget", rows) if "reference_logits" in objective.takes else None
-    values = loss_of_logits if on_logits else token_logps
-    spans = [Span(len(batch.targets) - own.retain_tokens, values, states)]
+    asked = loss_of_logits if on_logits else token_logps
+    spans = [Span(len(batch.targets) - micro_counts.retain_tokens, asked, states)]
     if plan.partners:
         states = reference.states("retain", [i.partner for i in items]) if s.kl_weight > 0 else None
-        spans.append(Span(own.retain_tokens, logps_and_kl, states))
-    token_values, *retain_values = policy(batch, spans)
-    answer_logps, refusal_logps, _ = batch.per_text(token_values).split([len(some) for some in texts])
+        spans.append(Span(micro_counts.retain_tokens, logps_and_kl, states))
+    token_values, *of_retain = policy(batch, spans)
+    answer_logps, refusal_logps, _zeros = batch.per_text(token_values).split([len(some) for some in texts])
 
     known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
-             "policy_token_logps": token_values[:own.forget_tokens], "kl_baseline": kl_baseline,
+             "policy_token_logps": token_values[:micro_counts.forget_tokens], "kl_baseline": kl_baseline,
              "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
     if "reference_token_logps" in objective.takes:
         known["reference_token_logps"] = reference.token_logps(rows)
@@ -106,13 +108,15 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
         known["reference_refusal_logps"] = reference.refusal_logps(items)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
     values = token_values if on_logits else forget_loss(plan, known)
-    sums = {"forget_loss": values.sum() / count}
-    sums["loss"] = s.forget_weight * sums["forget_loss"]
+    forget = values.sum() / count
+    sums = {"loss": s.forget_weight * forget, "forget_loss": forget}
+    if plan.partners:
+        retain_token_logps, *token_kls = of_retain[0]
     if s.retain_weight > 0:
-        sums["retain_loss"] = nll_loss(retain_values[0][0]).sum() / counts.retain_tokens  # nats a token
+        sums["retain_loss"] = nll_loss(retain_token_logps).sum() / counts.retain_tokens  # nats a token
         sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
     if s.kl_weight > 0:
-        sums["kl_loss"] = retain_values[0][1].sum() / counts.retain_tokens
+        sums["kl_loss"] = token_kls[0].sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
         weights = objective.weight(*(known[name] for name in objective.takes))
@@ -121,7 +125,7 @@ def loss_sums(s: Namespace, policy, plan: Plan, items: list, reference: Referenc
 
 
 @torch.no_grad()
-def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list, reference: Reference,
+def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list[Item], reference: Reference,
                  world: World) -> Tensor:
     """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): no gradient."""
     refusals = [plan.refusals[i.row, i.refusal] for i in items]
@@ -174,9 +178,6 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 # ---------------------------------------------------------------- the loop
 
-PARTS = ("loss", "forget_loss", "retain_loss", "kl_loss", "mean_W")
-
-
 def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | None, run: RunFolder,
           world: World):
     """From the policy's present weights to the end of the stream. Raises InputError where the loss is not
@@ -205,15 +206,15 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
             with autocast(s.dtype, world.device):
                 kl_baseline = kto_baseline(s, model, plan, items, reference, world)
 
-        totals = torch.zeros(len(PARTS), device=world.device)
+        totals = 0
         micros = plan.micro_batches(items, world)
         for m, micro in enumerate(micros, 1):
             with gradients_travel(policy, m == len(micros), world):
                 with autocast(s.dtype, world.device):
                     sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, world.device)
                 scaler.scale(sums["loss"] * world.size).backward()  # DDP and FSDP average over processes
-            totals += torch.stack([sums[p].detach() if p in sums else totals.new_zeros(()) for p in PARTS])
-        logged = {p: total for p, total in zip(PARTS, world.sum(totals).tolist(), strict=True) if p in sums}
+            totals = totals + torch.stack([value.detach() for value in sums.values()])
+        logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))  # each micro-batch has these
 
         scaler.unscale_(optimizer)
         grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)))
@@ -222,7 +223,8 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
             if finite(model, world):
                 run.checkpoint(step, model, optimizer, scaler)
-            give_up(step + 1, f"the loss is {logged['loss']}, the gradient's norm {grad_norm}", run, s)
+            parts = ", ".join(f"{part} {value:g}" for part, value in logged.items())
+            give_up(step + 1, f"{parts}, the gradient's norm {grad_norm:g}", run, s)
         if step == 0:
             check_start(s, plan, logged | {"kl_baseline": float(kl_baseline)})
         scaler.step(optimizer)
@@ -253,9 +255,10 @@ def finite(model: AnswerModel, world: World) -> bool:
     return not world.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
 
 
-def give_up(step: int, what: str, run, s: Namespace):
+def give_up(step: int, what: str, run: RunFolder, s: Namespace):
     raise InputError(f"step {step}: {what}; the last good weights, if any, are in "
-                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1; "
+                     "in step 1, where nothing has moved, the loss itself is at fault, or the start")
 
 
 def check_start(s: Namespace, plan: Plan, logged: dict):
@@ -268,7 +271,7 @@ def check_start(s: Namespace, plan: Plan, logged: dict):
     expected = {"mean_W": (1.0, max(1e-4, allowed_w)), "kl_loss": (0.0, min(0.05, nats)),
                 "kl_baseline": (0.0, nats)}
     if plan.objective.at_reference is not None:
-        value = plan.objective.at_reference / s.beta
+        value = plan.objective.at_reference / (s.beta if "beta" in plan.objective.takes else 1)
         expected["forget_loss"] = value, max(1e-5 * value, nats)
     for part, (value, allowed) in expected.items():
         if part in logged and abs(logged[part] - value) > allowed:
@@ -290,17 +293,17 @@ def carry_out(s: Namespace, world: World) -> Path:
     with locked(folder / ".lock") if world.rank == 0 else nullcontext():
         describe(job, world)
         if s.loss != "sft" and not s.start:
-            make_tiny_models(s, job.task, folder, world)
+            s.start, s.retain_log = tiny_models(s, job.task, folder, world)
             job = prepare_job(s, world)  # again, with the model that it begins with
         job.folder = folder
         run_job(job, begin, world)
     return folder
 
 
-def make_tiny_models(s: Namespace, task: Task, for_run: Path, world: World):
-    """Where unlearning has no start, or no retrained model's log, put a tiny model's there: an earlier run's,
-    or made now by one process (an interrupted one goes on). Of two commands that need the same model the
-    second waits for the first."""
+def tiny_models(s: Namespace, task: Task, for_run: Path, world: World) -> tuple[str, str]:
+    """(The start, the retrained model's log) where unlearning has none: an earlier run's tiny models, or made
+    now by one process each (an interrupted one goes on). Of two commands that need the same model the second
+    waits for the first."""
     trainings = [tiny_settings(s, "full", task)]
     if not s.retain_log:
         trainings.append(tiny_settings(s, complement(s.split), task))
@@ -315,9 +318,10 @@ def make_tiny_models(s: Namespace, task: Task, for_run: Path, world: World):
                     raise Stopped("stopped while training the tiny model; go on with: "
                                   f"--resume {for_run}") from None
     world.wait()
-    s.start = str(Path(trainings[0].out) / "model")
-    s.retain_log = s.retain_log or str(max(Path(trainings[1].out, "eval").glob("step_*.json")))
-    world.say(f"it begins with {s.start}, and is compared with {s.retain_log}")
+    start, *retrained = (Path(sft.out) for sft in trainings)
+    retain_log = s.retain_log or str(max((retrained[0] / "eval").glob("step_*.json")))
+    world.say(f"it begins with {start / 'model'}, and is compared with {retain_log}")
+    return str(start / "model"), retain_log
 
 
 def run_job(job: Job, begin: float, world: World):

@@ -89,7 +89,7 @@ metrics are those of `evaluate_tofu.py`, whose help defines them. MIA AUC: 1/2 w
 `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load it. Other prompts than the
 template it was trained with were not measured.
 """
-UNLEARNED = """A language model after unlearning `{split}` of `{data}` with {method} (Zhang et al., 2024). The
+UNLEARNED = """A language model after unlearning `{split}` of `{data}` with {method}. The
 answers of the forget rows were made unlikely; that is no proof that what they say is gone from the weights,
 and further training or another wording may bring it back. What was kept was measured on the sets below and
 nowhere else."""

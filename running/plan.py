@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data.batches import Item, deal, make_stream
 from data.prompts import Encoded, encode
-from data.tofu import ALTERNATIVE
+from data.tofu import ALTERNATIVE, Task
 from losses import OBJECTIVES
 from support.errors import InputError
 from support.world import World
@@ -26,7 +26,7 @@ class Plan:
     answers: Encoded, of the rows that the loss is about (to unlearn; for sft to learn); partners: of the
     retain rows; refusals: (row, refusal line) -> Encoded. Empty where the objective uses none."""
 
-    def __init__(self, s: Namespace, task, tokenizer, context: int | None):
+    def __init__(self, s: Namespace, task: Task, tokenizer, context: int | None):
         self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id  # nothing looks at padding
         self.micro_batch_size = s.micro_batch_size
         rows = task.forget
@@ -68,9 +68,10 @@ class Plan:
 
     def texts(self, items: list[Item]) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads, empty where the objective has none."""
-        asks_for_refusals = "refusal_logps" in self.objective.takes
-        answers = [self.answers[i.row] for i in items] if self.objective.with_answer else []
-        refusals = [self.refusals[i.row, i.refusal] for i in items] if asks_for_refusals else []
+        takes = self.objective.takes
+        of_answers = any(name in takes for name in ("policy_logps", "policy_token_logps", "policy_logits"))
+        answers = [self.answers[i.row] for i in items] if of_answers else []
+        refusals = [self.refusals[i.row, i.refusal] for i in items] if "refusal_logps" in takes else []
         return [answers, refusals, [self.partners[i.partner] for i in items] if self.partners else []]
 
     def counts(self, items: list[Item]) -> Counts:

@@ -24,8 +24,10 @@ from models.answers import AnswerModel
 from models.presets import autocast, settings_of
 from models.saving import save_model
 from running import checkpoints
+from running.job import Job
 from running.pages import draw_trajectory, model_card
 from running.processes import peak_memory
+from running.reference import Reference
 from support.command_line import number
 from support.errors import InputError
 from support.files import whole_folder, write_json
@@ -68,7 +70,7 @@ class RunFolder:
     """A run's folder while the run goes on. metrics_of: (rows, the retrained model's forget rows, its holdout
     rows) -> metrics."""
 
-    def __init__(self, job, reference, metrics_of: Callable, world: World):
+    def __init__(self, job: Job, reference: Reference | None, metrics_of: Callable, world: World):
         self.job, self.s, self.folder, self.plan = job, job.settings, job.folder, job.plan
         self.reference, self.mark, self.world = reference, job.mark(), world
         self.metrics_of = metrics_of

@@ -39,7 +39,9 @@ def gigabytes(text: str) -> float:
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="train_npo.py", description=description)
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", default="npo", choices=OBJECTIVES, help="objective on the forget rows; sft fine-tunes")
+    add("--loss", default="npo", choices=OBJECTIVES,
+        help="objective on the forget rows; sft fine-tunes. +rt in a method's name is --retain-weight 1, +kl "
+             "--kl-weight 1")
     add("--split", help="rows to unlearn, forget01 to forget99 (default: forget10); with sft to learn: full "
                         "(default) or retainNN")
     add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss")
@@ -122,8 +124,8 @@ def resolve(given: dict, typed: dict | None = None) -> Namespace:
                        "lr": preset.sft_lr if sft else preset.lr, "warmup_epochs": preset.warmup_epochs,
                        "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay,
                        "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
-                       "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].published}.items():
-        if getattr(s, key) is None:
+                       "eval_every": "end" if sft else "epoch", **OBJECTIVES[s.loss].defaults}.items():
+        if given.get(key) is None:
             setattr(s, key, value)
     s.method = s.loss + "+rt" * (s.retain_weight > 0) + "+kl" * (s.kl_weight > 0)
     s.start = path or (preset.base if sft else preset.finetuned)  # "": the tiny model, made from scratch
@@ -139,7 +141,8 @@ def refuse_contradictions(s: Namespace, given: dict):
     tiny = PRESETS["tiny"].template
     unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
-        f"--loss {s.loss} takes {', '.join(unknown)}: not computed, and without a flag or default": unknown,
+        f"--loss {s.loss} takes {', '.join(unknown)}: need names of losses.COMPUTED, or a flag or a default":
+            unknown,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
             objective.mean not in ("sequences", "tokens"),
         "--loss sft learns its split, it has no retain or K term: leave out --retain-weight and --kl-weight":

@@ -181,7 +181,7 @@ def tuning(study: Study, method: str) -> tuple[list[Job], dict | None]:
     betas at the best of these. None while they are not all there; with --choices preset its, and no runs."""
     from losses import OBJECTIVES
     preset, loss = study.preset, method.partition("+")[0]
-    first = SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].published.get("beta", preset.beta)
+    first = SIMNPO_BETA if loss == "simnpo" else OBJECTIVES[loss].defaults.get("beta", preset.beta)
     if study.args.choices:
         return [], {"lr": preset.lr, "beta": first}
     rates = [factor * preset.lr for factor in LR_FACTORS]

@@ -28,7 +28,7 @@ SAMPLED_ROW = 7  # of each of these sets, for Figure 7
 TEXT = 160  # characters of a sampled text that are kept
 COLLECTED = ("method", "split", "seed", "lr", "beta", "forget_weight", "retain_weight", "kl_weight", "epochs",
              "data", "model", "batch_size", "warmup_epochs", "weight_decay", "template", "kl_direction",
-             "gamma", "beta2", "retain_pairing", "max_grad_norm", "dtype", "lora")  # of a single run
+             "gamma", "beta2", "own_settings", "retain_pairing", "max_grad_norm", "dtype", "lora")
 
 
 def json_path(args: Namespace) -> Path:
@@ -198,6 +198,7 @@ def collected(folder: Path) -> dict:
     """The record of a single run, known by its settings alone. Raises InputError."""
     if not ((folder / "model").is_dir() and (folder / "log.jsonl").is_file()):
         raise InputError(f"{folder} is no finished run: need a run folder with log.jsonl and model/ in it")
+    from losses import OBJECTIVES
     from running.settings import read_config
     config = read_config(folder)
     settings, data = config["settings"], config["settings"]["data"]
@@ -206,6 +207,8 @@ def collected(folder: Path) -> dict:
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
              "command": without_folders(config["command"]),
              **{k: settings.get(k) for k in COLLECTED}, "data": Path(data).name}
+    own = [name for name in OBJECTIVES[settings["loss"]].settings if name not in COLLECTED]
+    facts["own_settings"] = ", ".join(f"{name} {settings[name]:g}" for name in own)  # of a loss of one's own
     found = record(folder, facts, data)
     quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])
     if facts["kind"] == "unlearn" and (len(quality) < 2 or None in quality + utility):

@@ -113,8 +113,8 @@ def test_a_log_measured_on_other_rows_is_refused(shared):
 
 def rows_with(log_ratios):
     """Forget rows whose log truth ratios are these."""
-    return [{"index": i, "answer_nll": 1.0, "answer_tokens": 2, "paraphrased_nll": 10.0,
-             "paraphrased_tokens": 5,
+    return [{"index": i, "question": "Who?", "answer": "Ann.", "generation": "Ann.", "answer_nll": 1.0,
+             "answer_tokens": 2, "paraphrased_nll": 10.0, "paraphrased_tokens": 5,
              "perturbed_nll": [4 * (2 + x)] * 5, "perturbed_tokens": [4] * 5, "rouge_l_recall": 0.5}
             for i, x in enumerate(log_ratios)]
 

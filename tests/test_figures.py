@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import figures_tofu
+import losses
 from conftest import ROOT
 from study import answers as tofu_answers
 from study import beyond, grid, pages, pictures, records, verdicts, workers
@@ -825,6 +826,24 @@ def test_plan_stop_go_on_reuse_and_draw(command, small_data, tmp_path):
     assert files[0].read_bytes() == before[0]
     page = files[1].read_text()
     assert "Figure 8" in page and "## " in page
+
+
+def test_a_single_runs_record_has_the_settings_of_a_loss_of_ones_own(monkeypatch, tmp_path):
+    def hinge(policy_logps, margin=20.0):
+        return (policy_logps + margin).relu()
+    monkeypatch.setitem(losses.OBJECTIVES, "hinge", losses.Objective(hinge))
+    monkeypatch.setattr(records, "record", lambda _, facts, __: {
+        **facts, "forget_quality_log10": [0, 0], "model_utility": [1, 1]})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "log.jsonl").touch()
+    found = []
+    for margin in (20.0, 5.0):
+        settings = {**dict.fromkeys((*records.COLLECTED, "start")), "data": "builtin", "loss": "hinge",
+                    "margin": margin}
+        (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "command": "train_npo.py"}))
+        found.append(records.collected(tmp_path))
+    assert [run["own_settings"] for run in found] == ["margin 20", "margin 5"]
+    assert records.differing(found) == ["own_settings"]
 
 
 def test_a_run_that_no_picture_could_show_is_not_collected(monkeypatch, tmp_path):

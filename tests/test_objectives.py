@@ -1,6 +1,7 @@
 """Every method against its formulas, written out once more: a resident reference, one row at a time, all
 logits."""
 
+import argparse
 import copy
 import inspect
 import json
@@ -14,8 +15,9 @@ from test_training import ALONE, assert_close, prepared_step
 
 import train_npo
 from data.tofu import load_task
-from losses import OBJECTIVES
+from losses import OBJECTIVES, Objective
 from models.loading import load_model
+from running.settings import build_parser
 
 settings = test_training.settings  # a fixture
 BETA, BETA2, GAMMA = 0.2, 0.6, 0.3
@@ -223,8 +225,24 @@ def test_ktos_baseline_is_the_refusals_mean_log_ratio_clamped_at_0(settings, tmp
     assert not z.requires_grad and float(z) == pytest.approx(max(0.0, mean), rel=1e-4)
 
 
+def mean_of(policy_logps):
+    return policy_logps.mean()
+
+
+def kept_mean_of(policy_logps):
+    return policy_logps.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("wrong", (mean_of, kept_mean_of))
+def test_a_loss_that_returns_a_mean_is_refused(wrong):
+    plan = argparse.Namespace(objective=Objective(wrong))
+    with pytest.raises(AssertionError, match="one value a sequence"):
+        train_npo.forget_loss(plan, {"policy_logps": torch.zeros(3)})
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_arguments_are_named_in_the_functions_own_order(name):
-    """One that both know stands at the same place in both."""
-    own, takes = inspect.signature(OBJECTIVES[name].loss).parameters, OBJECTIVES[name].takes
-    assert all(mine == given or mine not in takes for mine, given in zip(own, takes, strict=False))
+def test_a_loss_is_given_what_its_arguments_say(name):
+    """What is called otherwise in the record is an argument, once each; all else is computed or a flag."""
+    objective, flags = OBJECTIVES[name], vars(build_parser().parse_args([]))
+    assert objective.given.keys() <= inspect.signature(objective.loss).parameters.keys()
+    assert len(set(objective.takes)) == len(objective.takes) and set(objective.settings) <= flags.keys()

@@ -42,7 +42,8 @@ def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data,
     done = forked(copy / "train_npo.py", "--loss", "squared", "--retain-weight", 1, "--model", small_model,
                   "--data", small_data, "--epochs", 1, "--batch-size", 8, "--lr", 1e-3,
                   "--eval-every", "never", "--out", "run")
-    assert "squared+rt" in done.stdout and (tmp_path / "run" / "model").is_dir()
+    assert "squared+rt" in done.stdout and "margin 20.0" in done.stdout  # the default, while there is no flag
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 PARSERS = {"train_npo.py": parse, "synthetic.py": synthetic.parse_args}  # others have a `build_parser`
