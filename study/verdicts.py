@@ -229,7 +229,7 @@ def answers_on_forget_set(study: dict) -> list:
 def retain_weight(study: dict) -> list:
     """npo+rt's forget quality rises with the retain weight from 0 to 2 and falls to 5"""
     zero, two, five = (chosen_runs(study, "forget10", "npo+rt", w) for w in (0, 2, 5))
-    what = "forget10: decades of peak forget quality from weight"
+    what = "forget10 npo+rt: decades of peak forget quality from weight"
     return [test(f"{what} 0 to 2", differences(two, zero, peak), ">", 0.0),
             test(f"{what} 2 to 5", differences(five, two, peak), "<", 0.0)]
 
@@ -241,7 +241,7 @@ def forget_kl(study: dict) -> list:
 
     large = each(study, "forget10", ("ga", "ga+rt"), "last forget KL", lambda r: r["forget_kl"][-1], ">",
                  EXPLODING)
-    return large + [test(f"forget10: log of the last forget KL of {ga} over {npo}'s",
+    return large + [test(f"forget10 {ga} over {npo}: log of the last forget KL",
                          differences(*(chosen_runs(study, "forget10", m) for m in (ga, npo)), log_last), ">",
                          math.log(EXPLODING)) for ga, npo in (("ga", "npo"), ("ga+rt", "npo+rt"))]
 
@@ -275,8 +275,8 @@ ANSWER = {True: "holds", False: "does not hold", "undecided": "undecided"}
 def answer(v: dict) -> str:
     """Whether a claim holds; of each split by itself where these answer differently."""
     splits = {}
-    for t in v["tests"]:  # what a test is of begins with its split
-        splits.setdefault(t["what"][:len("forget10")], []).append(t["holds"])
+    for t in v["tests"]:  # the first word of what a test is of
+        splits.setdefault(t["what"].split()[0], []).append(t["holds"])
     found = {split: min(holds, key=RANK.get) for split, holds in splits.items()}
     if len(set(found.values())) == 1:
         return ANSWER[v["holds"]]
