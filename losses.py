@@ -206,7 +206,7 @@ signature = cache(inspect.signature)  # asked in every step
 
 class Objective(NamedTuple):
     """A loss on the forget rows. Its arguments' names say what it needs: of COMPUTED, or a setting, such as
-    beta, whose default wins over the preset's. Nothing else asks which loss it is."""
+    beta, whose default wins over the preset's, and a flag over it. Nothing else asks which loss it is."""
     loss: Callable[..., Tensor]  # one value a sequence (B,) or answer token (N,), never their mean
     given: dict[str, str] = {}  # an argument's name -> what it is given, where that is called otherwise
     mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
@@ -216,8 +216,9 @@ class Objective(NamedTuple):
     alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
 
     @property
-    def takes(self) -> tuple[str, ...]:
-        return tuple(self.given.get(name, name) for name in signature(self.loss).parameters)
+    def takes(self) -> dict[str, inspect.Parameter]:
+        """What it is given -> the argument, in their order."""
+        return {self.given.get(name, name): own for name, own in signature(self.loss).parameters.items()}
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -226,8 +227,8 @@ class Objective(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, float]:
-        arguments = signature(self.loss).parameters
-        return {name: own.default for name, own in arguments.items() if own.default is not own.empty}
+        return {name: own.default for name, own in self.takes.items()
+                if name in self.settings and own.default is not own.empty}
 
     @property
     def needs_refusals(self) -> bool:

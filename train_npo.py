@@ -61,10 +61,10 @@ TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a
 
 def forget_loss(plan: Plan, known: dict) -> Tensor:
     """L_forget of each sequence, (B,), or answer token, (N,), from what is `known` of the batch."""
-    given = [known[name] for name in plan.objective.takes]
-    values = plan.objective.loss(*given)
-    one_each = {x.shape[:1] for x in given if torch.is_tensor(x) and x.ndim > 0}
-    assert {values.shape} == one_each, f"need one value a sequence or token, got {tuple(values.shape)}"
+    given = {own.name: known[name] for name, own in plan.objective.takes.items()}
+    values = plan.objective.loss(**given)
+    one_each = {x.shape[:1] for x in given.values() if torch.is_tensor(x) and x.ndim > 0}
+    assert values.shape in one_each, f"need one value a sequence or token, got {tuple(values.shape)}"
     return values
 
 
@@ -224,7 +224,8 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
             if finite(model, world):
                 run.checkpoint(step, model, optimizer, scaler)
             parts = ", ".join(f"{part} {value:g}" for part, value in logged.items())
-            give_up(step + 1, f"{parts}, the gradient's norm {grad_norm:g}", run, s)
+            at_start = ", before any update: the loss itself is at fault, or the start" if step == 0 else ""
+            give_up(step + 1, f"{parts}, the gradient's norm {grad_norm:g}{at_start}", run, s)
         if step == 0:
             check_start(s, plan, logged | {"kl_baseline": float(kl_baseline)})
         scaler.step(optimizer)
@@ -257,8 +258,7 @@ def finite(model: AnswerModel, world: World) -> bool:
 
 def give_up(step: int, what: str, run: RunFolder, s: Namespace):
     raise InputError(f"step {step}: {what}; the last good weights, if any, are in "
-                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1; "
-                     "in step 1, where nothing has moved, the loss itself is at fault, or the start")
+                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
 
 
 def check_start(s: Namespace, plan: Plan, logged: dict):

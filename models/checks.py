@@ -1,6 +1,6 @@
 """Is this model one that the code computes rightly? Tried once, when its texts are known, before training.
 
-`AnswerModel` takes the LM head's product as the logits, packs texts into sequences by position ids and a
+`AnswerModel` takes the LM head's product as the logits, packs texts into lines by position ids and a
 mask, and generates from a batch that is padded on the left. Not every architecture allows this.
 """
 
@@ -52,7 +52,7 @@ def check_attention(config, longest: int, name: str):
     kinds |= set(getattr(config, "attention_layers", None) or [])  # GPT-Neo's name for them
     others = sorted(kinds - {"full_attention", "sliding_attention", "global"})
     if others:
-        raise InputError(f"{name} has layers of the kind {others[0]}, through which texts in one sequence "
+        raise InputError(f"{name} has layers of the kind {others[0]}, through which packed texts "
                          "would see each other; take a model with full attention alone")
     window = getattr(config, "sliding_window", None)
     if window and longest > window and (not kinds or "sliding_attention" in kinds):
@@ -62,7 +62,7 @@ def check_attention(config, longest: int, name: str):
 
 @torch.no_grad()
 def _flaw_of_scores(model, texts: list, end: int, dtype: str, device) -> str | None:
-    """Answers' log-probabilities in one packed sequence, against a whole pass over each text."""
+    """Answers' log-probabilities in one packed line, against a whole pass over each text."""
     batch, theirs = collate(texts, end, device, in_one=True), []
     [ours] = model(batch)
     for e in texts:
@@ -78,7 +78,7 @@ def _flaw_of_scores(model, texts: list, end: int, dtype: str, device) -> str | N
         gaps = (some - others).abs()
         return bool(gaps.max() > EXACT if dtype == "fp32" else gaps.mean() > ROUNDED)
     if differ(ours, theirs):
-        return "changes its logits behind the LM head, or lets texts that share a sequence see each other"
+        return "changes its logits behind the LM head, or lets packed texts see each other"
     if differ(in_training, ours):
         return "computes otherwise in training than in evaluation, as with dropout that no setting turns off"
     return None

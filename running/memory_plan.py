@@ -1,7 +1,7 @@
 """What a run will need, told before anything is loaded or rented: `train_npo.py --dry-run`.
 
 Parameters are counted on a model without memory. What training holds is added up from what the code keeps:
-S sequences of T tokens pass at once, n = S * T; H hidden size, K key-value size, I inner size, V vocabulary.
+S texts of T tokens pass at once, n = S * T; H hidden size, K key-value size, I inner size, V vocabulary.
 The peak is at the turn from the forward to the backward pass of a step's last micro-batch.
 """
 
@@ -91,10 +91,10 @@ def token_bytes(x: Shape, dtype: str, parallel: str, checkpointing: bool) -> int
 
 def memory(x: Shape, s: Namespace, work: Namespace, processes: int) -> dict:
     """Bytes of one process at its peak, by part; "peak" is their sum. work: what `count_work` returns."""
-    n = s.micro_batch_size * work.sequences * work.width  # tokens of S sequences, as long as the longest
+    n = s.micro_batch_size * work.texts * work.width  # tokens of S texts, as long as the longest
     answers = math.ceil(n * work.answer_tokens / work.tokens)  # N of them
     on_logits = "reference_logits" in OBJECTIVES[s.loss].takes
-    compared = answers // work.sequences * ((s.kl_weight > 0) + on_logits)  # of N, with the reference's
+    compared = answers // work.texts * ((s.kl_weight > 0) + on_logits)  # of N, with the reference's
     sharded, element = s.parallel == "fsdp" and processes > 1, 4 if s.dtype == "fp32" else 2  # bytes a number
     share = processes if sharded else 1
     adapters = (s.lora or 0) * x.layers * (9 * x.hidden + 2 * x.key_value + 3 * x.inner)  # of 7 products
@@ -136,7 +136,7 @@ class CharacterTokenizer:
 
 def count_work(s: Namespace, task: Task) -> Namespace:
     """Counts of the run that the settings describe: rows, steps; tokens and answer_tokens of a global batch,
-    without padding; sequences that a row becomes (itself, its partner, its refusal); width, the longest
+    without padding; texts that a row becomes (itself, its partner, its refusal); width, the longest
     text's tokens; whether they are estimated, from characters."""
     estimated = not s.start or not (Path(s.start) / "tokenizer.json").is_file()
     tokenizer, template, context = CharacterTokenizer(), "llama2", None
@@ -154,7 +154,7 @@ def count_work(s: Namespace, task: Task) -> Namespace:
     texts = [e for items in plan.stream for some in plan.texts(items) for e in some]
     return Namespace(rows=plan.rows, steps=plan.steps, tokens=sum(len(e.ids) for e in texts) / plan.steps,
                      answer_tokens=sum(e.answer_tokens for e in texts) / plan.steps, estimated=estimated,
-                     sequences=len(texts) // (plan.rows * s.epochs), width=max(len(e.ids) for e in texts))
+                     texts=len(texts) // (plan.rows * s.epochs), width=max(len(e.ids) for e in texts))
 
 
 def suggest(s: Namespace, x: Shape, work: Namespace, processes: int, room: float) -> Namespace | None:

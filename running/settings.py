@@ -52,7 +52,7 @@ def build_parser(description: str = "") -> Parser:
         help="K's order; policy_reference is the paper's")
     add("--beta", type=positive(float),
         help="inverse temperature (default: the loss's published one, else the preset's)")
-    add("--beta2", type=positive(float), help="satimp's power of 1 - p (default: 1)")
+    add("--beta2", type=positive(float), help="satimp's power of 1 - p (default: the loss's own)")
     add("--gamma", type=not_negative(float), default=0.0, help="SimNPO's margin")
     add("--retain-pairing", default="stream", choices=("stream", "fixed"),
         help="retain partners: a new one each epoch, or the authors' fixed rule")
@@ -141,7 +141,7 @@ def refuse_contradictions(s: Namespace, given: dict):
     tiny = PRESETS["tiny"].template
     unknown = [name for name in objective.settings if getattr(s, name, None) is None]
     refuse({
-        f"--loss {s.loss} takes {', '.join(unknown)}: need names of losses.COMPUTED, or a flag or a default":
+        f"--loss {s.loss} takes {', '.join(unknown)}: need names of losses.COMPUTED, a flag, or a default":
             unknown,
         f"--loss {s.loss} is a mean over {objective.mean}: need sequences or tokens":
             objective.mean not in ("sequences", "tokens"),

@@ -207,8 +207,10 @@ def collected(folder: Path) -> dict:
     facts = {"kind": "model" if settings["loss"] == "sft" else "unlearn",
              "command": without_folders(config["command"]),
              **{k: settings.get(k) for k in COLLECTED}, "data": Path(data).name}
+    if settings["loss"] not in OBJECTIVES:
+        raise InputError(f"{folder}: its --loss {settings['loss']} is not in losses.OBJECTIVES; add it")
     own = [name for name in OBJECTIVES[settings["loss"]].settings if name not in COLLECTED]
-    facts["own_settings"] = ", ".join(f"{name} {settings[name]:g}" for name in own)  # of a loss of one's own
+    facts["own_settings"] = ", ".join(f"{name} {settings.get(name)}" for name in own)
     found = record(folder, facts, data)
     quality, utility = found.get("forget_quality_log10", []), found.get("model_utility", [])
     if facts["kind"] == "unlearn" and (len(quality) < 2 or None in quality + utility):

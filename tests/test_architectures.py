@@ -123,7 +123,7 @@ def checked(lm, tokenizer, texts):
 
 
 def equals_a_plain_loop(lm, texts):
-    """npo's loss and gradient, all texts in few packed sequences, against one whole pass a text."""
+    """npo's loss and gradient, all texts in few packed lines, against one whole pass a text."""
     from data.batches import collate
     prepare_layers(lm)
     lm.train()

@@ -764,6 +764,8 @@ def test_the_presets_choices_are_one_lr_for_all_in_a_json_of_their_own(study):
     preset, jobs = s.preset, grid.plan(s)
     assert len(jobs) == len(grid.METHODS) and {j.facts["lr"] for j in jobs} == {preset.lr}
     assert {j.facts["beta"] for j in jobs} == {preset.beta, grid.SIMNPO_BETA}
+    published = {m: grid.tuning(s, m)[1]["beta"] for m in ("wga+rt", "satimp+rt", "tnpo+rt", "undial+rt")}
+    assert published == {"wga+rt": 1.0, "satimp+rt": 5.0, "tnpo+rt": 4.0, "undial+rt": 10.0}
     assert records.json_path(s.args).name.endswith("_tiny_preset.json")
     assert s.known["choices_from"] == "preset" in pages.HOW
     s = study("--figure", "9", "--seeds", "1", "--methods", "npo+rt", "--choices", "preset")
@@ -842,7 +844,7 @@ def test_a_single_runs_record_has_the_settings_of_a_loss_of_ones_own(monkeypatch
                     "margin": margin}
         (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "command": "train_npo.py"}))
         found.append(records.collected(tmp_path))
-    assert [run["own_settings"] for run in found] == ["margin 20", "margin 5"]
+    assert [run["own_settings"] for run in found] == ["margin 20.0", "margin 5.0"]
     assert records.differing(found) == ["own_settings"]
 
 

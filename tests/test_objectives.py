@@ -242,7 +242,8 @@ def test_a_loss_that_returns_a_mean_is_refused(wrong):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_loss_is_given_what_its_arguments_say(name):
-    """What is called otherwise in the record is an argument, once each; all else is computed or a flag."""
+    """What is called otherwise in the record is an argument, once each; a setting has a flag or a default."""
     objective, flags = OBJECTIVES[name], vars(build_parser().parse_args([]))
     assert objective.given.keys() <= inspect.signature(objective.loss).parameters.keys()
-    assert len(set(objective.takes)) == len(objective.takes) and set(objective.settings) <= flags.keys()
+    assert len(objective.takes) == len(inspect.signature(objective.loss).parameters)
+    assert set(objective.settings) <= flags.keys() | objective.defaults.keys()

@@ -255,6 +255,8 @@ def test_step_0_identities_are_checked(settings):
     s, plan = settings(loss="tnpo", dtype="bf16"), Namespace(objective=losses.OBJECTIVES["tnpo"])
     with pytest.raises(RuntimeError, match="mean_W"):  # in 16 bits and with its beta of 4 too
         train_npo.check_start(s, plan, {"mean_W": 0.4})
+    plan = Namespace(objective=losses.Objective(losses.ga_loss, at_reference=20.0))  # of no beta
+    train_npo.check_start(s, plan, {"forget_loss": 20.0})
 
 
 @pytest.mark.parametrize("loss,found", [("ga", {"kl_loss": 0.1}), ("tnpo", {"mean_W": 0.7})])
@@ -307,12 +309,21 @@ def test_layers_are_prepared_as_the_flags_say(settings, monkeypatch):
     assert asked == [(True, False), (False, True)]
 
 
-def test_a_loss_brings_its_published_settings(settings):
-    """They win over the preset's, and a flag wins over them."""
+def test_a_loss_brings_its_published_settings(settings, monkeypatch):
+    """They win over the preset's and the parser's, and a flag wins over them."""
     resolved = {loss: settings(loss=loss) for loss in ("npo", "wga", "satimp", "tnpo", "undial")}
     assert [s.beta for s in resolved.values()] == [0.1, 1.0, 5.0, 4.0, 10.0]
     assert resolved["satimp"].beta2 == 1.0 and resolved["wga"].beta2 is None
     assert settings(loss="tnpo", beta=0.5).beta == 0.5 and settings(loss="satimp", beta2=2.0).beta2 == 2.0
+
+    def margin_loss(policy_logps, *, gamma=0.5, width=3.0, kl_baseline=0.0):
+        return policy_logps + gamma + 10 * width
+    objective = losses.Objective(margin_loss, {"width": "beta2"})
+    monkeypatch.setitem(losses.OBJECTIVES, "margin", objective)
+    s = settings(loss="margin")
+    assert (s.gamma, s.beta2) == (0.5, 3.0) and not hasattr(s, "kl_baseline")
+    known = {"policy_logps": torch.zeros(2), "gamma": 1, "beta2": 2, "kl_baseline": torch.tensor(0.0)}
+    assert train_npo.forget_loss(Namespace(objective=objective), known).tolist() == [21, 21]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -447,11 +458,11 @@ def test_a_torn_checkpoint_is_passed_over(settings, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(settings, monkeypatch):
     calls = []
 
-    def broken(logps):
+    def broken(policy_logps):
         calls.append(0)
-        return losses.ga_loss(logps) * (math.nan if len(calls) > 2 else 1)
+        return losses.ga_loss(policy_logps) * (math.nan if len(calls) > 2 else 1)
     monkeypatch.setitem(losses.OBJECTIVES, "ga", losses.OBJECTIVES["ga"]._replace(loss=broken))
-    with pytest.raises(InputError, match=r"step 2: the loss is nan.*--lr"):
+    with pytest.raises(InputError, match=r"step 2: loss nan, forget_loss nan.*--lr"):
         carry_out(settings(loss="ga", out="nan"), ALONE)
     weights = load_file("nan/checkpoints/step_000001/weights-00000.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
@@ -466,11 +477,11 @@ def test_an_update_that_breaks_the_weights_is_never_saved_or_evaluated(settings)
 
 
 def test_fp16_gives_up_when_no_scale_helps(settings, monkeypatch):
-    def broken(logps):
+    def broken(policy_logps):
         """Finite, with a gradient of NaN."""
-        return logps + 0 * (logps - logps.detach()).sqrt()
+        return policy_logps + 0 * (policy_logps - policy_logps.detach()).sqrt()
     monkeypatch.setitem(losses.OBJECTIVES, "ga", losses.OBJECTIVES["ga"]._replace(loss=broken))
-    with pytest.raises(InputError, match="step 1: .* norm nan"):
+    with pytest.raises(InputError, match="step 1: .* norm nan, before any update"):
         carry_out(settings(loss="ga", dtype="fp16", out="fp16"), ALONE)
 
 
