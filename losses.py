@@ -227,6 +227,7 @@ class Objective(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, float]:
+        """Those of its settings that its arguments bring along."""
         return {name: own.default for name, own in self.takes.items()
                 if name in self.settings and own.default is not own.empty}
 

@@ -223,9 +223,7 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
             if finite(model, world):
                 run.checkpoint(step, model, optimizer, scaler)
-            parts = ", ".join(f"{part} {value:g}" for part, value in logged.items())
-            at_start = ", before any update: the loss itself is at fault, or the start" if step == 0 else ""
-            give_up(step + 1, f"{parts}, the gradient's norm {grad_norm:g}{at_start}", run, s)
+            give_up(step + 1, not_finite(logged | {"the gradient's norm": grad_norm}, step), run, s)
         if step == 0:
             check_start(s, plan, logged | {"kl_baseline": float(kl_baseline)})
         scaler.step(optimizer)
@@ -254,6 +252,11 @@ def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | N
 def finite(model: AnswerModel, world: World) -> bool:
     """No weight is NaN or infinite, on any process."""
     return not world.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
+
+
+def not_finite(parts: dict, updates: int) -> str:
+    told = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+    return told if updates else f"{told}, before any update: the loss itself is at fault, or the start"
 
 
 def give_up(step: int, what: str, run: RunFolder, s: Namespace):

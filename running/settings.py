@@ -39,15 +39,13 @@ def gigabytes(text: str) -> float:
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="train_npo.py", description=description)
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", default="npo", choices=OBJECTIVES,
-        help="objective on the forget rows; sft fine-tunes. +rt in a method's name is --retain-weight 1, +kl "
-             "--kl-weight 1")
+    add("--loss", default="npo", choices=OBJECTIVES, help="objective on the forget rows; sft fine-tunes")
     add("--split", help="rows to unlearn, forget01 to forget99 (default: forget10); with sft to learn: full "
                         "(default) or retainNN")
     add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss")
-    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, loss on retain rows")
+    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, retain rows' loss (+rt)")
     add("--kl-weight", type=not_negative(float), default=0.0,
-        help="weight of K, the divergence from the reference on retain rows")
+        help="weight of K, the divergence from the reference on retain rows (+kl)")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
         help="K's order; policy_reference is the paper's")
     add("--beta", type=positive(float),
