@@ -43,7 +43,7 @@ def build_parser(description: str = "") -> Parser:
     add("--split", help="rows to unlearn, forget01 to forget99 (default: forget10); with sft to learn: full "
                         "(default) or retainNN")
     add("--forget-weight", type=not_negative(float), default=1.0, help="weight of the forget loss")
-    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, retain rows' loss (+rt)")
+    add("--retain-weight", type=not_negative(float), default=0.0, help="weight of RT, on retain rows (+rt)")
     add("--kl-weight", type=not_negative(float), default=0.0,
         help="weight of K, the divergence from the reference on retain rows (+kl)")
     add("--kl-direction", default="policy_reference", choices=KL_DIRECTIONS,
