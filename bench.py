@@ -1,175 +1,300 @@
-"""Speed and memory as ratios: this code against the loops that people use today, in one run on one machine.
+"""Speed and memory as ratios: this code against the loops that people use today, on one machine's CPU.
 
-    python bench.py                                              # the tiny model, about 10 minutes
-    python bench.py --model smollm2-135m=PATH --data TOFU_DIR    # the figures that count, about 50 minutes
-    python bench.py --only npo+rt --only evaluation              # some rows, merged into the same JSON
+    python bench.py                                                   # the tiny model, about 10 minutes
+    python bench.py --model smollm2-135m=FOLDER --data TOFU_FOLDER    # the numbers that count, about an hour
 
-What is timed is the real code: `train_npo.train` itself, `evaluate`, `synthetic.run`. The opponents are
-written plainly (benchmark/opponents.py), with the same attention, threads and optimizer, in float32:
+Ours is the command `train_npo.py`, timed from outside by the lines that it prints. The opponents are plain
+loops in float32 with the same attention, threads and optimizer:
 
-    A   the authors' way: every row padded to 500 tokens, the policy and a resident reference both run forward
-        at each step, logits at all positions, the retain rows as a second forward; 2 rows at a time
-    B   the framework way: the same, padded to the longest row of 8 in random order
-    B'  evaluation set by set, eight texts at a time as they come; the whole text again for each answer
-    S   the synthetic experiment as a Python loop over methods and instances, with autograd
+    A   as the authors do it: every row padded to 500 tokens, a policy and a resident reference run forward in
+        each step, logits at all places, retain rows in a second forward pass, 2 rows at a time
+    B   as a framework does it: the same, padded to the longest row of a micro-batch of our size. For npo+rt
+        it is `minimal_npo.unlearn`
+    B'  an evaluation with 8 texts at a time, answers by the library's `generate`
+    S   the synthetic experiment with one method and one instance at a time, in one thread
 
-Both sides take the same steps on the same rows, in turn, and must agree to a relative 1e-4 in losses, weights
-and scores. A first step is discarded. A takes 4 rows of a batch, since each costs it the same, B' 40 rows a
-set, S one instance of five; all are scaled. Our steps carry their share of the one reference pass. Unless
-`--only` asks, the tiny model goes without memory (135M's is up to 11 GB), the others without README's first
-command.
-
-Results: bench_MODEL.json and .md, the table. What is kept in results/ was made with `--out results`.
+The sides take the same steps on the same rows in turn; ours, A and B have a new process each. Whole loops are
+timed, ours with its reference pass. A takes 4 rows of 4 batches, B' every seventh row, S one instance of
+five, and their times are scaled up. Losses, scores and distances must agree to a relative 1e-4. Memory is a
+process's peak, with Python and its libraries.
 """
 
+import copy
 import json
-import platform
+import os
+import resource
 import subprocess
-from argparse import Namespace
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-import benchmark.measurements as measure
+import minimal_npo
 import synthetic
-from benchmark import opponents
+from common import ROOT, Parser, environment, run_command, write_json
+from data.batches import Plan
+from data.synthetic_instances import PUBLISHED_SEEDS, published_instance
 from data.tofu import load_task
-from models.presets import PRESETS, split_model
-from support.command_line import Parser, cores, run_command
-from support.errors import InputError
-from support.files import fingerprint, write_json
-from support.provenance import environment, without_folders
-from train_npo import join_world, train
+from evaluate_tofu import Prepared, evaluate, prepare, rouge_l_recall
+from losses import dpo_loss, kl_loss, npo_loss
+from model import AnswerModel, load_model
+from train_npo import adamw, lr_factor, parse
 
-STEPS, EVAL_EVERY = 2000, 25  # of Figure 4
-
-
-def measure_synthetic(args: Namespace) -> dict:
-    """Figure 4 for both alpha: ten methods, five published instances, pi_ref and pi_retr trained too."""
-    with opponents.fresh_process() as there:
-        return there(synthetic_row, args.few)
+METHODS = {"npo+rt": "--loss npo --retain-weight 1", "npo+kl": "--loss npo --kl-weight 1",
+           "dpo+rt": "--loss dpo --retain-weight 1", "sft": "--loss sft --split retain01"}
+TOLERANCE, STRIDE = 1e-4, 7  # B' takes every seventh row
+KIB = 1024 / 1e9  # GB; Linux counts a process's peak in KiB
 
 
-def synthetic_row(repeats: int) -> dict:
-    """One thread a process: ours whole, in as many as cores; S in one, on the first instance, scaled."""
-    torch.set_num_threads(1)
-    instances = [synthetic.published_instance(seed) for seed in synthetic.PUBLISHED_SEEDS]
-    methods = {alpha: synthetic.published_methods(alpha) for alpha in (1, 0)}
-    seconds, gaps = {"ours": [], "S": []}, []
-    for _ in range(repeats):
-        curves, took = measure.timed(synthetic.run, instances, methods, list(range(0, STEPS + 1, EVAL_EVERY)))
+def spread(values: list) -> dict:
+    return {"median": float(np.median(values)), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def row_of(unit: str, costs: dict, **more) -> dict:
+    """A row of the table. costs: "ours" and the opponents, one value per repeat. A ratio compares two values
+    that were measured one after the other. Above 1, ours costs less."""
+    ratios = {name: spread([theirs / ours for ours, theirs in zip(costs["ours"], values, strict=True)])
+              for name, values in costs.items() if name != "ours"}
+    return {"unit": unit, "ratio": ratios, "costs": {n: spread(v) for n, v in costs.items()}, **more}
+
+
+def agree(what: str, ours, theirs) -> float:
+    """The largest relative difference. Raises RuntimeError if it is above TOLERANCE."""
+    gap = float((np.abs(np.subtract(ours, theirs)) / np.maximum(np.abs(ours), 1e-30)).max())
+    if not gap <= TOLERANCE:
+        raise RuntimeError(f"{what} differ by {gap:.2e}: ours and the opponent did not compute the same")
+    return gap
+
+
+def timed(function, *arguments, **named) -> tuple:
+    """(what the function returns, seconds)."""
+    begin = time.perf_counter()
+    result = function(*arguments, **named)
+    return result, time.perf_counter() - begin
+
+
+def in_new_process(function, *arguments):
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_flush_denormal, (True,)) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def train(flags: list[str], out: Path) -> tuple[float, list, float]:
+    """Ours: (seconds per row from the reference pass to the last step, losses, peak memory in GB)."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_npo.py"), *flags, "--eval-every", "never",
+                                "--device", "cpu", "--out", str(out)], stdout=subprocess.PIPE, text=True)
+    begin = end = 0.0
+    for line in process.stdout:
+        if line.startswith("step"):
+            end = time.perf_counter()
+        elif not end:
+            begin = time.perf_counter()  # the last line before the reference pass
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError("train_npo.py failed, see its message above")
+    config = json.loads((out / "config.json").read_text())
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    return (end - begin) / (config["rows"] * config["settings"]["epochs"]), losses, usage.ru_maxrss * KIB
+
+
+def answers(lm, texts: list, width: int = 0) -> tuple:
+    """(log pi(y|x), (B,); logits at all places, (B, T - 1, V); the tokens there, -100 outside the answers).
+    Texts are padded to `width` tokens, or to the longest."""
+    width = max(width, *(len(text.ids) for text in texts))
+    ids, mask, labels = (torch.tensor([line + [filler] * (width - len(line)) for line in lines])
+                         for filler, lines in ((0, [text.ids for text in texts]),
+                                               (0, [[1] * len(text.ids) for text in texts]),
+                                               (-100, [[-100] * t.start + t.ids[t.start:] for t in texts])))
+    logits, labels = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], labels[:, 1:]
+    return -F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100).sum(-1), logits, labels
+
+
+def plain_loss(s, policy, reference, groups: list, counts, width: int) -> torch.Tensor:
+    """A micro-batch's part of the batch's loss. groups: its forget rows, refusals and retain rows."""
+    (forget, refusals, retain), frozen = groups, torch.no_grad()(answers)
+    logps = answers(policy, forget, width)[0]
+    if s.loss == "sft":
+        return -logps.sum() / counts.forget_tokens
+    pairs = [logps, frozen(reference, forget, width)[0]]
+    if s.loss == "dpo":
+        pairs = [answers(policy, refusals, width)[0], logps, frozen(reference, refusals, width)[0], pairs[1]]
+    loss = (dpo_loss if s.loss == "dpo" else npo_loss)(*pairs, s.beta).sum() / counts.rows
+    logps, logits, labels = answers(policy, retain, width)
+    if s.retain_weight > 0:
+        return loss - logps.sum() / counts.retain_tokens
+    reference_logits = frozen(reference, retain, width)[1]
+    kl = kl_loss(logits[labels >= 0], reference_logits[labels >= 0], s.kl_direction)
+    return loss + kl.sum() / counts.retain_tokens
+
+
+def plain_steps(s, plan: Plan, policy, reference, width: int, at_once: int):
+    """Train `policy`, one update per batch of the stream. Yields each step's (loss, None)."""
+    optimizer = adamw(policy, s)
+    for step, items in enumerate(plan.stream):
+        counts, total = plan.counts(items), 0.0
+        for at in range(0, len(items), at_once):
+            groups = [[plan.texts[key] for key in keys] for keys in plan.keys(items[at:at + at_once])]
+            loss = plain_loss(s, policy, reference, groups, counts, width)
+            loss.backward()
+            total += loss.item()
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield total, None
+
+
+def opponent(name: str, flags: list[str]) -> tuple[float, list, float]:
+    """A or B on train_npo.py's batches: (seconds per row, losses, peak memory in GB)."""
+    s = parse(flags)
+    reference, tokenizer, meta, _ = load_model(s.model, base=s.loss == "sft")
+    s.template, policy = meta["template"], copy.deepcopy(reference)
+    plan = Plan(s, load_task(s.data, s.split), tokenizer, None)
+    if name == "A":
+        plan.stream = [items[:4] for items in plan.stream[:4]]
+        steps = plain_steps(s, plan, policy, reference, 500, 2)
+    elif s.method == "npo+rt":
+        minimal_npo.MICRO_BATCH_SIZE = s.micro_batch_size
+        texts = ({int(key.split("/")[1]): text for key, text in plan.texts.items() if key.startswith(kind)}
+                 for kind in ("row", "retain"))
+        steps = minimal_npo.unlearn(policy, reference, *texts, plan.stream, s.lr, s.beta, s.weight_decay)
+    else:
+        steps = plain_steps(s, plan, policy, reference, 0, s.micro_batch_size)
+    values, seconds = timed(list, steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    return seconds / sum(map(len, plan.stream)), [loss for loss, _ in values], peak
+
+
+def measure_step(args, method: str) -> dict:
+    # The learning rate is the paper's. With a larger one, rounding grows from step to step.
+    flags = ["--split", args.split, "--epochs", "4", "--lr", "1e-5", "--model", args.model, "--data",
+             args.data, *METHODS[method].split()]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [{"ours": train(flags, Path(folder) / str(k)), "A": in_new_process(opponent, "A", flags),
+                    "B": in_new_process(opponent, "B", flags)} for k in range(args.repeats)]
+    gaps = [agree(f"losses of {method}", sides["ours"][1], sides["B"][1]) for sides in results]
+    seconds, peaks = ({name: [sides[name][part] for sides in results] for name in ("ours", "A", "B")}
+                      for part in (0, 2))
+    return {f"{method} step": row_of("s per row", seconds, largest_difference=max(gaps)),
+            f"{method} peak memory": row_of("GB", peaks)}
+
+
+@torch.no_grad()
+def plain_evaluation(lm, tokenizer, prepared: Prepared, keys: list, max_new_tokens: int) -> list:
+    """B': scores the rows with these keys and answers their questions. -log pi(y|x) of their texts."""
+    nlls, end, tokenizer.pad_token = [], tokenizer.eos_token_id, tokenizer.eos_token
+    texts = [text for key, text in prepared.texts.items() if key.rpartition("/")[0] in keys]
+    for at in range(0, len(texts), 8):
+        nlls += (-answers(lm, texts[at:at + 8])[0]).tolist()
+    for at in range(0, len(keys), 8):
+        batch = tokenizer.pad({"input_ids": [prepared.prompts[key] for key in keys[at:at + 8]]},
+                              padding_side="left", return_tensors="pt")
+        lines = lm.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end,
+                            pad_token_id=end)[:, batch["input_ids"].shape[1]:]
+        for key, line in zip(keys[at:at + 8], lines, strict=True):
+            name, index = key.split("/")
+            generation = tokenizer.decode(line, skip_special_tokens=True).strip()
+            rouge_l_recall(prepared.rows[name][int(index)]["answer"], generation)
+    return nlls
+
+
+def compare_evaluations(args, model: str) -> dict:
+    torch.set_flush_denormal(True)  # as train_npo.py does
+    lm, tokenizer, meta, preset = load_model(model)
+    prepared = prepare(load_task(args.data, "forget10").evaluated, tokenizer, meta["template"])
+    seconds, gaps, most = {"ours": [], "B'": []}, [], preset.max_new_tokens
+    keys = [f"{name}/{i}" for name, rows in prepared.rows.items() for i in range(0, len(rows), STRIDE)]
+    for _ in range(args.repeats):
+        sets, took = timed(evaluate, AnswerModel(lm), prepared, tokenizer, preset.eval_batch_size, most)
         seconds["ours"].append(took)
-        begin = opponents.now()
+        nlls, took = timed(plain_evaluation, lm, tokenizer, prepared, keys, most)
+        seconds["B'"].append(took * len(prepared.prompts) / len(keys))
+        ours = [nll for name in sets for row in sets[name][::STRIDE] for nll in (
+            row["answer_nll"], row["paraphrased_nll"], *row["perturbed_nll"]) if nll is not None]
+        gaps.append(agree("scores", ours, nlls))
+    return row_of("s", seconds, largest_difference=max(gaps))
+
+
+def measure_evaluation(args) -> dict:
+    """Of the start; and of the tiny model after gradient ascent, whose answers never end."""
+    rows = {"evaluation, start": compare_evaluations(args, args.model)}
+    if args.model == "tiny":
+        with tempfile.TemporaryDirectory() as folder:
+            train(["--loss", "ga"], Path(folder) / "run")
+            rows["evaluation, collapsed"] = compare_evaluations(args, f"{folder}/run/model")
+    return rows
+
+
+def measure_synthetic(args) -> dict:
+    """Figure 4 for both alpha, pi_ref and pi_retr included: ours in a process per core, S in one thread."""
+    threads, instances = torch.get_num_threads(), [published_instance(seed) for seed in PUBLISHED_SEEDS]
+    methods, steps = {alpha: synthetic.published_methods(alpha) for alpha in (1, 0)}, list(range(0, 2001, 25))
+    seconds, gaps = {"ours": [], "S": []}, []
+    torch.set_num_threads(1)
+    for _ in range(args.repeats):
+        curves, took = timed(synthetic.run, instances, methods, steps)
+        seconds["ours"].append(took)
+        begin = time.perf_counter()
         for alpha in methods:
-            models = opponents.models(instances[0], alpha, synthetic.TRAIN_LR, synthetic.TRAIN_STEPS)
-            for method, ours in zip(methods[alpha], curves[alpha][0], strict=True):
-                path = opponents.unlearning(method, instances[0], alpha, models, STEPS, EVAL_EVERY)
-                gaps.append(float((abs(np.transpose(path) - ours) / abs(ours)).max()))
-        seconds["S"].append(len(instances) * (opponents.now() - begin))
-    return measure.row_of("s a figure", seconds,
-                          checked=measure.agree("synthetic", {"distances": max(gaps)}))
+            models = synthetic.reference_and_retrained(instances[0], alpha, synthetic.TRAIN_STEPS)
+            problem = synthetic.Problem(instances[:1], alpha, [models])
+            paths = [problem.unlearn([method], steps)[0, 0] for method in methods[alpha]]
+            gaps.append(agree("distances", curves[alpha][0], paths))
+        seconds["S"].append(len(instances) * (time.perf_counter() - begin))
+    torch.set_num_threads(threads)
+    return {"synthetic, Figure 4": row_of("s", seconds, largest_difference=max(gaps))}
 
 
-# row -> (its name, how it is measured, targets: opponent -> ratio, or seconds of the tiny model)
-ROWS = {
-    "npo+rt": ("npo+rt step", partial(measure.measure_step, method="npo+rt"), {"A": 12, "B": 2}),
-    "npo+kl": ("npo+kl step", partial(measure.measure_step, method="npo+kl"), {"A": 14, "B": 2.5}),
-    "dpo+rt": ("dpo+rt step", partial(measure.measure_step, method="dpo+rt"), {"A": 12, "B": 2}),
-    "sft": ("fine-tuning step", partial(measure.measure_step, method="sft"), {"A": 8, "B": 1.6}),
-    "evaluation": ("whole evaluation", measure.measure_evaluation, {"B'": 3}),
-    "memory": ("peak memory, npo+rt", measure.measure_memory, {"B, 8 rows": 1 / 0.65, "B, 32 rows": 2}),
-    "arithmetic": ("useful arithmetic", measure.measure_arithmetic, {"matmul": 0.75}),
-    "first-command": ("first command, tiny, two processes", measure.measure_first_command, {"s": 150}),
-    "synthetic": ("synthetic, Figure 4, both alpha", measure_synthetic, {"S": 20}),
-    "processes": ("two processes against one", measure.measure_processes, {"one": 1.7})}
-MET = {True: "yes", False: "**no**"}
-WITHOUT_THE_MODEL = {"first-command", "synthetic"}
+def measure_first_command(args) -> dict:
+    """README's first command, in an empty folder."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+             str(ROOT / "train_npo.py"), "--loss", "npo", "--retain-weight", "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = [timed(subprocess.run, words, cwd=folder, stdout=subprocess.DEVNULL, check=True)[1]
+                   for _ in range(args.repeats)]
+    return {"first command": row_of("s", {"ours": seconds})}
 
 
-def table(rows: dict, tiny: bool) -> str:
-    """What was measured, as a Markdown table: median (least to largest), target, and whether it is met."""
-    lines = ["| work | ours | against | ratio, median (range) | target | met |", "|---|---|---|---|---|---|"]
-    for key, row in rows.items():
-        name, _, targets = ROWS[key]
-        ours = row.get("seconds", {}).get("ours", {}).get("median")
-        cost = "" if ours is None else f"{ours:.3g} {row['unit']}"
-        for against, ratio in row["ratio"].items():
-            said = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['repeats']})"
-            target = targets.get(against)
-            judged = f"{target:.2f} | {MET[ratio['median'] >= target]}" if target else " | "
-            own = row.get("costs", {}).get(against, cost)
-            lines.append(f"| {name} | {own} | {against} | {said} | {judged} |")
-        if "s" in targets:
-            judged = f"{targets['s']} s | {MET[ours <= targets['s']]}" if tiny else " | "
-            lines.append(f"| {name} | {cost} | | | {judged} |")
-    return "\n".join(lines)
+MEASURES = {method: partial(measure_step, method=method) for method in METHODS} | {
+    "evaluation": measure_evaluation, "synthetic": measure_synthetic, "first-command": measure_first_command}
 
 
-def machine(args: Namespace) -> dict:
-    """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.partition("model name")[2].partition("\n")[0].lstrip("\t :") or platform.processor()
-    gpu = torch.cuda.get_device_name() if args.device.type == "cuda" else None
-    return {"cpu": cpu, "cores": cores(), "gpu": gpu, "threads": torch.get_num_threads(),
-            "device": args.device.type}
+def table(rows: dict) -> str:
+    """A Markdown line per row and opponent."""
+    lines = ["| work | ours | against | ratio, median (range) |", "|---|---|---|---|"]
+    for work, row in rows.items():
+        ours = f"| {work} | {row['costs']['ours']['median']:.3g} {row['unit']} |"
+        lines += [f"{ours} {name} | {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}, {r['n']}) |"
+                  for name, r in row["ratio"].items()] or [f"{ours} | |"]
+    return "\n".join(lines) + "\n"
 
 
-def small_start(args: Namespace) -> str:
-    """The tiny model that is measured: fine-tuned for three epochs only, and kept."""
-    mark = fingerprint(load_task(args.data, "full").fingerprint, PRESETS["tiny"].sft_lr)
-    folder = Path(f"runs/bench/tiny-{mark}")
-    if not (folder / "model").is_dir():
-        flags = ["--resume", str(folder)] if folder.exists() else [
-            "--loss", "sft", "--data", args.data, "--epochs", "3", "--eval-every", "never", "--device",
-            args.device.type, "--out", str(folder)]
-        measure.train_npo(subprocess.check_call, flags)
-    return f"tiny={folder / 'model'}"
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="bench.py", description=__doc__)
-    add = parser.add_argument
-    add("--model", default="tiny", help="tiny, or PRESET=FOLDER, or a folder")
-    add("--data", default="builtin", help="builtin, or a folder with TOFU's files")
-    add("--only", action="append", choices=ROWS, help="measure this row only; may be given again")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs")
-    add("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
-    parser.set_defaults(batch_size=32, a_rows=4, plain_rows=40, max_rows=300, max_new_tokens=200,
-                        train=train)
-    return parser
-
-
-def main():
-    args = build_parser().parse_args()
-    preset, path = split_model(args.model)
-    folder = Path(path)  # a run's model/ is named by the run
-    label = preset or (folder.parent.name if folder.name == "model" else folder.name)
-    tiny = label == "tiny"
-    wanted = args.only or [row for row in ROWS if row != ("memory" if tiny else "first-command")]
-    args.device = join_world(args.device).device
-    args.repeats, args.few, args.process_epochs = (5, 3, 11) if tiny else (2, 1, 1)
-    if preset and not path and set(wanted) - WITHOUT_THE_MODEL:
-        if not tiny:
-            raise InputError(f"--model {preset}: give its weights, --model {preset}=FOLDER")
-        args.model = small_start(args)
+def main(argv: list | None = None):
+    parser = Parser(__doc__)
+    parser.add_argument("--model", default="tiny", help="tiny, or PRESET=FOLDER, or a folder")
+    parser.add_argument("--data", default="builtin", help="builtin, or a folder with TOFU's files")
+    parser.add_argument("--rows", nargs="+", choices=MEASURES, help="measure these alone")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
+    args = parser.parse_args(argv)
+    args.repeats, args.split = (5, "forget05") if args.model == "tiny" else (2, "forget01")
+    label = Path(args.model.partition("=")[0]).name
     file = args.out / f"bench_{label}.json"
-    known = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    measured_on, rows = "builtin" if args.data == "builtin" else "TOFU", known["rows"]
-    if known.get("data", measured_on) != measured_on:
-        raise InputError(f"{file} was measured on {known['data']}, not on {measured_on}: give another --out")
-    for row in wanted:
-        rows[row], took = measure.timed(ROWS[row][1], args)
-        made = environment()
-        rows[row]["provenance"] = {**made, "command": without_folders(made["command"]), "took": took,
-                                   **machine(args)}
-        rows = {key: rows[key] for key in ROWS if key in rows}
-        write_json(file, {"model": label, "data": measured_on, "rows": rows})
-        file.with_suffix(".md").write_text(table(rows, tiny) + "\n")
-        print(f"{row}: {took:.0f} s\n{table({row: rows[row]}, tiny)}", flush=True)
-    print(f"{file}, {file.with_suffix('.md').name}")
+    rows = json.loads(file.read_text())["rows"] if file.exists() else {}
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    for work in args.rows or MEASURES:
+        measured, took = timed(MEASURES[work], args)
+        provenance = {**environment(), "cpu": cpu, "cores": os.cpu_count(), "took": took}
+        rows |= {name: row | {"provenance": provenance} for name, row in measured.items()}
+        write_json(file, {"model": label, "data": Path(args.data).name, "rows": rows})
+        file.with_suffix(".md").write_text(table(rows))
+        print(f"{work}: {took:.0f} s\n{table(measured)}", flush=True)
 
 
 if __name__ == "__main__":
-    run_command(main, "bench.py")
+    run_command(main)

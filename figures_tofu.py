@@ -1,117 +1,189 @@
-"""Section 5 whole: plan a figure's runs, run what is missing, distil them into one small JSON, draw, judge.
+"""Section 5: plan the runs of a figure, make those that are missing, draw, and judge the paper's claims.
 
-    python figures_tofu.py                       # built-in data, the tiny model, everything: see --plan first
-    python figures_tofu.py --figure 5 --seeds 2 --data TOFU_DIR --methods ga ga+rt npo npo+rt
-    python figures_tofu.py --draw-only           # from the JSON alone: no model, no run folder
-    python figures_tofu.py --collect runs/NAME --out FILE.json    # single runs: records, table, picture
+    python figures_tofu.py --figure 8 --out runs/my --plan     # the runs of Figure 8, as command lines
+    python figures_tofu.py --figure 8 --out runs/my --seeds 2  # make them two at a time, draw, judge
+    python figures_tofu.py --draw-only                         # pictures and results/tofu.md from stored JSON
+    python figures_tofu.py --collect runs/NAME .. --out FILE.json   # single runs: records, table, picture
 
-It leaves OUT/tofu/DATA_MODEL.json, its pictures beside it, and OUT/tofu.md over every such JSON;
-docs/study.md has the figures. A run is known by its settings, data, start and retrained model, which its
-folder's name stands for: one that is in the JSON, or finished in runs/, is not made again; one that was
-interrupted goes on. Seeds vary unlearning and retraining; the fine-tuned start is shared. The story:
-`study/`'s grid (what is needed), workers (running it), records (what is kept), verdicts, pages, pictures and
-beyond (from the JSON alone).
+A run is missing if OUT/tofu/STUDY.json has no record of it and runs/tofu/STUDY/ has no finished run. Records
+are added to that file and never removed. Seeds vary unlearning and retraining; all runs have one start.
+In `study/`, `pictures.py` lists the figures, `verdicts.py` the claims, `records.py` what is kept of a run.
 """
 
-import signal
-from argparse import Namespace
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from itertools import product
 from pathlib import Path
 
-from study import beyond, grid, pages, pictures, records, verdicts, workers
-from support.command_line import Parser, cores, positive, run_command
-from support.errors import InputError
-from support.files import locked, write_json
-from support.provenance import environment
+from common import ROOT, InputError, Parser, environment, positive, run_command, write_json
+from data.tofu import complement, load_task, slice_rows
+from study.pages import page, single_runs_page
+from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_single, draw_evolution,
+                            has_beta, picture_of)
+from study.records import attacks, record
+from study.verdicts import settings_of, verdicts
+
+RESULTS = ("start", "model", "model", "robustness.json")  # of a wave's runs: done if the folder has it
+
+
+# ---------------------------------------------------------------- a figure's runs
+
+def name_of(run: dict) -> str:
+    """What identifies an unlearning run in a study, and names its folder."""
+    return "{split}_{method}_weight{retain_weight:g}_lr{lr:g}_beta{beta:g}_seed{seed}".format_map(run)
+
+
+def plan(args, study: dict, folder: Path) -> list[dict]:
+    """Four waves, folder -> command, each needing those before: start, retraining, unlearning, attacks."""
+    recorded, waves = {name_of(run): run for run in study["runs"]}, [{}, {}, {}, {}]
+    full, base, start = load_task(args.data, "full").retain, "tiny", "tiny"
+    if args.data != "builtin":  # its tiny model does not ship
+        base, start = f"tiny={folder}/tiny/untrained", f"tiny={folder}/tiny/start"
+        waves[0][folder / "tiny"] = ["data/make_tiny.py", "--data", args.data, "--out", folder, "--only",
+                                     "untrained", "start"]
+    runs = [(figure, settings | {"seed": seed}) for figure in args.figure
+            for split, name, seed in product(*FIGURES[figure][1:3], range(1, args.seeds + 1))
+            if name.split("@")[0] in args.methods and (settings := settings_of(study, split, name))]
+    for figure, run in runs:
+        if (name := name_of(run)) in recorded and (figure != "attacks" or "attacks" in recorded[name]):
+            continue
+        split, (loss, _, term) = run["split"], run["method"].partition("+")
+        retrained, unlearned = folder / f"{complement(split)}_seed{run['seed']}", folder / name
+        flags = ["--data", args.data, "--seed", run["seed"]]
+        waves[1][retrained] = ["train_npo.py", "--loss", "sft", "--split", complement(split), "--model", base,
+                               *flags, "--out", retrained]
+        # Every second epoch is evaluated; of forget01, which has few steps, every second step.
+        every = 2 if split == "forget01" else math.ceil(2 * len(slice_rows(full, split)) / 32)
+        beta = ["--beta", run["beta"]] if has_beta(loss) else []
+        waves[2][unlearned] = [
+            "train_npo.py", "--loss", loss, "--split", split, "--retain-weight", run["retain_weight"],
+            "--kl-weight", int(term == "kl"), "--lr", run["lr"], *beta, "--model", start, *flags,
+            "--eval-every", every, "--retain-log", f"{retrained}/eval/*.json", "--out", unlearned]
+        if figure == "attacks":
+            waves[3][unlearned / "robustness"] = [
+                "robustness_tofu.py", "--model", unlearned / "model", "--start", start, "--retrained",
+                retrained / "model", "--data", args.data, "--out", unlearned / "robustness"]
+    return waves
+
+
+def make(folder: Path, command: list) -> str:
+    """Make a run, or resume it. Returns its log's last line if it fails, else an empty text."""
+    script, *flags = map(str, command)
+    if script == "train_npo.py" and folder.exists():
+        flags = ["--resume", str(folder)]
+    flags = [path for flag in flags for path in (glob(flag) if "*" in flag else [flag])]
+    log = folder.with_name(f"{folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        status = subprocess.run([sys.executable, ROOT / script, *flags], stdout=file, stderr=file,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    print(f"{folder}: {'failed' if status else 'done'}", flush=True)
+    if status:
+        return f"{log}: {(log.read_text(errors='replace').strip() or 'empty').splitlines()[-1]}"
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a hundred runs would fill the disk
+    (folder / "reference.safetensors").unlink(missing_ok=True)
+    return ""
+
+
+# ---------------------------------------------------------------- records, pictures, verdicts
+
+def add_records(study: dict, waves: list[dict]):
+    """Add the records of finished runs that the study lacks."""
+    _, trained, unlearned, attacked = ([folder for folder in wave if (folder / result).exists()]
+                                       for wave, result in zip(waves, RESULTS, strict=True))
+    models = [(model["split"], model["seed"]) for model in study["retrained"]]
+    study["retrained"] += [m for m in map(record, trained) if (m["split"], m["seed"]) not in models]
+    names = set(map(name_of, study["runs"]))
+    study["runs"] += [record(folder) for folder in unlearned if folder.name not in names]
+    starts = {run["start_weights"] for run in study["runs"]}
+    if len(starts) > 1:
+        raise InputError(f"stored and new runs began at different weights ({' and '.join(starts)}): they "
+                         "cannot be compared; give another --out")
+    for run, folder in product(study["runs"], attacked):
+        if folder.parent.name == name_of(run):
+            run["attacks"] = attacks(folder / RESULTS[3])
+
+
+def collect(folders: list, path: Path):
+    """Records of single runs in one JSON; a table and a picture of what it holds."""
+    if folders:
+        models, runs = ([entry for entry in map(record, folders) if (entry["method"] == "sft") is is_model]
+                        for is_model in (True, False))
+        write_json(path, {"runs": runs, "retrained": models, "provenance": environment()})
+    study = json.loads(path.read_text(encoding="utf-8"))
+    path.with_suffix(".md").write_text(single_runs_page(study), encoding="utf-8")
+    if len(columns := columns_of_single(study["runs"])) == 1:  # more splits are a table
+        draw_evolution({}, path.with_suffix(".png"), columns)
+
+
+def draw(out: Path, stems: list, figures: list):
+    """Pictures and verdicts of these studies, and the page over all studies in OUT/tofu."""
+    studies = {path.stem: json.loads(path.read_text()) for path in sorted((out / "tofu").glob("*.json"))}
+    for stem in stems:
+        for figure in figures:
+            if (columns := columns_of(studies[stem], figure)) and FIGURES[figure][3]:
+                print(FIGURES[figure][3](studies[stem], picture_of(out / "tofu" / stem, figure), columns))
+        print(f"\n{stem}", *(f"{v['claim']}: {v['words']}" for v in verdicts(studies[stem])), sep="\n")
+    (out / "tofu.md").write_text(page(studies), encoding="utf-8")
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="figures_tofu.py", description=__doc__)
+    parser, methods = Parser(__doc__), list(dict.fromkeys(METHODS + WITH_RT))
     add = parser.add_argument
-    add("--figure", nargs="+", choices=grid.FIGURES, default=[*grid.FIGURES], metavar="FIGURE",
-        help=f"what to make: {', '.join(grid.FIGURES)} (default: all)")
-    add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N")
-    methods, splits = grid.METHODS + grid.NEWER, grid.SMALL + grid.LARGE + grid.LARGEST
-    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
-        help="make runs of these only (default: all)")
-    add("--splits", nargs="+", choices=splits, default=splits, metavar="SPLIT",
-        help="likewise (default: all)")
-    add("--model", default="tiny", help="preset, or PRESET=FOLDER")
-    add("--data", default="builtin", help="builtin, a folder of TOFU's, or a Hub id")
-    add("--choices", choices=["preset"],
-        help="in place of tuning: the preset's lr and beta for all methods, as in the paper")
-    add("--epochs", type=positive(int), help="of every unlearning run (default: the preset's)")
-    add("--jobs", type=positive(int), help="runs at a time (default: tiny: one a core; else 1)")
-    add("--plan", action="store_true", help="print runs, time and memory, and stop")
-    add("--draw-only", action="store_true", help="draw and judge from the JSON alone")
-    add("--collect", nargs="+", type=Path, metavar="FOLDER",
-        help="finished run folders: write their records to --out, a table and a picture beside it")
-    add("--out", default="results",
-        help="where tofu/*.json, its pictures and tofu.md go; with --collect FILE.json, with --draw-only too")
+    add("--figure", nargs="+", choices=FIGURES, metavar="FIGURE",
+        help=f"{', '.join(FIGURES)} (default: overview; with --draw-only all)")
+    add("--seeds", type=positive(int), default=5, help="unlearning seeds 1 to N (default: 5)")
+    add("--choices", choices=("preset", "tuned"), default="preset",
+        help="lr and beta of the preset for all methods (default), or tuned for each method")
+    add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id")
+    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD", help="only these")
+    add("--plan", action="store_true", help="print the command lines of missing runs")
+    add("--draw-only", action="store_true", help="draw and judge what is stored")
+    add("--collect", nargs="+", type=Path, metavar="FOLDER", help="finished runs; their records go to --out")
+    add("--out", type=Path, default=Path("results"), help="folder (default: results), or FILE.json")
     return parser
 
 
-def draw(args: Namespace):
-    """Pictures of this study, and the page over all studies in OUT/tofu."""
-    path, page = records.json_path(args), Path(args.out) / "tofu.md"
-    studies = {p.stem: records.read_study(p) for p in sorted({path, *path.parent.glob("*.json")})}
-    study = studies[path.stem]
-    drawn = pictures.draw(study, args.figure, path.with_suffix(""))
-    if "objectives" in args.figure:
-        drawn += beyond.draw(study, path.with_suffix(""))
-    page.write_text(pages.page(studies, path.parent), encoding="utf-8")
-    print(verdicts.scale(study), *map(verdicts.line, verdicts.verdicts(study)), sep="\n")
-    print(f"drawn: {', '.join(map(str, drawn)) or 'no picture'}; {page}")
-
-
-def collect(folders: list, out: Path):
-    """The records of single runs in one JSON."""
-    found = [records.collected(folder) for folder in folders]
-    runs, models = ([r for r in found if r["kind"] == kind] for kind in ("unlearn", "model"))
-    write_json(out, {"runs": runs, "retrained": models, "provenance": environment()})
-
-
-def draw_single_runs(out: Path):
-    """A table and a picture beside the JSON that `collect` wrote."""
-    study = records.read_study(out, needed={"runs", "retrained"})
-    keys = ("method", "beta", "retain_weight", "seed")
-    answers = [([r[key] for key in keys], r["samples"]) for r in study["runs"] + study["retrained"]
-               if "samples" in r]
-    lines = [*pages.single_runs_table(study["runs"]),
-             *pages.samples_table([key.replace("_", " ") for key in keys], answers)]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    pictures.single_runs(study["runs"], out.with_suffix(".png"))
-    print("\n".join(lines))
-
-
-def run(args: Namespace):
-    """Make what is missing, and write it down."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved like Ctrl-C
-    path = records.json_path(args)
-    with locked(path.with_suffix(".lock")):  # two commands would overwrite each other's records
-        study = records.open_study(args)
-        workers.run_missing(study)
-        records.take_attacks(study)
-        write_json(path, records.complete(study))
-    for failure in study.known["failed"]:
-        print(f"not made: {failure['name']}: {failure['why']}")
-
-
-def main():
-    args = build_parser().parse_args()
-    args.jobs = args.jobs or (cores() if args.model.partition("=")[0] == "tiny" else 1)
-    out = Path(args.out)
-    if args.collect and out.suffix != ".json":
-        raise InputError(f"--collect with --out {out}: give the JSON to write, --out FILE.json")
-    if args.collect:
-        collect(args.collect, out)
-    if args.collect or args.draw_only and out.suffix == ".json":
-        return draw_single_runs(out)
+def main(argv: list | None = None):
+    args = build_parser().parse_args(argv)
+    if args.out.suffix == ".json":
+        return collect(args.collect, args.out)
+    if args.draw_only:
+        stems = [path.stem for path in sorted((args.out / "tofu").glob("*.json"))]
+        return draw(args.out, stems, args.figure or list(FIGURES))
+    args.figure, kind = args.figure or ["overview"], "_preset" * (args.choices == "preset")
+    stem = f"{Path(args.data).name}_tiny{kind}"
+    path, folder = args.out / "tofu" / f"{stem}.json", Path("runs", "tofu", stem)
+    chosen = json.loads((ROOT / "results" / "tofu" / f"builtin_tiny{kind}.json").read_text())["chosen"]
+    study = {"runs": [], "retrained": [], "data": Path(args.data).name, "model": "tiny", "chosen": chosen,
+             "choices_from": "preset" if kind else None}
+    if path.exists():
+        study |= json.loads(path.read_text(encoding="utf-8"))
+    waves = plan(args, study, folder)
+    missing = [[(folder, command) for folder, command in wave.items() if not (folder / result).exists()]
+               for wave, result in zip(waves, RESULTS, strict=True)]
     if args.plan:
-        return workers.print_plan(records.open_study(args))
-    if not args.draw_only:
-        run(args)
-    draw(args)
+        commands = ["python " + " ".join(map(str, command)) for wave in missing for _, command in wave]
+        return print("\n".join(commands) or f"{path} has all these runs")
+    failures = []
+    for wave in missing:
+        with ThreadPoolExecutor(2) as pool:
+            failures += filter(None, pool.map(lambda run: make(*run), wave))
+    if any(waves):
+        add_records(study, waves)
+        weights = (folder if args.data != "builtin" else ROOT / "data") / "tiny" / "start"
+        study["parameters"] = (weights / "model.safetensors").stat().st_size // 4  # float32
+        write_json(path, study | {"provenance": environment()})
+    draw(args.out, [stem], args.figure)
+    if failures:
+        raise InputError(f"{len(failures)} runs failed: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":
-    run_command(main, "figures_tofu.py")
+    run_command(main)

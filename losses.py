@@ -1,22 +1,23 @@
-"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024): pure
-functions of log-probabilities, which know no model, no device and no setting. The Llama of `train_npo.py`,
-the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call them.
+"""The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024).
+
+They are pure functions of log-probabilities and know no model, device or setting. The Llama of
+`train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call them.
 
     NPO, Eq. 3:         L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
     its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
 
-W is 1 where the policy still is the reference and vanishes on what is forgotten: gradient ascent that knows
-when to stop.
+W is 1 where the policy equals the reference, and vanishes on what is forgotten. So NPO is gradient ascent
+whose steps become small once an answer is unlikely.
 
 Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer
-tokens (the end-of-sequence token included) of log pi(token), in nats. Functions return one value per sequence
-(B,) or token (N,); means are taken by the caller, who knows the size of the whole batch. All are finite,
-value and gradient, for |beta * log-ratio| up to 1e4: no probability is ever formed where its logarithm will
-do. `*_token_logps` are (N,): log pi(y_t|..) of each answer token, what the newer objectives weigh one by one.
+tokens (the end-of-sequence token included) of log pi(token), in nats. `*_token_logps` are (N,): log pi of
+each answer token. A function returns one value per sequence (B,) or per token (N,). The caller takes the
+mean, because only the caller knows the size of the whole batch. Values and gradients are finite for |beta *
+log-ratio| up to 1e4, because every formula stays in logarithms.
 
-Where we differ from the authors' code, we follow the paper's text: DPO has 1/beta (Eq. 2; theirs 2/beta), K
-is D(policy || reference) by default (theirs is the other direction). KTO is in none of its equations; see
-`kto_loss`.
+Where the paper's text and the authors' code differ, we follow the text: DPO has 1/beta (Eq. 2; the code has
+2/beta), and K is D(policy || reference) by default (the code has the other direction). The paper has no
+equation for KTO; see `kto_loss`.
 """
 
 import inspect
@@ -40,12 +41,6 @@ def _check(beta: float, *logps: Tensor):
         raise ValueError(f"log-probabilities must have one shape, got {[tuple(x.shape) for x in logps]}")
 
 
-def _expect(holds: Tensor, sentence: str, value: Tensor):
-    """Raises ValueError on a CPU. A GPU isn't asked: everything would wait for its answer."""
-    if holds.device.type == "cpu" and not holds.all():
-        raise ValueError(f"{sentence}, got {value}")
-
-
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """log pi(target) for each answer token, (N, V) logits and (N,) targets -> (N,), nats, at least float32.
 
@@ -57,7 +52,7 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_loss(policy_logps: Tensor) -> Tensor:
-    """-log pi_theta, nats, (B,) or of tokens (N,): the retain loss RT, FG and IDK (Section 2), and sft."""
+    """-log pi_theta in nats, (B,) or (N,): RT, FG and IDK (Section 2), and fine-tuning."""
     return -policy_logps
 
 
@@ -78,10 +73,10 @@ def npo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tens
 
 
 def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
-    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): what NPO's gradient
-    multiplies GA's with.
+    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): NPO's gradient is GA's
+    times W.
 
-    Written as 2 sigmoid(beta * log-ratio), which neither over- nor underflows into 0/0.
+    It is computed as 2 sigmoid(beta * log-ratio), which cannot become 0/0.
     """
     _check(beta, policy_logps, reference_logps)
     return 2 * torch.sigmoid(beta * (policy_logps - reference_logps))
@@ -92,8 +87,8 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
     """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), Delta = log pi_theta - log
     pi_ref.
 
-    Chosen is the refusal ("I don't know"), rejected the forget answer. NPO is twice this without the chosen
-    half.
+    The chosen answer is the refusal ("I don't know"), the rejected one is the forget answer. NPO is twice
+    this loss without its chosen half.
     """
     _check(beta, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen = policy_chosen_logps - reference_chosen_logps
@@ -106,25 +101,24 @@ def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor 
     """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's
     undesirable side.
 
-    After Ethayarajh et al. (2024), whose loss is lambda (1 - sigmoid(beta (z - r))); this is its log-sigmoid
-    variant, so that z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r) with z
-    unclamped. z estimates a divergence over the global batch (see `kto_baseline`); no gradient flows through
-    it.
+    The loss of Ethayarajh et al. (2024) is lambda (1 - sigmoid(beta (z - r))). This is its log-sigmoid
+    variant, so z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r), with z not
+    clamped at 0. z estimates a divergence over the global batch (`train_npo.kto_baseline`) and has no
+    gradient.
     """
     _check(beta, policy_logps, reference_logps)
     baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()
-    _expect(~(baseline < 0), "kl_baseline must not be negative (clamp it at 0)", baseline)  # NaN may pass
     return -(2 / beta) * F.logsigmoid(beta * (baseline - (policy_logps - reference_logps)))
 
 
-def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float, gamma: float = 0.0) -> Tensor:
+def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float = 2.5,
+                gamma: float = 0.0) -> Tensor:
     """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference,
     length-normalised.
 
     `answer_lengths` (B,) counts the answer's tokens, at least 1.
     """
     _check(beta, policy_logps, answer_lengths)
-    _expect(answer_lengths >= 1, "answer_lengths must be at least 1", answer_lengths)
     return -(2 / beta) * F.logsigmoid(-beta * policy_logps / answer_lengths - gamma)
 
 
@@ -146,13 +140,13 @@ def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "p
 
 # ---------------------------------------------------------------- newer objectives, per answer token
 
-# Published as means over the forget answers' tokens. p = pi_theta(y_t|..), q = pi_ref(y_t|..); no gradient
-# flows through a weight or a target. Defaults are the published ones; where implementations differ:
-# docs/beyond.md.
+# They were published as means over the forget answers' tokens. p = pi_theta(y_t|..), q = pi_ref(y_t|..).
+# No gradient flows through a weight or a target. Defaults are the published ones. docs/beyond.md says where
+# implementations differ.
 
 def wga_loss(policy_token_logps: Tensor, beta: float = 1.0) -> Tensor:
-    """p^beta log p, (N,): gradient ascent with a weight that vanishes on what is forgotten (WGA, Wang et al.
-    2025, arXiv 2502.19301)."""
+    """p^beta log p, (N,): gradient ascent whose weight vanishes on forgotten tokens (WGA, Wang et al. 2025,
+    arXiv 2502.19301)."""
     _check(beta, policy_token_logps)
     return (beta * policy_token_logps.detach().clamp(max=0)).exp() * policy_token_logps
 
@@ -162,20 +156,20 @@ def satimp_loss(policy_token_logps: Tensor, beta: float = 5.0, beta2: float = 1.
     2505.11953; beta and beta2 are its beta_1 and beta_2)."""
     _check(beta, policy_token_logps)
     _check(beta2)
-    logps = policy_token_logps.detach().clamp(max=0)  # rounding may lift it above 0, where 1 - p has no power
+    logps = policy_token_logps.detach().clamp(max=0)  # rounding can lift log p above 0, and 1 - p below 0
     return (beta * logps).exp() * (-logps.expm1()) ** beta2 * policy_token_logps
 
 
 def tnpo_loss(policy_token_logps: Tensor, reference_token_logps: Tensor, beta: float = 4.0) -> Tensor:
-    """2 p^beta / (p^beta + q^beta) log p, (N,): NPO's weight W (Eq. 5) of a token in place of a sequence
-    (TNPO, Wang et al. 2025, arXiv 2502.19301). log p where the policy is the reference."""
+    """2 p^beta / (p^beta + q^beta) log p, (N,): gradient ascent with NPO's weight W (Eq. 5), computed per
+    token (TNPO, Wang et al. 2025, arXiv 2502.19301)."""
     return npo_weight(policy_token_logps, reference_token_logps, beta).detach() * policy_token_logps
 
 
 def ceu_loss(policy_logits: Tensor, targets: Tensor) -> Tensor:
-    """-sum_v r_v log p_v, (N, V) and (N,) -> (N,), r the softmax of the policy's own logits with the target's
-    at -infinity (CE-U, Yang 2025, arXiv 2503.01224): UNDIAL of the policy itself. That an answer's first
-    token is skipped, as published, is the caller's (`Objective.skips`)."""
+    """-sum_v r_v log p_v, (N, V) and (N,) -> (N,): r is the softmax of the policy's own logits with the
+    target's logit at -infinity (CE-U, Yang 2025, arXiv 2503.01224). The caller skips the first token of each
+    answer (`Objective.skips`)."""
     beyond_every_logit = torch.finfo(torch.float64).max
     return undial_loss(policy_logits, policy_logits, targets, beyond_every_logit)
 
@@ -195,45 +189,50 @@ def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor
 
 # ---------------------------------------------------------------- what `--loss NAME` means
 
-# What is computed of a batch, by name: log pi of the row's own answer and of a refusal, the policy's and the
-# reference's, sums in nats; the answers' tokens; KTO's z. Of the own answer's tokens: log pi, and logits (a
-# chunk of tokens at a time, with the tokens that they should predict).
+# What the step can compute from a batch. Log-probabilities are sums per sequence unless they say token;
+# targets are the answer tokens, kl_baseline is KTO's z.
 COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
             "kl_baseline", "policy_token_logps", "reference_token_logps", "policy_logits", "reference_logits",
             "targets")
-signature = cache(inspect.signature)  # asked in every step
+signature = cache(inspect.signature)  # every step asks for it
 
 
 class Objective(NamedTuple):
-    """A loss on the forget rows. Its arguments' names say what it needs: of COMPUTED, or a setting, such as
-    beta, whose default wins over the preset's, and a flag over it. Nothing else asks which loss it is."""
-    loss: Callable[..., Tensor]  # one value a sequence (B,) or answer token (N,), never their mean
-    given: dict[str, str] = {}  # an argument's name -> what it is given, where that is called otherwise
-    mean: str = "sequences"  # what the global batch's mean is over: sequences or (answer) tokens
-    at_reference: float | None = None  # its value where the policy is the reference, times beta if it has one
-    weight: Callable[..., Tensor] | None = None  # W, 1 at the reference: of the same arguments as the loss
-    skips: int = 0  # an answer's first tokens that the loss passes over
-    alternatives: bool = False  # a row's `alternative_answer`, where rows have one, stands for the refusal
+    """A loss on the forget rows. The loss's parameter names select its inputs: a parameter is one of
+    COMPUTED, or a setting such as beta. A setting's default in the signature wins over the preset's value,
+    and a flag wins over both."""
+    loss: Callable[..., Tensor]  # one value per sequence (B,) or per answer token (N,), never their mean
+    renamed: dict[str, str] = {}  # parameter name -> name in COMPUTED, where the two differ
+    mean: str = "sequences"  # the global batch's loss is a mean over sequences or over (answer) tokens
+    value_at_start_times_beta: float | None = None  # checked at step 0; times 1 for a loss without beta
+    weight: Callable[..., Tensor] | None = None  # W, with the same parameters as the loss; 1 at the start
+    skips: int = 0  # the loss leaves out this many tokens at the beginning of an answer
+    alternatives: bool = False  # a row's `alternative_answer`, where rows have one, replaces the refusal
 
     @property
-    def takes(self) -> dict[str, inspect.Parameter]:
-        """What it is given -> the argument, in their order."""
-        return {self.given.get(name, name): own for name, own in signature(self.loss).parameters.items()}
+    def inputs(self) -> dict[str, inspect.Parameter]:
+        """Name in COMPUTED, or of a setting -> parameter of the loss, in the loss's order."""
+        return {self.renamed.get(name, name): p for name, p in signature(self.loss).parameters.items()}
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The flags that it has an ear for."""
-        return tuple(name for name in self.takes if name not in COMPUTED)
+        """Command-line settings that this loss uses."""
+        return tuple(name for name in self.inputs if name not in COMPUTED)
 
     @property
     def defaults(self) -> dict[str, float]:
-        """Those of its settings that its arguments bring along."""
-        return {name: own.default for name, own in self.takes.items()
-                if name in self.settings and own.default is not own.empty}
+        """Settings for which the loss has a default of its own."""
+        return {name: p.default for name, p in self.inputs.items()
+                if name in self.settings and p.default is not p.empty}
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the policy reads the forget rows' own answers (idk reads refusals alone)."""
+        return any(name.startswith("policy_") for name in self.inputs)
 
     @property
     def needs_refusals(self) -> bool:
-        return any("refusal" in name or name == "kl_baseline" for name in self.takes)
+        return any("refusal" in name or name == "kl_baseline" for name in self.inputs)
 
 
 OBJECTIVES = {
@@ -243,9 +242,9 @@ OBJECTIVES = {
     "dpo": Objective(dpo_loss, {
         "policy_chosen_logps": "refusal_logps", "policy_rejected_logps": "policy_logps",
         "reference_chosen_logps": "reference_refusal_logps", "reference_rejected_logps": "reference_logps"},
-        at_reference=math.log(2), alternatives=True),
-    "kto": Objective(kto_loss, at_reference=2 * math.log(2)),
-    "npo": Objective(npo_loss, at_reference=2 * math.log(2), weight=npo_weight),
+        value_at_start_times_beta=math.log(2), alternatives=True),
+    "kto": Objective(kto_loss, value_at_start_times_beta=2 * math.log(2)),
+    "npo": Objective(npo_loss, value_at_start_times_beta=2 * math.log(2), weight=npo_weight),
     "simnpo": Objective(simnpo_loss),
     "wga": Objective(wga_loss, mean="tokens"),
     "satimp": Objective(satimp_loss, mean="tokens"),

@@ -1,360 +1,629 @@
 """Fine-tune, retrain and unlearn with NPO and its baselines (Zhang, Lin, Bai, Mei, 2024; Sections 2, 3, 5).
 
     torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1    # unlearn forget10; no download
-    python train_npo.py --loss sft --split full                  # fine-tune (or --split retain90: retrain)
+    python train_npo.py --loss sft --split full                  # fine-tune (--split retain90: retrain)
 
     minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
-    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))   (losses, Eq. 3)
+    NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))   (losses.py, Eq. 3)
 
-It reads from top to bottom: the objective, the processes and the optimizer, the loop (`train`), the runs. A
-global batch is defined without regard to processes: each takes its share of the rows, losses are SUMS that
-are divided once by the whole batch's counts, and the step is the same for any micro-batch size and any number
-of processes.
+From top to bottom: settings, the reference, the objective, the loop, the run folder, main. A global batch is
+defined without regard to processes: each takes its share of the rows, and losses are SUMS that are divided
+once by the whole batch's counts. So a step is the same for any micro-batch size and any number of processes.
 
-Where this departs from the paper or from the authors' code: no reference model stays in memory. The policy is
-the reference until its first step, so one pass before it keeps log pi_ref(y|x) of every answer that will be
-used, and for K and the KL metrics the last hidden states. RT and GA are means over the batch's answer tokens
-and NPO, DPO, KTO, SimNPO means over sequences, as in the authors' code; K, idk+rt and DPO follow the paper's
-text (docs/departures.md; newer objectives: docs/beyond.md). Dropout is off: at step 0 the policy must equal
-the reference, and that is checked.
+The largest departure from the authors' code (all are in docs/departures.md): no reference model stays in
+memory. The policy is the reference until its first step, so one pass before that step records log pi_ref of
+every answer and, where logits are compared, the last hidden states, from which the frozen LM head gives the
+logits again. Dropout is off, because at step 0 the policy must equal the reference; that is checked.
+
+Shapes: B sequences, N answer tokens, H hidden size, V vocabulary.
 """
 
+import dataclasses
+import inspect
+import itertools
+import json
 import math
 import os
-import sys
+import re
+import shutil
+import signal
 import time
-from argparse import Namespace
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
-from data.batches import Item, collate
-from data.tofu import Task, complement
-from evaluate_tofu import compute_metrics
-from evaluation.scoring import logps_of_texts
-from losses import kl_loss, nll_loss, token_logps
-from models.answers import AnswerModel, Span
-from models.layers import prepare_layers
-from models.presets import autocast
-from models.sharded import local, whole
-from running.job import Job, describe, policy_of, prepare_job
-from running.memory_plan import dry_run
-from running.plan import Counts, Plan
-from running.processes import meeting_place, take_device
-from running.reference import Reference, reference_pass
-from running.run_folder import RunFolder, Stopped, open_folder
-from running.settings import parse, resumed, tiny_settings
-from support.command_line import cores, run_command
-from support.errors import InputError
-from support.files import locked, whole_folder
-from support.world import World
+from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
+                    write_json)
+from data.batches import Counts, MicroBatch, Plan, collate, deal, sums_per_text
+from data.prompts import TEMPLATES
+from data.tofu import evaluation_split, load_task, parse_split
+from evaluate_tofu import Prepared, compute_metrics, evaluate, plot_trajectory, prepare, read_retain_log
+from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
+from model import (AUTOCAST, LORA_LR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
+                   full_tensor, gathered, in_turns, join_world, load_model, resolve_model, save_model, shard)
 
-TIMEOUT = timedelta(hours=12)  # of a collective: others wait while one writes a checkpoint or holds a lock
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints say so of one process
+
+# ---------------------------------------------------------------- settings
+
+@dataclass
+class Settings:
+    """One command-line flag each; the comments are the help. None: the preset's or the loss's default."""
+    loss: str = "npo"  # objective on the forget rows: a name in losses.OBJECTIVES; sft fine-tunes
+    forget_weight: float = 1.0  # of the forget loss
+    retain_weight: float = 0.0  # of RT, -log pi on retain rows (+rt)
+    kl_weight: float = 0.0  # of K, the divergence from the reference on retain rows (+kl)
+    kl_direction: str = "policy_reference"  # K as in the paper; reference_policy: as in the authors' code
+    beta: float | None = None  # inverse temperature of the loss (default: the loss's own, else the preset's)
+    beta2: float | None = None  # satimp's exponent of 1 - p
+    gamma: float | None = None  # simnpo's margin, nats (default 0)
+    split: str | None = None  # forget01 to forget99; for sft full or retainNN (default: forget10; sft: full)
+    data: str = "builtin"  # builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU
+    forget: str | None = None  # own rows to unlearn, JSON or JSON lines with question and answer
+    retain: str | None = None  # own rows to keep; may be left out without --retain-weight and --kl-weight
+    model: str = "tiny"  # preset, folder, Hub id, or PRESET=PATH
+    template: str | None = None  # prompt template: llama2, qa or chat (default: the model's)
+    system_prompt: str | None = None  # for the template chat
+    retain_log: str | None = None  # log of a model retrained without the forget rows, for forget quality
+    retain_pairing: str = "stream"  # a new retain partner in each epoch; fixed: the authors' rule
+    epochs: int | None = None  # passes over the forget rows (default: the preset's)
+    batch_size: int = 32  # rows per step, over all processes
+    micro_batch_size: int | None = None  # rows that a process runs at once: changes memory, not numbers
+    lr: float | None = None  # peak learning rate (default: the preset's; 10 times it with --lora)
+    weight_decay: float | None = None  # AdamW's, not on norms and biases (default: the preset's)
+    warmup_epochs: float = 1.0  # linear warm-up, at least one step
+    max_grad_norm: float = 0.0  # clip the norm of the gradient; 0: off
+    seed: int = 0  # of the order of rows, partners and refusals, and of new adapters
+    dtype: str = "fp32"  # precision of matrix products: fp32, bf16 or fp16; weights and AdamW stay float32
+    device: str = "auto"  # auto, cpu, cuda or mps
+    parallel: str = "ddp"  # each process holds the model (ddp), or a part of every parameter (fsdp)
+    activation_checkpointing: bool = False  # keep each layer's input only: less memory, one more forward pass
+    compile: bool = False  # torch.compile the layers (needs a C++ compiler)
+    lora: int = 0  # rank of adapters on every linear layer, which alone are trained (needs peft); 0: off
+    eval_every: str | None = None  # epoch, end, never, or a number of steps (default: epoch; sft: end)
+    checkpoint_every: str = "10m"  # minutes (10m) or a number of steps; also at every evaluation
+    keep: str = "last"  # best: also keep best/, the weights of the best evaluation
+    log_to: str | None = None  # also log to tensorboard or wandb (optional packages)
+    out: str | None = None  # run folder, must not exist (default: runs/METHOD_SPLIT, the next free number)
+    resume: str | None = None  # run folder to resume; its settings hold
+
+    @property
+    def method(self) -> str:
+        return self.loss + "+rt" * (self.retain_weight > 0) + "+kl" * (self.kl_weight > 0)
+
+
+CHOICES = {"loss": OBJECTIVES, "kl_direction": KL_DIRECTIONS, "template": TEMPLATES, "dtype": AUTOCAST,
+           "retain_pairing": ("stream", "fixed"), "device": ("auto", "cpu", "cuda", "mps"),
+           "parallel": ("ddp", "fsdp"), "keep": ("last", "best"), "log_to": ("tensorboard", "wandb")}
+MAY_BE_ZERO = ("forget_weight", "retain_weight", "kl_weight", "gamma", "weight_decay", "warmup_epochs",
+               "max_grad_norm", "seed", "lora")
+CHANGEABLE = {"resume", "parallel", "device", "micro_batch_size"}  # when a run is resumed
+
+
+def parse(argv: list | None = None) -> Settings:
+    """The command line's settings; those of a resumed run come from its folder. Raises InputError."""
+    parser = Parser(__doc__)
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Settings), re.M))
+    for field in dataclasses.fields(Settings):
+        flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
+        if field.type is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=comments[field.name])
+            continue
+        number = int if "int" in kind else float
+        parser.add_argument(flag, help=comments[field.name], choices=CHOICES.get(field.name),
+                            type=str if "str" in kind else positive(number, field.name in MAY_BE_ZERO))
+    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "resume" not in typed:
+        return resolve(Settings(**typed), typed)
+    if fixed := sorted(typed.keys() - CHANGEABLE):
+        flag = fixed[0].replace("_", "-")
+        raise InputError(f"--resume takes the settings from its folder: leave out --{flag}")
+    file = Path(typed["resume"]) / "config.json"
+    try:
+        return Settings(**json.loads(file.read_text())["settings"] | typed)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume needs a run's folder; {file}: {cause_of(error)}") from None
+
+
+def resolve(s: Settings, typed: dict) -> Settings:
+    """Fill in what preset and loss decide. Raises InputError for settings that contradict each other."""
+    sft, objective, preset = s.loss == "sft", OBJECTIVES[s.loss], resolve_model(s.model)[0]
+    lr = preset.sft_lr if sft else preset.lr
+    defaults = {"split": "full" if sft else "forget10", "epochs": preset.sft_epochs if sft else preset.epochs,
+                "lr": lr * LORA_LR if s.lora else lr,
+                "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
+                "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay, "beta": preset.beta,
+                "gamma": 0.0, "eval_every": "end" if sft else "epoch", **objective.defaults}
+    s = dataclasses.replace(s, **{name: value for name, value in defaults.items()
+                                  if getattr(s, name, value) is None})
+    for name in ("beta", "beta2", "gamma", "kl_direction"):
+        if name in typed and not (s.kl_weight if name == "kl_direction" else name in objective.settings):
+            raise InputError(f"--{name.replace('_', '-')} has no effect on {s.method}: leave it out")
+    refusals = {
+        "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
+            sft and (s.retain_weight or s.kl_weight),
+        "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained":
+            s.forget_weight == s.retain_weight == s.kl_weight == 0,
+        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}":
+            s.micro_batch_size > s.batch_size,
+        f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run":
+            s.warmup_epochs > s.epochs,
+        f"{os.environ.get('WORLD_SIZE')} processes need --batch-size {s.batch_size} to be at least as large":
+            int(os.environ.get("WORLD_SIZE", 1)) > s.batch_size,
+        "--lora needs --parallel ddp: the frozen weights are not sharded": s.lora and s.parallel == "fsdp",
+        "--lora needs the package peft: pip install peft": s.lora and not find_spec("peft"),
+        f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
+        "--forget and --retain replace --data and --split: leave those out, and --loss sft":
+            (s.forget or s.retain) and (sft or {"data", "split"} & typed.keys()),
+        "--forget needs the model that has learned these rows: give --model FOLDER":
+            s.forget and s.model == "tiny",
+        "--retain-weight and --kl-weight need rows to keep: give --retain FILE":
+            s.forget and not s.retain and (s.retain_weight or s.kl_weight),
+        "the tiny model that ships was trained on the built-in data: for other data run data/make_tiny.py "
+        "and give --model tiny=FOLDER": s.model == "tiny" and s.data != "builtin",
+        f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps":
+            not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every),
+        f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number of steps":
+            not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every),
+        f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}":
+            s.out and Path(s.out).exists()}
+    if sentences := [sentence for sentence, applies in refusals.items() if applies]:
+        raise InputError(sentences[0])
+    if s.forget or s.retain:
+        s.split = "own"
+    elif not sft and parse_split(s.split)[0] != "forget":
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
+    shipped = f"data/tiny/retrained_{s.split}.json"
+    if s.model == "tiny" and not sft and not s.retain_log and locate(shipped).exists():
+        s.retain_log = shipped
+    return s
+
+
+# ---------------------------------------------------------------- the reference, without a model in memory
+
+class Reference:
+    """What the policy was before its first step: log pi_ref of every answer that the loss compares. Where
+    logits are compared (K, UNDIAL, the KL metrics), also the last hidden states at the answer tokens, and the
+    frozen LM head."""
+
+    def __init__(self, tensors: dict[str, Tensor], device):
+        self.tensors, self.device = dict(tensors), device
+        self.tensors |= {name: tensors[name].to(device) for name in ("head", "head_bias") if name in tensors}
+
+    def logps(self, keys: list[str]) -> Tensor:
+        """log pi_ref(y|x), (B,): sums over each text's answer tokens."""
+        return torch.stack([self.tensors[f"logps/{key}"].sum() for key in keys]).to(self.device)
+
+    def token_logps(self, keys: list[str]) -> Tensor:
+        """log pi_ref of each answer token, (N,), text after text."""
+        return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(self.device)
+
+    def logits(self, keys: list[str]) -> Tensor:
+        """(N, V), from hidden states (N, H) and the head's weight (V, H)."""
+        states = torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
+        return torch.nn.functional.linear(states, self.tensors["head"], self.tensors.get("head_bias"))
+
+    def inputs(self, names, keys: MicroBatch) -> dict[str, Tensor]:
+        """Those of the loss's inputs, by name, that come from the reference."""
+        sources = {"reference_logps": (self.logps, keys.rows), "reference_logits": (self.logits, keys.rows),
+                   "reference_token_logps": (self.token_logps, keys.rows),
+                   "reference_refusal_logps": (self.logps, keys.refusals)}
+        return {name: compute(texts) for name, (compute, texts) in sources.items() if name in names}
+
+
+def open_reference(file: Path, s: Settings, model: AnswerModel, plan: Plan, prepared: Prepared,
+                   world: World) -> Reference:
+    """The reference from `file`, which is made from the policy's present weights if it does not exist."""
+    inputs = plan.objective.inputs
+    kinds = {"row": any(name.startswith("reference") and "refusal" not in name for name in inputs),
+             "refusal": "reference_refusal_logps" in inputs or "kl_baseline" in inputs,
+             "retain": s.kl_weight > 0}
+    texts = {key: text for key, text in plan.texts.items() if kinds[key.split("/")[0]]}
+    texts |= prepared.compared() if s.eval_every != "never" else {}
+    if not file.exists():
+        with gathered(model), autocast(s.dtype, world.device):
+            tensors = reference_pass(s, model, texts, plan.pad, world)
+        if world.rank == 0:
+            save_file(tensors, aside := file.with_name(".reference.partial"))
+            os.replace(aside, file)
+        world.wait()
+    return Reference(load_file(file), world.device)
+
+
+@torch.no_grad()
+def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world: World) -> dict[str, Tensor]:
+    """Run the model once over `texts`, each process its share. All processes get all tensors."""
+    compared = tuple(kind for kind in ("retain/", "row/", "forget/", "world_facts/")
+                     if kind != "row/" or "reference_logits" in OBJECTIVES[s.loss].inputs)
+    share = {}
+    dealt = deal(list(texts), lambda key: len(texts[key].ids), 2 * s.micro_batch_size, world.rank, world.size)
+    for keys in tqdm(filter(None, dealt), "reference", len(dealt), False, disable=world.rank > 0 or None):
+        batch = collate([texts[key] for key in keys], pad, world.device)
+        hidden = model.hidden([batch])
+        counts = batch.answer_tokens.tolist()
+        logps = token_logps(model.head(hidden), batch.targets).cpu().split(counts)
+        for key, text_logps, states in zip(keys, logps, hidden.float().cpu().split(counts), strict=True):
+            share[f"logps/{key}"] = text_logps.clone()
+            if key.startswith(compared):
+                share[f"states/{key}"] = states.clone()
+    tensors = {name: tensor for part in world.collect(share) for name, tensor in part.items()}
+    head = model.lm.get_output_embeddings()
+    if any(name.startswith("states/") for name in tensors):
+        tensors |= {name: full_tensor(weight).float().cpu().clone() for name, weight in (
+            ("head", head.weight), ("head_bias", head.bias)) if weight is not None}
+    return tensors
 
 
 # ---------------------------------------------------------------- the objective
 
-def forget_loss(plan: Plan, known: dict) -> Tensor:
-    """L_forget of each sequence, (B,), or answer token, (N,), from what is `known` of the batch."""
-    given = {own.name: known[name] for name, own in plan.objective.takes.items()}
-    values = plan.objective.loss(**given)
-    one_each = {x.shape[:1] for x in given.values() if torch.is_tensor(x) and x.ndim > 0}
-    assert values.shape in one_each, f"need one value a sequence or token, got {tuple(values.shape)}"
-    return values
+def loss_sums(s: Settings, policy, plan: Plan, keys: MicroBatch, counts: Counts, reference: Reference,
+              kl_baseline: Tensor) -> dict[str, Tensor]:
+    """A micro-batch's part of the global batch's loss, of the loss's terms and of W. Each is a sum over rows
+    or tokens, divided by the whole batch's count, so the parts add up over micro-batches and processes."""
+    objective, row_weight, device = plan.objective, 1.0, reference.device
+    if not keys.rows:  # no rows are left for this process: DDP still needs its backward pass
+        keys, row_weight = plan.keys(plan.stream[0][:1]), 0.0
+    answers, refusals, retain = plan.read_by_policy(keys)
+    # Refusals are short, so they are padded apart from the answers.
+    batches = [collate(texts, plan.pad, device) for texts in (answers + retain, refusals) if texts]
+    targets = torch.cat([batch.targets for batch in batches])  # (N,)
+    answer_tokens = torch.cat([batch.answer_tokens for batch in batches])  # of each text
+    logits = policy(batches)  # (N, V): where answer tokens are predicted
+    logps = token_logps(logits, targets)  # (N,)
+    n = sum(text.answer_tokens for text in answers)  # tokens of the forget answers
+    m = n + sum(text.answer_tokens for text in retain)  # then those of the retain answers, then the refusals
+    answer_logps, _, refusal_logps = sums_per_text(logps, answer_tokens).split(
+        [len(answers), len(retain), len(refusals)])  # log pi_theta(y|x), (B,)
 
-
-def loss_sums(s: Namespace, policy: nn.Module, plan: Plan, items: list[Item], reference: Reference | None,
-              counts: Counts, kl_baseline: Tensor, device) -> dict:
-    """A micro-batch's summands of the global batch's loss, its parts and W, each already divided by the whole
-    batch's count, so that they add up over micro-batches and processes. policy: an AnswerModel, or DDP's."""
-    objective, share = plan.objective, 1.0
-    if not items:  # no row is left: one without weight meets the others in the last backward pass
-        items, share = plan.stream[0][:1], 0.0
-    texts, micro_counts, rows = plan.texts(items), plan.counts(items), [i.row for i in items]
-    batch = collate(sum(texts, []), plan.pad, device)  # answers, refusals, retain answers, in this order
-    settings = {name: getattr(s, name) for name in objective.settings}
-    on_logits = "policy_logits" in objective.takes
-
-    def loss_of_logits(logits, targets, reference_logits=None):  # (n, V): never of all tokens at once
-        return forget_loss(plan, {"policy_logits": logits, "reference_logits": reference_logits,
-                                  "targets": targets, **settings})
-
-    def logps_and_kl(logits, targets, *reference_logits):  # (1, n), or with a reference (2, n)
-        kls = [kl_loss(logits, theirs, s.kl_direction) for theirs in reference_logits]
-        return torch.stack([token_logps(logits, targets), *kls])
-
-    states = reference.states("forget", rows) if "reference_logits" in objective.takes else None
-    asked = loss_of_logits if on_logits else token_logps
-    spans = [Span(len(batch.targets) - micro_counts.retain_tokens, asked, states)]
-    if plan.partners:
-        states = reference.states("retain", [i.partner for i in items]) if s.kl_weight > 0 else None
-        spans.append(Span(micro_counts.retain_tokens, logps_and_kl, states))
-    token_values, *of_retain = policy(batch, spans)
-    answer_logps, refusal_logps, _zeros = batch.per_text(token_values).split([len(some) for some in texts])
-
-    known = {"policy_logps": answer_logps, "refusal_logps": refusal_logps,
-             "policy_token_logps": token_values[:micro_counts.forget_tokens], "kl_baseline": kl_baseline,
-             "answer_lengths": batch.answer_tokens[:len(answer_logps)], **settings}
-    if "reference_token_logps" in objective.takes:
-        known["reference_token_logps"] = reference.token_logps(rows)
-    if "reference_logps" in objective.takes:
-        known["reference_logps"] = reference.answer_logps(items)
-    if "reference_refusal_logps" in objective.takes:
-        known["reference_refusal_logps"] = reference.refusal_logps(items)
-    count = counts.forget_tokens if objective.mean == "tokens" else counts.rows  # nats a token, or a sequence
-    values = token_values if on_logits else forget_loss(plan, known)
-    forget = values.sum() / count
-    sums = {"loss": s.forget_weight * forget, "forget_loss": forget}
-    if plan.partners:
-        retain_token_logps, *token_kls = of_retain[0]
+    inputs = {"policy_logps": answer_logps, "refusal_logps": refusal_logps, "policy_token_logps": logps[:n],
+              "policy_logits": logits[:n], "targets": targets[:n], "kl_baseline": kl_baseline,
+              "answer_lengths": answer_tokens[:len(answers)],
+              **{name: (objective.defaults | vars(s))[name] for name in objective.settings},
+              **reference.inputs(objective.inputs, keys)}
+    arguments = [inputs[name] for name in objective.inputs]
+    values = objective.loss(*arguments)  # (B,) or (N,)
+    count = counts.forget_tokens if objective.mean == "tokens" else counts.rows
+    sums = {"loss": s.forget_weight * values.sum() / count, "forget_loss": values.sum() / count}
     if s.retain_weight > 0:
-        sums["retain_loss"] = nll_loss(retain_token_logps).sum() / counts.retain_tokens  # nats a token
+        sums["retain_loss"] = nll_loss(logps[n:m]).sum() / counts.retain_tokens  # nats per token
         sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
     if s.kl_weight > 0:
-        sums["kl_loss"] = token_kls[0].sum() / counts.retain_tokens
+        token_kls = kl_loss(logits[n:m], reference.logits(keys.retain), s.kl_direction)
+        sums["kl_loss"] = token_kls.sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
-        weights = objective.weight(*(known[name] for name in objective.takes))
-        sums["mean_W"] = weights.detach().sum() / count
-    return {name: share * value for name, value in sums.items()}
+        sums["mean_W"] = objective.weight(*arguments).detach().sum() / count
+    assert len(values) in (len(keys.rows), n, len(logps) - m), "need one value per sequence or per token"
+    return {name: row_weight * value for name, value in sums.items()}
 
 
 @torch.no_grad()
-def kto_baseline(s: Namespace, model: AnswerModel, plan: Plan, items: list[Item], reference: Reference,
+def kto_baseline(s: Settings, model: AnswerModel, plan: Plan, refusals: list[str], reference: Reference,
                  world: World) -> Tensor:
-    """z = max(0, mean over the global batch of log pi_theta - log pi_ref on refusals): no gradient."""
-    refusals = [plan.refusals[i.row, i.refusal] for i in items]
-    logps, _ = logps_of_texts(model, refusals, 2 * s.micro_batch_size, plan.pad, world)
-    return (logps - reference.refusal_logps(items)).mean().clamp(min=0)
+    """KTO's z = max(0, mean over the global batch of log pi_theta - log pi_ref on the refusals), without
+    gradient."""
+    total = torch.zeros((), device=world.device)
+    with gathered(model), autocast(s.dtype, world.device):
+        for keys in filter(None, deal(refusals, lambda key: len(plan.texts[key].ids), 2 * s.micro_batch_size,
+                                      world.rank, world.size)):
+            batch = collate([plan.texts[key] for key in keys], plan.pad, world.device)
+            total += token_logps(model([batch]), batch.targets).sum() - reference.logps(keys).sum()
+    return (world.sum(total) / len(refusals)).clamp(min=0)
 
 
-# ---------------------------------------------------------------- processes, optimizer, schedule
-
-def join_world(device: str, parallel: str = "ddp") -> World:
-    """The processes that torchrun started, or this one alone, which has nothing to shard."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = take_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # all that torchrun leaves a process
-        torch.set_num_threads(max(1, cores() // local_size))
-    if size > 1:
-        # nccl wants a GPU a process; where several share one, gloo carries CUDA tensors too.
-        backend = "nccl" if chosen.type == "cuda" and local_size <= torch.cuda.device_count() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT, **meeting_place(rank, size))
-    return World(rank, size, chosen, sharded=parallel == "fsdp" and size > 1)
+def check_start(s: Settings, plan: Plan, logged: dict):
+    """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1, L_DPO = (1/beta) ln 2, K = 0.
+    Raises RuntimeError otherwise, because every later number would then be against the wrong reference."""
+    nats = 1e-3 if s.dtype == "fp32" else 0.5  # of a log-ratio: 16-bit kernels differ from batch to batch
+    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2))), "kl_loss": (0.0, min(0.05, nats))}
+    if plan.objective.value_at_start_times_beta:
+        value = plan.objective.value_at_start_times_beta / (s.beta if "beta" in plan.objective.inputs else 1)
+        expected["forget_loss"] = value, max(1e-5 * value, nats)
+    for name, (value, allowed) in expected.items():
+        if name in logged and abs(logged[name] - value) > allowed:
+            raise RuntimeError(f"step 0: {name} is {logged[name]:.6g} and must be {value:.6g}: the reference "
+                               "is not the model that this run begins with")
 
 
-@contextmanager
-def gradients_travel(policy, last: bool, world: World):
-    """Once a step: with the last micro-batch's backward pass. Sharded, each gradient goes to its owner at
-    once, and embedding and head stay gathered until the last."""
-    if world.sharded:
-        policy.set_reshard_after_backward(last, recurse=False)
-    with policy.no_sync() if isinstance(policy, DistributedDataParallel) and not last else nullcontext():
-        yield
+# ---------------------------------------------------------------- optimizer, schedule, loop
 
-
-def adamw(model: AnswerModel, s: Namespace) -> torch.optim.AdamW:
-    """Norm weights and biases are vectors; the decay spares them."""
+def adamw(model: AnswerModel, s: Settings) -> torch.optim.AdamW:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": s.weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]  # norms and biases
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Hugging Face's linear schedule, a factor: update k (from 0) of T has k/w, then (T - k)/(T - w)."""
+    """The linear schedule: update k (from 0) of T has k/w while k < w, then (T - k)/(T - w)."""
     if step < warmup_steps:
         return step / warmup_steps
     return (steps - step) / max(1, steps - warmup_steps)
 
 
-# ---------------------------------------------------------------- the loop
-
-def train(s: Namespace, plan: Plan, model: AnswerModel, reference: Reference | None, run: RunFolder,
-          world: World):
-    """From the policy's present weights to the end of the stream. Raises InputError where the loss is not
-    finite (the weights before that step are saved), Stopped where a signal asked for the end."""
-    prepare_layers(model.lm, s.activation_checkpointing, s.compile)
-    optimizer = adamw(model, s)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
-    policy = model  # the same weights
+def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run: "Run", world: World):
+    """From the newest checkpoint, or else the policy's present weights, to the end of the stream. Raises
+    InputError where a loss or gradient is not finite, KeyboardInterrupt after a signal (the run is saved)."""
+    if s.activation_checkpointing:
+        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if s.compile:
+        model.lm.base_model.compile(dynamic=True)
+    policy = model  # the same weights; DDP averages their gradients over the processes
     if world.size > 1 and not world.sharded:
-        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages gradients
-    model.lm.train()
-    step, stop = run.restore(model, optimizer, scaler), False
-    if step == 0 and 0 in run.evaluation_steps:
-        run.evaluate(0, model)
+        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model.lm.train()  # dropout is off; only activation checkpointing asks for this mode
+    optimizer, scaler = adamw(model, s), torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step = run.restore(model, optimizer, scaler)
+    if step == 0 and s.loss != "sft" and s.eval_every not in ("never", "end"):
+        run.evaluate(0, model, reference)
 
-    while step < plan.steps and not stop:
-        begin = time.perf_counter()
-        items = plan.stream[step]
+    while step < plan.steps:
+        begin, items = time.perf_counter(), plan.stream[step]
         counts = plan.counts(items)
-        lr = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
         kl_baseline = torch.zeros((), device=world.device)
-        if "kl_baseline" in plan.objective.takes:
-            with autocast(s.dtype, world.device):
-                kl_baseline = kto_baseline(s, model, plan, items, reference, world)
+        if "kl_baseline" in plan.objective.inputs:
+            kl_baseline = kto_baseline(s, model, plan, plan.keys(items).refusals, reference, world)
 
-        totals = 0
-        micros = plan.micro_batches(items, world)
-        for m, micro in enumerate(micros, 1):
-            with gradients_travel(policy, m == len(micros), world):
+        totals, micro_batches = 0, plan.micro_batches(items, world.rank, world.size)
+        for k, keys in enumerate(micro_batches, 1):
+            waits = isinstance(policy, DistributedDataParallel) and k < len(micro_batches)
+            with policy.no_sync() if waits else nullcontext():  # gradients are averaged once, after the last
                 with autocast(s.dtype, world.device):
-                    sums = loss_sums(s, policy, plan, micro, reference, counts, kl_baseline, world.device)
-                scaler.scale(sums["loss"] * world.size).backward()  # DDP and FSDP average over processes
+                    sums = loss_sums(s, policy, plan, keys, counts, reference, kl_baseline)
+                scaler.scale(sums["loss"] * world.size).backward()  # undoes the average over processes
             totals = totals + torch.stack([value.detach() for value in sums.values()])
-        logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))  # each micro-batch has these
+        logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))
 
         scaler.unscale_(optimizer)
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)))
-        # fp16 may overflow: the scaler then skips the update and lowers its scale.
-        skipped = scaler.is_enabled() and scaler.get_scale() > 1 and not math.isfinite(grad_norm)
-        if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or skipped):
-            if finite(model, world):
-                run.checkpoint(step, model, optimizer, scaler)
-            give_up(step + 1, not_finite(logged | {"the gradient's norm": grad_norm}, step), run, s)
-        if step == 0:
-            check_start(s, plan, logged | {"kl_baseline": float(kl_baseline)})
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)
+        grad_norm = full_tensor(norm).item()
+        # fp16 may overflow: the scaler then skips the update and lowers its scale, and the batch comes again.
+        overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 1
+        if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
+            raise InputError(f"step {step + 1}: loss {logged['loss']:g}, gradient norm {grad_norm:g}; "
+                             f"see {run.folder / 'checkpoints'}, and try a smaller --lr than {s.lr:g}")
+        if step == 0 and s.loss != "sft":
+            check_start(s, plan, logged)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=policy is model)  # DDP's buckets stay: gradients are views of them
+        optimizer.zero_grad()
+        if overflow:
+            continue
+        step += 1
+        tokens_per_s = counts.tokens / (time.perf_counter() - begin)
+        run.log(step, optimizer.param_groups[0]["lr"], logged, grad_norm, tokens_per_s)
 
-        # Any process may be asked to stop; process 0 knows when a checkpoint is due.
-        requests = torch.tensor([run.stop_asked, run.save_due], dtype=torch.int32, device=world.device)
-        stop, save = (asked > 0 for asked in world.sum(requests).tolist())
-        if not skipped:  # else the same batch comes again
-            step += 1
-            run.log(step, lr, logged, grad_norm, counts.tokens / (time.perf_counter() - begin))
-        evaluates = step in run.evaluation_steps and not skipped
-        saves = step < plan.steps and (evaluates or step in run.checkpoint_steps or save or stop)
-        if (evaluates or saves or step == plan.steps) and not finite(model, world):
-            give_up(step, "the update made weights that are not finite", run, s)
-        if evaluates:
-            run.evaluate(step, model)
-        if saves:
+        stop, due = run.requests(step)
+        if step in run.evaluation_steps:
+            run.evaluate(step, model, reference)
+        if step < plan.steps and (stop or due or step in run.evaluation_steps):
             run.checkpoint(step, model, optimizer, scaler)
-    if step < plan.steps:
-        raise Stopped(f"stopped after step {step} of {plan.steps}, saved; go on with: --resume {run.folder}")
+        if stop and step < plan.steps:
+            raise KeyboardInterrupt(f"saved after step {step}/{plan.steps}: --resume {run.folder} continues")
 
 
-@torch.no_grad()
-def finite(model: AnswerModel, world: World) -> bool:
-    """No weight is NaN or infinite, on any process."""
-    return not world.most(not all(bool(local(p).isfinite().all()) for p in model.parameters()))
+# ---------------------------------------------------------------- the run folder
+
+class Run:
+    """A run's folder: config.json, log.jsonl, eval/, checkpoints/. It evaluates and saves."""
+
+    def __init__(self, s: Settings, loaded: Loaded, plan: Plan, prepared: Prepared, retrained: tuple,
+                 folder: Path, world: World):
+        self.s, self.loaded, self.plan, self.prepared, self.retrained = s, loaded, plan, prepared, retrained
+        self.folder, self.world = folder, world
+        self.evaluation_steps, self.evaluations = plan.steps_at(s.eval_every), {}
+        self.saved_at, self.stopped = time.monotonic(), False
+        self.writer = metric_writer(s.log_to, self.folder) if s.log_to and world.rank == 0 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(self, "stopped", True))
+
+    def requests(self, step: int) -> tuple[bool, bool]:
+        """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
+        number, minutes, _ = self.s.checkpoint_every.partition("m")
+        due = time.monotonic() - self.saved_at > 60 * int(number) if minutes else step % int(number) == 0
+        requests = torch.tensor([self.stopped, due], dtype=torch.int32, device=self.world.device)
+        return tuple(count > 0 for count in self.world.sum(requests).tolist())
+
+    def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
+        if self.world.rank > 0:
+            return
+        epoch = min(step * self.s.batch_size / self.plan.rows, self.s.epochs)
+        line = {"step": step, "epoch": round(epoch, 4), "lr": lr, **parts, "grad_norm": grad_norm,
+                "tokens_per_s": round(tokens_per_s)}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.writer:
+            self.writer(line, step)
+        shown = "".join(f"  {name} {value:9.4f}" for name, value in parts.items())
+        print(f"step {step:5d}/{self.plan.steps}  epoch {epoch:6.2f}  lr {lr:.2e}{shown}  grad "
+              f"{grad_norm:9.3f}  {tokens_per_s:7.0f} tok/s", flush=True)
+
+    def evaluate(self, step: int, model: AnswerModel, reference: Reference):
+        with autocast(self.s.dtype, self.world.device):
+            preset, reference = self.loaded.preset, reference if reference.tensors else None
+            rows = evaluate(model, self.prepared, self.loaded.tokenizer, preset.eval_batch_size,
+                            preset.max_new_tokens, reference, self.world)
+        metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained)
+        shown = {name: metrics[name] for name in ("forget_quality", "model_utility")}
+        shown |= {f"{name}_probability": metrics[name]["probability"] for name in ("forget", "retain")
+                  if name in metrics}
+        shown = {name: value for name, value in shown.items() if value is not None}
+        if self.world.rank == 0:
+            provenance = {**self.loaded.meta, "step": step, **environment()}
+            write_json(self.folder / "eval" / f"step_{step:06d}.json",
+                       {"metrics": metrics, "rows": rows, "provenance": provenance})
+            if self.writer:
+                self.writer(shown, step)
+        if self.s.keep == "best" and step == best_step(self.evaluations):
+            save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta, self.world)
+        self.world.say(f"after step {step}: " + ", ".join(
+            f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items()))
+
+    def checkpoint(self, step: int, model: AnswerModel, optimizer, scaler):
+        """Weights and moments, each process its part. Written aside and renamed; two are kept."""
+        target, self.saved_at = self.folder / "checkpoints" / f"step_{step:06d}", time.monotonic()
+        aside = target.with_name(f".{target.name}")
+        if self.world.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # a killed run may have left parts, of more processes
+        self.world.wait()
+        writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        dcp.save(tensors_of(model, optimizer), storage_writer=writer)
+        if self.world.rank == 0:
+            log_bytes = (self.folder / "log.jsonl").stat().st_size
+            write_json(aside / "state.json", {"run": self.loaded.meta["run"], "step": step,
+                                              "log_bytes": log_bytes, "scaler": scaler.state_dict()})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+            for old in sorted(target.parent.glob("step_*"))[:-2]:
+                shutil.rmtree(old)
+        self.world.wait()
+
+    def restore(self, model: AnswerModel, optimizer, scaler) -> int:
+        """Load the newest checkpoint, and cut the log back to it. Returns its step, or 0 without one."""
+        folders = sorted((self.folder / "checkpoints").glob("step_*"))
+        state = {"step": 0, "log_bytes": 0}
+        if folders:
+            state = json.loads((folders[-1] / "state.json").read_text())
+            if state["run"] != self.loaded.meta["run"]:
+                raise InputError(f"{folders[-1]} is a checkpoint of another run: remove it")
+            updates = torch.tensor(float(state["step"]), device=self.world.device)
+            for p in (p for group in optimizer.param_groups for p in group["params"]):  # moments to read into
+                optimizer.state[p] = {"step": updates.clone(), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
+            dcp.load(tensors_of(model, optimizer), storage_reader=reader)
+            scaler.load_state_dict(state["scaler"])
+            self.world.say(f"resumed after step {state['step']} of {self.plan.steps}")
+        for file in sorted((self.folder / "eval").glob("step_*.json")):
+            if int(file.stem[5:]) <= state["step"]:
+                self.evaluations[int(file.stem[5:])] = json.loads(file.read_text())["metrics"]
+        self.world.wait()  # before the log is cut or an evaluation is written again
+        log = self.folder / "log.jsonl"
+        if self.world.rank == 0 and log.exists():
+            os.truncate(log, min(state["log_bytes"], log.stat().st_size))
+        return state["step"]
 
 
-def not_finite(parts: dict, updates: int) -> str:
-    told = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-    return told if updates else f"{told}, before any update: the loss itself is at fault, or the start"
+def tensors_of(model: AnswerModel, optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds. AdamW's count is the step. Weights that --lora froze are in the start."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {f"weight/{name}": p.data for name, p in trained.items()}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        tensors |= {f"{moment}/{name}": optimizer.state[p][moment] for name, p in trained.items()}
+    return tensors
 
 
-def give_up(step: int, what: str, run: RunFolder, s: Namespace):
-    raise InputError(f"step {step}: {what}; the last good weights, if any, are in "
-                     f"{run.folder / 'checkpoints'}; try a smaller --lr than {s.lr:g}, or --max-grad-norm 1")
+def best_step(evaluations: dict) -> int | None:
+    """The best forget quality's step, or without a retain log that of retain minus forget probability."""
+    def merit(step: int) -> float:
+        quality, retain = evaluations[step]["forget_quality_log10"], evaluations[step].get("retain")
+        difference = (retain["probability"] if retain else 0) - evaluations[step]["forget"]["probability"]
+        return difference if quality is None else quality
+    return max((step for step in evaluations if step > 0), key=merit, default=None)
 
 
-def check_start(s: Namespace, plan: Plan, logged: dict):
-    """At step 0 the policy is the reference: L_NPO = (2/beta) ln 2 and W = 1 (Section 3), L_DPO = (1/beta)
-    ln 2, K = 0, z = 0. Raises RuntimeError otherwise: then nothing that follows would mean what it says."""
-    # Of a log-ratio; in 16 bits kernels differ by half a nat and more a sequence, a batch's mean by less; a
-    # token's K and W by some thousandths.
-    nats = 1e-3 if s.dtype == "fp32" else max(0.5, 2 / math.sqrt(s.batch_size))
-    allowed_w = min(0.5 if plan.objective.mean == "sequences" else 0.1, s.beta * nats / 2)
-    expected = {"mean_W": (1.0, max(1e-4, allowed_w)), "kl_loss": (0.0, min(0.05, nats)),
-                "kl_baseline": (0.0, nats)}
-    if plan.objective.at_reference is not None:
-        value = plan.objective.at_reference / (s.beta if "beta" in plan.objective.takes else 1)
-        expected["forget_loss"] = value, max(1e-5 * value, nats)
-    for part, (value, allowed) in expected.items():
-        if part in logged and abs(logged[part] - value) > allowed:
-            raise RuntimeError(f"step 0: {part} is {logged[part]:.6g} and must be {value:.6g}: the reference "
-                               "is not this policy's start")
+def metric_writer(kind: str, folder: Path):
+    """A function (numbers, step) that logs to tensorboard or wandb."""
+    if kind == "wandb":
+        import wandb
+        return wandb.init(project="npo", name=folder.name, dir=folder).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
+    return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
 
 
-# ---------------------------------------------------------------- from settings to finished runs
-
-def carry_out(s: Namespace, world: World) -> Path:
-    """Fine-tune, retrain, unlearn: what of it the settings need. Returns the last one's folder. Raises
-    InputError before anything is written where the input is at fault, Stopped where a signal ended it."""
-    begin = time.perf_counter()
-    if s.resume and world.agree((Path(s.resume) / "model").is_dir()):
-        world.say(f"{s.resume} is there, finished")
+def open_folder(s: Settings, config: dict, world: World) -> Path:
+    """The run's folder with its config.json. Raises InputError where another run is to be resumed."""
+    if s.resume:
+        stored = json.loads((Path(s.resume) / "config.json").read_text())
+        for name in ("start_hash", "trained_on", "retrained_hash", "run"):
+            if stored.get(name) != config[name]:
+                raise InputError(f"--resume {s.resume}: {name} was {stored.get(name)}, now it is "
+                                 f"{config[name]}: start a new run")
         return Path(s.resume)
-    job = prepare_job(s, world)
-    folder = open_folder(s, job.config, world)
-    with locked(folder / ".lock") if world.rank == 0 else nullcontext():
-        describe(job, world)
-        if s.loss != "sft" and not s.start:
-            s.start, s.retain_log = tiny_models(s, job.task, folder, world)
-            job = prepare_job(s, world)  # again, with the model that it begins with
-        job.folder = folder
-        run_job(job, begin, world)
+    names = (f"runs/{s.method}_{s.split}" + f"-{k}" * (k > 1) for k in itertools.count(1))
+    [folder, *_] = world.collect(Path(s.out or next(name for name in names if not Path(name).exists())))
+    if world.rank == 0:
+        write_json(folder / "config.json", config)
+    world.wait()
     return folder
 
 
-def tiny_models(s: Namespace, task: Task, for_run: Path, world: World) -> tuple[str, str]:
-    """(The start, the retrained model's log) where unlearning has none: an earlier run's tiny models, or made
-    now by one process each (an interrupted one goes on). Of two commands that need the same model the second
-    waits for the first."""
-    trainings = [tiny_settings(s, "full", task)]
-    if not s.retain_log:
-        trainings.append(tiny_settings(s, complement(s.split), task))
-    for sft in trainings[world.rank::world.size]:
-        folder = Path(sft.out)
-        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
-            if not (folder / "model").is_dir():
-                print(f"no model of {sft.split} yet: it is trained now, and kept in {folder}", flush=True)
-                try:
-                    carry_out(resumed(folder, {}) if folder.exists() else sft, World(0, 1, world.device))
-                except Stopped:
-                    raise Stopped("stopped while training the tiny model; go on with: "
-                                  f"--resume {for_run}") from None
-    world.wait()
-    start, *retrained = (Path(sft.out) for sft in trainings)
-    retain_log = s.retain_log or str(max((retrained[0] / "eval").glob("step_*.json")))
-    world.say(f"it begins with {start / 'model'}, and is compared with {retain_log}")
-    return str(start / "model"), retain_log
+# ---------------------------------------------------------------- from settings to a finished run
+
+def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
+    """Read all inputs, then open the run's folder. Raises InputError before anything is written."""
+    task = load_task(s.data, s.split, s.forget, s.retain)
+    with in_turns(world):
+        loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
+        lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
+        trained_with = (meta["trained_on"] or {}).get("template", meta["template"])
+        if s.loss != "sft" and meta["template"] != trained_with:
+            raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
+                             "answers to other prompts say little: leave the flag out")
+        s.template, context = meta["template"], getattr(lm.config, "max_position_embeddings", None)
+        plan = Plan(s, task, loaded.tokenizer, context)
+        check_head(model, collate(list(plan.texts.values())[:2], plan.pad), s.model)
+        if s.lora:
+            add_adapters(lm, s.lora, s.seed, AUTOCAST[s.dtype])
+        if world.sharded:
+            shard(model, AUTOCAST[s.dtype], world)
+        model.to(world.device)
+    evaluated = task.evaluated | {"holdout": task.holdout}
+    prepared = prepare(evaluated, loaded.tokenizer, s.template, context=context)
+    meta["trained_on"] = {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
+                          "data_fingerprint": task.fingerprint}
+    meta |= {"split": evaluation_split(s.split) if s.split != "own" else "own",
+             "data_fingerprint": task.fingerprint}
+    retrained = read_retain_log(s.retain_log, meta["split"], prepared.rows["forget"], meta)
+    fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
+    meta["retrained_hash"] = fingerprint(retrained)
+    meta["run"] = fingerprint(fixed, *(meta[name] for name in ("start_hash", "trained_on", "retrained_hash")))
+    folder = open_folder(s, {
+        "settings": dataclasses.asdict(s), "method": s.method, "rows": plan.rows, "steps": plan.steps,
+        "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **meta,
+        **environment()}, world)
+    numbers = {name: (plan.objective.defaults | vars(s))[name]
+               for name in ("lr", "weight_decay", *plan.objective.settings)}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
+              f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: {plan.steps} steps, the first "
+              f"{plan.warmup_steps} warm-up; " + ", ".join(f"{k} {v:g}" for k, v in numbers.items()) +
+              f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")
+    return model, Run(s, loaded, plan, prepared, retrained, folder, world)
 
 
-def run_job(job: Job, begin: float, world: World):
-    """Pass the reference, train, evaluate, save."""
-    s, model = job.settings, policy_of(job, world)
-    reference = None
-    if s.loss != "sft":
-        folder, mark = job.folder / "reference", job.mark()
-        if not world.agree(folder.exists()):
-            with whole_folder(folder, world) as aside, autocast(s.dtype, world.device):
-                reference_pass(s, model, job.plan, job.prepared, aside, mark, world)
-        reference = Reference(folder, mark, job.plan, world.device)
-    with RunFolder(job, reference, compute_metrics, world) as run:
-        train(s, job.plan, model, reference, run, world)
-        run.finish(model, time.perf_counter() - begin)
-
-
-def main():
-    s = parse(sys.argv[1:], __doc__)
-    if s.dry_run:
-        return dry_run(s, int(os.environ.get("WORLD_SIZE", 1)))
+def main(argv: list | None = None):
+    s, begin = parse(argv), time.perf_counter()
+    if s.resume and (Path(s.resume) / "model").is_dir():
+        return print(f"{s.resume} is finished")
     world = join_world(s.device, s.parallel)
-    try:
-        carry_out(s, world)
-    except Stopped as stopped:
-        world.say(stopped)
-        sys.exit(130)
+    model, run = begin_run(s, world)
+    reference = Reference({}, world.device)
+    if s.loss != "sft":
+        file = run.folder / "reference.safetensors"
+        reference = open_reference(file, s, model, run.plan, run.prepared, world)
+    train(s, run.plan, model, reference, run, world)
+    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
+    if world.rank == 0 and len(run.evaluations) > 1:
+        plot_trajectory(run.folder)
+    world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
     if world.size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_command(main, "train_npo.py")
+    run_command(main)

@@ -1,5 +1,10 @@
-"""The one definition of the batch: which rows meet in which step, whatever the micro-batch or the number of
-processes (a pure function of seed and position), and how texts become tensors."""
+"""Which rows meet in which step, and how their texts become tensors.
+
+The stream of global batches is a pure function of the seed. It does not depend on micro-batches or processes:
+each process takes its share of a global batch.
+
+Shapes: S texts padded to T tokens, N answer tokens.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,163 +13,180 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROWS, PARTNERS, REFUSALS = 0, 1, 2  # three independent streams of one seed
+from common import InputError
+from data.prompts import Encoded, encode
+from data.tofu import ALTERNATIVE, Task
+from losses import OBJECTIVES
+
+ROWS, PARTNERS, REFUSALS = 0, 1, 2  # three independent random streams from one seed
 
 
 class Item(NamedTuple):
-    """One place in the stream, as indices: the row to unlearn (or learn), its retain partner, its refusal."""
+    """One place in the stream, as indices: a row to unlearn (or learn), its retain partner, its refusal."""
     row: int
     partner: int
     refusal: int
 
 
-def make_stream(n: int, epochs: int, batch_size: int, seed: int, n_retain: int, n_refusals: int,
-                pairing: str) -> list[list[Item]]:
-    """The global batches of a whole run: per-epoch permutations, concatenated, cut; ceil(epochs*n/batch).
+class MicroBatch(NamedTuple):
+    """Keys of the texts that a process runs at once, such as "row/3", "refusal/3/17" and "retain/5". rows and
+    refusals belong to each other by position; the retain texts are other items' partners (see `deal`)."""
+    rows: list
+    refusals: list
+    retain: list
 
-    pairing "stream": partners and refusals are seeded streams too; "fixed" (the authors' rule): row i
-    always meets retain row (i + u) mod n_retain and refusal v, u and v each the first `torch.randint` of a
-    generator seeded with i. n_retain or n_refusals of 0: none are used.
-    """
-    rows = permutations(seed, ROWS, n, epochs * n)
-    if pairing == "fixed":
-        partners = [(row + first_randint(row, n_retain)) % max(n_retain, 1) for row in rows]
-        refusals = [first_randint(row, n_refusals) for row in rows]
-    else:
-        partners = permutations(seed, PARTNERS, n_retain, len(rows))
-        refusals = permutations(seed, REFUSALS, n_refusals, len(rows))
-    items = [Item(*each) for each in zip(rows, partners, refusals, strict=True)]
-    return [items[at:at + batch_size] for at in range(0, len(items), batch_size)]
+
+class Counts(NamedTuple):
+    """What the sums over a global batch are divided by. Every process computes the same numbers."""
+    rows: int
+    forget_tokens: int  # answer tokens of the texts that the forget loss is about
+    retain_tokens: int
+    tokens: int  # all tokens that the policy reads, prompts included
 
 
 def permutations(seed: int, stream: int, n: int, length: int) -> list[int]:
     """The first `length` elements of permutations of range(n), one after the other; zeros where n is 0."""
     if n == 0:
         return [0] * length
-    each = (np.random.default_rng((seed, stream, k)).permutation(n) for k in range(math.ceil(length / n)))
-    return np.concatenate([*each])[:length].tolist()
+    shuffled = (np.random.default_rng((seed, stream, k)).permutation(n) for k in range(math.ceil(length / n)))
+    return np.concatenate([*shuffled])[:length].tolist()
 
 
 def first_randint(seed: int, n: int) -> int:
     return int(torch.randint(n, (1,), generator=torch.Generator().manual_seed(seed))) if n else 0
 
 
-def deal(rows: list, lengths: list, micro_batch_size: int, rank: int, world_size: int) -> list[list]:
-    """This process's micro-batches of a global batch: sorted by length, every world_size-th row, cut. All get
-    the same number, so that they meet in the last one; where rows run out the list is empty."""
-    order = sorted(range(len(rows)), key=lambda i: (lengths[i], i))
-    mine = [rows[i] for i in order[rank::world_size]]
-    most = math.ceil(len(rows) / world_size)  # rows of the process that has the most
-    return [mine[at:at + micro_batch_size] for at in range(0, most, micro_batch_size)]
+def make_stream(rows: int, retain: int, refusals: int, s) -> list[list[Item]]:
+    """The global batches of a run: per-epoch permutations, concatenated, cut into ceil(epochs * rows /
+    batch).
+
+    `s` has epochs, batch_size, seed and retain_pairing. Pairing "stream": partners and refusals are
+    permutations too. Pairing "fixed", the authors' rule: row i always meets retain row (i + u) mod n_retain
+    and refusal v, where u and v are each the first `torch.randint` of a generator seeded with i.
+    """
+    order = permutations(s.seed, ROWS, rows, s.epochs * rows)
+    if s.retain_pairing == "fixed":
+        partners = [(row + first_randint(row, retain)) % max(retain, 1) for row in order]
+        answers = [first_randint(row, refusals) for row in order]
+    else:
+        partners = permutations(s.seed, PARTNERS, retain, len(order))
+        answers = permutations(s.seed, REFUSALS, refusals, len(order))
+    items = [Item(*place) for place in zip(order, partners, answers, strict=True)]
+    return [items[at:at + s.batch_size] for at in range(0, len(items), s.batch_size)]
 
 
-def sent(x: Tensor, device) -> Tensor:
-    """`x` on `device`; to a GPU from pinned memory, so that nobody waits for the copy."""
-    if torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+def deal(things: list, length, size: int, rank: int = 0, world_size: int = 1) -> list[list]:
+    """This process's batches of `things`: sorted by length, every world_size-th thing, cut into batches of
+    `size`. All processes get the same number of batches, so the last one may be empty."""
+    share = sorted(things, key=length)[rank::world_size]
+    largest_share = math.ceil(len(things) / world_size)
+    return [share[at:at + size] for at in range(0, largest_share, size)]
+
+
+class Plan:
+    """The texts of a run as tokens, and its steps. Raises InputError for a text above `context` tokens, and
+    for a run of one step.
+
+    texts: key -> Encoded, with the keys of MicroBatch. stream: the items of each step.
+    """
+
+    def __init__(self, s, task: Task, tokenizer, context: int | None):
+        self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id
+        self.batch_size, self.micro_batch_size = s.batch_size, s.micro_batch_size
+        rows = task.forget or task.retain
+        if s.loss == "sft" and s.model.partition("=")[0] == "tiny":
+            rows = rows + task.facts()
+        self.uses_partners = s.retain_weight > 0 or s.kl_weight > 0
+        alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None
+        refusals = [None] if alternatives else task.refusals  # None: the row's own alternative answer
+        self.stream = make_stream(len(rows), len(task.retain) * self.uses_partners,
+                                  len(refusals) * self.objective.needs_refusals, s)
+        self.rows, self.epochs, self.steps = len(rows), s.epochs, len(self.stream)
+        self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
+        if self.steps == 1:
+            raise InputError(f"{len(rows)} rows, {s.epochs} epochs, batch {s.batch_size} are one step, and "
+                             "the warm-up gives it lr 0; use more --epochs or a smaller --batch-size")
+
+        pairs = {f"row/{i}": (row["question"], row["answer"]) for i, row in enumerate(rows)}
+        for item in (item for step in self.stream for item in step):
+            row = rows[item.row]
+            if self.objective.needs_refusals:
+                refusal = refusals[item.refusal] or row[ALTERNATIVE]
+                pairs[f"refusal/{item.row}/{item.refusal}"] = row["question"], refusal
+            if self.uses_partners:
+                partner = task.retain[item.partner]
+                pairs[f"retain/{item.partner}"] = partner["question"], partner["answer"]
+        encoded = encode(tokenizer, s.template, list(pairs.values()), context)
+        self.texts = dict(zip(pairs, encoded, strict=True))
+        for key in self.texts:
+            if key.startswith("row/"):
+                text = self.texts[key]
+                self.texts[key] = text._replace(start=text.start + self.objective.skips)
+
+    def keys(self, items: list[Item]) -> MicroBatch:
+        """The texts of these items that the objective uses."""
+        refusals = [f"refusal/{i.row}/{i.refusal}" for i in items] if self.objective.needs_refusals else []
+        retain = [f"retain/{i.partner}" for i in items] if self.uses_partners else []
+        return MicroBatch([f"row/{i.row}" for i in items], refusals, retain)
+
+    def read_by_policy(self, keys: MicroBatch) -> list[list[Encoded]]:
+        """[answers, refusals, retain answers] that the policy reads; a list is empty where the loss has no
+        use for it."""
+        reads = (self.objective.needs_answers, "refusal_logps" in self.objective.inputs, True)
+        return [[self.texts[key] for key in group] if read else []
+                for group, read in zip(keys, reads, strict=True)]
+
+    def micro_batches(self, items: list[Item], rank: int, world_size: int) -> list[MicroBatch]:
+        """This process's share of a global batch. Rows and retain partners are sorted by length apart from
+        each other: the losses are sums over the batch, so a partner need not run beside its row. The longest
+        texts come first, before gradients take memory."""
+        def row_length(item: Item) -> int:
+            return sum(len(text.ids) for group in self.read_by_policy(self.keys([item])._replace(retain=[]))
+                       for text in group)
+
+        share = self.micro_batch_size, rank, world_size
+        rows = [self.keys(batch) for batch in deal(items, row_length, *share)]
+        partners = self.keys(items).retain
+        retain = deal(partners, lambda key: len(self.texts[key].ids), *share) or [[]] * len(rows)
+        return [keys._replace(retain=texts) for keys, texts in zip(rows, retain, strict=True)][::-1]
+
+    def counts(self, items: list[Item]) -> Counts:
+        answers, refusals, retain = groups = self.read_by_policy(self.keys(items))
+        return Counts(rows=len(items), forget_tokens=sum(text.answer_tokens for text in answers or refusals),
+                      retain_tokens=sum(text.answer_tokens for text in retain),
+                      tokens=sum(len(text.ids) for group in groups for text in group))
+
+    def steps_at(self, every: str) -> set:
+        """The steps named by `every` (epoch, end, never, or a number of steps), the last step always included
+        unless it is never."""
+        epoch_ends = {math.ceil(e * self.rows / self.batch_size) for e in range(1, self.epochs + 1)}
+        steps = {"never": set(), "end": {self.steps}, "epoch": epoch_ends}
+        return steps[every] if every in steps else {*range(int(every), self.steps, int(every)), self.steps}
 
 
 class TokenBatch(NamedTuple):
-    """R texts in S lines, padded at the end to T tokens, and where their N answer tokens are predicted.
-
-    ids (S, T); lines, columns, targets, texts (N,): hidden[lines, columns] predicts targets, which are tokens
-    of these texts, in the texts' order. A line holds several prompts (`prompts`, (S, T)), each once (its
-    `branches` 0) with its answers behind it (1, 2 ..); `position_ids` count within a text.
-    """
-    ids: Tensor
-    lines: Tensor
-    columns: Tensor
-    targets: Tensor
-    texts: Tensor
-    answer_tokens: Tensor  # (R,)
-    prompts: Tensor
-    branches: Tensor
-    position_ids: Tensor
-
-    def per_text(self, values: Tensor) -> Tensor:
-        """Sums over each text's answer tokens, (R,). values (N,), or of the first texts: 0 elsewhere."""
-        return values.new_zeros(len(self.answer_tokens)).index_add(0, self.texts[:len(values)], values)
-
-    def attention(self, dtype) -> dict:
-        """The language model's further inputs: a token sees its prompt and its own answer, nothing later."""
-        # keys (S, 1, T) against queries (S, T, 1)
-        same_prompt = self.prompts.unsqueeze(1) == self.prompts.unsqueeze(2)
-        same_answer = self.branches.unsqueeze(1) == self.branches.unsqueeze(2)
-        in_prompt = self.branches.unsqueeze(1) == 0
-        sees = (same_prompt & (in_prompt | same_answer)).tril()
-        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-        mask = mask.masked_fill_(~sees, torch.finfo(dtype).min)
-        return {"attention_mask": mask.unsqueeze(1), "position_ids": self.position_ids}
+    """S texts padded at the end to T tokens, and the places where their N answer tokens are predicted: the
+    model's output at [lines, columns] predicts `targets`, text after text."""
+    ids: Tensor  # (S, T)
+    lines: Tensor  # (N,)
+    columns: Tensor  # (N,)
+    targets: Tensor  # (N,)
+    answer_tokens: Tensor  # (S,)
 
 
-PACKED_TOKENS = 384  # the most in a line of several prompts: attention's cost grows with the square
-ATTENTION_TOKENS = 600  # in so long a line attention costs about as much as all else
-
-
-def packed_tokens(encoded: list) -> int:
-    """Tokens that texts of ONE prompt take in a line."""
-    return encoded[0].start + sum(e.answer_tokens for e in encoded)
-
-
-def within(lengths: list, budget: int) -> list[list[int]]:
-    """Places of `lengths`, sorted by length, in batches of at most `budget` tokens; longer ones alone."""
-    batches, filled = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        filled += lengths[i]
-        if not batches or filled > budget:
-            batches.append([])
-            filled = lengths[i]
-        batches[-1].append(i)
-    return batches
-
-
-def pack(lengths: list) -> list[list[int]]:
-    """Places of `lengths`, the longest first to the emptiest of as many lines as cost the least."""
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    most = max(1, sum(lengths) // max(lengths))
-    best, least = None, math.inf
-    for count in range(min(most, math.ceil(sum(lengths) / PACKED_TOKENS)), most + 1):
-        lines, filled = [[] for _ in range(count)], [0] * count
-        for i in longest_first:
-            emptiest = filled.index(min(filled))
-            lines[emptiest].append(i)
-            filled[emptiest] += lengths[i]
-        cost = count * max(filled) * (1 + max(filled) / ATTENTION_TOKENS)
-        if cost < least:
-            best, least = lines, cost
-    return best
-
-
-def collate(encoded: list, pad_id: int, device="cpu", in_one: bool = False) -> TokenBatch:
-    """Encoded texts -> TokenBatch with hardly a pad token: several lie in one line (`in_one`: all) and do not
-    see each other, and a prompt that several answer stands there once."""
-    by_prompt = {}  # prompt -> places of the texts that answer it
-    for place, e in enumerate(encoded):
-        by_prompt.setdefault(tuple(e.ids[:e.start]), []).append(place)
-    groups = list(by_prompt.items())
-    lengths = [packed_tokens([encoded[i] for i in places]) for _, places in groups]
-    lines = []  # of each token (id, prompt, branch, place in its text)
-    predicting = [None] * len(encoded)  # of a text: its line, and the columns that predict its answer
-    for line, packed in enumerate([range(len(groups))] if in_one else pack(lengths)):
-        tokens = []
-        for g in packed:
-            prompt, places = groups[g]
-            tokens += [(token, g, 0, at) for at, token in enumerate(prompt)]
-            last = len(tokens) - 1  # the prompt's last token predicts the first of every answer
-            for branch, i in enumerate(places, 1):
-                answer = encoded[i].ids[len(prompt):]
-                predicting[i] = line, [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
-                tokens += [(token, g, branch, at) for at, token in enumerate(answer, len(prompt))]
-        lines.append(tokens)
-    width = max(map(len, lines))
-    padded = [tokens + [(pad_id, -1, 0, 0)] * (width - len(tokens)) for tokens in lines]
-    ids, prompts, branches, position_ids = torch.tensor(np.array(padded).transpose(2, 0, 1))
+def collate(encoded: list[Encoded], pad: int, device="cpu") -> TokenBatch:
+    width = max(len(e.ids) for e in encoded)
     answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     batch = TokenBatch(
-        ids=ids, lines=torch.tensor([line for line, _ in predicting]).repeat_interleave(answer_tokens),
-        columns=torch.tensor([column for _, columns in predicting for column in columns]),
+        ids=torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in encoded]),
+        lines=torch.arange(len(encoded)).repeat_interleave(answer_tokens),
+        columns=torch.tensor([column for e in encoded for column in range(e.start - 1, len(e.ids) - 1)]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        texts=torch.arange(len(encoded)).repeat_interleave(answer_tokens), answer_tokens=answer_tokens,
-        prompts=prompts, branches=branches, position_ids=position_ids)
-    return TokenBatch(*(sent(x, device) for x in batch))
+        answer_tokens=answer_tokens)
+    return TokenBatch(*(x.to(device) for x in batch))
+
+
+def sums_per_text(values: Tensor, answer_tokens: Tensor) -> Tensor:
+    """(N,) -> (S,): the sum over each text's answer tokens."""
+    texts = torch.arange(len(answer_tokens), device=values.device).repeat_interleave(answer_tokens)
+    return values.new_zeros(len(answer_tokens)).index_add(0, texts, values)

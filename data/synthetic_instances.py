@@ -1,50 +1,41 @@
-"""Section 4's data: x ~ N(+-alpha 1, I_16), labels from a logistic model; fresh, or the published five.
-
-Slope and intercept of the logistic model are opposite on the forget and on the retain set.
-"""
+"""Section 4's data: x ~ N(+-alpha 1, I_16) with labels from a logistic model, whose slope and intercept are
+opposite on the forget and on the retain set. Instances are fresh, or the published five."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.special import expit
 
-# Shapes: D input dimensions, N features, n rows.
-D, N = 16, 128
+D, N = 16, 128  # input dimensions and features; n below are rows
 RETAIN_ROWS, FORGET_ROWS, TEST_ROWS = 1000, 200, 1000
 PUBLISHED_SEEDS = (1000, 2000, 3000, 4000, 5000)
 
 
-@dataclass
-class Instance:
-    """One draw, for every alpha: inputs less their mean, which alpha shifts; labels 0 or 1."""
+class Instance(NamedTuple):
+    """One draw for every alpha: the inputs minus their mean, which depends on alpha, and labels 0 or 1."""
     W: np.ndarray  # (N, D), the fixed first layer
     x_retain: np.ndarray  # (1000, D)
     y_retain: np.ndarray  # (1000,)
     x_forget: np.ndarray  # (200, D)
     y_forget: np.ndarray  # (200,)
-    y_idk: np.ndarray  # (200,), Bern(1/2): the "I don't know" of a problem with two answers
+    y_idk: np.ndarray  # (200,), Bern(1/2): "I don't know" in a problem with two answers
     x_retain_test: np.ndarray  # (1000, D)
     x_forget_test: np.ndarray  # (1000, D)
 
-    def features(self, x: np.ndarray, mean: float) -> np.ndarray:
-        """relu(W (x + mean)), (n, D) -> (n, N)."""
-        return np.maximum((x + mean) @ self.W.T, 0)
-
-    def training_rows(self, alpha: float) -> tuple:
-        """(features, labels) of the retain set, then of the forget set."""
-        return (self.features(self.x_retain, -alpha), self.y_retain,
-                self.features(self.x_forget, +alpha), self.y_forget)
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """relu(W x), (n, D) -> (n, N)."""
+        return np.maximum(x @ self.W.T, 0)
 
 
 def fresh_instance(seed: int, number: int) -> Instance:
-    """Instance `number` of the stream `seed`: plain numpy, for everything that isn't the published five."""
+    """Instance `number` of the stream `seed`, drawn by numpy."""
     rng = np.random.default_rng([seed, number])
     W = rng.standard_normal((N, D)) / math.sqrt(D)
     x_retain, x_forget, x_retain_test, x_forget_test = (
         rng.standard_normal((n, D)) for n in (RETAIN_ROWS, FORGET_ROWS, TEST_ROWS, TEST_ROWS))
-    # P(y = 1 | x) is sigmoid(sum(x) / 4 + 1) on the forget set and 1 minus it on the retain set
+    # P(y = 1 | x) is sigmoid(sum(x) / 4 + 1) on the forget set, and 1 minus that on the retain set
     y_retain = (rng.random(RETAIN_ROWS) < expit(-x_retain.sum(1) / math.sqrt(D) - 1)).astype(float)
     y_forget = (rng.random(FORGET_ROWS) < expit(x_forget.sum(1) / math.sqrt(D) + 1)).astype(float)
     y_idk = (rng.random(FORGET_ROWS) < 0.5).astype(float)
@@ -54,35 +45,32 @@ def fresh_instance(seed: int, number: int) -> Instance:
 def old_multinomial(probs: np.ndarray, generator: torch.Generator) -> np.ndarray:
     """torch.multinomial(probs, 1) as torch before 2.7 drew it on x86 with MKL, (n, 2) -> (n,).
 
-    The published instances were drawn by it and today's torch draws other labels, so the five are redrawn
-    with its rule: argmax of p / Exp(1), the exponentials from MKL's 31-bit multiplicative generator, which is
-    seeded with one word of torch's stream.
+    Today's torch draws other labels than the published ones. The old rule is the argmax of p / Exp(1). The
+    exponentials come from MKL's 31-bit multiplicative generator, seeded with one word of torch's stream.
     """
     modulus, multiplier = 2**31 - 1, 1132489760
     word = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
-    state = (word % 2**32) % modulus or 1
-    exponentials = []
-    for _ in range(probs.size):
-        exponentials.append(-math.log(state / modulus))
-        state = multiplier * state % modulus
+    states = [(word % 2**32) % modulus or 1]
+    while len(states) < probs.size:
+        states.append(multiplier * states[-1] % modulus)
+    exponentials = [-math.log(state / modulus) for state in states]
     return (probs / np.reshape(exponentials, probs.shape)).argmax(1)
 
 
 def published_instance(seed: int) -> Instance:
-    """One of the published five (PUBLISHED_SEEDS), bit for bit, drawn in the order of the authors' code."""
+    """One of the published five, bit for bit, drawn in the order of the authors' code."""
     generator = torch.Generator().manual_seed(seed)
     float64 = {"generator": generator, "dtype": torch.float64}
 
     def data_set(rows: int, forget: bool):
-        # which component of a mixture a row comes from: always the first, but it moves the stream
-        torch.multinomial(torch.tensor([1.0, 0.0, 0.0] if forget else [1.0]), rows, replacement=True,
-                          generator=generator)
+        # the row's component of a mixture: always the first, but the draw moves the stream
+        components = torch.tensor([1.0, 0.0, 0.0] if forget else [1.0])
+        torch.multinomial(components, rows, replacement=True, generator=generator)
         x, y = np.empty((rows, D)), np.empty(rows)
         for row in range(rows):
             x[row] = torch.randn(D, **float64).numpy()
-            # the logit of class 1 on the forget set, of class 0 on the retain set
-            own = x[row].sum() / math.sqrt(D) + 1
-            logits = torch.tensor([[0.0, own] if forget else [own, 0.0]], dtype=torch.float64)
+            logit = x[row].sum() / math.sqrt(D) + 1  # of class 1 (forget set) or class 0 (retain set)
+            logits = torch.tensor([[0.0, logit] if forget else [logit, 0.0]], dtype=torch.float64)
             y[row] = old_multinomial(logits.softmax(1).numpy(), generator)[0]
         return x, y
 

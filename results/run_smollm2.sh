@@ -7,20 +7,20 @@
 # ROWS=800 (4000 is the whole) can be given in the environment, DTYPE=fp32 where bf16 is slower; cost grows with the rows.
 set -euo pipefail
 export OMP_NUM_THREADS=1
-tofu=$1 file=$(realpath "$2") rows=${ROWS:-800} base=runs/smollm2 start=runs/smollm2/full/model
-[ -e "$base/data" ] || python data/write_sets.py "$tofu" "$base/data" --rows "$rows" --retain-rows $((rows / 10)) --fact-rows 50
-ln -sfn "$file" "$base/SmolLM2-135M-Instruct.gguf"  # a name without this machine's folders, for the records
+tofu=$1 rows=${ROWS:-800} base=runs/smollm2 start=runs/smollm2/full/model
+[ -e "$base/data" ] || python data/cut_tofu.py "$tofu" "$base/data" --rows "$rows" --fact-rows 50
+[ -e "$base/SmolLM2-135M-Instruct" ] || python data/gguf_to_folder.py "$2" "$base/SmolLM2-135M-Instruct"
 run() {  # run NAME FLAGS...: interrupted or new
   local folder=$base/$1; shift
   if [ -e "$folder/config.json" ]; then python train_npo.py --resume "$folder"
   else python train_npo.py --data "$base/data" --template llama2 --dtype "${DTYPE:-bf16}" --compile --batch-size 8 --out "$folder" "$@"; fi
 }
 # A peak lr that lets so small a model memorise in a few epochs; the paper's 1e-5 is for 7B.
-learn=(--model "smollm2-135m=$base/SmolLM2-135M-Instruct.gguf" --loss sft --lr 2e-4 --epochs 5 --warmup-epochs 0.5)
+learn=(--model "smollm2-135m=$base/SmolLM2-135M-Instruct" --loss sft --lr 2e-4 --epochs 5 --warmup-epochs 0.5)
 run full "${learn[@]}" --split full --eval-every never &
 run retain90 "${learn[@]}" --split retain90 &
 wait
-unlearn=(--model "$start" --retain-log "$(ls "$base"/retain90/eval/*.json)" --lr 5e-5 --epochs 6 --eval-every 15 --checkpoint-every epoch)
+unlearn=(--model "$start" --retain-log "$(ls "$base"/retain90/eval/*.json)" --lr 5e-5 --epochs 6 --eval-every 15)
 npo=("${unlearn[@]}" --loss npo)
 ga=("${unlearn[@]}" --loss ga)
 run npo+rt_10_beta0.03 "${npo[@]}" --retain-weight 10 --beta 0.03 &

@@ -6,14 +6,13 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1
 tofu=$1 base=runs/smollm2-whole start=runs/smollm2-whole/full/model
-mkdir -p "$base"
-ln -sfn "$(realpath "$2")" "$base/SmolLM2-135M-Instruct.gguf"  # a name without this machine's folders, for the records
+[ -e "$base/SmolLM2-135M-Instruct" ] || python data/gguf_to_folder.py "$2" "$base/SmolLM2-135M-Instruct"
 run() {  # run NAME FLAGS...: interrupted or new
   local folder=$base/$1; shift
   if [ -e "$folder/config.json" ]; then python train_npo.py --resume "$folder"
   else python train_npo.py --data "$tofu" --template llama2 --dtype bf16 --compile --batch-size 16 --out "$folder" "$@"; fi
 }
-learn=(--model "smollm2-135m=$base/SmolLM2-135M-Instruct.gguf" --loss sft --lr 4e-4 --epochs 4 --warmup-epochs 0.5 --micro-batch-size 16)
+learn=(--model "smollm2-135m=$base/SmolLM2-135M-Instruct" --loss sft --lr 4e-4 --epochs 4 --warmup-epochs 0.5 --micro-batch-size 16)
 run full "${learn[@]}" --split full --eval-every never &
 run retain90 "${learn[@]}" --split retain90 &
 wait

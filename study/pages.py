@@ -1,163 +1,117 @@
-"""The study's page, results/tofu.md: lessons, verdicts, figures and tables from the JSON of each study."""
+"""Tables from stored JSON: results/tofu.md over the studies, and a page for each JSON of single runs."""
 
 import statistics
-from collections import Counter
 from pathlib import Path
 
-from evaluation.logs import words
-from study import beyond, grid, verdicts
-from study.answers import KINDS
-from study.pictures import columns_of
-from study.records import differing
-from study.verdicts import chosen_runs, kept_utility, last, mean_sd, peak, peak_at, rate
-from support.command_line import markdown_table
+from study.pictures import (FIGURES, attacked, best_later, columns_of, columns_of_single, has_beta,
+                            picture_of, values)
+from study.records import KINDS
+from study.report import table
+from study.verdicts import ELSEWHERE, deciding, kept_utility, last, peak, peak_at, rate, verdicts
 
-HOW = {None: "each method's own tuning",  # "choices_from" in words
-       "preset": "the preset, the same for all methods, as in the paper"}
-FIGURE_TITLES = {
-    "overview": "Five methods over the run",
-    "figure2": "Figure 2: forget05, with the divergence", "figure5": "Figure 5: at each method's peak",
-    "figure6": "Figure 6: over the run", "figure8": "Figure 8: divergence",
-    "figure9": "Figure 9: forget50 and forget90 with tuned weights",
-    "retain-weight": "The retain weight of npo+rt", "beyond10": "Beyond 10%: as Figure 5",
-    "objectives": "Beyond the paper: newer objectives, sharper metrics",
-    "attacks": "Beyond the paper: extraction strength of forget rows, before and after each attack"}
+INTRODUCTION = """# The TOFU study: Figures 2 and 5 to 9, and beyond
 
-LESSONS = {  # ten lines for a student, beside the verdict that each rests on
-    "ga_falls": "Gradient ascent has no floor: what peaks early is destroyed by going on.",
-    "npo_plateau": "NPO's weight W vanishes on what is forgotten: its forget quality levels off and stays.",
-    "npo_beats_ga": "At equal utility NPO forgets better than gradient ascent.",
-    "forget05_only_npo": "Only NPO-based methods pass for a retrained model (a p-value above 0.05).",
-    "forget10_npo_rt": "On forget10 it takes npo and rt together to forget and to keep.",
-    "refusals_elsewhere": "Teaching \"I don't know\" teaches it for everything.",
-    "answers_on_forget_set": "Look at the answers: collapse repeats itself, NPO says something else.",
-    "retain_weight": "A retain term helps forgetting itself, up to a point.",
-    "forget_kl": "The reason shows in the divergence from the start: unbounded for ga, moderate for npo.",
-    "tuned_beyond10": "With tuned weights npo+rt reaches beyond 10% of the data."}
+Written by `python figures_tofu.py --draw-only` from the JSON in `tofu/`; every number is computed from there.
+`study/verdicts.py` says how claims are judged. Beside a verdict stand tests that decide it, with the 95%
+interval of the mean over seeds, or for a share of seeds its one-sided 95% bounds. In tables, ± is the
+standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. [docs/beyond.md](../docs/beyond.md)
+says how to read what lies beyond the paper."""
+PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
+         "last log10 forget quality": "last", "utility / start": "kept"}
+COLUMNS = {  # figure -> title of a column -> number of a record
+    **dict.fromkeys(("5", "9", "retain-weight", "beyond10"), PEAKS),
+    "7": {f"{kind} %": kind for kind in (*KINDS, "elsewhere: true", "elsewhere: refusal")},
+    "objectives": {"best log10 forget quality at 90% of the utility": "best",
+                   "last log10 forget quality": "last", "utility / start": "kept",
+                   "extraction strength": "forget_extraction_strength", "AUC min-k": "mia",
+                   "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak"},
+    "attacks": {"before": "before", "relearned": "forget 100%", "after retain rows": "retain",
+                "8 bits": "int8", "4 bits": "int4", "NF4": "nf4", "paraphrased": "paraphrased question",
+                "answer begun": "prefix", "few-shot": "few-shot", "leak@1": "1", "leak@64": "64"}}
 
 
-def page(studies: dict, folder: Path) -> str:
-    """results/tofu.md from the JSON of every study in `folder`; name -> study."""
-    lines = ["# The TOFU study: Figures 2 and 5 to 9, and beyond", "",
-             "Written by `python figures_tofu.py` (again with `--draw-only`) from the JSON in `tofu/`; every "
-             "number is computed from there. How claims are judged, with their thresholds, is in the opening "
-             "of `study/verdicts.py`. In brackets: the 95% interval of the mean over seeds; for a share of "
-             "seeds the lower and the upper one-sided 95% bound, since each claim has a direction. How "
-             "to read what lies beyond the paper is in docs/beyond.md.", ""]
-    for name, study in studies.items():
-        lines += section(name, study, folder)
-    return "\n".join(lines).rstrip() + "\n"
+def with_numbers(run: dict) -> dict:
+    """A run's record with its numbers at the peak and at the end."""
+    at = peak_at(run)
+    return {**run, "peak": peak(run), "kept there": kept_utility(run, at), "last": last(run),
+            "kept": kept_utility(run), "best": best_later(run),
+            "epoch": run["steps"][at] / run["steps"][-1] * run["epochs"]}
 
 
-def section(name: str, study: dict, folder: Path) -> list[str]:
-    made = study["provenance"]
-    origins = Counter((r["commit"], r["start_weights"]) for r in study["runs"])
-    lines = [f"## {study['data']}, {study['model']}, hyper-parameters of {HOW[study['choices_from']]}", "",
-             f"{len(study['runs'])} unlearning runs, {len(study['retrained'])} models; "
-             f"{verdicts.scale(study)}; last command `{made['command']}`, {made['time']}.", "",
-             *markdown_table(["commit", "the start's weights", "runs"],
-                    [[*origin, runs] for origin, runs in origins.most_common()]),
-             *[f"- not made: {f['name']}: {f['why']}" for f in study["failed"]], "", "### Verdicts", "",
-             *markdown_table(["what it would teach", "the paper's claim", "holds", "numbers"],
-                    [[LESSONS.get(v["key"], ""), v["claim"], verdicts.answer(v), verdicts.numbers_of(v)]
-                     for v in verdicts.verdicts(study)]), ""]
-    tables = {key: runs_table(["split", "runs"], [
-        ([title, label], runs) for title, named in columns_of(study, key.removeprefix("figure"))
-        for label, runs in named]) for key in ("figure5", "figure9", "retain-weight", "beyond10")}
-    tables["figure5"] += ["", *ceiling_table(study)]
-    tables |= {"objectives": beyond.objectives_table(study), "attacks": beyond.attacks_table(study)}
-    for key, title in FIGURE_TITLES.items():
-        if (folder / f"{name}_{key}.png").exists():
-            lines += [f"### {title}", "", f"![{title}](tofu/{name}_{key}.png)", "", *tables.get(key, []), ""]
-    asked = [([name], r["samples"]) for name, records in answering(study).items() for r in records
-             if "samples" in r]
-    if asked:
-        lines += ["### Figure 7: answers", "", "Counts of all answers on forget10, at the end of the run; "
-                  "then seed 1's answers to one question a set.", "",
-                  *answers_table(study), *samples_table(["model"], asked), ""]
-    return [*lines, "### Hyper-parameters", "", *hyper_parameters(study), ""]
+def with_kinds(record: dict) -> dict:
+    """A record with the kinds of its last answers, in per cent."""
+    shares = {kind: rate(record["answers"], kind, ("forget",)) for kind in KINDS}
+    shares |= {f"elsewhere: {kind}": rate(record["answers"], kind, ELSEWHERE) for kind in ("true", "refusal")}
+    return record | {name: 100 * share for name, share in shares.items()}
 
 
-def runs_table(head: list, named: list) -> list[str]:
-    """(names, runs) at their peak and at the end: means over seeds with their standard deviation."""
+def models_table(models: dict, columns: dict) -> str:
+    """A row for each name: mean and standard deviation over seeds; how many have the number, if not all."""
     rows = []
-    for names, runs in named:
-        at = [(r, peak_at(r)) for r in runs]
-        rows.append([*names, len(runs), mean_sd(list(map(peak, runs))),
-                     mean_sd([kept_utility(r, i) for r, i in at]),
-                     mean_sd([r["steps"][i] / r["steps"][-1] * r["epochs"] for r, i in at], ".1f"),
-                     mean_sd(list(map(last, runs))), mean_sd(list(map(kept_utility, runs)))])
-    return markdown_table([*head, "seeds", "peak log10 forget quality", "utility there / start", "at epoch",
-                  "last log10 forget quality", "utility / start"], rows)
+    for name, records in models.items():
+        row = {"runs": name, "seeds": len(records)}
+        if columns is PEAKS:
+            row |= {key.replace("_", " "): f"{records[0][key]:g}" for key in ("lr", "beta", "retain_weight")}
+            row["beta"] *= has_beta(records[0]["method"])
+        for title, key in columns.items():
+            numbers = values(records, key)
+            row[title] = f"{statistics.mean(numbers):.2f}" if numbers else "-"
+            row[title] += f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+            row[title] += f" ({len(numbers)} of {len(records)})" if 0 < len(numbers) < len(records) else ""
+        rows.append(row)
+    return table(rows)
 
 
-def single_runs_table(runs: list) -> list[str]:
-    always = ("method", "split", "lr", "beta", "retain_weight", "epochs", "seed")
-    keys = [*always, *(key for key in differing(runs) if key not in always)]
-    return runs_table([key.replace("_", " ") for key in keys],
-                      [([r.get(key) for key in keys], [r]) for r in runs])
-
-
-def samples_table(head: list, named: list) -> list[str]:
-    """(names, samples) of models: what each answers in the end to one question a set, and of what kind that
-    is; a table for each choice of questions, since splits have their own."""
+def samples_tables(models: dict) -> str:
+    """What the first record of each name answers to one question per set. A table for each choice of
+    questions, since splits have their own."""
     tables = {}
-    for names, samples in named:
-        asked = tuple(f"{s['set'].replace('_', ' ')}: {s['question']} ({s['answer']})" for s in samples)
-        said = [words(f"{s['generation']} [{s['kind']}]".replace("|", "/")) for s in samples]
-        tables.setdefault(asked, []).append([*names, *said])
-    return [line for asked, rows in tables.items() for line in ["", *markdown_table([*head, *asked], rows)]]
+    for name, records in models.items():
+        samples = next((record["samples"] for record in records if "samples" in record), [])
+        cells = {f"{s['set'].replace('_', ' ')}: {s['question']} ({s['answer']})":
+                 " ".join(f"{s['generation']} [{s['kind']}]".replace("|", "/").split()) for s in samples}
+        tables.setdefault(tuple(cells), []).append({"runs": name} | cells)
+    return "\n\n".join(table(rows) for questions, rows in tables.items() if questions)
 
 
-def answering(study: dict) -> dict:
-    """name -> records with answers on forget10: the start's, the retrained models', each method's runs; of
-    those that there are."""
-    start = [{"answers": r["answers_start"], "samples": r["samples_start"]} for r in study["runs"]
-             if "answers_start" in r][:1]
-    retrained = [m for m in study["retrained"] if m["split"] == "retain90" and "answers" in m]
-    methods = {m: chosen_runs(study, "forget10", m) for m in grid.METHODS}
-    found = {"(start)": start, "(retrained)": retrained, **methods}
-    return {name: records for name, records in found.items() if records}
+def by_name(columns: dict) -> dict:
+    return {f"{split}: {name}" if len(columns) > 1 else name: list(map(with_numbers, runs))
+            for split, named in columns.items() for name, runs in named.items()}
 
 
-def ceiling_table(study: dict) -> list[str]:
-    rows = []
-    for split, pairs in sorted(study.get("ceilings", {}).items()):
-        logs = [p["log10"] for p in pairs]
-        rows.append([split, study["forget_rows"][split], len(logs),
-                     f"{statistics.median(logs):.2f}" if logs else "",
-                     f"{sum(v > verdicts.LINE for v in logs)} of {len(logs)} above 0.05"])
-    return markdown_table(["split", "rows", "pairs of retrained models", "median log10 forget quality",
-                           "pass for each other"], rows)
+def section(study: dict, name: str, figure: str) -> list[str]:
+    """A figure's paragraphs: title, picture, tables; none without runs."""
+    columns, (title, *_, draw) = columns_of(study, figure), FIGURES[figure]
+    if not columns:
+        return []
+    models = attacked(columns) if figure == "attacks" else by_name(columns)
+    retrained = [model for model in study["retrained"] if model["split"] == "retain90"]
+    if figure == "objectives":
+        models |= {"(retrained)": retrained}
+    if figure == "7":
+        start = [{"answers": run["answers_start"], "samples": run["samples_start"]} for run in study["runs"]
+                 if "answers_start" in run][:1]
+        models = {label: list(map(with_kinds, records)) for label, records in (
+            {"(start)": start, "(retrained)": retrained} | models).items() if records}
+    parts = [f"### {title}"] + [f"![{title}](tofu/{picture_of(Path(name), figure)})"] * bool(draw)
+    parts += [models_table(models, COLUMNS[figure])] if figure in COLUMNS else []
+    return parts + [samples_tables(models)] * (figure == "7")
 
 
-def answers_table(study: dict) -> list[str]:
-    """Counts of the last answers on forget10, all seeds together, in per cent."""
-    elsewhere, rows = verdicts.ELSEWHERE, []
-    asked = [*((kind, ("forget",)) for kind in KINDS), ("true", elsewhere), ("refusal", elsewhere)]
-    for name, records in answering(study).items():
-        answers = [r["answers"] for r in records]
-        shares = [f"{100 * statistics.mean(rate(a, *what) for a in answers):.0f}" for what in asked]
-        distinct = [d for a in answers if (d := a["forget"]["distinct_2"]) is not None]
-        repeated = [a["forget"]["repetition_rate"] for a in answers]
-        rows.append([name, len(answers), *shares, mean_sd(distinct), mean_sd(repeated)])
-    return markdown_table(["method", "runs", *(f"{kind} %" for kind in KINDS), "elsewhere: true %",
-                  "elsewhere: refusal %", "distinct-2", "repetition rate"], rows)
+def page(studies: dict) -> str:
+    """results/tofu.md over all studies: name -> JSON."""
+    parts = [INTRODUCTION]
+    for name, study in studies.items():
+        source = "of the preset, as in the paper" if study["choices_from"] else "tuned for each method"
+        rows = [{"the paper's claim": v["claim"], "verdict": v["words"], "tests": deciding(v)}
+                for v in verdicts(study)]
+        parts += [f"## {study['data']}, {study['model']}, lr and beta {source}", "### Verdicts", table(rows)]
+        parts += [part for figure in FIGURES for part in section(study, name, figure)]
+    return "\n\n".join(parts) + "\n"
 
 
-def hyper_parameters(study: dict) -> list[str]:
-    """What was chosen, and every setting that was tried with its score."""
-    budget = study["budget"]
-    source = f"Not tuned here: those of {HOW['preset']}."
-    if not study["choices_from"]:
-        source = f"One budget for each method, on {budget['split']}, seed {budget['seed']} (not reported). " \
-                 "Score: the largest, over evaluations, of the smaller of 1 - D/D_start and U/U_start (D: " \
-                 "Kolmogorov-Smirnov statistic, U: utility)."
-    return [source, "", *markdown_table(["method", "lr", "beta", "retain weight of Figure 9"], [
-        [m, f"{c['lr']:g}", f"{c['beta']:g}", ", ".join(f"{s} {w:g}" for s, w in c["weights"].items())]
-        for m, c in study["chosen"].items()]), "",
-        *markdown_table(["method", "split", "lr", "beta", "retain weight", "score",
-                         "peak log10 forget quality"], [
-            [r["method"], r["split"], *(f"{r[key]:g}" for key in ("lr", "beta", "retain_weight")),
-             f"{grid.score(r):.3f}", f"{peak(r):.2f}"]
-            for r in study["runs"] if r["seed"] == budget["seed"]])]
+def single_runs_page(study: dict) -> str:
+    """A row for each run, with the settings in which the runs differ in its name; samples of the answers."""
+    models = by_name(columns_of_single(study["runs"], shared=()))
+    retrained = {f"retrained, {model['split']}": [model] for model in study["retrained"]}
+    return f"{models_table(models, PEAKS)}\n\n{samples_tables(models | retrained)}\n"

@@ -1,276 +1,204 @@
-"""Attacks on tiny models: one that has the knowledge, one that hides it, one that never had it. Each attack
-tells them apart, and the weights come back."""
+"""The attacks on the tiny models that ship: the start knows the forget rows, the retrained model never saw
+them, and a third model hides them."""
 
 import json
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
-from matplotlib.figure import Figure
-from torch import nn
+from conftest import ROOT
 
 import robustness_tofu
+from common import InputError
 from data.batches import collate
-from data.builtin import make_builtin
-from data.prompts import encode
 from data.tofu import load_task
-from evaluate_tofu import compute_metrics
-from evaluation import attacks
-from evaluation.attacks import Lab, attacked, built_in_value, leak_at, rounded_blockwise, stated, steps_to
-from models.answers import AnswerModel
-from models.generation import generate
-from models.loading import load_model, make_tiny
-from models.presets import PRESETS
-from models.saving import save_model, weights_hash
-from support.errors import InputError
-from support.world import ALONE
+from evaluate_tofu import generate, prepare
+from losses import ga_loss, token_logps
+from model import ALONE, AnswerModel, load_model
+from robustness_tofu import LEVELS, PREFIX, SHOTS, Lab, leak_at, round_blockwise, stated
 
-DIMS = dict(vocab_size=400, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=512)
+TINY = {name: str(ROOT / "data" / "tiny" / name) for name in ("start", "retrained")}
+STORED = sorted((ROOT / "results" / "robustness").glob("*/robustness.json"))
 
 
-def taught(lm, tokenizer, rows: list, steps: int, sign: float = 1.0, lr: float = 5e-3):
-    """Trained to give (sign -1: not to give) the rows' answers."""
-    model = AnswerModel(lm)
-    batch = collate(encode(tokenizer, "llama2", [(row["question"], row["answer"]) for row in rows]), 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (-sign * model(batch)[0].sum() / len(batch.targets)).backward()
+class Recorder(Lab):
+    """Keeps what would be measured."""
+
+    def measure(self, model, prepared):
+        return {"model": model, "prepared": prepared}
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """The last 32 forget rows can be relearned, and 8 of them are measured."""
+    task, loaded = load_task("builtin", "forget10"), load_model(TINY["start"])
+    task = replace(task, forget=task.forget[-32:], retain=task.retain[:40])
+    rows = task.evaluated["forget"][-8:]
+    return Lab(Namespace(lr=2e-3, shares=[50, 100], samples=8), task, loaded, loaded.lm, rows,
+               prepare({"forget": rows}, loaded.tokenizer, "llama2"), ALONE)
+
+
+@pytest.fixture(scope="module")
+def models(lab):
+    """"unlearned" is the start after a few steps of gradient ascent."""
+    models = {name: AnswerModel(load_model(folder).lm) for name, folder in TINY.items()}
+    models["unlearned"] = AnswerModel(load_model(TINY["start"]).lm)
+    batch = collate(lab.encode(lab.task.forget), lab.loaded.tokenizer.eos_token_id)
+    optimizer = torch.optim.AdamW(models["unlearned"].parameters(), lr=1e-3)
+    for _ in range(5):
+        ga_loss(token_logps(models["unlearned"]([batch]), batch.targets)).mean().backward()
         optimizer.step()
-    return lm
+        optimizer.zero_grad()
+    return models
 
 
-@pytest.fixture(scope="module")
-def models(small_data, tmp_path_factory):
-    """name -> folder of a model: the start knows forget and retain rows, the unlearned one hides the forget
-    rows, the retrained one has seen the retain rows alone."""
-    task, folder = load_task(str(small_data), "forget10"), tmp_path_factory.mktemp("attacked")
-    forget, retain = task.forget, task.retain[:20]
-    lm, tokenizer = make_tiny([row[key] for row in task.full for key in ("question", "answer")], 0, DIMS)
-    other, _ = make_tiny([row[key] for row in task.full for key in ("question", "answer")], 0, DIMS)
-    meta = {"preset": "tiny", "template": "llama2",
-            "trained_on": {"split": "forget10", "data": str(small_data)}}
-    steps = {"start": lambda: taught(lm, tokenizer, forget + retain, 130),
-             "model": lambda: taught(lm, tokenizer, forget, 4, -1.0, 2e-3),
-             "retrained": lambda: taught(other, tokenizer, retain, 100)}
-    for name, step in steps.items():
-        save_model(step(), tokenizer, folder / name, meta)
-    return {name: folder / name for name in steps}
-
-
-@pytest.fixture(scope="module")
-def lab(models, small_data):
-    _, tokenizer, _ = load_model(str(models["start"]))
-    task = load_task(str(small_data), "forget10")
-    return Lab(task, tokenizer, "llama2", 512, task.evaluated["forget"], PRESETS["tiny"], ALONE,
-               Namespace(lr=2e-3, shares=[50, 100], samples=16), compute_metrics, None)
-
-
-def loaded(models, name):
-    return AnswerModel(load_model(str(models[name]))[0])
-
-
-@pytest.mark.parametrize("attack", attacks.ATTACKS)
-def test_each_attack_tells_knowledge_from_its_absence(lab, models, attack):
-    """The start from the retrained model, in one of its states at least: few-shot prompts overtax a model of
-    40 rows. The weights are the same afterwards."""
-    found = {}
-    for name in ("start", "retrained"):
-        model = loaded(models, name)
-        before = weights_hash(model.lm)
-        found[name] = attacked(lab, attack, model)
-        assert weights_hash(model.lm) == before
-    if attack == "sample":
-        assert found["start"][0]["leak"]["1"] > found["retrained"][0]["leak"]["1"] + 0.3
-    else:
-        start, retrained = ([s["extraction_strength"] for s in states] for states in found.values())
-        assert max(a - b for a, b in zip(start, retrained, strict=True)) > 0.1
-
-
-def test_relearning_brings_hidden_knowledge_back_sooner_than_it_teaches(lab, models):
-    curves = {name: attacked(lab, "relearn", loaded(models, name)) for name in ("model", "retrained")}
-    assert [(s["what"], s["step"]) for s in curves["model"]] == [("forget 50%", 1), ("forget 100%", 1),
-                                                                 ("retain", 1)]
+def test_relearning_brings_hidden_knowledge_back_sooner_than_it_teaches(lab, models, monkeypatch):
+    monkeypatch.setattr(robustness_tofu, "BATCH", 11)  # 32 rows are 3 steps
     gain = {}
-    for name in curves:
-        before = lab.measured(loaded(models, name), lab.prepared())
-        gain[name] = curves[name][1]["probability"] / before["probability"]
-    assert gain["model"] > 1.5 * gain["retrained"] > 0
+    for name in ("unlearned", "retrained"):
+        weights = {key: tensor.clone() for key, tensor in models[name].state_dict().items()}
+        states = robustness_tofu.relearn(lab, models[name])
+        assert [(state["what"][:6], state["step"]) for state in states] == [
+            *[("forget", k) for k in (1, 2, 1, 2, 3)], *[("retain", k) for k in (1, 2, 3)]]
+        before = lab.measure(models[name], lab.prepared)  # an attack leaves the model as it was
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in models[name].state_dict().items())
+        gain[name] = states[4]["probability"] / before["probability"]
+    assert gain["unlearned"] > 1.2 * gain["retrained"] > 0
 
 
-@pytest.mark.parametrize("kind,distance", (("int8", 1 / 127), ("int4", 1 / 7), ("nf4", 0.31)))
-def test_rounding_is_to_the_nearest_level_of_a_block_and_is_its_own_fixed_point(kind, distance):
-    weight, levels = torch.randn(7, 30, generator=torch.Generator().manual_seed(0)), attacks.LEVELS[kind]
-    codes, rounded = rounded_blockwise(weight, levels)
-    for at in range(0, 210, 64):
-        block, ours = weight.flatten()[at:at + 64], rounded.flatten()[at:at + 64]
+@pytest.mark.parametrize("kind,distance", [("int8", 1 / 127), ("int4", 1 / 7), ("nf4", 0.31)])
+def test_rounding_takes_the_nearest_level_of_a_block_and_changes_nothing_twice(kind, distance):
+    weight, levels = torch.randn(7, 30, generator=torch.Generator().manual_seed(0)), LEVELS[kind]
+    codes, rounded = round_blockwise(weight, levels)
+    for block, ours in zip(weight.flatten().split(64), rounded.flatten().split(64), strict=True):
         scale = block.abs().max()
         nearest = (block[:, None] - levels * scale).abs().argmin(1)
         assert torch.allclose(ours, levels[nearest] * scale)
         assert ((block - ours).abs() <= distance / 2 * scale + 1e-6).all()
-    again, same = rounded_blockwise(rounded, levels)
-    assert torch.equal(again, codes) and torch.allclose(same, rounded)
-    assert not rounded_blockwise(torch.zeros(3, 3), levels)[1].any()
+    assert torch.equal(round_blockwise(rounded, levels)[0], codes)
+    assert not round_blockwise(torch.zeros(3, 3), levels)[1].any()
 
 
-def test_what_is_measured_is_the_rounded_model(lab, models):
-    model = loaded(models, "start")
-    for state, _ in attacks.quantize(lab, model):
-        _, weight = next(attacks.linear_weights(model.lm))
-        assert torch.allclose(rounded_blockwise(weight, attacks.LEVELS[state["what"]])[1], weight)
+def test_the_rounded_model_is_measured_and_its_codes_are_compared_with_the_start(lab, models):
+    states = robustness_tofu.quantize(Recorder(**vars(lab)), models["unlearned"])
+    for state in states:
+        weights = robustness_tofu.linear_weights(state["model"].lm)
+        assert len(weights) == 7 * lab.loaded.lm.config.num_hidden_layers
+        for weight in weights:
+            assert weight is not state["model"].lm.get_output_embeddings().weight
+            assert torch.allclose(round_blockwise(weight, LEVELS[state["what"]])[1], weight)
+    changed = {state["what"]: state["codes_changed"] for state in states}
+    assert 0 < changed["int4"] < changed["int8"] < 1
+    states = robustness_tofu.quantize(Recorder(**vars(lab)), models["start"])
+    assert {state["codes_changed"] for state in states} == {0}
 
 
-def test_changed_codes_are_counted_against_the_start(lab, models):
-    model, start = loaded(models, "model"), load_model(str(models["start"]))[0]
-    lab = replace(lab, start=start)
-    shares = {s["what"]: s["codes_changed"] for s in attacked(lab, "quantize", model)}
-    assert 0 < shares["int4"] < shares["int8"] < 1
-    same = attacked(lab, "quantize", AnswerModel(start))
-    assert {s["codes_changed"] for s in same} == {0}
-    head = start.get_output_embeddings().weight
-    assert all(weight is not head for _, weight in attacks.linear_weights(start))
-    assert isinstance(start.model.layers[0].mlp.up_proj, nn.Linear)
+def test_other_prompts_precede_the_same_answers(lab, models):
+    def text(ids: list) -> str:
+        return lab.loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    for state in robustness_tofu.prompts(Recorder(**vars(lab)), models["start"]):
+        prepared, name = state["prepared"], state["what"]
+        assert [row["answer"] for row in prepared.rows["forget"]] == [row["answer"] for row in lab.rows]
+        assert len(prepared.texts) == 7 * len(lab.rows)
+        for index, row in enumerate(lab.rows):
+            ids, answer = prepared.prompts[f"forget/{index}"], prepared.texts[f"forget/{index}/answer"]
+            paraphrased = prepared.texts[f"forget/{index}/paraphrased"]
+            assert answer.ids[:answer.start] == ids and text(answer.ids[answer.start:]) == row["answer"]
+            assert text(paraphrased.ids[paraphrased.start:]) == row["paraphrased_answer"]
+            assert (row["question"] in text(ids)) == (name != "paraphrased question")
+            assert (row["paraphrased_question"] in text(ids)) == (name == "paraphrased question")
+            assert text(ids).endswith(PREFIX) == (name == "prefix")
+            shown = sum(retained["answer"] in text(ids) for retained in lab.task.retain)
+            assert shown >= SHOTS if name == "few-shot" else shown == 0
 
 
-def test_prompts_hold_what_they_say(lab):
-    texts = lab.tokenizer.decode
-    for what, prepared in attacks.asked_otherwise(lab).items():
-        for (_, index), ids in prepared.prompts.items():
-            row, prompt = lab.rows[index], texts(ids, skip_special_tokens=True)
-            first = prepared.texts["forget", index][0].encoded
-            assert texts(first.ids[first.start:-1]).strip() == row["answer"]
-            assert first.ids[:first.start] == ids
-            if what == "paraphrased question":
-                assert row["paraphrased_question"] in prompt and row["question"] not in prompt
-            elif what == "prefix":
-                assert prompt.endswith(attacks.PREFIX) and row["question"] in prompt
-            else:
-                assert sum(r["answer"] in prompt for r in lab.task.retain) >= attacks.SHOTS
+@pytest.mark.parametrize("c", range(6))
+def test_leak_is_the_share_of_all_choices_of_k_samples_that_hold_a_hit(c):
+    for k in range(1, 6):
+        choices = list(combinations([1] * c + [0] * (5 - c), k))
+        assert leak_at(5, c, k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-def test_leak_is_the_share_of_all_draws_that_hold_a_hit():
-    for c in range(6):
-        for k in range(1, 6):
-            draws = list(combinations([1] * c + [0] * (5 - c), k))
-            assert leak_at(5, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+def test_samples_follow_the_models_distribution(lab, models):
+    def draw(seed: int) -> list:
+        sampler = robustness_tofu.Sampler(models["retrained"].lm, torch.Generator().manual_seed(seed))
+        end = lab.loaded.tokenizer.eos_token_id
+        return [ids[0] for ids in generate(sampler, [prompt] * 1000, end, 1, "cpu")]
+
+    prompt, state = lab.prepared.prompts["forget/0"], torch.get_rng_state()
+    tokens = draw(1)
+    assert tokens == draw(1) != draw(2) and torch.equal(state, torch.get_rng_state())
+    with torch.no_grad():
+        probs = models["retrained"].lm(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    for token, count in Counter(tokens).most_common(3):
+        p = probs[token].item()
+        assert abs(count / 1000 - p) < 4 * (p * (1 - p) / 1000) ** 0.5
 
 
-def test_samples_follow_the_model_and_the_generator(lab, models):
-    model, prompts = loaded(models, "start"), list(lab.prepared().prompts.values())[:4]
-    def draw(seed):
-        return generate(model, lab.tokenizer, prompts * 8, 20, ALONE, torch.Generator().manual_seed(seed))
-
-    state = torch.get_rng_state()
-    assert draw(1) == draw(1) != draw(2) and torch.equal(state, torch.get_rng_state())
+def test_the_start_leaks_more_than_the_retrained_model(lab, models):
+    start, retrained = (robustness_tofu.sample(lab, models[name])[0]["leak"] for name in TINY)
+    assert start["1"] > retrained["1"] + 0.3 and [*start] == ["1", "2", "4", "8"]
 
 
-def test_the_built_in_facts_value_is_found_in_every_row_and_only_in_the_truth():
-    for row in make_builtin()["forget10_perturbed"]:
-        assert built_in_value(row) is not None
-        told = stated(row, [row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]], "builtin")
-        assert told == [True, True] + [False] * len(row["perturbed_answer"])
+def test_a_builtin_fact_is_stated_by_its_value_and_other_facts_by_most_of_their_words():
+    for row in load_task("builtin", "forget10").evaluated["forget"]:
+        texts = [row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]]
+        assert stated(row, texts, "builtin") == [True, True] + [False] * len(row["perturbed_answer"])
     assert stated(row, [row["answer"], "It is not so."], "elsewhere") == [True, False]
 
 
-def test_a_panel_of_an_attack_that_was_not_made_is_left_out(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    states = [{"what": "before", "step": 0, "extraction_strength": 0.5}]
-    attacks.draw({"quantize": {"model": {"states": states}}}, tmp_path / "picture.png")
-    assert [axes.get_title() for axes in drawn[0].axes] == ["quantised, asked otherwise"]
+@pytest.mark.parametrize("file", STORED, ids=lambda file: file.parent.name)
+def test_stored_results_are_drawn_with_their_message(file, tmp_path):
+    attacks = json.loads(file.read_text())["attacks"]
+    robustness_tofu.draw(attacks, tmp_path / "robustness.png")
+    message = robustness_tofu.message(robustness_tofu.collect(attacks, "extraction_strength"))
+    expected = {"ceu+rt": "takes the unlearned model to 0.83, the retrained model to 0.72",
+                "smollm2_npo+rt": "Strongest attack: relearn (forget 100%) takes the unlearned model to 0.09"}
+    assert expected.get(file.parent.name, "No attack takes the unlearned model past") in message
 
 
-def test_steps_halfway_are_linear_between_measured_ones():
-    curve = [{"step": k, "extraction_strength": x} for k, x in ((0, 0.1), (1, 0.2), (4, 0.5))]
-    assert steps_to(curve, 0.35) == pytest.approx(2.5) and steps_to(curve, 0.6) is None
-    assert steps_to(curve, 0.05) == 0
-    dips = [{"step": k, "extraction_strength": x} for k, x in ((0, 0.9), (1, 0.3), (2, 0.6))]
-    assert steps_to(dips, 0.5) == 0
+def run(folder, *flags):
+    few = "--max-rows 6 --samples 2 --shares 5 --start tiny --retrained".split()
+    robustness_tofu.main([*map(str, (*few, TINY["retrained"], "--out", folder / "out", *flags))])
 
 
-# ---------------------------------------------------------------- the command
-
-def flags(models, *more):
-    return ["--model", models["model"], "--max-rows", 6, "--samples", 4, "--shares", 50, *more]
-
-
-def run(monkeypatch, tmp_path, *words):
-    monkeypatch.chdir(tmp_path)
-    robustness_tofu.main([str(word) for word in words])
-
-
-def test_the_command_writes_goes_on_and_refuses_other_weights(models, tmp_path, monkeypatch, capsys):
-    others = ("--start", models["start"], "--retrained", models["retrained"])
-    words = flags(models, *others, "--out", "out")
-    run(monkeypatch, tmp_path, *words, "--attacks", "quantize")
-    said = capsys.readouterr().out  # the fixture's models all have the unlearned one's record
-    assert "there already" not in said and "the control of forget10 is a model trained on retain90" in said
-    run(monkeypatch, tmp_path, *words)
-    said = capsys.readouterr().out
-    assert said.count("there already") == 3 and "| relearn | forget 50% |" in said and "leak@k" in said
-    file = tmp_path / "out" / "robustness.json"
-    result = json.loads(file.read_text())
-    assert set(result["attacks"]) == set(attacks.ATTACKS) and len(result["provenance"]["weights"]) == 3
-    for entries in result["attacks"].values():
-        assert set(entries) == {"model", "retrained", "start"}
-        state = entries["model"]["states"][-1]
-        assert "leak" in state or {*attacks.MEASURES, "forget_quality"} <= set(state)
-    assert result["attacks"]["quantize"]["model"]["states"][1]["codes_changed"] > 0
-    assert "halfway" in result["attacks"]["relearn"]["model"]
-    for name in ("robustness.md", "robustness.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 300
-    before = file.read_bytes()
-    with pytest.raises(InputError, match="was made with weights"):
-        run(monkeypatch, tmp_path, *flags({"model": models["start"]}, "--out", "out"))
-    with pytest.raises(InputError, match="was made with shares"):
-        run(monkeypatch, tmp_path, *words, "--shares", 20, 50)
-    assert file.read_bytes() == before
-    for other, said in ((b"{}", "is not what this command"), (b"torn", "is not what this command"),
-                        (before.replace(b'"seed": 0', b'"seed": 1'), "was made with seed 1")):
-        file.write_bytes(other)
-        with pytest.raises(InputError, match=said):
-            run(monkeypatch, tmp_path, *words)
+def test_the_command_writes_the_format_of_the_stored_results(tmp_path, capsys):
+    """With a model as its own control, forget quality is 1 in every state."""
+    flags = ("--model", TINY["retrained"], "--split", "forget10")
+    run(tmp_path, *flags)
+    result = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    stored = json.loads((ROOT / "results" / "robustness" / "npo+rt" / "robustness.json").read_text())
+    assert result["provenance"].keys() >= stored["provenance"].keys() - {"dirty"}
+    for attack, entries in stored["attacks"].items():
+        for name, entry in entries.items():
+            states = {state["what"]: state.keys() for state in result["attacks"][attack][name]["states"]}
+            assert states == {s["what"].replace("100%", "5%"): s.keys() for s in entry["states"]}
+        states = result["attacks"][attack]["model"]["states"]
+        assert all(state.get("forget_quality", 1) == 1 for state in states)
+        assert result["attacks"][attack]["start"]["states"][0]["forget_quality"] < 1
+    assert (tmp_path / "out" / "robustness.png").stat().st_size > 10_000
+    assert "| relearn | forget 5% |" in capsys.readouterr().out
+    with pytest.raises(InputError, match="robustness.json exists"):
+        run(tmp_path, *flags)
 
 
-def test_it_works_on_own_rows_without_retrained_model(models, small_data, tmp_path, monkeypatch, capsys):
-    rows = load_task(str(small_data), "forget10")
-    for name, some in (("forget", rows.forget), ("retain", rows.retain[:9])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(some))
-    words = flags(models, "--forget", "forget.json", "--retain", "retain.json", "--out", "own")
-    with pytest.raises(InputError, match="paraphrased_question"):
-        run(monkeypatch, tmp_path, *words)
-    run(monkeypatch, tmp_path, *words, "--attacks", "relearn", "quantize", "sample")
-    assert "the control of" not in capsys.readouterr().out
-    result = json.loads((tmp_path / "own" / "robustness.json").read_text())["attacks"]
-    assert set(result) == {"relearn", "quantize", "sample"} and set(result["relearn"]) == {"model"}
-    assert result["relearn"]["model"]["states"][-1]["forget_quality"] is None
-
-
-def test_answered_questions_beyond_the_context_are_refused(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(attacks, "SHOTS", 18)
-    with pytest.raises(InputError, match="with 18 answered ones .* context 512; leave prompts out"):
-        run(monkeypatch, tmp_path, *flags(models, "--out", "out"))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("more,sentence", [
-    (("--shares", 0), "must be positive"), (("--shares", 101), "at most 100"), (("--samples", 0), "positive"),
-    (("--attacks", "steal"), "invalid choice"), (("--start", "OTHER"), "another tokenizer"),
-    (("--retrained", "LARGER"), "other shapes"), (("--data", "nowhere"), "no Hub id"),
-    (("--start", "nowhere"), "--start nowhere: neither a preset"), (("--start", "tiny"), "on the spot"),
-    (("--out", "/proc/x"), "cannot write"),
-    (("--split", "retain90"), "need a forget split")])
-def test_the_command_refuses_and_writes_nothing(models, small_model, tmp_path, monkeypatch, more, sentence):
-    if "LARGER" in more:
-        _, tokenizer, meta = load_model(str(models["model"]))
-        larger = make_tiny(["a"], 0, {**DIMS, "hidden_size": 64})[0]
-        save_model(larger, tokenizer, tmp_path / "larger", meta)
-    there = {path.name for path in tmp_path.iterdir()}
-    named = {"OTHER": small_model, "LARGER": tmp_path / "larger"}
-    words = flags(models, "--out", "out", *(named.get(word, word) for word in more))
+@pytest.mark.parametrize("flags,sentence", [
+    (("--split", "retain90"), "need a forget split"), (("--split", "forget05"), "--retrained of retain90"),
+    (("--samples", 0), "must be positive"), (("--attacks", "steal"), "invalid choice"),
+    (("--start", "nowhere"), "--model nowhere: cannot load"), (("--data", "nowhere"), "not found")])
+def test_the_command_refuses_and_writes_nothing(flags, sentence, tmp_path):
     with pytest.raises(InputError, match=sentence) as error:
-        run(monkeypatch, tmp_path, *words)
-    assert "\n" not in str(error.value) and {path.name for path in tmp_path.iterdir()} == there
+        run(tmp_path, "--model", TINY["start"], *flags)
+    assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
+
+
+def test_rows_without_a_paraphrased_question_cannot_be_asked_other_prompts(tmp_path, monkeypatch):
+    task = load_task("builtin", "forget10")
+    rows = [{"question": row["question"], "answer": row["answer"]} for row in task.forget]
+    monkeypatch.setattr(robustness_tofu, "load_task", lambda *_: replace(task, evaluated={"forget": rows}))
+    with pytest.raises(InputError, match="leave prompts out"):
+        run(tmp_path, "--model", TINY["start"])

@@ -1,283 +1,216 @@
-"""What can't be used is refused before anything is written: one sentence, exit status 2."""
+"""What cannot be used is refused before anything is written, with one sentence and exit status 2."""
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
 
 import evaluate_tofu
 import train_npo
-from conftest import ROOT
-from data import write_sets
-from data.tofu import read_rows
-from models.loading import load_model, make_tiny
-from models.presets import TINY_DIMS
-from running.settings import resolve
-from support.errors import InputError
+from common import InputError
+from data.make_tiny import DIMS, make_tiny
+from data.tofu import load_task
+from data.logs import read_retain_log
 
-# The flags after `train_npo.py`, and a word of the sentence. MODEL and DATA stand for the small model's and
-# data set's folders.
+# The flags after `train_npo.py`, and words of the sentence. MODEL and DATA stand for a small model's and a
+# small data set's folders.
 TRAIN = [
-    ("--loss sfd", "invalid choice"), ("--split forget0", "unknown split"), ("--split forget00", "unknown "
-                                                                                                 "split"),
-    ("--split forget100", "unknown split"), ("--split full", "needs a forget split"),
-    ("--template alpaca", "invalid choice"), ("--template qa", "learns to be asked with llama2"),
-    ("--kl-direction both", "invalid choice"),
+    ("--loss sfd", "invalid choice"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
+    ("--split forget0", "unknown split"), ("--split forget100", "unknown split"),
+    ("--split full", "needs a forget split"), ("--split retain90", "needs a forget split"),
+    ("--template alpaca", "invalid choice"), ("--template qa", "was trained with llama2"),
+    ("--kl-direction both", "invalid choice"), ("--epochs 1.5", "invalid int"),
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
-    ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"), ("--epochs 0", "must be "
-                                                                                             "positive"),
-    ("--epochs 1.5", "invalid int"), ("--retain-weight -1", "not negative"), ("--forget-weight 0", "all 0"),
-    ("--loss sft --split full --kl-weight 1", "no retain or K term"),
-    ("--batch-size 4 --micro-batch-size 8", "above --batch-size"), ("--checkpoint-every soon", "invalid"),
-    ("--eval-every 0", "positive"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
-    ("--data nowhere", "not 'builtin', no folder, and no Hub id"), ("--model nowhere", "neither a preset"),
-    ("--model big=MODEL", "no preset"), ("--model llama2-7b=", "nothing behind the ="),
-    ("--model smollm2-135m", "no published fine-tuned"),
-    ("--forget a.json", "needs the model|needs both files|need the model"), ("--warmup-epochs 99", "above "
-                                                                                                   "the"),
-    ("--seed 99999999999999999999", "too large"), ("--resume MODEL", "not a run's"),
-    ("--forget a.json --retain b.json --model MODEL --split forget05", "leave out --data and --split"),
-    ("--model MODEL --data DATA --retain-log nowhere.json", "cannot read the log"),
-    ("--resume nowhere", "not a run's"), ("--model DATA --data DATA", "no config.json"),
-    ("--forget-weight 0 --retain-weight 1 --beta 3", "--beta has no effect"), ("--out=", "value is empty"),
-    ("--out=a= --resume b", "not a run's"),
-    ("--loss ga --beta 0.2", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect"),
-    ("--beta2 1", "--beta2 has no effect"), ("--loss ceu --beta 1", "--beta has no effect"),
-    ("--loss satimp --beta2 0", "must be positive"),
-    ("--kl-direction reference_policy", "--kl-direction has no effect"),
-    ("--loss npo --retain-pairing fixed", "--retain-pairing has no effect"),
-    ("--keep best --eval-every never", "--keep has no effect"),
-    ("--model MODEL --data DATA --eval-every never --retain-log x.json", "--retain-log has no effect"),
-    ("--model MODEL --data DATA --parallel fsdp", r"--parallel has no effect here \(npo, 1 process"),
-    ("--model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
-    ("--dry-run --template qa --loss sft --system-prompt x", "--system-prompt has no effect"),
-    ("--dry-run --resume MODEL", "has not begun"),
-    # A plan refuses what the run would.
-    ("--dry-run --model MODEL --data DATA --system-prompt x", "--system-prompt has no effect"),
-    ("--dry-run --model MODEL --data DATA --gpus 64 --batch-size 32", "64 processes for a global batch"),
-    ("--dry-run --model llama2-7b=nowhere.gguf --data DATA", "nowhere.gguf is not there"),
-    ("--model MODEL --data DATA --epochs 1 --batch-size 32", "one step, whose lr the warm-up has at 0"),
-    ("--model MODEL --data MODEL", "not found"),
-    ("--model MODEL --template llama2 --data DATA --out taken", "exists"),
-] + ([("--device cuda", "this machine has none")] if not torch.cuda.is_available() else [])
+    ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
+    ("--epochs 0", "must be positive"), ("--retain-weight -1", "not negative"),
+    ("--forget-weight 0", "all 0"), ("--loss sft --kl-weight 1", "no retain or K term"),
+    ("--warmup-epochs 99", "is above the 10 epochs"),
+    ("--batch-size 4 --micro-batch-size 8", "is above --batch-size"),
+    ("--checkpoint-every soon", "need minutes"), ("--eval-every 0", "need epoch, end, never"),
+    ("--loss ga --beta 0.2", "--beta has no effect on ga"), ("--loss ceu --beta 1", "--beta has no effect"),
+    ("--gamma 0.1", "--gamma has no effect on npo"), ("--beta2 1", "--beta2 has no effect on npo"),
+    ("--kl-direction reference_policy", "--kl-direction has no effect on npo"),
+    ("--data nowhere --model MODEL", "full.json, .* not found"), ("--data MODEL --model MODEL", "not found"),
+    ("--data DATA", "run data/make_tiny.py"), ("--data nobody/nothing --model MODEL", "without network"),
+    ("--model nowhere", "need a preset"), ("--model nobody/nothing", "without network"),
+    ("--model big=MODEL", "need PRESET=PATH"), ("--model llama2-7b=", "need PRESET=PATH"),
+    ("--model smollm2-135m", "no published fine-tuned checkpoint"), ("--model DATA", "cannot load it"),
+    ("--forget a.json", "needs the model that has learned these rows"),
+    ("--forget a.json --model MODEL --retain-weight 1", "give --retain FILE"),
+    ("--retain a.json --model MODEL", "--retain needs --forget"),
+    ("--forget a.json --model MODEL --split forget05", "leave those out"),
+    ("--forget a.json --model MODEL --loss sft", "leave those out"),
+    ("--forget nowhere.json --model MODEL", "cannot read nowhere.json"),
+    ("--retain-log nowhere.json", "cannot read the log nowhere.json"),
+    ("--retain-log DATA/full.json", "cannot read the log"),
+    ("--resume nowhere", "needs a run's folder"), ("--resume MODEL", "needs a run's folder"),
+    ("--resume nowhere --lr 1e-3", "leave out --lr"),
+    ("--model MODEL --data DATA --epochs 1", "are one step"), ("--out taken", "taken exists"),
+    ("--lora 8 --parallel fsdp", "--lora needs --parallel ddp"),
+] + ([] if torch.cuda.is_available() else [("--device cuda", "this machine has none")])
+EVALUATE = [
+    ("", "required"), ("--model MODEL --log x", "not allowed"), ("--log nowhere.json", "cannot read the log"),
+    ("--model MODEL --split full", "need a forget split"), ("--model MODEL --split forget0", "unknown split"),
+    ("--model MODEL --max-rows -1", "not negative"), ("--model MODEL --batch-size 0", "must be positive"),
+    ("--model MODEL --data nowhere", "not found"), ("--model DATA", "cannot load it"),
+    ("--model MODEL --retain b --data DATA", "--retain needs --forget"),
+    ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read the log"),
+    ("--model MODEL --data DATA --reference nowhere", "need a preset"),
+    ("--model MODEL --out nowhere/x.json", "its folder does not exist"),
+    ("--model MODEL --plot nowhere/x.png", "its folder does not exist")]
 
 
-def fill(text, small_model, small_data):
-    return text.replace("MODEL", str(small_model)).replace("DATA", str(small_data)).split()
-
-
-@pytest.mark.parametrize("flags,sentence", TRAIN)
-def test_train_refuses(flags, sentence, small_model, small_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script,flags,sentence", [(train_npo, *case) for case in TRAIN]
+                         + [(evaluate_tofu, *case) for case in EVALUATE])
+def test_it_is_refused(script, flags, sentence, small_model, small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
-    monkeypatch.setattr(sys, "argv", ["train_npo.py", *fill(flags, small_model, small_data)])
+    (tmp_path / "a.json").write_text('{"question": "Who?", "answer": "Ann."}')
+    flags = flags.replace("MODEL", str(small_model)).replace("DATA", str(small_data))
     with pytest.raises(InputError, match=sentence) as error:
-        train_npo.main()
+        script.main(flags.split())
     assert "\n" not in str(error.value)
-    # Nothing was written.
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    assert not list((tmp_path / "taken").iterdir())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "taken"]  # nothing was written
 
 
-EVALUATE = [("", "required"), ("--log nowhere.json", "cannot read"), ("--model MODEL --split full", "forget "
-                                                                                                    "split"),
-            ("--model MODEL --split forget0", "unknown split"), ("--model MODEL --max-rows -1", "not "
-                                                                                                "negative"),
-            ("--model MODEL --batch-size 0", "must be positive"), ("--model MODEL --log x", "not allowed"),
-            ("--log x --max-rows 3", "no effect"), ("--model MODEL --plot a.foo", "ends in .png"),
-            ("--model MODEL --out /proc/x/y.json", "cannot write"),
-            ("--model MODEL --out DATA/full.json/x.json", "cannot write"), ("--model=", "value is empty"),
-            ("--model MODEL --data DATA --forget a --retain b", "leave out --data and --split"),
-            ("--model MODEL --data DATA --out taken", "exists"),
-            ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read|no evaluation log"),
-            ("--model DATA", "no config.json"), ("--model MODEL --data nowhere", "no Hub id"),
-            ("--model MODEL --data DATA --reference tinyy=x", "--reference tinyy=x: tinyy is no preset")]
-
-
-@pytest.mark.parametrize("flags,sentence", EVALUATE)
-def test_evaluate_refuses(flags, sentence, small_model, small_data, tmp_path, monkeypatch):
+@pytest.fixture
+def refused(tmp_path, small_model, small_data, monkeypatch):
+    """refused(model=FOLDER, ..) is the sentence with which training refuses these flags."""
+    def refusal(*words, **flags):
+        flags = {"model": small_model} | flags
+        if "forget" not in flags:
+            flags.setdefault("data", small_data)
+        with pytest.raises(InputError) as error:
+            train_npo.main([*words, *(str(word) for name, value in flags.items() for word in
+                                      (f"--{name.replace('_', '-')}", value))])
+        assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+        return str(error.value)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").touch()
-    with pytest.raises(InputError, match=sentence) as error:
-        evaluate_tofu.main(fill(flags, small_model, small_data))
-    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["taken"]
-
-
-def copy_of(folder, target):
-    import shutil
-    shutil.copytree(folder, target)
-    return target
-
-
-def refused(flags, tmp_path, monkeypatch):
-    """The sentence with which training refuses these flags."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_npo.py", *map(str, flags)])
-    with pytest.raises(InputError) as error:
-        train_npo.main()
-    assert not (tmp_path / "runs").exists()
-    return str(error.value)
+    return refusal
 
 
 @pytest.mark.parametrize("file,line,sentence", [
-    ("full.json", '{"question": "a"}', "answer must be"), ("full.json", "{", "not JSON"),
-    ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "paraphrased_answer"),
+    ("full.json", '{"question": "a"}', "row 201: answer must be a non-empty text, got None"),
+    ("full.json", "{", "line 201: not JSON"),
+    ("full.json", '{"question": " ", "answer": "b"}', "row 201: question must be"),
+    ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "row 21: p"),
     ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}',
-     "perturbed_answer"), ("idontknow.jsonl", None, "no line")])
-def test_a_data_folder_with_a_flaw(file, line, sentence, small_data, small_model, tmp_path, monkeypatch):
-    data = copy_of(small_data, tmp_path / "data")
-    if line is None:
-        (data / file).write_text("\n")
-    else:
-        with open(data / file, "a") as f:
-            f.write(line + "\n")
-    said = refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
-    assert sentence in said and file in said
+     "row 8: perturbed_answer must be a list of non-empty texts"),
+    ("forget10_perturbed.json", '{"question": "a", "answer": "b", "paraphrased_answer": "c", '
+     '"perturbed_answer": ["d"]}', "are not the last of full.json")])
+def test_a_flaw_in_a_data_folder_is_named_by_row(file, line, sentence, small_data, tmp_path, refused):
+    data = shutil.copytree(small_data, tmp_path / "data")
+    with open(data / file, "a") as stream:
+        stream.write(line + "\n")
+    message = refused(data=data)
+    assert sentence in message and file in message
     (data / file).unlink()
-    if file != "idontknow.jsonl":
-        assert file in refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
+    assert f"{file} not found" in refused(data=data)
+    (data / file).write_text("\n")
+    assert file in (message := refused(data=data)) and "has no rows" in message
 
 
-def test_one_row_cannot_be_forgotten_and_kept(small_data, small_model, tmp_path, monkeypatch):
-    data = copy_of(small_data, tmp_path / "data")
-    rows = (data / "full.json").read_text().splitlines(keepends=True)
-    (data / "full.json").write_text(rows[0])
-    assert "one row" in refused(["--model", small_model, "--data", data], tmp_path, monkeypatch)
+def test_a_data_folder_needs_a_refusal_and_two_rows(small_data, tmp_path, refused):
+    data = shutil.copytree(small_data, tmp_path / "data")
+    (data / "idontknow.jsonl").write_text("\n")
+    assert "idontknow.jsonl has no line" in refused(data=data)
+    (data / "idontknow.jsonl").unlink()
+    (data / "full.json").write_text((data / "full.json").read_text().splitlines()[0])
+    assert "has one row" in refused(data=data)
 
 
-def test_rows_that_do_not_fit_the_model(small_data, small_model, tmp_path, monkeypatch):
-    long, good = tmp_path / "long.json", tmp_path / "good.json"
-    good.write_text('{"question": "Who?", "answer": "Ann."}')
-    long.write_text(json.dumps({"question": "why " * 3000, "answer": "b"}))
-    args = ["--model", small_model, "--forget", long, "--retain", good]
-    assert "context is 1024" in refused(args, tmp_path, monkeypatch)
-    long.write_text(json.dumps({"question": "Who?", "answer": "b", "paraphrased_answer": "c"}))
-    assert "perturbed_answer must be" in refused(args, tmp_path, monkeypatch)
+def test_own_rows_with_a_flaw(tmp_path, refused):
+    good, forget = tmp_path / "good.json", tmp_path / "forget.json"
+    rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bo", "Cid")]
+    good.write_text(json.dumps(rows))
+
+    def refusal(row, **flags):
+        content = [{"question": "a", "answer": "b"}, row, {"question": "c", "answer": "d"}]
+        forget.write_text(json.dumps(content))
+        return refused(forget=forget, retain=good, **flags)
+    assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
+    assert "forget.json row 2: question must be a non-empty text" in refusal("a")
+    assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
+    for field, value in (("perturbed_answer", ["c"]), ("alternative_answer", "c")):  # in all rows, or in none
+        lacks = refusal({"question": "a", "answer": "b", field: value})
+        assert f"forget.json row 1: {field} must be" in lacks
 
 
-def test_an_alternative_answer_is_in_every_row_to_unlearn_or_in_none(small_data, small_model, tmp_path,
-                                                                   monkeypatch):
-    rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bob", "Cem")]
-    forget, retain = tmp_path / "forget.json", tmp_path / "retain.json"
-    retain.write_text(json.dumps(rows))
-    args = ["--model", small_model, "--forget", forget, "--retain", retain, "--loss", "dpo"]
-    forget.write_text(json.dumps([{**rows[0], "alternative_answer": "A poet."}, *rows[1:]]))
-    assert "forget.json row 2: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
-    forget.write_text(json.dumps([{**row, "alternative_answer": " "} for row in rows]))
-    assert "forget.json row 1: alternative_answer must be" in refused(args, tmp_path, monkeypatch)
-    # In a folder the rows to unlearn are the end of full.json: 20 of 200, the last one has it.
-    data = copy_of(small_data, tmp_path / "data")
-    *others, last = (data / "full.json").read_text().splitlines()
-    last = json.dumps({**json.loads(last), "alternative_answer": "A poet."})
-    (data / "full.json").write_text("\n".join([*others, last]))
-    said = refused(["--model", small_model, "--data", data, "--loss", "dpo"], tmp_path, monkeypatch)
-    assert "full.json row 181: alternative_answer must be" in said
+def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, refused):
+    def refusal(change=None, file="config.json"):
+        folder = shutil.copytree(small_model, tmp_path / "copy", dirs_exist_ok=True)
+        change(folder / file)
+        message = refused(model=folder)
+        shutil.rmtree(folder)
+        return message
 
+    def edit(**fields):
+        return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
-def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, monkeypatch):
-    def flags(folder):
-        return ["--data", small_data, "--model", folder]
-    empty = copy_of(small_model, tmp_path / "empty")
-    (empty / "model.safetensors").unlink()
-    assert "no weights" in refused(flags(empty), tmp_path, monkeypatch)
-    (empty / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
-    assert "pickled weights" in refused(flags(empty), tmp_path, monkeypatch)
-    torn = copy_of(small_model, tmp_path / "torn")
-    os.truncate(torn / "model.safetensors", 500)
-    assert "cannot load it as safetensors" in refused(flags(torn), tmp_path, monkeypatch)
-    other = copy_of(small_model, tmp_path / "other")
-    texts = [row["answer"] for row in read_rows(small_data / "full.json")]
-    make_tiny(texts, 0, dict(TINY_DIMS, vocab_size=700))[1].save_pretrained(other)
-    assert "not of one model" in refused(flags(other), tmp_path, monkeypatch)
-    _, tokenizer, _ = load_model(str(small_model))
-    tokenizer.add_tokens(["<pad of its own>"])  # as copies of Llama-2 have; no text has it
-    tokenizer.save_pretrained(other)
-    assert len(load_model(str(other))[1]) == len(tokenizer)
-    for flaw in ({"preset": ["tiny"]}, {"trained_on": {"split": 5}}, {"trained_on": None}):
-        (other / "npo.json").write_text(json.dumps(flaw))
-        assert "npo.json must hold an object" in refused(flags(other), tmp_path, monkeypatch)
+    assert "cannot load it as safetensors" in refusal(os.remove, "model.safetensors")
+    assert "do not match its config.json" in refusal(edit(num_hidden_layers=3))
+    assert "do not match its config.json" in refusal(edit(num_hidden_layers=1))
+    assert "its weights are quantised" in refusal(edit(quantization_config={"quant_method": "fp8"}))
+    (tmp_path / "adapters").mkdir()  # what peft saves: no model.safetensors
+    (tmp_path / "adapters" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "cannot load it as safetensors" in refused(model=tmp_path / "adapters")
+    other = make_tiny([chr(400 + i) * 2 for i in range(2500)], 0, DIMS | {"vocab_size": 3000})[1]
+    assert "embedding has rows" in refusal(lambda file: other.save_pretrained(file.parent))
     (tmp_path / "run" / "model").mkdir(parents=True)
-    assert f"the model is in {tmp_path / 'run' / 'model'}" in refused(flags(tmp_path / "run"), tmp_path,
-                                                                    monkeypatch)
-    plain = copy_of(small_model, tmp_path / "plain")
-    (plain / "chat_template.jinja").unlink()
-    assert "no chat template" in refused([*flags(plain), "--template", "chat"], tmp_path, monkeypatch)
+    assert f"the model is in {tmp_path / 'run'}/model" in refused(model=tmp_path / "run")
+    plain = shutil.copytree(small_model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja"))
+    assert "has no chat template" in refused(model=plain, template="chat")
 
 
-@pytest.mark.parametrize("flag", ("--data", "--model"))
-def test_a_hub_id_without_network(forked, flag):
-    done = forked("train_npo.py", flag, "nobody/nothing", status=2)
-    assert "by hand into a folder" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("changes,sentence", [
+    ({"trained_on": {"split": "retain95"}}, "trained on retain95; .* needs one trained on retain90"),
+    ({"trained_on": {"split": "retain90", "data_fingerprint": "0" * 16}}, "another trained_on"),
+    ({"data_fingerprint": "0" * 16}, "another data_fingerprint"), ({"template": "qa"}, "another template"),
+    ({"system_prompt": "Be brief."}, "another system_prompt"), ({"answer": "Another."}, "has 2 forget rows"),
+    ({"perturbed_nll": []}, "needs perturbed answers in every forget row")])
+def test_a_retain_log_of_another_model_or_of_other_rows_is_refused(changes, sentence, tmp_path):
+    """Forget quality compares two models on the same rows, asked in the same way."""
+    task = load_task("builtin", "forget10")
+    rows = task.evaluated["forget"][:2]
+    source = {"data_fingerprint": task.fingerprint, "template": "llama2", "system_prompt": "Be kind."}
+    provenance = source | {"trained_on": {"split": "retain90", "data_fingerprint": task.fingerprint}}
+    logged = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "",
+               "answer_nll": 1, "answer_tokens": 1, "perturbed_nll": [1.0], "perturbed_tokens": [1],
+               "rouge_l_recall": 0.0} for i, row in enumerate(rows)]
+
+    def read(row_changes, provenance_changes):
+        log = {"rows": {"forget": [row | row_changes for row in logged]},
+               "provenance": provenance | provenance_changes}
+        (tmp_path / "log.json").write_text(json.dumps(log))
+        return read_retain_log(str(tmp_path / "log.json"), "forget10", rows, source)
+
+    assert read({}, {})[0] == logged
+    in_rows = {name: value for name, value in changes.items() if name in logged[0]}
+    with pytest.raises(InputError, match=sentence):
+        read(in_rows, {} if in_rows else changes)
 
 
-def test_a_retain_log_without_perturbed_answers_is_refused_before_anything_is_written(small_model, small_data,
-                                                                                      tmp_path,
-                                                                                      monkeypatch):
-    rows = read_rows(small_data / "forget10_perturbed.json")
-    log = {"rows": {"forget": [{"index": i, "question": "q", "answer": row["answer"], "generation": "g",
-                                "answer_nll": 1.0, "answer_tokens": 1, "rouge_l_recall": 0.0}
-                               for i, row in enumerate(rows)]}}
-    (tmp_path / "log.json").write_text(json.dumps(log))
-    args = ["--model", small_model, "--data", small_data, "--retain-log", tmp_path / "log.json"]
-    assert "needs perturbed answers" in refused(args, tmp_path, monkeypatch)
+# ---------------------------------------------------------------- as a user sees it
+
+def test_status_2_and_one_sentence(command):
+    for script, *flags in (("train_npo.py", "--beta", 0), ("evaluate_tofu.py", "--log", "nowhere.json"),
+                           ("data/make_tiny.py", "--only", "x"), ("data/cut_tofu.py", "builtin")):
+        done = command(script, *flags, status=2)
+        assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"{script.split('/')[-1]}: ")
 
 
-def test_commands_work_without_git(forked, small_model, small_data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    forked("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2, "--eval-every",
-           "never", "--out", "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
-
-
-def test_status_2_and_one_sentence(command, forked):
-    done = command("train_npo.py", "--beta", "0", status=2)
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train_npo.py: ")
-    assert done.stdout == ""
-    done = forked("evaluate_tofu.py", "--log", "nowhere.json", status=2)
-    assert len(done.stderr.strip().splitlines()) == 1
-    done = command("data/write_sets.py", "builtin", "/proc/nowhere", status=2)
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_compiling_without_a_compiler_is_refused(monkeypatch, small_model):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(InputError, match="--compile needs a compiler"):
-        resolve({"model": str(small_model), "compile": True})
-    assert resolve({"model": str(small_model), "compile": True, "dry_run": True}).compile
-
-
-@pytest.mark.parametrize("flags,said", [(["--rows", "300"], "multiple of 200"),
-                                        (["--rows", "400", "--retain-rows", "361"], "360 rows, not 361"),
-                                        (["--fact-rows", "9999"], "rows, not 9999")])
-def test_a_cut_set_has_the_rows_that_were_asked_for(monkeypatch, tmp_path, flags, said):
-    monkeypatch.setattr(sys, "argv", ["write_sets.py", "builtin", str(tmp_path / "cut"), *flags])
-    with pytest.raises(InputError, match=said):
-        write_sets.main()
-    assert not (tmp_path / "cut").exists()
-
-
-def test_under_torchrun_the_sentence_is_said_once(command, small_model, small_data):
-    args = ["--model", small_model, "--data", small_data, "--batch-size", 1, "--micro-batch-size", 1]
-    done = command("train_npo.py", *args, processes=2, status=None)
-    assert done.returncode != 0 and done.stderr.count("2 processes for a global batch of 1") == 1
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"),
-                    reason="needs a place that can't be written")
 def test_a_place_that_cannot_be_written(forked, small_model, small_data):
     done = forked("train_npo.py", "--model", small_model, "--data", small_data, "--out", "/proc/here/run",
                   status=2)
     assert len(done.stderr.strip().splitlines()) == 1 and "/proc/here" in done.stderr
 
 
-def test_a_reader_who_has_seen_enough_ends_a_command_quietly():
-    """As in `evaluate_tofu.py .. | head -1`."""
-    code = "from support.command_line import run_command; run_command(lambda: print('x' * 10**6), 'x.py')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == (b"", 141)
+def test_commands_work_without_git(forked, small_model, small_data, tmp_path, monkeypatch):
+    (tmp_path / "true").symlink_to(shutil.which("true"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    forked("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2,
+           "--eval-every", "never", "--out", "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None

@@ -1,236 +1,245 @@
-"""The objectives against their definitions, their limits, autograd and extreme inputs."""
+"""The objectives against their definitions, their limits, autograd and extreme inputs.
+
+Shapes: B sequences, N answer tokens, V vocabulary.
+"""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
-import losses
-from losses import (
-    ceu_loss,
-    dpo_loss,
-    ga_loss,
-    kl_loss,
-    kto_loss,
-    nll_loss,
-    npo_loss,
-    npo_weight,
-    satimp_loss,
-    simnpo_loss,
-    tnpo_loss,
-    token_logps,
-    undial_loss,
-    wga_loss,
-)
+from losses import (KL_DIRECTIONS, OBJECTIVES, ceu_loss, dpo_loss, ga_loss, kl_loss, kto_loss, nll_loss,
+                    npo_loss, npo_weight, satimp_loss, simnpo_loss, tnpo_loss, token_logps, undial_loss,
+                    wga_loss)
 
 BETAS = (0.01, 0.1, 1.0, 5.0)
+TARGETS = torch.tensor([0, 10, 3, 3, 7, 1])
 
 
-def logps(n=7, seed=0, scale=20.0):
-    generator = torch.Generator().manual_seed(seed)
-    return -scale * torch.rand(n, generator=generator, dtype=torch.float64)
+def logps(seed: int = 0, scale: float = 20.0):
+    """Seven log-probabilities between -scale and 0."""
+    return -scale * torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def logits(seed: int = 0):
+    """(N, V) for six tokens out of eleven."""
+    return 2 * torch.randn(6, 11, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradient(loss, x):
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(loss(x).sum(), x)[0]
+
+
+P, Q = torch.tensor([-12.0, -3.0]), torch.tensor([-10.0, -4.0])  # log pi_theta, log pi_ref of two answers
+R, S = torch.tensor([-8.0, -9.0]), torch.tensor([-9.0, -7.0])  # the same of their refusals
+LENGTHS = torch.tensor([6, 2])
+p, q = torch.tensor([math.log(0.8), math.log(0.1)]), torch.tensor([math.log(0.4), math.log(0.2)])  # of tokens
+
+
+@pytest.mark.parametrize("loss, arguments, values", [
+    (nll_loss, (P,), [12, 3]),
+    (ga_loss, (P,), [-12, -3]),
+    (npo_loss, (P, Q, 0.1), [11.962777389, 14.887933200]),  # 20 ln(1 + e^(0.1 (P - Q)))
+    (npo_weight, (P, Q, 0.1), [0.900332005, 1.049958375]),
+    (dpo_loss, (R, P, S, Q, 0.1), [5.543552445, 8.543552445]),  # 10 ln(1 + e^-(0.1 (R - S - P + Q)))
+    (kto_loss, (P, Q, 1.5, 0.1), [10.667643108, 13.36919296]),  # 20 ln(1 + e^(0.1 (P - Q - 1.5)))
+    (simnpo_loss, (P, LENGTHS, 2.5, 0.5), [0.008838196, 0.030433097]),  # 0.8 ln(1 + e^(2.5 P/|y| + 0.5))
+    (wga_loss, (p, 2.0), [0.64 * math.log(0.8), 0.01 * math.log(0.1)]),
+    (satimp_loss, (p, 2.0, 3.0), [0.64 * 0.008 * math.log(0.8), 0.01 * 0.729 * math.log(0.1)]),
+    (tnpo_loss, (p, q, 2.0), [2 * 0.8 * math.log(0.8), 2 * 0.2 * math.log(0.1)]),
+    # p = (0.8, 0.2), q = (0.4, 0.6); then the token 0 is the label
+    (kl_loss, (torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.4, 0.6]]).log()), [0.334795287]),
+    (ceu_loss, (torch.tensor([[0.8, 0.2]]).log(), torch.tensor([0])), [-math.log(0.2)]),
+    (undial_loss, (torch.tensor([[0.8, 0.2]]).log(), torch.tensor([[0.4, 0.6]]).log(), torch.tensor([0]),
+                   math.log(2)), [-0.25 * math.log(0.8) - 0.75 * math.log(0.2)])])
+def test_values_worked_out_by_hand(loss, arguments, values):
+    assert_close(loss(*arguments), torch.tensor(values, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_values_where_the_policy_is_the_reference(beta):
     x, y = logps(), logps(seed=1)
-    torch.testing.assert_close(npo_loss(x, x, beta), torch.full_like(x, 2 / beta * math.log(2)))
-    torch.testing.assert_close(npo_weight(x, x, beta), torch.ones_like(x))
-    torch.testing.assert_close(dpo_loss(x, y, x, y, beta), torch.full_like(x, math.log(2) / beta))
-    torch.testing.assert_close(kto_loss(x, x, 0.0, beta), npo_loss(x, x, beta))
+    assert_close(npo_loss(x, x, beta), torch.full_like(x, 2 / beta * math.log(2)))
+    assert_close(npo_weight(x, x, beta), torch.ones_like(x))
+    assert_close(dpo_loss(x, y, x, y, beta), torch.full_like(x, math.log(2) / beta))
+    assert_close(kto_loss(x, x, 0.0, beta), npo_loss(x, x, beta))
+    assert_close(tnpo_loss(x, x, beta), ga_loss(x))
+    for direction in KL_DIRECTIONS:
+        assert_close(kl_loss(logits(), logits(), direction), torch.zeros(6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_npo_gradient_is_ga_gradient_times_its_weight(beta):
-    """Eq. 5, against autograd and against the definition 2 p^b / (p^b + q^b)."""
-    policy, reference = logps().requires_grad_(), logps(seed=1)
-    gradient, = torch.autograd.grad(npo_loss(policy, reference, beta).sum(), policy)
-    p, q = policy.detach().exp(), reference.exp()
-    torch.testing.assert_close(gradient, 2 * p**beta / (p**beta + q**beta))
-    torch.testing.assert_close(gradient, npo_weight(policy.detach(), reference, beta))
+def test_npos_gradient_is_gradient_ascents_times_its_weight(beta):
+    """Eq. 5, against autograd and against the definition 2 p^beta / (p^beta + q^beta)."""
+    policy, reference = logps(), logps(seed=1)
+    p, q = policy.exp(), reference.exp()
+    npo = gradient(partial(npo_loss, reference_logps=reference, beta=beta), policy)
+    assert_close(npo, 2 * p**beta / (p**beta + q**beta))
+    assert_close(npo, npo_weight(policy, reference, beta) * gradient(ga_loss, policy))
 
 
 def test_the_first_npo_gradient_is_gradient_ascents():
-    policy = logps().requires_grad_()
-    npo, = torch.autograd.grad(npo_loss(policy, policy.detach(), 0.1).sum(), policy)
-    ga, = torch.autograd.grad(ga_loss(policy).sum(), policy)
-    torch.testing.assert_close(npo, ga)
+    policy = logps()
+    npo = gradient(partial(npo_loss, reference_logps=policy, beta=0.1), policy)
+    assert_close(npo, gradient(ga_loss, policy))
 
 
 def test_npo_tends_to_gradient_ascent_as_beta_vanishes():
     """Proposition 1: L_NPO - (2/beta) log 2 -> L_GA - E log pi_ref, with an error of beta r^2 / 4."""
     policy, reference = logps(), logps(seed=1)
-    r = policy - reference
     for beta in (1e-2, 1e-3, 1e-4):
         error = npo_loss(policy, reference, beta) - 2 / beta * math.log(2) - (ga_loss(policy) - reference)
-        torch.testing.assert_close(error, beta * r**2 / 4, rtol=0.02, atol=1e-8)
+        assert_close(error, beta * (policy - reference)**2 / 4, rtol=0.02, atol=1e-8)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_npo_is_dpo_without_its_preferred_half(beta):
     """Where the chosen answer's ratio stays 1, NPO is twice DPO (2/beta against 1/beta)."""
     policy, reference, chosen = logps(), logps(seed=1), logps(seed=2)
-    torch.testing.assert_close(npo_loss(policy, reference, beta),
-                               2 * dpo_loss(chosen, policy, chosen, reference, beta))
-
-
-def test_formulas():
-    policy, reference, lengths = logps(), logps(seed=1), torch.arange(1, 8)
-    s = torch.sigmoid
-    torch.testing.assert_close(nll_loss(policy), -policy)
-    torch.testing.assert_close(kto_loss(policy, reference, 1.5, 0.3),
-                               -(2 / 0.3) * s(0.3 * (1.5 - (policy - reference))).log())
-    torch.testing.assert_close(simnpo_loss(policy, lengths, 2.5, 0.5),
-                               -(2 / 2.5) * s(-2.5 / lengths * policy - 0.5).log())
-    torch.testing.assert_close(dpo_loss(policy, reference, 0 * policy, 0 * policy, 0.2),
-                               -(1 / 0.2) * s(0.2 * (policy - reference)).log())
-
-
-def test_simnpo_of_one_token_is_npo_against_a_certain_reference():
-    policy = logps()
-    torch.testing.assert_close(simnpo_loss(policy, torch.ones(7, dtype=torch.long), 0.1),
-                               npo_loss(policy, torch.zeros_like(policy), 0.1))
-
-
-def test_simnpo_keeps_float64_beside_whole_lengths():
-    logps, lengths = torch.tensor([-20.0, -3.0], dtype=torch.float64), torch.tensor([7, 3])
-    expected = 2 / 2.5 * torch.log1p(torch.exp(2.5 * logps / lengths.double()))
-    torch.testing.assert_close(losses.simnpo_loss(logps, lengths, 2.5), expected, rtol=1e-14, atol=0)
-
-
-def test_no_gradient_flows_through_the_kto_baseline():
-    policy = logps().requires_grad_()
-    baseline = (policy.mean() ** 2)
-    gradient, = torch.autograd.grad(kto_loss(policy, logps(seed=1), baseline, 0.1).sum(), policy)
-    expected, = torch.autograd.grad(kto_loss(policy, logps(seed=1), float(baseline), 0.1).sum(), policy)
-    torch.testing.assert_close(gradient, expected)
-    nan = torch.full((1,), math.nan)  # of a model that has diverged, whose loss the loop reports
-    assert kto_loss(nan, torch.zeros(1), nan[0], 0.1).isnan()
-
-
-def some_logits(n=6, vocabulary=11, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)
+    assert_close(npo_loss(policy, reference, beta), 2 * dpo_loss(chosen, policy, chosen, reference, beta))
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_token_losses_are_a_weight_times_log_p(beta):
-    """WGA, SatImp, TNPO by their definitions; the gradient is the weight: none flows through it."""
-    x, y = (logps(seed=s, scale=3.0) for s in (0, 1))
+def test_the_gradient_of_a_token_loss_is_its_weight(beta):
+    """WGA, SatImp and TNPO are a weight times log p, and no gradient flows through the weight."""
+    x, y = logps(scale=3.0), logps(seed=1, scale=3.0)
     p, q = x.exp(), y.exp()
-    for loss, weight in ((lambda x: wga_loss(x, beta), p**beta),
-                         (lambda x: satimp_loss(x, beta, 0.7), p**beta * (1 - p)**0.7),
-                         (lambda x: tnpo_loss(x, y, beta), 2 * p**beta / (p**beta + q**beta))):
-        policy = x.clone().requires_grad_()
-        values = loss(policy)
-        gradient, = torch.autograd.grad(values.sum(), policy)
-        torch.testing.assert_close(values, weight * x)
-        torch.testing.assert_close(gradient, weight)
+    for loss, weight in ((partial(wga_loss, beta=beta), p**beta),
+                         (partial(satimp_loss, beta=beta, beta2=0.7), p**beta * (1 - p)**0.7),
+                         (partial(tnpo_loss, reference_token_logps=y, beta=beta),
+                          2 * p**beta / (p**beta + q**beta))):
+        assert_close(loss(x), weight * x)
+        assert_close(gradient(loss, x), weight)
 
 
-def test_tnpo_where_the_policy_is_the_reference_is_gradient_ascent():
-    x = logps().requires_grad_()
-    torch.testing.assert_close(tnpo_loss(x, x.detach(), 4.0), ga_loss(x))
-    gradient, = torch.autograd.grad(tnpo_loss(x, x.detach(), 4.0).sum(), x)
-    torch.testing.assert_close(gradient, torch.ones_like(x))
+def test_weights_of_tokens_that_rounding_lifts_above_probability_1():
+    x = torch.tensor([1e-3])
+    assert_close(wga_loss(x, 5.0), x)
+    assert_close(satimp_loss(x, 5.0, 0.5), torch.zeros(1))
 
 
 def test_ceu_and_undial_are_cross_entropies_with_a_target_that_lacks_the_label():
-    """One token at a time, by hand; the gradient for logits is p - r, none flows through the target r."""
-    z, z_ref, targets, beta = some_logits(), some_logits(seed=1), torch.tensor([0, 10, 3, 3, 7, 1]), 1.5
-    for loss, teacher, strength in ((lambda x: ceu_loss(x, targets), z, math.inf),
-                                    (lambda x: undial_loss(x, z_ref, targets, beta), z_ref, beta)):
-        policy = z.clone().requires_grad_()
-        values = loss(policy)
-        gradient, = torch.autograd.grad(values.sum(), policy)
-        for i, label in enumerate(targets.tolist()):
-            weights, p = teacher[i].exp(), z[i].exp() / z[i].exp().sum()
+    """One token at a time, by hand. The gradient for the logits is p - r: none flows through r."""
+    z, z_ref, beta = logits(), logits(seed=1), 1.5
+    for loss, teacher, strength in ((partial(ceu_loss, targets=TARGETS), z, math.inf), (
+            partial(undial_loss, reference_logits=z_ref, targets=TARGETS, beta=beta), z_ref, beta)):
+        values, gradients = loss(z), gradient(loss, z)
+        for i, label in enumerate(TARGETS.tolist()):
+            weights, p = teacher[i].exp(), z[i].softmax(0)
             weights[label] *= math.exp(-strength)
             r = weights / weights.sum()
-            torch.testing.assert_close(values[i], -(r * p.log()).sum())
-            torch.testing.assert_close(gradient[i], p - r)
+            assert_close(values[i], -(r * p.log()).sum())
+            assert_close(gradients[i], p - r)
 
 
-def test_ceu_is_undial_of_itself_without_bounds():
-    z, targets = some_logits(), torch.arange(6)
-    torch.testing.assert_close(ceu_loss(z, targets), undial_loss(z, z, targets, 1e4))
-    assert ceu_loss(z.bfloat16(), targets).dtype == torch.float32
+def test_kl_in_both_directions_against_torch():
+    policy, reference = logits(), logits(seed=1)
+    log_p, log_q = policy.log_softmax(-1), reference.log_softmax(-1)
+    p_from_q = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)  # D(p || q)
+    q_from_p = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    assert_close(kl_loss(policy, reference), p_from_q)
+    assert_close(kl_loss(policy, reference, "policy_reference"), p_from_q)
+    assert_close(kl_loss(policy, reference, "reference_policy"), q_from_p)
+    assert not torch.allclose(p_from_q, q_from_p)
+
+
+@pytest.mark.parametrize("loss, x, side", [
+    (lambda x, y: kto_loss(x, logps(seed=1), y, 0.1), logps(), lambda x: -x.mean()),
+    (lambda x, y: undial_loss(x, y, TARGETS, 1.5), logits(), torch.tanh),
+    *((partial(kl_loss, direction=direction), logits(), torch.tanh) for direction in KL_DIRECTIONS)])
+def test_no_gradient_flows_through_the_reference_side(loss, x, side):
+    fixed = side(x)
+    assert_close(gradient(lambda x: loss(x, side(x)), x), gradient(lambda x: loss(x, fixed), x))
 
 
 @pytest.mark.parametrize("loss", [
     lambda x, y: npo_loss(x, y, 0.1), lambda x, y: dpo_loss(x, x * 0.5, y, y * 0.5, 0.3),
-    lambda x, y: kto_loss(x, y, 0.7, 0.2), lambda x, y: simnpo_loss(x, torch.arange(1, 8), 2.0, 0.1),
-    lambda x, y: nll_loss(x), lambda x, y: ga_loss(x)])
-def test_gradcheck(loss):
+    lambda x, y: kto_loss(x, y, 0.7, 0.2), lambda x, y: simnpo_loss(x, torch.arange(1, 8), 2.0, 0.1)])
+def test_gradients_against_finite_differences(loss):
     reference = logps(seed=1)
     assert torch.autograd.gradcheck(lambda x: loss(x, reference), logps().requires_grad_())
 
 
-@pytest.mark.parametrize("direction", losses.KL_DIRECTIONS)
-def test_gradcheck_kl(direction):
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = (torch.randn(3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda x: kl_loss(x, reference, direction), policy.requires_grad_())
-
-
 @pytest.mark.parametrize("sign", (-1, 1))
 @pytest.mark.parametrize("beta", (0.1, 1.0))
-def test_finite_for_extreme_ratios(sign, beta):
-    """|beta * log-ratio| up to 1e4, in float32, value and gradient."""
-    ratio = torch.tensor([sign * 1e4 / beta], requires_grad=True)
-    zero = torch.zeros(1)
-    for value in (npo_loss(ratio, zero, beta), dpo_loss(ratio, zero, zero, zero, beta),
-                  dpo_loss(zero, ratio, zero, zero, beta), kto_loss(ratio, zero, 0.0, beta),
-                  simnpo_loss(ratio, torch.ones(1), beta), npo_weight(ratio, zero, beta)):
-        gradient, = torch.autograd.grad(value.sum(), ratio)
-        assert value.isfinite().all() and gradient.isfinite().all()
-    for value in (wga_loss(ratio, beta), satimp_loss(ratio, beta, 0.3), tnpo_loss(ratio, zero, beta),
-                  tnpo_loss(ratio, -ratio.detach(), beta)):
-        gradient, = torch.autograd.grad(value.sum(), ratio)
-        assert value.isfinite().all() and gradient.isfinite().all()
-    logits = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True)
-    best, worst = torch.tensor([0]), torch.tensor([2])
-    for value in (*(kl_loss(logits, -logits.detach(), direction) for direction in losses.KL_DIRECTIONS),
-                  ceu_loss(logits, best), ceu_loss(logits, worst),
-                  undial_loss(logits, -logits.detach(), best, 1e4 * beta)):
-        gradient, = torch.autograd.grad(value.sum(), logits)
-        assert value.isfinite().all() and gradient.isfinite().all()
+def test_values_and_gradients_are_finite_for_extreme_ratios(sign, beta):
+    """|beta * log-ratio| up to 1e4, in float32."""
+    ratio, zero = torch.tensor([sign * 1e4 / beta], requires_grad=True), torch.zeros(1)
+    z, best, worst = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True), *torch.tensor([[0], [2]])
+    of_ratio = (npo_loss(ratio, zero, beta), dpo_loss(ratio, zero, zero, zero, beta),
+                dpo_loss(zero, ratio, zero, zero, beta), kto_loss(ratio, zero, 0.0, beta),
+                simnpo_loss(ratio, torch.ones(1), beta), npo_weight(ratio, zero, beta), wga_loss(ratio, beta),
+                satimp_loss(ratio, beta, 0.3), tnpo_loss(ratio, zero, beta))
+    of_logits = (*(kl_loss(z, -z, direction) for direction in KL_DIRECTIONS), ceu_loss(z, best),
+                 ceu_loss(z, worst), undial_loss(z, -z, best, 1e4 * beta), token_logps(z, worst))
+    for x, values in ((ratio, of_ratio), (z, of_logits)):
+        for value in values:
+            slope, = torch.autograd.grad(value.sum(), x, retain_graph=True)
+            assert value.isfinite().all() and slope.isfinite().all()
 
 
-def test_kl_in_both_directions_against_torch():
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = (torch.randn(6, 11, generator=generator) for _ in range(2))
-    log_p, log_q = policy.log_softmax(-1), reference.log_softmax(-1)
-    # D(target || other).
-    def by_torch(target, other):
-        return F.kl_div(other, target, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(kl_loss(policy, reference, "policy_reference"), by_torch(log_p, log_q))
-    torch.testing.assert_close(kl_loss(policy, reference, "reference_policy"), by_torch(log_q, log_p))
-    assert not torch.allclose(by_torch(log_p, log_q), by_torch(log_q, log_p))
-    torch.testing.assert_close(kl_loss(policy, policy), torch.zeros(6))
+def test_values_are_computed_in_float32_at_least():
+    half, targets = logits().bfloat16(), TARGETS
+    for value, exact in ((token_logps(half, targets), token_logps(half.double(), targets)),
+                         (kl_loss(half, -half), kl_loss(half.double(), -half.double())),
+                         (ceu_loss(half, targets), ceu_loss(half.double(), targets))):
+        assert value.dtype == torch.float32 and exact.dtype == torch.float64
+        assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+    assert_close(token_logps(logits(), targets), logits().log_softmax(-1)[torch.arange(6), targets])
+    assert simnpo_loss(logps(), torch.arange(1, 8), 2.5).dtype == torch.float64
 
 
-def test_token_logps_are_the_log_softmax_at_the_target():
-    logits, targets = torch.randn(5, 9,
-                                  generator=torch.Generator().manual_seed(0)), torch.tensor([0, 8, 3, 3, 1])
-    torch.testing.assert_close(token_logps(logits, targets), logits.log_softmax(-1)[torch.arange(5), targets])
-    assert token_logps(logits.bfloat16(), targets).dtype == torch.float32
+@pytest.mark.parametrize("message, loss", [
+    *(("beta must be a positive finite number", partial(npo_loss, logps(), logps(), beta))
+      for beta in (0.0, -1.0, math.nan, math.inf)),
+    ("beta", lambda: satimp_loss(logps(), 1.0, -1.0)),
+    ("one shape", lambda: npo_loss(logps(), logps().unsqueeze(1), 0.1)),  # (B,) with (B, 1) would be (B, B)
+    ("one shape", lambda: dpo_loss(logps(), logps(), logps(), logps()[:1], 0.1)),
+    ("one shape", lambda: tnpo_loss(logps(), logps()[:1], 0.1)),
+    ("one shape", lambda: simnpo_loss(logps(), torch.ones(1), 0.1)),
+    ("direction", lambda: kl_loss(logits(), logits(), "both"))])
+def test_wrong_arguments_are_refused(message, loss):
+    with pytest.raises(ValueError, match=message):
+        loss()
 
 
-def test_what_is_refused():
-    x = logps()
-    with pytest.raises(ValueError, match="beta"):
-        npo_loss(x, x, 0.0)
-    with pytest.raises(ValueError, match="shape"):
-        npo_loss(x, x.unsqueeze(1), 0.1)
-    with pytest.raises(ValueError, match="beta"):
-        satimp_loss(x, 1.0, -1.0)
-    with pytest.raises(ValueError, match="shape"):
-        tnpo_loss(x, x[:3], 0.1)
-    with pytest.raises(ValueError, match="negative"):
-        kto_loss(x, x, -0.1, 0.1)
-    with pytest.raises(ValueError, match="direction"):
-        kl_loss(torch.zeros(1, 2), torch.zeros(1, 2), "both")
-    with pytest.raises(ValueError, match="answer_lengths"):
-        simnpo_loss(x, torch.zeros(7), 0.1)
+# name: (inputs in the loss's order, the loss's defaults, whether the answers are read, whether refusals are)
+TABLE = {
+    "sft": ("policy_logps", {}, True, False),
+    "ga": ("policy_logps", {}, True, False),
+    "idk": ("refusal_logps", {}, False, True),
+    "dpo": ("refusal_logps policy_logps reference_refusal_logps reference_logps beta", {}, True, True),
+    "kto": ("policy_logps reference_logps kl_baseline beta", {}, True, True),
+    "npo": ("policy_logps reference_logps beta", {}, True, False),
+    "simnpo": ("policy_logps answer_lengths beta gamma", {"beta": 2.5, "gamma": 0.0}, True, False),
+    "wga": ("policy_token_logps beta", {"beta": 1.0}, True, False),
+    "satimp": ("policy_token_logps beta beta2", {"beta": 5.0, "beta2": 1.0}, True, False),
+    "tnpo": ("policy_token_logps reference_token_logps beta", {"beta": 4.0}, True, False),
+    "ceu": ("policy_logits targets", {}, True, False),
+    "undial": ("policy_logits reference_logits targets beta", {"beta": 10.0}, True, False)}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_losss_parameter_names_select_its_inputs(name):
+    objective, (inputs, defaults, answers, refusals) = OBJECTIVES[name], TABLE[name]
+    settings = [word for word in inputs.split() if word in ("beta", "beta2", "gamma")]
+    assert (list(objective.inputs), list(objective.settings)) == (inputs.split(), settings)
+    assert objective.defaults == defaults
+    assert (objective.needs_answers, objective.needs_refusals) == (answers, refusals)
+
+
+def test_what_the_records_say_beside_the_loss():
+    def names(field: str, value) -> set:
+        return {name for name in TABLE if getattr(OBJECTIVES[name], field) == value}
+
+    assert names("mean", "sequences") == {"dpo", "kto", "npo", "simnpo"}
+    assert names("mean", "tokens") == TABLE.keys() - names("mean", "sequences")
+    assert names("alternatives", True) == {"dpo"} and names("weight", npo_weight) == {"npo", "tnpo"}
+    assert names("skips", 1) == {"ceu"} and names("skips", 0) == TABLE.keys() - {"ceu"}
+    starts = {name: OBJECTIVES[name].value_at_start_times_beta for name in TABLE}
+    assert {name: value for name, value in starts.items() if value is not None} == {
+        "dpo": math.log(2), "kto": 2 * math.log(2), "npo": 2 * math.log(2)}

@@ -1,171 +1,213 @@
-"""Killed for real (SIGKILL), resumed, and ended as if never interrupted; several machines; a restart by
-torchrun."""
+"""One process, two with DDP and two with FSDP end at the same weights. A run that is killed (SIGKILL) and
+resumed ends as one that was never interrupted."""
 
 import json
 import os
-import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_training import assert_close
+from conftest import assert_close, fork, log, weights
+from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, fork
+import train_npo
+from common import InputError
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def log(folder: Path) -> list:
-    """log.jsonl without what tells of time and memory."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "memory")}
-            for line in lines]
+PARALLEL = ("ddp", "fsdp")
 
 
-def assert_same_run(expected: Path, folder: Path):
-    """Bitwise equal weights, every log line once, the same evaluations."""
-    a, b = (load_file(path / "model" / "model.safetensors") for path in (expected, folder))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert log(folder) == log(expected)
-    names = sorted(path.name for path in (expected / "eval").glob("*"))
-    assert sorted(path.name for path in (folder / "eval").glob("*")) == names
-    for name in names:
-        rows = [json.loads((path / "eval" / name).read_text())["rows"] for path in (expected, folder)]
-        assert rows[0] == rows[1]
+def die_in_the_second_checkpoint():
+    """SIGKILL in every process once the checkpoint's tensors are written, and before it gets its name."""
+    import torch.distributed.checkpoint as dcp
+    plain, count = dcp.save, iter((1, 2))
 
-
-def start(args: list, cwd: Path, launcher=(sys.executable,)) -> subprocess.Popen:
-    return subprocess.Popen([*map(str, launcher), str(ROOT / "train_npo.py"), *map(str, args)], cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-
-
-def kill_when(process: subprocess.Popen, moment) -> bool:
-    """SIGKILL as soon as `moment()`; False where the process ended before."""
-    while not moment():
-        if process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    return True
+    def save(*args, **kwargs):
+        plain(*args, **kwargs)
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    dcp.save = save
 
 
 @pytest.fixture(scope="module")
-def small(small_model, small_data, tmp_path_factory):
-    """(flags of a run of 24 steps with four evaluations, an undisturbed run of it)."""
-    args = ["--retain-weight", 1, "--model", small_model, "--data", small_data, "--epochs", 8, "--batch-size",
-            7, "--lr", 1e-3, "--eval-every", 8, "--checkpoint-every", 2]
-    folder = tmp_path_factory.mktemp("whole")
-    fork(folder, "train_npo.py", *args, "--out", "run")
-    return args, folder / "run"
+def runs(small_model, small_data, tmp_path_factory) -> Path:
+    """A folder with runs of one command: alone, ddp and fsdp (two processes each), and killed_ddp and
+    killed_fsdp, which are resumed.
+
+    12 steps, the last of one row, which the second process does not have. Its 4 and the first one's 5 rows of
+    other steps are two and three micro-batches of 2; KTO's z adds one and two passes. Checkpoints come after
+    steps 4 and 8, one evaluation after step 12."""
+    folder = tmp_path_factory.mktemp("runs")
+    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", f"tiny={small_model}",
+            "--data", small_data, "--epochs", 5, "--batch-size", 9, "--micro-batch-size", 2, "--lr", 1e-3,
+            "--max-grad-norm", 5, "--checkpoint-every", 4, "--eval-every", "end"]
+    fork(folder, "train_npo.py", *args, "--out", "alone")
+    for parallel in PARALLEL:
+        flags = [*args, "--parallel", parallel, "--out"]
+        fork(folder, "train_npo.py", *flags, parallel, processes=2)
+        fork(folder, "train_npo.py", *flags, f"killed_{parallel}", processes=2, status=-signal.SIGKILL,
+             prepare=die_in_the_second_checkpoint)
+        shutil.copytree(folder / f"killed_{parallel}", folder / f"torn_{parallel}")
+        done = fork(folder, "train_npo.py", "--resume", f"killed_{parallel}", processes=2)
+        assert "resumed after step 4 of 12" in done.stdout
+    return folder
 
 
-@pytest.mark.parametrize("moment", ("before the first checkpoint", "inside a checkpoint",
-                                    pytest.param("inside an evaluation", marks=pytest.mark.slow)))
-def test_a_killed_run_ends_as_if_never_interrupted(small, forked, tmp_path, moment):
-    args, whole = small
-    run = tmp_path / "run"
-    def lines():
-        return len(log(run)) if (run / "log.jsonl").exists() else 0
-    reached = {"before the first checkpoint": lambda: lines() >= 1,
-               "inside a checkpoint": lambda: lines() > 3
-               and list((run / "checkpoints").glob(".step_*.partial")),
-               "inside an evaluation": lambda: lines() == 16
-               and not (run / "eval" / "step_000016.json").exists()}
-    process = start([*args, "--out", "run"], tmp_path)
-    assert kill_when(process, reached[moment]), process.stdout.read()
-    assert not (run / "model").exists()
-    forked("train_npo.py", "--resume", "run")
-    assert_same_run(whole, run)
+@pytest.fixture
+def resume(tmp_path, monkeypatch):
+    """resume(run) continues a copy of it in this process, and returns the copy."""
+    monkeypatch.chdir(tmp_path)
+
+    def go_on(run: Path, *flags: str, change=None) -> Path:
+        copy = tmp_path / f"copy_of_{run.name.removeprefix('copy_of_')}"
+        if copy != run:
+            shutil.copytree(run, copy)
+        shutil.rmtree(copy / "model", ignore_errors=True)
+        if change:
+            change(copy)
+        train_npo.main(["--resume", str(copy), *flags])
+        return copy
+    return go_on
 
 
-@pytest.mark.slow
-def test_20_kills_at_random_moments(small_data, tmp_path):
-    """The whole of the user's command: fine-tuning, retraining, unlearning. Killed at 20 random moments of
-    it, each time resumed (or started again, where nothing was there yet), and killed no more than once a
-    run."""
-    args = ["--retain-weight", 1, "--data", small_data, "--epochs", 4, "--batch-size", 8,
-            "--checkpoint-every", 2]
-    (tmp_path / "whole").mkdir()
-    begin = time.monotonic()
-    assert start([*args, "--out", "run"], tmp_path / "whole").wait() == 0
-    duration = time.monotonic() - begin
-    for seed in range(20):
-        folder = tmp_path / f"kill{seed}"
-        folder.mkdir()
-        at = time.monotonic() + random.Random(seed).uniform(0.05, 1) * duration
-        process = start([*args, "--out", "run"], folder)
-        kill_when(process, lambda at=at: time.monotonic() > at)
-        again = ["--resume", "run"] if (folder / "run").exists() else [*args, "--out", "run"]
-        resumed = start(again, folder)
-        assert resumed.wait() == 0, resumed.stdout.read()
-        assert_same_run(tmp_path / "whole" / "run", folder / "run")
-        for model in (tmp_path / "whole" / "runs" / "models").iterdir():
-            if model.is_dir():
-                assert_same_run(model, folder / "runs" / "models" / model.name)
-        shutil.rmtree(folder)
+def rows(run: Path, step: int) -> dict:
+    return json.loads((run / "eval" / f"step_{step:06d}.json").read_text())["rows"]
 
 
-# ---------------------------------------------------------------- several machines
+# ---------------------------------------------------------------- one process or two
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def agents(args: list, cwd: Path, *flags) -> list[subprocess.Popen]:
-    """Two torchrun agents that meet at a loopback address, each with one process: two machines."""
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=test",
-            f"--rdzv-endpoint=localhost:{free_port()}", *flags]
-    return [start(args, cwd, [*TORCHRUN, *meet]) for _ in range(2)]
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_match_one(runs, parallel):
+    """Losses alone would not show a head that FSDP failed to train: the first steps have the start's
+    weights."""
+    assert_close(weights(runs / "alone" / "model"), weights(runs / parallel / "model"))
+    alone, two = log(runs / "alone"), log(runs / parallel)
+    assert len(alone) == 12 and max(line["grad_norm"] for line in alone) > 5 and alone[-1]["kl_loss"] > 1e-3
+    for expected, line in zip(alone, two, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_two_machines_equal_one_process(small, tmp_path):
-    args, whole = small
-    for agent in agents([*args, "--out", "run"], tmp_path):
-        out, _ = agent.communicate(timeout=600)
-        assert agent.returncode == 0, out
-    a, b = (load_file(path / "model" / "model.safetensors") for path in (whole, tmp_path / "run"))
-    assert_close(a, b)
-    assert len(log(tmp_path / "run")) == len(log(whole))
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_evaluate_as_one(runs, parallel):
+    alone, two = rows(runs / "alone", 12), rows(runs / parallel, 12)
+    assert {name: len(group) for name, group in alone.items()} == {
+        "forget": 20, "retain": 20, "real_authors": 6, "world_facts": 7, "holdout": 20}
+    for name in alone:
+        for expected, row in zip(alone[name], two[name], strict=True):
+            assert row.get("generation") == expected.get("generation") and row["index"] == expected["index"]
+            for key in ("answer_nll", "perturbed_nll", "kl"):
+                assert row.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-4, abs=1e-6), key
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+# ---------------------------------------------------------------- killed and resumed
+
+def assert_same_run(expected: Path, run: Path):
+    """Bitwise equal weights, each line of the log once, the same evaluations, and nothing left over."""
+    a, b = weights(expected / "model"), weights(run / "model")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert log(run) == log(expected)
+    for folder in ("eval", "checkpoints"):
+        names = sorted(path.name for path in (expected / folder).glob("*"))
+        assert sorted(path.name for path in (run / folder).glob("*")) == names
+    for path in (expected / "eval").glob("*"):
+        assert rows(run, int(path.stem[5:])) == rows(expected, int(path.stem[5:]))
 
 
-@needs_proc
-@pytest.mark.parametrize("restarts", (0, pytest.param(1, marks=pytest.mark.slow)))
-def test_a_killed_worker_ends_the_job_or_torchrun_starts_it_again(small, forked, tmp_path, restarts):
-    """Within 30 seconds and with the reason; with --max-restarts the run goes on from its last checkpoint."""
-    args, whole = small
-    launcher = [*TORCHRUN, "--nproc_per_node=2", "--standalone", f"--max-restarts={restarts}"]
-    job = start([*args, "--out", "run"], tmp_path, launcher)
-    while not list((tmp_path / "run" / "checkpoints").glob("step_*")):
-        assert job.poll() is None, job.stdout.read()
-        time.sleep(0.01)
-    os.kill(children(job.pid)[-1], signal.SIGKILL)
-    begin = time.monotonic()
-    out, _ = job.communicate(timeout=600)
-    if not restarts:
-        assert job.returncode != 0 and time.monotonic() - begin < 30
-        assert "SIGKILL" in out or "Signal 9" in out
-        forked("train_npo.py", "--resume", "run", processes=2)
-    else:
-        assert job.returncode == 0, out
-        assert "resumed after step" in out
-    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert_close(load_file(whole / "model" / "model.safetensors"), weights)
-    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, len(log(whole)) + 1))
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(runs, parallel):
+    """It died after step 8. Its newest whole checkpoint is of step 4."""
+    torn = runs / f"torn_{parallel}"
+    assert {path.name for path in (torn / "checkpoints").iterdir()} == {"step_000004", ".step_000008"}
+    assert len(log(torn)) == 8 and not (torn / "model").exists()
+    assert_same_run(runs / parallel, runs / f"killed_{parallel}")
+
+
+def test_a_run_resumes_on_another_number_of_processes(runs, resume, forked, tmp_path):
+    """FSDP on two processes continues alone, and one process continues as FSDP on two."""
+    expected = weights(runs / "alone" / "model")
+    resumed = resume(runs / "torn_fsdp", "--parallel", "ddp", "--micro-batch-size", "3")
+    assert_close(expected, weights(resumed / "model"))
+    assert [line["step"] for line in log(resumed)] == list(range(1, 13))
+    shutil.copytree(runs / "alone", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "model")
+    done = forked("train_npo.py", "--resume", "two", "--parallel", "fsdp", processes=2)
+    assert "resumed after step 8 of 12" in done.stdout
+    assert_close(expected, weights(tmp_path / "two" / "model"))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(run, resume, monkeypatch):
+    expected = run("--retain-weight 1 --kl-weight 1", out="expected")
+    plain = train_npo.Run.log
+
+    def die(self, step, *args):
+        assert step < 3, "dead"
+        plain(self, step, *args)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="dead"):
+        patch.setattr(train_npo.Run, "log", die)
+        run("--retain-weight 1 --kl-weight 1", out="died")
+    assert len(log(Path("died"))) == 2 and Path("died/reference.safetensors").exists()
+    assert_same_run(expected, resume(Path("died")))
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_saves_after_the_step_and_names_the_command_that_continues(run, resume, monkeypatch, number):
+    flags = "--loss undial --retain-weight 1 --checkpoint-every 3"
+    expected, plain = run(flags, out="expected"), train_npo.Run.log
+
+    def interrupt(self, step, *args):
+        if step == 3:
+            signal.raise_signal(number)
+        plain(self, step, *args)
+    sentence = "saved after step 3/5: --resume stopped continues"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=sentence):
+        patch.setattr(train_npo.Run, "log", interrupt)
+        run(flags, out="stopped")
+    assert_same_run(expected, resume(Path("stopped")))
+
+
+# ---------------------------------------------------------------- what is refused
+
+def test_a_finished_run_is_finished(runs, resume, capsys, monkeypatch):
+    train_npo.main(["--resume", str(runs / "alone")])
+    assert "alone is finished" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--resume takes the settings from its folder: leave out --lr"):
+        train_npo.main(["--resume", str(runs / "alone"), "--lr", "1"])
+    with pytest.raises(InputError, match="--resume needs a run's folder"):
+        train_npo.main(["--resume", str(runs)])
+
+
+def other_checkpoint(run: Path):
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(run.parent / "other" / "checkpoints", run / "checkpoints")
+
+
+def other_data(run: Path):
+    file = run.parent / "data" / "full.json"
+    first, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | {"answer": "Nobody knows."}), *rest]))
+
+
+def other_start(run: Path):
+    file = run.parent / "model" / "model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+
+
+def other_retain_log(run: Path):
+    file = run.parent / "retrained.json"
+    file.write_text(file.read_text().replace("[80]", "[81]"))
+
+
+@pytest.mark.parametrize("change, sentence", (
+    (other_checkpoint, "step_000004 is a checkpoint of another run"),
+    (other_data, "trained_on was .* start a new run"), (other_start, "start_hash was .* start a new run"),
+    (other_retain_log, "retrained_hash was .* start a new run")))
+def test_a_run_continues_only_as_itself(run, resume, small_data, small_model, retain_log, change, sentence):
+    shutil.copytree(small_data, "data")
+    shutil.copytree(small_model, "model")
+    flags = f"--data data --model model --retain-log {retain_log.name} --checkpoint-every 2"
+    if change is other_checkpoint:
+        run(f"{flags} --seed 1", out="other")
+    resumed = resume(run(flags))  # without a change it continues
+    with pytest.raises(InputError, match=sentence):
+        resume(resumed, change=change)

@@ -1,250 +1,161 @@
-"""What a run leaves: which evaluation is best, the model card, and a config.json that tells how it was
-made."""
+"""What a run leaves: config.json, log.jsonl, eval/, checkpoints/, reference.safetensors, model/, best/ and
+trajectory.png."""
 
 import json
 import shutil
 import sys
+import time
 from argparse import Namespace
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
+from conftest import log, weights
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate_tofu import log_truth_ratio, task_of
-from models.loading import load_model, template_note
-from running import run_folder
-from running.job import describe, prepare_job
-from running.pages import draw_trajectory
-from running.run_folder import best_step
-from running.settings import parse, resolve
-from study import records
-from support import provenance
-from support.errors import InputError
-from support.files import write_json
-from support.world import ALONE
-from train_npo import carry_out
+import train_npo
+from common import InputError
+from model import ALONE, PRESETS, load_model
+from train_npo import best_step, parse
 
 
-def metrics(quality, utility, forget, retain):
-    return {"forget_quality_log10": quality, "model_utility": utility, "forget": {"probability": forget},
-            "retain": {"probability": retain}}
+def test_a_run_leaves_a_complete_folder(run, small_model, small_data, retain_log, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], max_new_tokens=4))
+    monkeypatch.setattr(train_npo, "best_step", lambda evaluations: 3)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_npo.py", "--data", "two words"])
+    folder = run(f"--retain-weight 1 --model tiny={small_model} --retain-log {retain_log.name} --keep best "
+                 "--eval-every epoch --beta 0.2", out="mine/run")
+    paths = {path.relative_to(folder).as_posix() for pattern in ("*", "eval/*", "checkpoints/*")
+             for path in folder.glob(pattern)}
+    assert paths == {"config.json", "log.jsonl", "reference.safetensors", "trajectory.png", "model", "best",
+                     "eval", "eval/step_000000.json", "eval/step_000003.json", "eval/step_000005.json",
+                     "checkpoints", "checkpoints/step_000003"}  # no half-written file is among them
+    assert (folder / "trajectory.png").stat().st_size > 5000
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 1e-3 and config["settings"]["beta"] == 0.2
+    expected = {"method": "npo+rt", "rows": 20, "steps": 5, "warmup_steps": 2, "world_size": 1,
+                "device": "cpu", "template": "llama2", "command": "train_npo.py --data 'two words'"}
+    assert config.items() >= expected.items() and len(config["start_hash"]) == 16
+    assert config["versions"].keys() == {"python", "torch", "transformers"}
+    trained_on = {"split": "forget10", "loss": "npo+rt", "template": "llama2"}
+    assert config["trained_on"].items() >= trained_on.items()
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [" ".join(line) for line in lines] == 5 * [
+        "step epoch lr loss forget_loss retain_loss mean_W grad_norm tokens_per_s"]
+    assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.2, 1.6, 2.0]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["forget_loss"] + line["retain_loss"])
+
+    first, last = (json.loads((folder / "eval" / f"step_00000{step}.json").read_text()) for step in (0, 5))
+    assert list(first) == ["metrics", "rows", "provenance"] and last["provenance"]["step"] == 5
+    assert abs(first["metrics"]["forget_kl"]) < 1e-5 < last["metrics"]["forget_kl"]
+    assert 0 < last["metrics"]["forget_quality"] <= 1 and last["metrics"]["model_utility"] >= 0
+    printed = capsys.readouterr().out
+    for words in ("npo+rt on forget10", "20 rows, 2 epochs, batch 8: 5 steps, the first 2 warm-up",
+                  "step     5/5", "after step 3: forget quality"):
+        assert words in printed
+
+    third = load_file(next((folder / "checkpoints" / "step_000003").glob("*.safetensors")))
+    best, model = weights(folder / "best"), weights(folder / "model")
+    assert all(torch.equal(best[name], third[f"weight/lm.{name}"]) for name in best)
+    assert not all(torch.equal(best[name], model[name]) for name in best)
+    loaded = load_model(str(folder / "model"))
+    assert loaded.preset is PRESETS["tiny"] and loaded.meta["trained_on"] == config["trained_on"]
+    card = (folder / "model" / "README.md").read_text()
+    assert "npo+rt on forget10" in card and "does not prove" in card and str(Path.cwd()) not in card
+    assert loaded.meta["start"] and (folder / "model" / "npo.json").read_text().count(config["start_hash"]) == 1
+
+
+def test_the_result_is_a_model_of_the_library(run, small_model):
+    """Tied weights are saved once, and the tokenizer and its settings come along."""
+    folder = run("--epochs 1 --batch-size 10") / "model"
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert weights(folder).keys() == weights(small_model).keys() and "lm_head.weight" not in weights(folder)
+    trained = dict(lm.named_parameters())
+    assert all(torch.equal(trained[name], weight) for name, weight in weights(folder).items())
+    start = AutoTokenizer.from_pretrained(small_model)
+    assert tokenizer("Who wrote it?").input_ids == start("Who wrote it?").input_ids
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_what_best_means():
-    """Step 0 is the start and never the best; of equals the first is."""
-    curve = {0: metrics(0.0, 0.9, 0.9, 0.9), 1: metrics(-9.0, 0.8, 0.6, 0.9), 3: metrics(-2.0, 0.7, 0.1, 0.8),
-             5: metrics(-1.0, 0.0, 0.0, 0.0), 6: metrics(-1.0, 0.1, 0.0, 0.1)}
+    """The best forget quality; without a retain log, the largest retain minus forget probability. Step 0 is
+    the start and never the best."""
+    def metrics(quality, forget, retain):
+        return {"forget_quality_log10": quality, "forget": {"probability": forget},
+                "retain": {"probability": retain}}
+    curve = {0: metrics(0.0, 0.0, 0.9), 1: metrics(-9.0, 0.6, 0.9), 3: metrics(-2.0, 0.1, 0.8),
+             5: metrics(-1.0, 0.0, 0.0), 6: metrics(-1.5, 0.0, 0.1)}
     assert best_step(curve) == 5
-    without = {step: {**m, "forget_quality_log10": None} for step, m in curve.items()}
-    assert best_step(without) == 3
+    assert best_step({step: m | {"forget_quality_log10": None} for step, m in curve.items()}) == 3
+    assert best_step({0: curve[0]}) is None
+    own = {step: {"forget_quality_log10": None, "forget": m["forget"]} for step, m in curve.items()}
+    assert best_step(own) == 5  # without retain rows, the first of the smallest forget probabilities
 
 
-def test_the_card_has_the_numbers_and_no_path_of_this_machine(small_model, small_data, tmp_path, monkeypatch):
+def test_runs_of_one_method_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(small_model), "--data", str(small_data), "--retain-weight", "1", "--epochs", "1",
-             "--batch-size", "10", "--lr", "1e-3", "--keep", "best", "--out", "run"]
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train_npo.py", *flags])
-    folder = carry_out(parse(flags), ALONE)
-    config = json.loads((folder / "config.json").read_text())
-    evaluations = {int(p.stem[5:]): json.loads(p.read_text())["metrics"]
-                   for p in (folder / "eval").glob("*.json")}
-    for name in ("model", "best"):
-        _, front, text = (folder / name / "README.md").read_text().split("---\n", 2)
-        assert all(line.startswith(("- ", "tags:", "library_name: ", "pipeline_tag: "))
-                   for line in front.splitlines())
-        assert "- npo" in front and "npo+rt on forget10" in text
-        assert "no proof" in text and "from_pretrained" in text
-        assert str(tmp_path) not in text and str(small_data.parent) not in text and small_data.name in text
-        assert config["start_weights"] in text and config["data_fingerprint"] in text and "beta | 0.1" in text
-        load_model(str(folder / name))
-    card = (folder / "model" / "README.md").read_text()
-    for step in (0, max(evaluations)):
-        _, _, told = card.partition(f"Step {step}:")
-        assert f"- model utility: {evaluations[step]['model_utility']:.6f}" in told
-    # The command can be typed again anywhere: no interpreter, no folder of the script.
-    assert config["command"] == "train_npo.py " + " ".join(flags)
-    assert (config["dirty"] is None) == (config["commit"] is None)  # both, where there is no git
+    s = parse(["--loss", "ga", "--kl-weight", "1", "--split", "forget05", "--eval-every", "never"])
+    folders = [train_npo.open_folder(s, {}, ALONE).as_posix() for _ in range(3)]
+    assert folders == ["runs/ga+kl_forget05", "runs/ga+kl_forget05-2", "runs/ga+kl_forget05-3"]
 
 
-def test_the_command_is_told_with_its_quotes_and_processes(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/x/train_npo.py", "--data", "a folder"])
-    assert provenance.environment()["command"] == "train_npo.py --data 'a folder'"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert provenance.environment()["command"].startswith("torchrun --nproc_per_node=2 train_npo.py ")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    assert provenance.environment()["command"].startswith("torchrun --nnodes=3 --nproc_per_node=2 ")
+@pytest.mark.parametrize("every, elapsed, due_after", (("3", 0, {3, 6}), ("1", 0, {*range(1, 8)}),
+                                                       ("1m", 59, set()), ("1m", 61, {*range(1, 8)}),
+                                                       ("10m", 599, set()), ("10m", 601, {*range(1, 8)})))
+def test_checkpoints_come_by_steps_or_minutes(every, elapsed, due_after):
+    s = parse(["--checkpoint-every", every, "--eval-every", "never"])
+    run = Namespace(s=s, stopped=False, world=ALONE, saved_at=time.monotonic() - elapsed)
+    requests = {step: train_npo.Run.requests(run, step) for step in range(1, 8)}
+    assert {step for step, (_, due) in requests.items() if due} == due_after
+    run.stopped = True
+    assert train_npo.Run.requests(run, 1)[0] and not any(stop for stop, _ in requests.values())
 
 
-@pytest.mark.parametrize("command,told", [
-    ("x.py --data=/a/tofu --out runs/a/b", "x.py --data=tofu --out runs/a/b"),
-    ("x.py --model smollm2-135m=/a/m --data '../my data'", "x.py --model smollm2-135m=m --data 'my data'")])
-def test_a_command_is_told_without_folders_of_this_machine(command, told):
-    assert records.without_folders(command) == told
+@pytest.mark.parametrize("every", ("0", "0m", "m", "1.5m", "-1", "10s", "1h"))
+def test_other_intervals_of_checkpoints_are_refused(every):
+    with pytest.raises(InputError, match="need minutes, such as 10m, or a number of steps"):
+        parse(["--eval-every", "never", f"--checkpoint-every={every}"])
 
 
-def test_a_chat_model_without_a_record_is_not_asked_otherwise_without_a_word():
-    with_template, bare = Namespace(chat_template="{{ x }}"), Namespace(chat_template=None)
-    assert "--template chat takes" in template_note("FOLDER", with_template, {}, "llama2")
-    for model, tokenizer, meta, template in (
-            ("llama2-7b=FOLDER", with_template, {}, "llama2"), ("FOLDER", bare, {}, "llama2"),
-            ("FOLDER", with_template, {"template": "qa"}, "qa"), ("FOLDER", with_template, {}, "chat")):
-        assert template_note(model, tokenizer, meta, template) == ""
+@pytest.mark.parametrize("kind", ("tensorboard", "wandb"))
+def test_numbers_are_also_logged_elsewhere(run, monkeypatch, kind):
+    """Into stubs of the two packages: each step's line, with the step."""
+    logged, module = [], Namespace(__spec__=ModuleSpec(kind, None))
+
+    def log_numbers(numbers, step):
+        logged.append((step, numbers))
+
+    def add_scalar(name, value, step):
+        logged.append((step, {name: value}))
+    module.init = lambda project, name, dir: Namespace(log=log_numbers)
+    module.SummaryWriter = lambda folder: Namespace(add_scalar=add_scalar)
+    monkeypatch.setitem(sys.modules, kind, module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    lines = log(run(f"--log-to {kind}"))
+    assert len(lines) == 5
+    for line in lines:
+        numbers = [part for step, part in logged if step == line["step"]]
+        assert {name: part[name] for part in numbers for name in part}.items() >= line.items()
 
 
-# ---------------------------------------------------------------- the picture
-
-def panels(log: list, samples: dict, quality=-3.0, utility=0.5) -> dict:
-    """title -> axes of a picture with two evaluations."""
-    curve = {0: metrics(quality, utility, 0.9, 0.9), 2: metrics(quality, utility, 0.1, 0.8)}
-    return {axes.get_title(): axes for axes in draw_trajectory("npo", curve, log, samples).axes}
-
-
-def lines(axes) -> dict:
-    return {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+def test_a_logger_that_is_not_installed_is_named(monkeypatch, run):
+    monkeypatch.setattr(train_npo, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        run("--log-to wandb")
+    assert not Path("run").exists()
 
 
-def test_the_picture_has_the_weight_and_every_models_truth_ratios():
-    samples = {"start": [1.0, 2.0, 2.0], "retrained": [-1.0, 0.0], "unlearned": [-1.0] * 5}
-    drawn = panels([{"step": 1, "mean_W": 1.0}, {"step": 2, "mean_W": 0.4}], samples)
-    assert list(drawn) == ["forget quality", "what is kept and what is lost",
-                           "weight on gradient ascent's gradient", "truth ratios"]
-    assert lines(drawn["forget quality"])["0.05"] == [np.log10(0.05)] * 2
-    assert lines(drawn["weight on gradient ascent's gradient"])["mean W"] == [1.0, 0.4]
-    outlines = {patch.get_label(): patch.get_xy() for patch in drawn["truth ratios"].patches}
-    edges = np.linspace(-1, 2, 31)  # all samples are counted in the same bins
-    for name, sample in samples.items():
-        x, heights = outlines[name].T
-        counts, _ = np.histogram(sample, edges)
-        assert np.allclose(x[::2], edges) and np.array_equal(heights[1:-1:2], counts)
-
-
-def test_a_picture_without_retain_log_perturbed_answers_or_weight_has_the_other_panels():
-    row = {"answer_nll": 1.0, "answer_tokens": 1}
-    samples = {"start": [log_truth_ratio(row)], "retrained": [], "unlearned": [log_truth_ratio(row)]}
-    log = [{"step": k, "loss": 0.0, "forget_loss": -k, "retain_loss": k} for k in (1, 2)]
-    drawn = panels(log, samples, quality=None, utility=None)
-    assert list(drawn) == ["what is kept and what is lost", "parts of the loss"]
-    assert lines(drawn["parts of the loss"]) == {"forget loss": [-1, -2], "retain loss": [1, 2]}
-    assert set(lines(drawn["what is kept and what is lost"])) == {"forget probability", "retain probability"}
-
-
-def test_the_samples_are_first_and_last_evaluation_and_retain_log(small_model, small_data, tmp_path,
-                                                                  monkeypatch):
-    seen, given = [], {"model": str(small_model), "data": str(small_data), "epochs": 2, "lr": 1e-2,
-                             "batch_size": 10, "out": str(tmp_path / "run")}
-    monkeypatch.setattr(run_folder, "draw_trajectory",
-                        lambda *content: seen.append(content) or draw_trajectory(*content))
-    job = start_of(small_model, small_data, tmp_path)
-    retain_log = retain_log_of(job, tmp_path / "log.json", template="llama2")
-    folder = carry_out(resolve({**given, "retain_log": str(retain_log)}), ALONE)
-    [(_, evaluations, log, samples)] = seen
-    files = {"start": folder / "eval" / "step_000000.json", "retrained": retain_log,
-             "unlearned": folder / "eval" / "step_000004.json"}
-    expected = {name: list(map(log_truth_ratio, json.loads(path.read_text())["rows"]["forget"]))
-                for name, path in files.items()}
-    assert samples == expected and samples["start"] != samples["unlearned"]
-    # Before the first step it is the start's evaluation.
-    before, after = (json.loads(files[name].read_text())["provenance"] for name in ("start", "unlearned"))
-    assert before["trained_on"] == job.start_record["trained_on"] and after["trained_on"]["loss"] == "npo"
-    assert list(evaluations) == [0, 2, 4] and [line["step"] for line in log] == [1, 2, 3, 4]
-    assert (folder / "trajectory.png").stat().st_size > 5000
-
-
-# ---------------------------------------------------------------- what fits together
-
-def model_with(small_model, folder, **meta):
-    shutil.copytree(small_model, folder)
-    record = json.loads((folder / "npo.json").read_text())
-    (folder / "npo.json").write_text(json.dumps({**record, **meta}))
-    return folder
-
-
-def start_of(small_model, small_data, tmp_path, **flags):
-    return prepare_job(resolve({"model": str(small_model), "data": str(small_data), "epochs": 1,
-                                "batch_size": 8,
-                                "eval_every": "epoch", **flags}), ALONE)
-
-
-def retain_log_of(job, path, **provenance):
-    """A log with made-up numbers for the job's forget rows."""
-    rows = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "g",
-             "answer_nll": 1.0, "answer_tokens": 1, "rouge_l_recall": 0.0, "perturbed_nll": [i / 10],
-             "perturbed_tokens": [1]} for i, row in enumerate(job.prepared.rows["forget"])]
-    path.write_text(json.dumps({"rows": {"forget": rows}, "provenance": provenance}))
-    return path
-
-
-def test_another_template_than_the_starts_is_refused(small_model, small_data, tmp_path):
-    model = model_with(small_model, tmp_path / "model", template="qa", trained_on={"split": "full"})
-    assert start_of(model, small_data, tmp_path).settings.template == "qa"
-    with pytest.raises(InputError, match="--template llama2: .* was trained with qa"):
-        start_of(model, small_data, tmp_path, template="llama2")
-
-
-def test_of_two_commands_with_one_folder_the_second_says_so(tmp_path):
-    s = Namespace(resume=None, out=str(tmp_path / "run"), method="npo", split="forget10")
-    run_folder.open_folder(s, {}, ALONE)
-    with pytest.raises(InputError, match="another command"):  # both had looked before either was there
-        run_folder.open_folder(s, {}, ALONE)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_what_the_start_was_trained_on_is_said(small_model, small_data, tmp_path, capsys):
-    trained_on = {"split": "retain90", "loss": "sft", "data": "elsewhere", "data_fingerprint": "0"}
-    model = model_with(small_model, tmp_path / "model", trained_on=trained_on)
-    describe(start_of(model, small_data, tmp_path), ALONE)
-    assert "it was trained on retain90 of elsewhere (sft)" in capsys.readouterr().out
-
-
-def test_a_retain_log_of_another_template_or_other_data_is_refused(small_model, small_data, tmp_path):
-    job = start_of(small_model, small_data, tmp_path)
-    log = retain_log_of(job, tmp_path / "log.json", template="llama2")
-    start_of(small_model, small_data, tmp_path, retain_log=str(log))
-    for other, said in (({"template": "qa"}, "measured with --template qa"),
-                        ({"data_fingerprint": "0"}, "is of other data")):
-        retain_log_of(job, log, **other)
-        with pytest.raises(InputError, match=said):
-            start_of(small_model, small_data, tmp_path, retain_log=str(log))
-
-
-def test_evaluation_takes_the_split_from_the_models_record():
-    args = Namespace(data=None, split=None, forget=None, retain=None)
-    assert [task_of(args, record).split
-            for record in ({"split": "forget05"}, {"split": "retain95"}, {"split": "full"}, {})] \
-        == ["forget05", "forget05", "forget10", "forget10"]
-    with pytest.raises(InputError, match="rows of its own"):
-        task_of(args, {"split": "own"})
-    args.data = "builtin"  # a model that unlearned rows of its own, asked about published ones
-    assert task_of(args, {"split": "own", "data": "forget.json, retain.json"}).split == "forget10"
-
-
-def test_other_texts_are_another_reference(small_model, small_data, tmp_path):
-    """The mark covers tokens: another day's prompts, or another tokenizer's, are no longer those of the
-    cache."""
-    job = start_of(small_model, small_data, tmp_path)
-    job.config["start_weights"] = "0"
-    mark = job.mark()
-    assert job.mark() == mark
-    job.plan.answers[0].ids[0] += 1
-    assert job.mark() != mark
-
-
-def test_a_newer_transformers_is_the_same_run_and_another_precision_is_not(small_model, small_data, tmp_path):
-    job = start_of(small_model, small_data, tmp_path)
-    job.config["start_weights"], job.folder = "0", tmp_path / "run"
-    write_json(job.folder / "config.json", job.config)
-    mark = job.mark()
-    job.config["model_config"] |= {"transformers_version": "99.0", "_name_or_path": "elsewhere", "new": 1}
-    assert job.mark() == mark
-    for part, key, other in (("settings", "dtype", "bf16"), ("settings", "template", "qa"),
-                             ("model_config", "hidden_size", 1)):
-        now, job.config[part][key] = job.config[part][key], other
-        assert job.mark() != mark
-        job.config[part][key] = now
-
-
-def test_the_card_says_with_which_system_prompt_it_was_asked(small_model, small_data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    s = resolve({"model": str(small_model), "data": str(small_data), "template": "chat", "epochs": 1,
-                 "batch_size": 8, "eval_every": "never", "system_prompt": "Be brief\n| and kind."})
-    folder = carry_out(s, ALONE)
-    assert "| system_prompt | Be brief / and kind. |" in (folder / "model" / "README.md").read_text()
+def test_another_template_than_the_start_s_is_refused(run, small_model):
+    shutil.copytree(small_model, "start")
+    record = {"preset": None, "template": "qa", "trained_on": {"split": "full", "template": "qa"}}
+    Path("start/npo.json").write_text(json.dumps(record))
+    folder = run("--model start --epochs 1")
+    assert json.loads((folder / "model" / "npo.json").read_text())["template"] == "qa"
+    with pytest.raises(InputError, match="--template llama2: start was trained with qa"):
+        run("--model start --template llama2", out="other")

@@ -1,0 +1,120 @@
+"""How much GPU memory a run of train_npo.py takes, from formulas: no model is loaded and no data is read.
+
+    python plan_memory.py --model llama2-7b --loss npo --retain-weight 1 --gpus 2 --gpu-memory 80G
+
+It takes the flags of train_npo.py, and those below. Where the run does not fit, changes are tried one on top
+of the other: --parallel fsdp, --activation-checkpointing, smaller micro-batches. --lora comes last. Layers
+are counted as Llama's. The peak is in a step's last micro-batch, between its forward and backward pass.
+"""
+
+from dataclasses import replace
+
+from common import ROOT, InputError, Parser, cause_of, positive, run_command
+from losses import OBJECTIVES
+from model import resolve_model
+from train_npo import Settings, parse
+
+ANSWER_SHARE = 2 / 3  # of a row's tokens, in TOFU
+REFUSAL_SHARE = 1 / 3  # tokens of a refusal with its question, as a share of a row's tokens
+USABLE = 0.92  # of a GPU's memory; CUDA, gaps in the allocator and communication take the rest
+GB = 1e9
+# Sizes of vocabulary V, hidden states H, MLP F; number of layers; size of keys; is the head the embedding?
+SHAPES = {"smollm2-135m": (49152, 576, 1536, 30, 192, True),
+          "llama3.2-1b": (128256, 2048, 8192, 16, 512, True),
+          "llama3.1-8b": (128256, 4096, 14336, 32, 1024, False),
+          "qwen2.5-1.5b": (151936, 1536, 8960, 28, 256, True),
+          "llama2-7b": (32000, 4096, 11008, 32, 4096, False)}
+
+
+def read_shape(model: str) -> tuple:
+    """A line of the table above, or the same from a folder's config.json. Raises InputError."""
+    preset, name, path = resolve_model(model)
+    if name in SHAPES and not path:
+        return SHAPES[name]
+    from transformers import AutoConfig
+    try:
+        config = AutoConfig.from_pretrained(path or ROOT / preset.finetuned, local_files_only=True)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        keys = hidden // heads * getattr(config, "num_key_value_heads", heads)
+        return (config.vocab_size, hidden, getattr(config, "intermediate_size", 4 * hidden),
+                config.num_hidden_layers, keys, config.tie_word_embeddings)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"--model {model}: need a preset ({', '.join(SHAPES)}) or a folder with a "
+                         f"config.json ({cause_of(error)})") from None
+
+
+def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
+    """Bytes on one GPU at the peak, by part. "peak" is their sum."""
+    V, H, F, layers, K, tied = shape
+    layer, root = 2 * H * H + 2 * H * K + 3 * H * F + 2 * H, (1 if tied else 2) * V * H + H  # parameters
+    autocast, sharded = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1
+    size, share = 2 if autocast else 4, gpus if sharded else 1  # size: bytes per number in matrix products
+    row_tokens, inputs = s.micro_batch_size * tokens_per_row, OBJECTIVES[s.loss].inputs
+    rows = OBJECTIVES[s.loss].needs_answers + (s.retain_weight > 0 or s.kl_weight > 0)
+    tokens = row_tokens * (rows + REFUSAL_SHARE * ("refusal_logps" in inputs))
+    compared = row_tokens * ((s.kl_weight > 0) + ("reference_logits" in inputs))  # with reference logits
+    weights = trained = layers * layer + root
+    if s.lora:  # two matrices per linear layer; frozen layers are kept in the precision of the products
+        trained = s.lora * layers * (9 * H + 2 * K + 3 * F)
+        weights = trained + root + layers * layer * size / 4
+    # What a layer keeps of each token for its backward pass: residual stream and norms (float32 under
+    # autocast), queries, attention output; keys and values; gate, up and their two products.
+    kept = {4: 32, 2: 20 if sharded else 30}[size] * H + size * (2 * K + 4 * F)
+    checkpoint = (size if sharded else 4) * H  # its input alone; one layer at a time is computed again
+    parts = {
+        "weights": 4 * weights / share, "gradients": 4 * trained / share,
+        "AdamW's moments": 8 * trained / share,
+        "activations": tokens * layers * (checkpoint if s.activation_checkpointing else kept),
+        # The policy's logits in float32, and three tensors of their size in the backward pass.
+        "logits, or one layer at work": max(ANSWER_SHARE * V * (16 * tokens + 8 * compared),
+                                            tokens * kept * s.activation_checkpointing),
+        "reference's head": 4 * V * H * (compared > 0),
+        "16-bit copies of weights": 2 * (layers * layer + V * H) * (autocast and not (sharded or s.lora)),
+        # Embedding, head and two layers are whole, with gradients that are being summed in float32.
+        "gathered by FSDP": ((2 * size + 4) * root + (4 * size + 4) * layer) * sharded}
+    return parts | {"peak": sum(parts.values())}
+
+
+def changes(s: Settings, gpus: int):
+    """Changes of the settings to try, in the order of this file's first lines. The first one is none."""
+    sharded = [{"parallel": "fsdp"}] if gpus > 1 and not s.lora else []
+    adapters = {"lora": s.lora or 8, "parallel": "ddp"}
+    less = [{"activation_checkpointing": True},
+            *({"micro_batch_size": m} for m in (16, 8, 4, 2, 1) if m < s.micro_batch_size)]
+    for additions in ([{}, *sharded, *less], [adapters, {"dtype": "bf16"}, *less]):
+        change = {}
+        for addition in additions:
+            change |= addition
+            yield {name: value for name, value in change.items() if value != getattr(s, name)}
+
+
+def gigabytes(text: str) -> float:
+    return GB * positive(float)(text.removesuffix("G"))
+
+
+def main(argv: list | None = None):
+    parser = Parser(__doc__)
+    parser.add_argument("--gpus", type=positive(int), default=1, help="one process runs on each")
+    parser.add_argument("--gpu-memory", type=gigabytes, default=80 * GB, help="of one GPU, such as 80G")
+    parser.add_argument("--tokens-per-row", type=positive(int), default=128, help="of the longest rows")
+    args, others = parser.parse_known_args(argv)
+    s = parse(others)
+    work, room = (read_shape(s.model), args.gpus, args.tokens_per_row), USABLE * args.gpu_memory
+    typed = memory(s, *work)
+    for change in changes(s, args.gpus):
+        changed = memory(replace(s, **change), *work)
+        if changed["peak"] <= room:
+            break
+    add = "".join(f" --{name.replace('_', '-')}" + f" {value}" * (value is not True)
+                  for name, value in change.items())
+    print(f"{s.method}, {s.model}, {s.dtype}, micro-batches of {s.micro_batch_size} rows, "
+          f"{args.tokens_per_row} tokens each\n\n{'GB on each GPU':32}as typed{'  with' * bool(add)}{add}")
+    for part in (part for part in typed if typed[part] or changed[part]):
+        print(f"{part:32}{typed[part] / GB:8.2f}" + f"{changed[part] / GB:8.2f}" * bool(add))
+    verdict = f"does not fit as typed. Add{add}" if add else "fits"
+    print(f"\nOn {args.gpus} x {args.gpu_memory / GB:g} GB ({USABLE:.0%} of it usable) this run " + (
+        verdict if changed["peak"] <= room else "does not fit with any change: take more or larger GPUs"))
+
+
+if __name__ == "__main__":
+    run_command(main)

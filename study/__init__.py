@@ -1,1 +1,0 @@
-"""The runs of Section 5: grid, verdicts, pages, pictures."""
