@@ -66,8 +66,8 @@ def row_of(unit: str, costs: dict, **more) -> dict:
 
 
 def agree(what: str, ours, theirs) -> float:
-    """The largest relative difference. Raises RuntimeError if it is above TOLERANCE."""
-    gap = float((np.abs(np.subtract(ours, theirs)) / np.maximum(np.abs(ours), 1e-30)).max())
+    """The largest difference over the mean size of ours. Raises RuntimeError if it is above TOLERANCE."""
+    gap = float(np.abs(np.subtract(ours, theirs)).max() / np.abs(ours).mean())
     if not gap <= TOLERANCE:
         raise RuntimeError(f"{what} differ by {gap:.2e}: ours and the opponent did not compute the same")
     return gap

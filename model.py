@@ -119,10 +119,11 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 def join_world(device: str, parallel: str = "ddp") -> World:
     """The processes that torchrun started, or this process alone. Raises InputError for a missing device."""
-    rank, size, local_rank, local_size = (int(os.environ.get(key, value)) for key, value in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = device if device != "auto" else "cuda" if available["cuda"] else "cpu"
+    if device == "auto":
+        device = "cuda" if available["cuda"] else "cpu"
     if not available[device]:
         raise InputError(f"--device {device}: this machine has none; leave the flag out, or use --device cpu")
     if device == "cuda":
@@ -132,7 +133,7 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     torch.set_flush_denormal(True)  # a collapsed model has many denormal numbers, which are slow on a CPU
     if size > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return World(rank, size, torch.device(device, local_rank) if device == "cuda" else torch.device(device),
+    return World(rank, size, torch.device(device, local_rank if device == "cuda" else None),
                  sharded=parallel == "fsdp" and size > 1)
 
 
@@ -321,13 +322,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-CARD = """# {loss} on {split} of {data}
-
-Made by `train_npo.py` from {start}; prompt template: {template}. `AutoModelForCausalLM.from_pretrained` loads
-it. An unlearned model gives the forget answers a low probability, which does not prove that they are gone.
-"""
-
-
 def save_model(model: AnswerModel, tokenizer, folder: Path, meta: dict, world: World = ALONE):
     """Write what from_pretrained loads, adapters merged, with npo.json and a README: aside, then renamed."""
     weights = get_model_state_dict(model.lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -345,6 +339,7 @@ def save_model(model: AnswerModel, tokenizer, folder: Path, meta: dict, world: W
     model.lm.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     (aside / "npo.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(CARD.format(**meta | meta["trained_on"]), encoding="utf-8")
+    card = "# {loss} on {split} of {data}\n\nMade by `train_npo.py` from {start}. Prompts: {template}.\n"
+    (aside / "README.md").write_text(card.format(**meta | meta["trained_on"]), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)

@@ -75,7 +75,8 @@ def settings_of(study: dict, columns: dict) -> str:
         source = "; ".join(f"{name}: lr {runs[0]['lr']:.2g}" + f", β {runs[0]['beta']:g}" * has_beta(name)
                            + f", weight {runs[0]['retain_weight']:g}" * (runs[0]["retain_weight"] > 1)
                            for name, runs in named.items() if " " not in name)
-    return f"{model}, {study.get('data') or run['data']}, {run['epochs']} epochs, {seeds}; {source}"
+    data = study.get("data") or run["data"]
+    return f"{model}, {data}, {run['epochs']} epochs, {seeds}; {source}".strip("; ")
 
 
 # ---------------------------------------------------------------- axes, lines, names

@@ -1,4 +1,5 @@
-"""--lora: adapters alone are trained, and the result is the merged model. Most of it needs the package peft."""
+"""--lora: adapters alone are trained, and the result is the merged model. Most tests need the package
+peft."""
 
 from importlib.util import find_spec
 

@@ -55,7 +55,8 @@ def plain_loop(s, tokenizer, policy) -> list:
     optimizer = sgd(policy, s)
 
     def log_p(lm, text):  # of the vocabulary, where the answer is predicted
-        return lm(input_ids=torch.tensor([text.ids]), use_cache=False).logits[0, text.start - 1:-1].log_softmax(-1)
+        logits = lm(input_ids=torch.tensor([text.ids]), use_cache=False).logits
+        return logits[0, text.start - 1:-1].log_softmax(-1)
 
     def token_logps(lm, text):
         return log_p(lm, text).gather(1, torch.tensor(text.ids[text.start:])[:, None])[:, 0]
@@ -96,17 +97,17 @@ def test_it_trains_as_a_plain_loop(run, small_data, tmp_path, monkeypatch, name)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("Llama", "GPT2", "Mamba", "Qwen2Moe"))
 def test_fsdp_matches_one_process(forked, run, small_data, tmp_path, name):
-    """The head of some is not tied to the embedding."""
+    """Two of the four heads are not tied to the embedding."""
     save_random_model(tmp_path / "start", config_of(name, WORKS[name]))
     alone = run(f"--model start {FLAGS}", out="alone")
     forked("train_npo.py", "--model", "start", "--data", small_data, "--eval-every", "never", *FLAGS.split(),
            "--micro-batch-size", 1, "--out", "two", "--parallel", "fsdp", processes=2)
     for line, expected in zip(log(tmp_path / "two"), log(alone), strict=True):
-        assert line == pytest.approx(expected, rel=1e-4)
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
     expected, sharded = (weights(folder / "model") for folder in (alone, tmp_path / "two"))
-    for kept in (expected, sharded):  # AdamW scales up the rounding of a key bias, whose gradient is 0
-        kept.pop("transformer.h.0.attn.c_attn.bias", None), kept.pop("transformer.h.1.attn.c_attn.bias", None)
-    assert_close(expected, sharded, 1e-4)
+    for name in [name for name in expected if name.endswith("c_attn.bias")]:
+        del expected[name], sharded[name]  # AdamW scales up the rounding of a key's bias, whose gradient is 0
+    assert_close(expected, sharded)
 
 
 @pytest.mark.parametrize("name", CHANGES_LOGITS)

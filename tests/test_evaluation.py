@@ -36,7 +36,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_released_logs_give_the_published_metrics(shared, name):
-    rows, _ = read_log(shared("retain_logs") / "llama2-7b" / f"{name}.json")
+    rows, _ = read_log(str(shared("retain_logs") / "llama2-7b" / f"{name}.json"))
     metrics, (utility, *sets) = compute_metrics(rows), PUBLISHED[name]
     assert round(metrics["model_utility"], 6) == utility
     for evaluated, values in zip(("retain", "real_authors", "world_facts", "forget"), sets, strict=True):
@@ -209,7 +209,8 @@ def test_privleak_by_hand():
     assert privleak(None, 0.5) is privleak(0.5, None) is privleak(0.5, 1) is None
     retrained, holdout = ([member(f"{name} {k}", 4.0, 2, 3.0, k) for k in scores]
                           for name, scores in (("f", (1, 4)), ("h", (2, 3))))
-    rows = {"forget": [{**row, "min_k": 1} for row in retrained], "holdout": holdout}
+    rows = {"forget": [{**row, "min_k": 1} for row in retrained],
+            "holdout": [{**row, "min_k": 9} for row in holdout]}
     assert compute_metrics(rows, retrained, holdout + retrained)["privleak"] == -100  # AUC 1; retrained 1/2
     assert compute_metrics(rows, retrained, holdout[::-1])["privleak"] is None  # another holdout
     assert compute_metrics(rows, retrained)["privleak"] is compute_metrics(rows)["privleak"] is None
@@ -412,7 +413,7 @@ def test_a_log_with_a_flaw_is_refused_with_one_sentence(tmp_path, flaw):
     (tmp_path / "half.json").write_text("{")
     for name in ("bad.json", "half.json", "missing.json"):
         with pytest.raises(InputError, match=f"cannot read the log .*{name}") as error:
-            read_log(tmp_path / name)
+            read_log(str(tmp_path / name))
         assert "\n" not in str(error.value)
 
 
@@ -424,7 +425,7 @@ def test_a_released_log_is_read_by_row_number(tmp_path):
     log = {name: {str(row["index"]): row[column] for row in rows[::-1]} for name, column in columns.items()}
     log["generated_text"] = [[row["question"], row["generation"], row["answer"]] for row in rows]
     (tmp_path / "log.json").write_text(json.dumps({"eval_log_forget.json": log}))
-    assert read_log(tmp_path / "log.json") == ({"forget": rows}, {"format": "TOFU"})
+    assert read_log(str(tmp_path / "log.json")) == ({"forget": rows}, {"format": "TOFU"})
 
 
 def test_only_a_model_retrained_without_the_forget_rows_is_compared(tmp_path):

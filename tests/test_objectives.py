@@ -110,7 +110,7 @@ class Step:
             yield (log_p.exp() * (log_p - log_q)).sum(1)
 
     def token_losses(self, loss: str):
-        """One value for each answer token; CE-U leaves out the first one of an answer."""
+        """One value per answer token. CE-U leaves out the first token of an answer."""
         for text in self.answers:
             policy, tokens = self.predictions(text)
             reference, _ = self.predictions(text, self.reference_lm)

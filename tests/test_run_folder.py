@@ -2,7 +2,6 @@
 trajectory.png."""
 
 import json
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -68,7 +67,7 @@ def test_a_run_leaves_a_complete_folder(run, small_model, small_data, retain_log
     assert loaded.preset is PRESETS["tiny"] and loaded.meta["trained_on"] == config["trained_on"]
     card = (folder / "model" / "README.md").read_text()
     assert "npo+rt on forget10" in card and "does not prove" in card and str(Path.cwd()) not in card
-    assert loaded.meta["start"] and (folder / "model" / "npo.json").read_text().count(config["start_hash"]) == 1
+    assert json.loads((folder / "model" / "npo.json").read_text())["start_hash"] == config["start_hash"]
 
 
 def test_the_result_is_a_model_of_the_library(run, small_model):
@@ -106,8 +105,8 @@ def test_runs_of_one_method_are_numbered(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("every, elapsed, due_after", (("3", 0, {3, 6}), ("1", 0, {*range(1, 8)}),
-                                                       ("1m", 59, set()), ("1m", 61, {*range(1, 8)}),
-                                                       ("10m", 599, set()), ("10m", 601, {*range(1, 8)})))
+                                                       ("1m", 30, set()), ("1m", 61, {*range(1, 8)}),
+                                                       ("10m", 500, set()), ("10m", 601, {*range(1, 8)})))
 def test_checkpoints_come_by_steps_or_minutes(every, elapsed, due_after):
     s = parse(["--checkpoint-every", every, "--eval-every", "never"])
     run = Namespace(s=s, stopped=False, world=ALONE, saved_at=time.monotonic() - elapsed)
@@ -149,13 +148,3 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch, run):
     with pytest.raises(InputError, match="pip install wandb"):
         run("--log-to wandb")
     assert not Path("run").exists()
-
-
-def test_another_template_than_the_start_s_is_refused(run, small_model):
-    shutil.copytree(small_model, "start")
-    record = {"preset": None, "template": "qa", "trained_on": {"split": "full", "template": "qa"}}
-    Path("start/npo.json").write_text(json.dumps(record))
-    folder = run("--model start --epochs 1")
-    assert json.loads((folder / "model" / "npo.json").read_text())["template"] == "qa"
-    with pytest.raises(InputError, match="--template llama2: start was trained with qa"):
-        run("--model start --template llama2", out="other")

@@ -1,1 +1,0 @@
-"""Opponents and measurements of speed and memory."""
