@@ -93,7 +93,7 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
     retain = slice_rows(full, complement(split) if forget else split)
     if any(row.get(ALTERNATIVE) is not None for row in forget):
         check_rows(forget, f"{data}: full.json", {ALTERNATIVE: str}, first=len(full) - len(forget) + 1)
-    source = Path(data).name if Path(data).is_dir() else data  # records keep no path of a machine
+    source = Path(data).resolve().name if Path(data).is_dir() else data  # records keep no path of a machine
     return Task(source, forget, retain, evaluated, refusals, sets.get(HOLDOUT, []),
                 fingerprint({name: sets[name] for name in SETS}, refusals))
 
