@@ -97,8 +97,8 @@ def main(argv: list | None = None):
     parser.add_argument("--gpus", type=positive(int), default=1, help="one process runs on each")
     parser.add_argument("--gpu-memory", type=gigabytes, default=80 * GB, help="of one GPU, such as 80G")
     parser.add_argument("--tokens-per-row", type=positive(int), default=128, help="of the longest rows")
-    args, others = parser.parse_known_args(argv)
-    s = parse(others)
+    args, flags = parser.parse_known_args(argv)
+    s = parse(flags)
     work, room = (read_shape(s.model), args.gpus, args.tokens_per_row), USABLE * args.gpu_memory
     typed = memory(s, *work)
     for change in changes(s, args.gpus):
