@@ -104,15 +104,16 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int,
             texts = {key: text for key, text in prepared.texts.items() if key.endswith("/answer") == answers}
             for keys in batches(texts, lambda text: len(text.ids), "scoring"):
                 batch = collate([texts[key] for key in keys], tokenizer.eos_token_id, world.device)
-                logits = model([batch])
+                _, logits = model([batch])
+                lengths = [texts[key].answer_tokens for key in keys]
                 values = [token_logps(logits, batch.targets)]
                 if answers:
                     values += likelihood_measures(logits, batch.targets, values[0])
-                per_text = torch.stack(values).double().cpu().split(batch.answer_tokens.tolist(), dim=1)
+                per_text = torch.stack(values).double().cpu().split(lengths, dim=1)
                 for key, value in zip(keys, per_text, strict=True):
                     scores[key] = score(*value.tolist())
                 if answers and reference is not None:
-                    compare(keys, logits.split(batch.answer_tokens.tolist()), reference, scores)
+                    compare(keys, logits.split(lengths), reference, scores)
         for keys in batches(prepared.prompts, len, "generating"):
             prompts = [prepared.prompts[key] for key in keys]
             ids = generate(model, prompts, tokenizer.eos_token_id, max_new_tokens, world.device)
@@ -387,7 +388,7 @@ class ResidentReference(NamedTuple):
     batches: dict  # key -> the text as a batch
 
     def logits(self, keys: list) -> Tensor:
-        return self.model([self.batches[keys[0]]])
+        return self.model([self.batches[keys[0]]])[1]
 
     def logps(self, keys: list) -> Tensor:
         return token_logps(self.logits(keys), self.batches[keys[0]].targets).sum()

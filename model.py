@@ -63,7 +63,7 @@ PRESETS = {
     "qwen2.5-1.5b": Preset("Qwen/Qwen2.5-1.5B-Instruct", "", "chat", ASSISTANT),
     "llama2-7b": Preset("NousResearch/Llama-2-7b-chat-hf", "open-unlearning/tofu_Llama-2-7b-chat-hf_full"),
 }
-LORA_LR = 10  # adapters are trained with this multiple of the preset's lr
+LORA_LR_FACTOR = 10  # adapters are trained with this multiple of the preset's lr
 
 
 def resolve_model(model: str) -> tuple[Preset, str | None, str]:
@@ -146,23 +146,15 @@ class AnswerModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batches: list[TokenBatch]) -> Tensor:
-        """Logits of the batches' answer tokens, batch after batch, (N, V)."""
-        # By the class's functions: FSDP wraps the instance's, and nested wrappers would gather at every call.
-        return AnswerModel.head(self, AnswerModel.hidden(self, batches))
-
-    def hidden(self, batches: list[TokenBatch]) -> Tensor:
-        """The last hidden states there, (N, H). Texts are padded at the end, and causal attention never looks
-        at what comes later, so no mask is needed."""
+    def forward(self, batches: list[TokenBatch]) -> tuple[Tensor, Tensor]:
+        """The last hidden states and the logits that predict answer tokens, batch after batch: (N, H) and
+        (N, V). Padding comes last, and causal attention never looks ahead, so no mask is needed."""
         states = []
         for batch in batches:
             output = self.lm.base_model(input_ids=batch.ids, use_cache=False)
             states.append(output.last_hidden_state[batch.lines, batch.columns])
-        return torch.cat(states)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V)."""
-        return self.lm.get_output_embeddings()(hidden)
+        hidden = torch.cat(states)
+        return hidden, self.lm.get_output_embeddings()(hidden)
 
     def next_logits(self, **inputs) -> tuple[Tensor, object]:
         """Logits of the token after each line, and the cache: one step of generation."""
@@ -176,7 +168,7 @@ class AnswerModel(nn.Module):
 def check_head(model: AnswerModel, batch: TokenBatch, name: str):
     """Raises InputError for a model that changes its logits behind the LM head (scales or caps them)."""
     logits = model.lm(input_ids=batch.ids, use_cache=False).logits[batch.lines, batch.columns]
-    if (model([batch]) - logits).abs().max() > 1e-5 * logits.abs().max():
+    if (model([batch])[1] - logits).abs().max() > 1e-5 * logits.abs().max():
         raise InputError(f"--model {name}: {type(model.lm).__name__} changes its logits behind the head, so "
                          "our log-probabilities would be wrong: take another model")
 
@@ -284,8 +276,7 @@ def shard(model: AnswerModel, dtype: torch.dtype, world: World):
                   and len(m) == model.lm.config.num_hidden_layers)
     for part in (*layers, model):
         fsdp.fully_shard(part, mesh=mesh, mp_policy=policy)
-    for method in ("hidden", "head", "next_logits"):  # used beside `forward`
-        fsdp.register_fsdp_forward_method(model, method)
+    fsdp.register_fsdp_forward_method(model, "next_logits")
 
 
 @contextmanager
@@ -339,7 +330,8 @@ def save_model(model: AnswerModel, tokenizer, folder: Path, meta: dict, world: W
     model.lm.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     (aside / "npo.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    card = "# {loss} on {split} of {data}\n\nMade by `train_npo.py` from {start}. Prompts: {template}.\n"
+    card = ("# {loss} on {split} of {data}\n\nMade by `train_npo.py` from {start}. Prompts: {template}. A low "
+            "probability of the forget answers does not prove that they are gone.\n")
     (aside / "README.md").write_text(card.format(**meta | meta["trained_on"]), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)

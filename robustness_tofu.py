@@ -96,7 +96,8 @@ def relearn(lab: Lab, model: AnswerModel) -> list[dict]:
             answer_tokens = sum(text.answer_tokens for text in batch)
             for at in range(0, len(batch), size):
                 micro = collate(batch[at:at + size], lab.loaded.tokenizer.eos_token_id, lab.world.device)
-                (nll_loss(token_logps(attacked([micro]), micro.targets)).sum() / answer_tokens).backward()
+                _, logits = attacked([micro])
+                (nll_loss(token_logps(logits, micro.targets)).sum() / answer_tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
             if step == len(batches) or step & (step - 1) == 0:

@@ -29,7 +29,6 @@ import shutil
 import signal
 import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,12 +43,12 @@ from tqdm import tqdm
 
 from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
                     write_json)
-from data.batches import Counts, MicroBatch, Plan, collate, deal, sums_per_text
+from data.batches import Counts, MicroBatch, Plan, collate, deal
 from data.prompts import TEMPLATES
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, compute_metrics, evaluate, plot_trajectory, prepare, read_retain_log
 from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
-from model import (AUTOCAST, LORA_LR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
+from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, in_turns, join_world, load_model, resolve_model, save_model, shard)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints say so of one process
@@ -140,16 +139,17 @@ def resolve(s: Settings, typed: dict) -> Settings:
     sft, objective, preset = s.loss == "sft", OBJECTIVES[s.loss], resolve_model(s.model)[0]
     lr = preset.sft_lr if sft else preset.lr
     defaults = {"split": "full" if sft else "forget10", "epochs": preset.sft_epochs if sft else preset.epochs,
-                "lr": lr * LORA_LR if s.lora else lr,
+                "lr": lr * LORA_LR_FACTOR if s.lora else lr,
                 "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
                 "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay, "beta": preset.beta,
                 "gamma": 0.0, "eval_every": "end" if sft else "epoch", **objective.defaults}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items()
-                                  if getattr(s, name, value) is None})
+                                  if name in vars(s) and getattr(s, name) is None})
+    used = (*objective.settings, *(["kl_direction"] if s.kl_weight else []))
     for name in ("beta", "beta2", "gamma", "kl_direction"):
-        if name in typed and not (s.kl_weight if name == "kl_direction" else name in objective.settings):
+        if name in typed and name not in used:
             raise InputError(f"--{name.replace('_', '-')} has no effect on {s.method}: leave it out")
-    refusals = {
+    contradictions = {
         "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
             sft and (s.retain_weight or s.kl_weight),
         "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained":
@@ -177,7 +177,7 @@ def resolve(s: Settings, typed: dict) -> Settings:
             not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every),
         f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}":
             s.out and Path(s.out).exists()}
-    if sentences := [sentence for sentence, applies in refusals.items() if applies]:
+    if sentences := [sentence for sentence, applies in contradictions.items() if applies]:
         raise InputError(sentences[0])
     if s.forget or s.retain:
         s.split = "own"
@@ -213,12 +213,12 @@ class Reference:
         states = torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
         return torch.nn.functional.linear(states, self.tensors["head"], self.tensors.get("head_bias"))
 
-    def inputs(self, names, keys: MicroBatch) -> dict[str, Tensor]:
+    def inputs(self, names, texts: MicroBatch) -> dict[str, Tensor]:
         """Those of the loss's inputs, by name, that come from the reference."""
-        sources = {"reference_logps": (self.logps, keys.rows), "reference_logits": (self.logits, keys.rows),
-                   "reference_token_logps": (self.token_logps, keys.rows),
-                   "reference_refusal_logps": (self.logps, keys.refusals)}
-        return {name: compute(texts) for name, (compute, texts) in sources.items() if name in names}
+        sources = {"reference_logps": (self.logps, texts.rows), "reference_logits": (self.logits, texts.rows),
+                   "reference_token_logps": (self.token_logps, texts.rows),
+                   "reference_refusal_logps": (self.logps, texts.refusals)}
+        return {name: compute(keys) for name, (compute, keys) in sources.items() if name in names}
 
 
 def open_reference(file: Path, s: Settings, model: AnswerModel, plan: Plan, prepared: Prepared,
@@ -243,18 +243,19 @@ def open_reference(file: Path, s: Settings, model: AnswerModel, plan: Plan, prep
 @torch.no_grad()
 def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world: World) -> dict[str, Tensor]:
     """Run the model once over `texts`, each process its share. All processes get all tensors."""
-    compared = tuple(kind for kind in ("retain/", "row/", "forget/", "world_facts/")
-                     if kind != "row/" or "reference_logits" in OBJECTIVES[s.loss].inputs)
+    with_states = ["retain/", "forget/", "world_facts/"]  # K and the KL metrics compare logits there
+    if "reference_logits" in OBJECTIVES[s.loss].inputs:
+        with_states.append("row/")
     share = {}
     dealt = deal(list(texts), lambda key: len(texts[key].ids), 2 * s.micro_batch_size, world.rank, world.size)
     for keys in tqdm(filter(None, dealt), "reference", len(dealt), False, disable=world.rank > 0 or None):
         batch = collate([texts[key] for key in keys], pad, world.device)
-        hidden = model.hidden([batch])
-        counts = batch.answer_tokens.tolist()
-        logps = token_logps(model.head(hidden), batch.targets).cpu().split(counts)
-        for key, text_logps, states in zip(keys, logps, hidden.float().cpu().split(counts), strict=True):
+        hidden, logits = model([batch])
+        lengths = [texts[key].answer_tokens for key in keys]
+        logps = token_logps(logits, batch.targets).cpu().split(lengths)
+        for key, text_logps, states in zip(keys, logps, hidden.float().cpu().split(lengths), strict=True):
             share[f"logps/{key}"] = text_logps.clone()
-            if key.startswith(compared):
+            if key.startswith(tuple(with_states)):
                 share[f"states/{key}"] = states.clone()
     tensors = {name: tensor for part in world.collect(share) for name, tensor in part.items()}
     head = model.lm.get_output_embeddings()
@@ -266,30 +267,30 @@ def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world
 
 # ---------------------------------------------------------------- the objective
 
-def loss_sums(s: Settings, policy, plan: Plan, keys: MicroBatch, counts: Counts, reference: Reference,
-              kl_baseline: Tensor) -> dict[str, Tensor]:
+def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: Counts,
+              reference: Reference, kl_baseline: Tensor) -> dict[str, Tensor]:
     """A micro-batch's part of the global batch's loss, of the loss's terms and of W. Each is a sum over rows
     or tokens, divided by the whole batch's count, so the parts add up over micro-batches and processes."""
     objective, row_weight, device = plan.objective, 1.0, reference.device
-    if not keys.rows:  # no rows are left for this process: DDP still needs its backward pass
-        keys, row_weight = plan.keys(plan.stream[0][:1]), 0.0
-    answers, refusals, retain = plan.read_by_policy(keys)
+    if not micro_batch.rows:  # no rows are left for this process, but DDP still needs its backward pass
+        micro_batch, row_weight = plan.micro_batch_of(plan.stream[0][:1]), 0.0
+    answers, refusals, retain = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
     batches = [collate(texts, plan.pad, device) for texts in (answers + retain, refusals) if texts]
     targets = torch.cat([batch.targets for batch in batches])  # (N,)
-    answer_tokens = torch.cat([batch.answer_tokens for batch in batches])  # of each text
-    logits = policy(batches)  # (N, V): where answer tokens are predicted
+    _, logits = policy(batches)  # (N, V): where answer tokens are predicted
     logps = token_logps(logits, targets)  # (N,)
-    n = sum(text.answer_tokens for text in answers)  # tokens of the forget answers
-    m = n + sum(text.answer_tokens for text in retain)  # then those of the retain answers, then the refusals
-    answer_logps, _, refusal_logps = sums_per_text(logps, answer_tokens).split(
-        [len(answers), len(retain), len(refusals)])  # log pi_theta(y|x), (B,)
+    lengths = [text.answer_tokens for text in answers + retain + refusals]  # the tokens' order
+    text_logps = torch.stack([part.sum() for part in logps.split(lengths)])  # log pi_theta(y|x) of each text
+    answer_logps, _, refusal_logps = text_logps.split([len(answers), len(retain), len(refusals)])
+    n = sum(lengths[:len(answers)])  # where the retain answers' tokens begin
+    m = n + sum(text.answer_tokens for text in retain)  # and where they end
 
     inputs = {"policy_logps": answer_logps, "refusal_logps": refusal_logps, "policy_token_logps": logps[:n],
               "policy_logits": logits[:n], "targets": targets[:n], "kl_baseline": kl_baseline,
-              "answer_lengths": answer_tokens[:len(answers)],
+              "answer_lengths": torch.tensor(lengths[:len(answers)], device=device),
               **{name: (objective.defaults | vars(s))[name] for name in objective.settings},
-              **reference.inputs(objective.inputs, keys)}
+              **reference.inputs(objective.inputs, micro_batch)}
     arguments = [inputs[name] for name in objective.inputs]
     values = objective.loss(*arguments)  # (B,) or (N,)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows
@@ -298,12 +299,12 @@ def loss_sums(s: Settings, policy, plan: Plan, keys: MicroBatch, counts: Counts,
         sums["retain_loss"] = nll_loss(logps[n:m]).sum() / counts.retain_tokens  # nats per token
         sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
     if s.kl_weight > 0:
-        token_kls = kl_loss(logits[n:m], reference.logits(keys.retain), s.kl_direction)
+        token_kls = kl_loss(logits[n:m], reference.logits(micro_batch.retain), s.kl_direction)
         sums["kl_loss"] = token_kls.sum() / counts.retain_tokens
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
         sums["mean_W"] = objective.weight(*arguments).detach().sum() / count
-    assert len(values) in (len(keys.rows), n, len(logps) - m), "need one value per sequence or per token"
+    assert len(values) in (len(micro_batch.rows), n, len(logps) - m), "need one value per sequence or token"
     return {name: row_weight * value for name, value in sums.items()}
 
 
@@ -317,7 +318,8 @@ def kto_baseline(s: Settings, model: AnswerModel, plan: Plan, refusals: list[str
         for keys in filter(None, deal(refusals, lambda key: len(plan.texts[key].ids), 2 * s.micro_batch_size,
                                       world.rank, world.size)):
             batch = collate([plan.texts[key] for key in keys], plan.pad, world.device)
-            total += token_logps(model([batch]), batch.targets).sum() - reference.logps(keys).sum()
+            _, logits = model([batch])
+            total += token_logps(logits, batch.targets).sum() - reference.logps(keys).sum()
     return (world.sum(total) / len(refusals)).clamp(min=0)
 
 
@@ -348,7 +350,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
     """The linear schedule: update k (from 0) of T has k/w while k < w, then (T - k)/(T - w)."""
     if step < warmup_steps:
         return step / warmup_steps
-    return (steps - step) / max(1, steps - warmup_steps)
+    return (steps - step) / (steps - warmup_steps)
 
 
 def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run: "Run", world: World):
@@ -375,15 +377,14 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
             group["lr"] = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
         kl_baseline = torch.zeros((), device=world.device)
         if "kl_baseline" in plan.objective.inputs:
-            kl_baseline = kto_baseline(s, model, plan, plan.keys(items).refusals, reference, world)
+            kl_baseline = kto_baseline(s, model, plan, plan.micro_batch_of(items).refusals, reference, world)
 
         totals, micro_batches = 0, plan.micro_batches(items, world.rank, world.size)
-        for k, keys in enumerate(micro_batches, 1):
-            waits = isinstance(policy, DistributedDataParallel) and k < len(micro_batches)
-            with policy.no_sync() if waits else nullcontext():  # gradients are averaged once, after the last
-                with autocast(s.dtype, world.device):
-                    sums = loss_sums(s, policy, plan, keys, counts, reference, kl_baseline)
-                scaler.scale(sums["loss"] * world.size).backward()  # undoes the average over processes
+        for k, micro_batch in enumerate(micro_batches, 1):
+            policy.require_backward_grad_sync = k == len(micro_batches)  # DDP averages once, after the last
+            with autocast(s.dtype, world.device):
+                sums = loss_sums(s, policy, plan, micro_batch, counts, reference, kl_baseline)
+            scaler.scale(sums["loss"] * world.size).backward()  # undoes the average over processes
             totals = totals + torch.stack([value.detach() for value in sums.values()])
         logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))
 
@@ -432,8 +433,11 @@ class Run:
 
     def requests(self, step: int) -> tuple[bool, bool]:
         """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
-        number, minutes, _ = self.s.checkpoint_every.partition("m")
-        due = time.monotonic() - self.saved_at > 60 * int(number) if minutes else step % int(number) == 0
+        every = self.s.checkpoint_every
+        number = int(every.removesuffix("m"))
+        due = step % number == 0
+        if every.endswith("m"):
+            due = time.monotonic() - self.saved_at > 60 * number
         requests = torch.tensor([self.stopped, due], dtype=torch.int32, device=self.world.device)
         return tuple(count > 0 for count in self.world.sum(requests).tolist())
 
@@ -608,9 +612,9 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
 
 def main(argv: list | None = None):
     s, begin = parse(argv), time.perf_counter()
-    if s.resume and (Path(s.resume) / "model").is_dir():
-        return print(f"{s.resume} is finished")
     world = join_world(s.device, s.parallel)
+    if s.resume and (Path(s.resume) / "model").is_dir():
+        return world.say(f"{s.resume} is finished")
     model, run = begin_run(s, world)
     reference = Reference({}, world.device)
     if s.loss != "sft":

@@ -123,35 +123,32 @@ class Plan:
                 text = self.texts[key]
                 self.texts[key] = text._replace(start=text.start + self.objective.skips)
 
-    def keys(self, items: list[Item]) -> MicroBatch:
+    def micro_batch_of(self, items: list[Item]) -> MicroBatch:
         """The texts of these items that the objective uses."""
         refusals = [f"refusal/{i.row}/{i.refusal}" for i in items] if self.objective.needs_refusals else []
         retain = [f"retain/{i.partner}" for i in items] if self.uses_partners else []
         return MicroBatch([f"row/{i.row}" for i in items], refusals, retain)
 
-    def read_by_policy(self, keys: MicroBatch) -> list[list[Encoded]]:
+    def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads; a list is empty where the loss has no
         use for it."""
         reads = (self.objective.needs_answers, "refusal_logps" in self.objective.inputs, True)
         return [[self.texts[key] for key in group] if read else []
-                for group, read in zip(keys, reads, strict=True)]
+                for group, read in zip(micro_batch, reads, strict=True)]
 
     def micro_batches(self, items: list[Item], rank: int, world_size: int) -> list[MicroBatch]:
         """This process's share of a global batch. Rows and retain partners are sorted by length apart from
         each other: the losses are sums over the batch, so a partner need not run beside its row. The longest
         texts come first, before gradients take memory."""
-        def row_length(item: Item) -> int:
-            return sum(len(text.ids) for group in self.read_by_policy(self.keys([item])._replace(retain=[]))
-                       for text in group)
-
         share = self.micro_batch_size, rank, world_size
-        rows = [self.keys(batch) for batch in deal(items, row_length, *share)]
-        partners = self.keys(items).retain
+        dealt = deal(items, lambda item: len(self.texts[f"row/{item.row}"].ids), *share)
+        rows = [self.micro_batch_of(batch) for batch in dealt]
+        partners = self.micro_batch_of(items).retain
         retain = deal(partners, lambda key: len(self.texts[key].ids), *share) or [[]] * len(rows)
-        return [keys._replace(retain=texts) for keys, texts in zip(rows, retain, strict=True)][::-1]
+        return [batch._replace(retain=keys) for batch, keys in zip(rows, retain, strict=True)][::-1]
 
     def counts(self, items: list[Item]) -> Counts:
-        answers, refusals, retain = groups = self.read_by_policy(self.keys(items))
+        answers, refusals, retain = groups = self.read_by_policy(self.micro_batch_of(items))
         return Counts(rows=len(items), forget_tokens=sum(text.answer_tokens for text in answers or refusals),
                       retain_tokens=sum(text.answer_tokens for text in retain),
                       tokens=sum(len(text.ids) for group in groups for text in group))
@@ -171,22 +168,13 @@ class TokenBatch(NamedTuple):
     lines: Tensor  # (N,)
     columns: Tensor  # (N,)
     targets: Tensor  # (N,)
-    answer_tokens: Tensor  # (S,)
 
 
 def collate(encoded: list[Encoded], pad: int, device="cpu") -> TokenBatch:
     width = max(len(e.ids) for e in encoded)
-    answer_tokens = torch.tensor([e.answer_tokens for e in encoded])
     batch = TokenBatch(
         ids=torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in encoded]),
-        lines=torch.arange(len(encoded)).repeat_interleave(answer_tokens),
+        lines=torch.tensor([line for line, e in enumerate(encoded) for _ in range(e.answer_tokens)]),
         columns=torch.tensor([column for e in encoded for column in range(e.start - 1, len(e.ids) - 1)]),
-        targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]),
-        answer_tokens=answer_tokens)
+        targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]))
     return TokenBatch(*(x.to(device) for x in batch))
-
-
-def sums_per_text(values: Tensor, answer_tokens: Tensor) -> Tensor:
-    """(N,) -> (S,): the sum over each text's answer tokens."""
-    texts = torch.arange(len(answer_tokens), device=values.device).repeat_interleave(answer_tokens)
-    return values.new_zeros(len(answer_tokens)).index_add(0, texts, values)

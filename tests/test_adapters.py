@@ -35,7 +35,7 @@ def test_an_adapters_gradient_follows_from_the_weights_gradient(small_model):
     batch, state = [batch_of(plain.tokenizer)], torch.get_rng_state()
     add_adapters(lm.lm, 3, 0, torch.float32)
     assert torch.equal(torch.get_rng_state(), state) and len(adapted(lm.lm)) == 14  # 7 per layer
-    logits, expected = AnswerModel(lm.lm)(batch), AnswerModel(plain.lm)(batch)
+    logits, expected = AnswerModel(lm.lm)(batch)[1], AnswerModel(plain.lm)(batch)[1]
     assert torch.equal(logits, expected)
     logits.square().sum().backward()
     expected.square().sum().backward()
@@ -60,7 +60,7 @@ def test_what_is_written_is_the_merged_model(small_model, tmp_path, dtype):
     merged = load_model(str(tmp_path / "model")).lm
     assert not adapted(merged) and {p.dtype for p in merged.parameters()} == {torch.float32}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-        logits, expected = (AnswerModel(each)([batch_of(tokenizer)]) for each in (lm, merged))
+        logits, expected = (AnswerModel(each)([batch_of(tokenizer)])[1] for each in (lm, merged))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.2)
 
 

@@ -62,7 +62,7 @@ def plain_loop(s, tokenizer, policy) -> list:
         return log_p(lm, text).gather(1, torch.tensor(text.ids[text.start:])[:, None])[:, 0]
     for step, items in enumerate(plan.stream):
         optimizer.param_groups[0]["lr"] = s.lr * lr_factor(step, plan.steps, plan.warmup_steps)
-        rows, retain = ([plan.texts[key] for key in keys] for keys in plan.keys(items)[::2])
+        rows, retain = ([plan.texts[key] for key in keys] for keys in plan.micro_batch_of(items)[::2])
         logps, reference_logps = (torch.stack([token_logps(lm, text).sum() for text in rows])
                                   for lm in (policy, reference))
         p, q = (torch.cat([log_p(lm, text) for text in retain]) for lm in (policy, reference))

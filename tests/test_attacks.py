@@ -49,7 +49,7 @@ def models(lab):
     batch = collate(lab.encode(lab.task.forget), lab.loaded.tokenizer.eos_token_id)
     optimizer = torch.optim.AdamW(models["unlearned"].parameters(), lr=1e-3)
     for _ in range(5):
-        ga_loss(token_logps(models["unlearned"]([batch]), batch.targets)).mean().backward()
+        ga_loss(token_logps(models["unlearned"]([batch])[1], batch.targets)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return models

@@ -243,7 +243,7 @@ def test_each_answer_token_is_predicted_from_the_one_before(tokenizer):
     pairs = [("Where is it?", "In Oslo."), ("Who wrote it? Who wrote it?", "Ann did.")]
     texts = encode(tokenizer, "llama2", pairs)
     batch = collate(texts, tokenizer.pad_token_id)
-    assert batch.answer_tokens.tolist() == [text.answer_tokens for text in texts]
+    assert batch.lines.tolist() == [0] * texts[0].answer_tokens + [1] * texts[1].answer_tokens
     assert batch.targets.tolist() == [token for text in texts for token in text.ids[text.start:]]
     previous = [token for text in texts for token in text.ids[text.start - 1:-1]]
     assert batch.ids[batch.lines, batch.columns].tolist() == previous

@@ -224,6 +224,7 @@ class Memoriser:
 
     def __init__(self, texts: list, vocabulary: int):
         self.lm, self.vocabulary = torch.nn.Identity(), vocabulary
+        self.lm.config = None  # no limit of positions
         self.next = {tuple(text.ids[:k]): text.ids[k] for text in texts
                      for k in range(text.start, len(text.ids))}
 
@@ -234,9 +235,9 @@ class Memoriser:
         tokens = torch.tensor([self.next.get(tuple(line), -1) for line in lines])
         return 12 * F.one_hot(tokens + 1, self.vocabulary + 1)[:, 1:].float()
 
-    def __call__(self, batches: list) -> torch.Tensor:
-        return self.logits([batch.ids[line, :column + 1].tolist() for batch in batches
-                            for line, column in zip(batch.lines, batch.columns, strict=True)])
+    def __call__(self, batches: list) -> tuple[None, torch.Tensor]:
+        return None, self.logits([batch.ids[line, :column + 1].tolist() for batch in batches
+                                  for line, column in zip(batch.lines, batch.columns, strict=True)])
 
     def next_logits(self, input_ids, attention_mask, position_ids, cache):
         ids = input_ids if cache is None else torch.cat([cache, input_ids], 1)

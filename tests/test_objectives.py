@@ -68,7 +68,7 @@ class Step:
                 p += toward_refusals * slope / length
 
     def baseline(self):
-        refusals = self.plan.keys(self.items).refusals
+        refusals = self.plan.micro_batch_of(self.items).refusals
         return kto_baseline(self.s, self.policy, self.plan, refusals, self.reference, ALONE)
 
     def computed(self):

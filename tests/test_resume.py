@@ -35,13 +35,13 @@ def runs(small_model, small_data, tmp_path_factory) -> Path:
     """A folder with runs of one command: alone, ddp and fsdp (two processes each), and killed_ddp and
     killed_fsdp, which are resumed.
 
-    12 steps, the last of one row, which the second process does not have. Its 4 and the first one's 5 rows of
-    other steps are two and three micro-batches of 2; KTO's z adds one and two passes. Checkpoints come after
-    steps 4 and 8, one evaluation after step 12."""
+    12 steps, the last of one row, which the second process does not have. In the other steps its 4 rows, and
+    the first one's 5, are two and three micro-batches. KTO's z takes one and two passes more, and is above 0
+    because of the large retain weight. Checkpoints come after steps 4 and 8, one evaluation after step 12."""
     folder = tmp_path_factory.mktemp("runs")
-    args = ["--loss", "kto", "--retain-weight", 1, "--kl-weight", 1, "--model", f"tiny={small_model}",
+    args = ["--loss", "kto", "--retain-weight", 20, "--kl-weight", 1, "--model", f"tiny={small_model}",
             "--data", small_data, "--epochs", 5, "--batch-size", 9, "--micro-batch-size", 2, "--lr", 1e-3,
-            "--max-grad-norm", 5, "--checkpoint-every", 4, "--eval-every", "end"]
+            "--max-grad-norm", 12, "--checkpoint-every", 4, "--eval-every", "end"]
     fork(folder, "train_npo.py", *args, "--out", "alone")
     for parallel in PARALLEL:
         flags = [*args, "--parallel", parallel, "--out"]
@@ -83,7 +83,7 @@ def test_two_processes_match_one(runs, parallel):
     weights."""
     assert_close(weights(runs / "alone" / "model"), weights(runs / parallel / "model"))
     alone, two = log(runs / "alone"), log(runs / parallel)
-    assert len(alone) == 12 and max(line["grad_norm"] for line in alone) > 5 and alone[-1]["kl_loss"] > 1e-3
+    assert len(alone) == 12 and {line["grad_norm"] > 12 for line in alone} == {True, False}
     for expected, line in zip(alone, two, strict=True):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
 

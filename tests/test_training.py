@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, get_linear_sche
 
 import train_npo
 from common import InputError
-from data.batches import Plan
+from data.batches import Plan, make_stream
 from data.tofu import load_task
 from losses import OBJECTIVES, Objective, ga_loss
 from model import ALONE, PRESETS, load_model
-from train_npo import begin_run, check_start, kto_baseline, loss_sums, lr_factor, open_reference, parse
+from train_npo import (Reference, begin_run, check_start, kto_baseline, loss_sums, lr_factor, open_reference,
+                       parse)
 
 NPO_AT_START = 2 * math.log(2)  # times 1/beta
 
@@ -43,7 +44,7 @@ def parts_and_gradient(s, model, plan, reference, items, processes: int):
     model.zero_grad()
     counts, parts, z = plan.counts(items), {}, torch.zeros(())
     if s.loss == "kto":
-        z = kto_baseline(s, model, plan, plan.keys(items).refusals, reference, ALONE)
+        z = kto_baseline(s, model, plan, plan.micro_batch_of(items).refusals, reference, ALONE)
     for rank in range(processes):
         for keys in plan.micro_batches(items, rank, processes):
             sums = loss_sums(s, model, plan, keys, counts, reference, z)
@@ -87,8 +88,26 @@ def test_rows_and_retain_texts_are_sorted_apart_the_longest_first(first_step):
         for groups in (("rows", "refusals"), ("retain",)):
             longer, shorter = (lengths(*(getattr(keys, name) for name in groups)) for keys in (first, second))
             assert len(longer) == len(shorter) == 2 and min(longer) >= max(shorter)
-    for group, expected in enumerate(plan.keys(items)):
+    for group, expected in enumerate(plan.micro_batch_of(items)):
         assert sorted(key for share in shares for keys in share for key in keys[group]) == sorted(expected)
+
+
+def test_rows_partners_and_refusals_are_shuffled_independently():
+    s = parse(["--epochs", "2", "--batch-size", "32", "--eval-every", "never"])
+    places = zip(*(item for step in make_stream(100, 100, 100, s) for item in step), strict=True)
+    assert len({*places}) == 3
+
+
+def test_ktos_z_is_a_mean_over_the_refusals_of_the_global_batch(first_step):
+    """Where the reference is e^0.5 times less certain of each token, z is half the mean number of tokens. The
+    last batch of a run has fewer refusals than --batch-size."""
+    s, model, plan, reference, items = first_step("--loss kto --micro-batch-size 1")
+    tensors = {name: tensor - 0.5 for name, tensor in reference.tensors.items()}
+    for count in (8, 3):
+        refusals = plan.keys(items[:count]).refusals
+        z = kto_baseline(s, model, plan, refusals, Reference(tensors, "cpu"), ALONE)
+        tokens = sum(plan.texts[key].answer_tokens for key in refusals)
+        assert z.item() == pytest.approx(0.5 * tokens / count, rel=1e-4)
 
 
 def plan_of(small_data, flags: str = "", **fields) -> Plan:
@@ -126,7 +145,7 @@ def test_a_plan_holds_the_texts_that_its_steps_use(small_data):
 def test_counts_are_of_the_texts_that_the_policy_reads(small_data, loss, read):
     """Of [answers, refusals, retain answers]. KTO's refusals are read without gradient, for its z."""
     plan = plan_of(small_data, f"--loss {loss} --retain-weight 1")
-    counts, keys = plan.counts(plan.stream[0]), plan.keys(plan.stream[0])
+    counts, keys = plan.counts(plan.stream[0]), plan.micro_batch_of(plan.stream[0])
     texts = [[plan.texts[key] for key in keys[group]] for group in read]
     assert counts.rows == 8 and counts.tokens == sum(len(text.ids) for group in texts for text in group)
     assert counts.forget_tokens == sum(text.answer_tokens for text in texts[0])
@@ -249,8 +268,8 @@ def test_the_identities_of_step_0_are_checked(small_data):
 
 
 def test_a_run_whose_reference_is_another_model_ends_at_step_0(run, monkeypatch):
-    plain = train_npo.Reference.logps
-    monkeypatch.setattr(train_npo.Reference, "logps", lambda self, keys: plain(self, keys) + 1)
+    plain = Reference.logps
+    monkeypatch.setattr(Reference, "logps", lambda self, keys: plain(self, keys) + 1)
     with pytest.raises(RuntimeError, match="step 0: .* the reference is not the model"):
         run()
 
@@ -309,10 +328,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_last_checkpoint(run, tmp
 
     def broken(policy_logps):
         calls.append(0)
-        return ga_loss(policy_logps) * (math.nan if len(calls) > 2 else 1)
+        return ga_loss(policy_logps) * (math.nan if len(calls) > 3 else 1)
     monkeypatch.setitem(OBJECTIVES, "ga", OBJECTIVES["ga"]._replace(loss=broken))
-    with pytest.raises(InputError, match="step 3: loss nan.*smaller --lr than 0.001"):
+    with pytest.raises(InputError, match="step 4: loss nan.*smaller --lr than 0.001"):
         run("--loss ga --checkpoint-every 1 --micro-batch-size 8")
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["step_000001", "step_000002"]
+    assert names == ["step_000002", "step_000003"]  # the last two
     assert not (tmp_path / "run" / "model").exists()
