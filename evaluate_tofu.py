@@ -22,6 +22,7 @@ Shapes: N answer tokens, V vocabulary.
 
 import json
 import math
+import os
 import zlib
 from itertools import takewhile
 from pathlib import Path
@@ -422,10 +423,15 @@ def measure(args) -> tuple[dict, dict, tuple]:
     world = join_world(args.device)
     loaded = load_model(args.model, args.template)
     trained_on = loaded.meta["trained_on"] or {}
-    split = "own" if args.forget else args.split or evaluation_split(trained_on.get("split") or "full")
+    recorded = trained_on.get("split") or "full"
+    if recorded == "own" and not (args.forget or args.split):
+        raise InputError(f"{args.model} was trained on own rows: give them with --forget, or give --split")
+    split = "own" if args.forget else args.split or evaluation_split(recorded)
     if split != "own" and parse_split(split)[0] != "forget":
         raise InputError(f"--split {split}: need a forget split, forget01 to forget99")
     task = load_task(args.data, split, args.forget, args.retain)
+    if not args.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
+        print(f"note: {args.model} was trained on other data ({trained_on['data']}) than {task.source}")
     pad, template = loaded.tokenizer.eos_token_id, loaded.meta["template"]
     prepared = prepare(task.evaluated | {"holdout": task.holdout}, loaded.tokenizer, template, args.max_rows,
                        getattr(loaded.lm.config, "max_position_embeddings", None))
@@ -463,6 +469,8 @@ def main(argv: list | None = None):
         if path and not Path(path).resolve().parent.is_dir():
             raise InputError(f"cannot write {path}: its folder does not exist")
     rows, provenance, retrained = read(args) if args.log else measure(args)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     metrics = compute_metrics(rows, *retrained)
     for name in ("forget", "retain"):
         for row in rows.get(name, [])[:SAMPLES]:

@@ -1,7 +1,6 @@
 """The objectives of Negative Preference Optimization and of its baselines (Zhang, Lin, Bai, Mei, 2024).
 
-They are pure functions of log-probabilities and know no model, device or setting. The Llama of
-`train_npo.py`, the random-feature model of `synthetic.py` and the theorem of `theory_check.py` all call them.
+They are pure functions of log-probabilities, which `train_npo.py`, `synthetic.py` and `theory_check.py` call.
 
     NPO, Eq. 3:         L = -(2/beta) log sigmoid(-beta (log pi_theta(y|x) - log pi_ref(y|x)))
     its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
@@ -15,9 +14,7 @@ each answer token. A function returns one value per sequence (B,) or per token (
 mean, because only the caller knows the size of the whole batch. Values and gradients are finite for |beta *
 log-ratio| up to 1e4, because every formula stays in logarithms.
 
-Where the paper's text and the authors' code differ, we follow the text: DPO has 1/beta (Eq. 2; the code has
-2/beta), and K is D(policy || reference) by default (the code has the other direction). The paper has no
-equation for KTO; see `kto_loss`.
+Where the paper's text and the authors' code differ, we follow the text (docs/departures.md).
 """
 
 import inspect
@@ -42,10 +39,7 @@ def _check(beta: float, *logps: Tensor):
 
 
 def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log pi(target) for each answer token, (N, V) logits and (N,) targets -> (N,), nats, at least float32.
-
-    The target's logit less the log-sum-exp: the softmax is never materialised.
-    """
+    """log pi(target) per answer token in nats, at least float32: (N, V) logits, (N,) targets -> (N,)."""
     assert logits.shape[:-1] == targets.shape, (logits.shape, targets.shape)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
@@ -64,32 +58,23 @@ def ga_loss(policy_logps: Tensor) -> Tensor:
 def npo_loss(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     """-(2/beta) log sigmoid(-beta (log pi_theta - log pi_ref)), (B,) (Eq. 3). Bounded below by 0.
 
-    (2/beta) log 2 where the policy is the reference. The factor 2/beta makes W = 1 there, and gradient ascent
-    the limit beta -> 0 (Proposition 1). Raises ValueError for a beta that isn't positive, or for shapes that
-    differ.
+    It is (2/beta) log 2 where the policy equals the reference. The factor 2/beta makes W = 1 there, and
+    gradient ascent the limit beta -> 0 (Proposition 1). Raises ValueError for a beta that is not positive.
     """
     _check(beta, policy_logps, reference_logps)
     return -(2 / beta) * F.logsigmoid(-beta * (policy_logps - reference_logps))
 
 
 def npo_weight(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
-    """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), (B,) in (0, 2) (Eq. 5): NPO's gradient is GA's
-    times W.
-
-    It is computed as 2 sigmoid(beta * log-ratio), which cannot become 0/0.
-    """
+    """W, (B,) in (0, 2) (Eq. 5): NPO's gradient is GA's times W. 2 sigmoid(..) cannot become 0/0."""
     _check(beta, policy_logps, reference_logps)
     return 2 * torch.sigmoid(beta * (policy_logps - reference_logps))
 
 
 def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, reference_chosen_logps: Tensor,
              reference_rejected_logps: Tensor, beta: float) -> Tensor:
-    """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), Delta = log pi_theta - log
-    pi_ref.
-
-    The chosen answer is the refusal ("I don't know"), the rejected one is the forget answer. NPO is twice
-    this loss without its chosen half.
-    """
+    """-(1/beta) log sigmoid(beta (Delta_chosen - Delta_rejected)), (B,) (Eq. 2), where Delta is log pi_theta
+    - log pi_ref. The chosen answer is the refusal ("I don't know"), the rejected one is the forget answer."""
     _check(beta, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
@@ -98,13 +83,10 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
 
 def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float,
              beta: float) -> Tensor:
-    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), z = `kl_baseline` >= 0: KTO's
-    undesirable side.
+    """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), with z = `kl_baseline` >= 0.
 
-    The loss of Ethayarajh et al. (2024) is lambda (1 - sigmoid(beta (z - r))). This is its log-sigmoid
-    variant, so z = 0 gives NPO. The authors' code has 1 - (2/beta) log sigmoid(z - beta r), with z not
-    clamped at 0. z estimates a divergence over the global batch (`train_npo.kto_baseline`) and has no
-    gradient.
+    It is the log-sigmoid variant of KTO's loss for undesirable answers (Ethayarajh et al. 2024), so z = 0
+    gives NPO. z estimates a divergence over the global batch (`train_npo.kto_baseline`), without gradient.
     """
     _check(beta, policy_logps, reference_logps)
     baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()

@@ -229,8 +229,8 @@ def read_model(source, flag: str):
         wrong = [key for key in (*info["missing_keys"], *info["unexpected_keys"]) if "inv_freq" not in key]
         if wrong:
             raise InputError(f"its weights do not match its config.json, for example {min(wrong)}")
-        rows = lm.get_input_embeddings().weight.shape[0]
-        if not tokenizer.is_fast or not tokenizer.vocab_size <= rows > (tokenizer.eos_token_id or rows):
+        rows, end = lm.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
+        if not tokenizer.is_fast or end is None or max(tokenizer.vocab_size, end + 1) > rows:
             raise InputError("its tokenizer needs a tokenizer.json, an end-of-sequence token, and at most as "
                              f"many tokens as the embedding has rows, {rows}")
     except Exception as error:  # the network, formats and versions each raise their own kinds
@@ -330,8 +330,8 @@ def save_model(model: AnswerModel, tokenizer, folder: Path, meta: dict, world: W
     model.lm.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     (aside / "npo.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    card = ("# {loss} on {split} of {data}\n\nMade by `train_npo.py` from {start}. Prompts: {template}. A low "
-            "probability of the forget answers does not prove that they are gone.\n")
+    card = ("# {loss} on {split} of {data}\n\nMade by `train_npo.py` from {start}. Prompts: {template}. A "
+            "low probability of the forget answers does not prove that they are gone.\n")
     (aside / "README.md").write_text(card.format(**meta | meta["trained_on"]), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)

@@ -129,9 +129,11 @@ def parse(argv: list | None = None) -> Settings:
         raise InputError(f"--resume takes the settings from its folder: leave out --{flag}")
     file = Path(typed["resume"]) / "config.json"
     try:
-        return Settings(**json.loads(file.read_text())["settings"] | typed)
+        s = Settings(**json.loads(file.read_text())["settings"] | typed)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume needs a run's folder; {file}: {cause_of(error)}") from None
+    refuse_contradictions(s, typed)
+    return s
 
 
 def resolve(s: Settings, typed: dict) -> Settings:
@@ -149,6 +151,19 @@ def resolve(s: Settings, typed: dict) -> Settings:
     for name in ("beta", "beta2", "gamma", "kl_direction"):
         if name in typed and name not in used:
             raise InputError(f"--{name.replace('_', '-')} has no effect on {s.method}: leave it out")
+    refuse_contradictions(s, typed)
+    if s.forget or s.retain:
+        s.split = "own"
+    elif not sft and parse_split(s.split)[0] != "forget":
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
+    shipped = f"data/tiny/retrained_{s.split}.json"
+    if s.model == "tiny" and not sft and not s.retain_log and locate(shipped).exists():
+        s.retain_log = shipped
+    return s
+
+
+def refuse_contradictions(s: Settings, typed: dict):
+    sft = s.loss == "sft"
     contradictions = {
         "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
             sft and (s.retain_weight or s.kl_weight),
@@ -176,17 +191,9 @@ def resolve(s: Settings, typed: dict) -> Settings:
         f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number of steps":
             not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every),
         f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}":
-            s.out and Path(s.out).exists()}
+            s.out and not s.resume and Path(s.out).exists()}
     if sentences := [sentence for sentence, applies in contradictions.items() if applies]:
         raise InputError(sentences[0])
-    if s.forget or s.retain:
-        s.split = "own"
-    elif not sft and parse_split(s.split)[0] != "forget":
-        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
-    shipped = f"data/tiny/retrained_{s.split}.json"
-    if s.model == "tiny" and not sft and not s.retain_log and locate(shipped).exists():
-        s.retain_log = shipped
-    return s
 
 
 # ---------------------------------------------------------------- the reference, without a model in memory
@@ -337,6 +344,16 @@ def check_start(s: Settings, plan: Plan, logged: dict):
                                "is not the model that this run begins with")
 
 
+@torch.no_grad()
+def check_finite(s: Settings, plan: Plan, model: AnswerModel, step: int, world: World):
+    """Raises InputError where the last update has made a model whose logits are not finite."""
+    with gathered(model), autocast(s.dtype, world.device):
+        _, logits = model([collate([plan.texts["row/0"]], plan.pad, world.device)])
+    if not logits.isfinite().all():
+        raise InputError(f"step {step}: the update made logits that are not finite; try a smaller --lr than "
+                         f"{s.lr:g}")
+
+
 # ---------------------------------------------------------------- optimizer, schedule, loop
 
 def adamw(model: AnswerModel, s: Settings) -> torch.optim.AdamW:
@@ -408,6 +425,8 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         run.log(step, optimizer.param_groups[0]["lr"], logged, grad_norm, tokens_per_s)
 
         stop, due = run.requests(step)
+        if step in run.evaluation_steps or step == plan.steps:
+            check_finite(s, plan, model, step, world)
         if step in run.evaluation_steps:
             run.evaluate(step, model, reference)
         if step < plan.steps and (stop or due or step in run.evaluation_steps):
@@ -429,7 +448,11 @@ class Run:
         self.saved_at, self.stopped = time.monotonic(), False
         self.writer = metric_writer(s.log_to, self.folder) if s.log_to and world.rank == 0 else None
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stopped", True))
+            signal.signal(number, self.stop)
+
+    def stop(self, number: int, _):
+        self.stopped = True
+        signal.signal(number, signal.default_int_handler)  # a second signal ends the process at once
 
     def requests(self, step: int) -> tuple[bool, bool]:
         """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
@@ -507,8 +530,12 @@ class Run:
             for p in (p for group in optimizer.param_groups for p in group["params"]):  # moments to read into
                 optimizer.state[p] = {"step": updates.clone(), "exp_avg": torch.zeros_like(p),
                                       "exp_avg_sq": torch.zeros_like(p)}
-            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
-            dcp.load(tensors_of(model, optimizer), storage_reader=reader)
+            try:
+                reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
+                dcp.load(tensors_of(model, optimizer), storage_reader=reader)
+            except Exception as error:  # a torn file
+                raise InputError(f"cannot read {folders[-1]} ({cause_of(error)}): remove it, and --resume takes "
+                                 "the checkpoint before it") from None
             scaler.load_state_dict(state["scaler"])
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps}")
         for file in sorted((self.folder / "eval").glob("step_*.json")):
@@ -545,7 +572,7 @@ def metric_writer(kind: str, folder: Path):
         import wandb
         return wandb.init(project="npo", name=folder.name, dir=folder).log
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder)
+    writer = SummaryWriter(folder, flush_secs=5)
     return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
 
 
@@ -574,7 +601,10 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     with in_turns(world):
         loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
         lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
-        trained_with = (meta["trained_on"] or {}).get("template", meta["template"])
+        trained_on = meta["trained_on"] or {}
+        trained_with = trained_on.get("template", meta["template"])
+        if trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
+            world.say(f"note: {s.model} was trained on other data ({trained_on['data']}) than {task.source}")
         if s.loss != "sft" and meta["template"] != trained_with:
             raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
                              "answers to other prompts say little: leave the flag out")
@@ -621,9 +651,9 @@ def main(argv: list | None = None):
         file = run.folder / "reference.safetensors"
         reference = open_reference(file, s, model, run.plan, run.prepared, world)
     train(s, run.plan, model, reference, run, world)
-    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     if world.rank == 0 and len(run.evaluations) > 1:
         plot_trajectory(run.folder)
+    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
     if world.size > 1:
         dist.destroy_process_group()

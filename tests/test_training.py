@@ -80,13 +80,10 @@ def test_weights_do_not_depend_on_micro_batches(run):
 def test_rows_and_retain_texts_are_sorted_apart_the_longest_first(first_step):
     """Memory and padding of a micro-batch are those of its longest texts. Each text is dealt once."""
     _, _, plan, _, items = first_step("--loss dpo --retain-weight 1 --micro-batch-size 2")
-
-    def lengths(*groups):
-        return [sum(len(plan.texts[key].ids) for key in keys) for keys in zip(*groups, strict=True)]
     shares = [plan.micro_batches(items, rank, 2) for rank in range(2)]
-    for first, second in shares:  # two micro-batches of two rows
-        for groups in (("rows", "refusals"), ("retain",)):
-            longer, shorter = (lengths(*(getattr(keys, name) for name in groups)) for keys in (first, second))
+    for group in ("rows", "retain"):
+        for share in shares:  # two micro-batches of two texts
+            longer, shorter = ([len(plan.texts[key].ids) for key in getattr(keys, group)] for keys in share)
             assert len(longer) == len(shorter) == 2 and min(longer) >= max(shorter)
     for group, expected in enumerate(plan.micro_batch_of(items)):
         assert sorted(key for share in shares for keys in share for key in keys[group]) == sorted(expected)
@@ -104,7 +101,7 @@ def test_ktos_z_is_a_mean_over_the_refusals_of_the_global_batch(first_step):
     s, model, plan, reference, items = first_step("--loss kto --micro-batch-size 1")
     tensors = {name: tensor - 0.5 for name, tensor in reference.tensors.items()}
     for count in (8, 3):
-        refusals = plan.keys(items[:count]).refusals
+        refusals = plan.micro_batch_of(items[:count]).refusals
         z = kto_baseline(s, model, plan, refusals, Reference(tensors, "cpu"), ALONE)
         tokens = sum(plan.texts[key].answer_tokens for key in refusals)
         assert z.item() == pytest.approx(0.5 * tokens / count, rel=1e-4)
@@ -310,10 +307,18 @@ def test_evaluations_leave_training_bitwise_the_same(run, small_model, monkeypat
     assert all(torch.equal(expected[name], watched[name]) for name in expected)
 
 
-def test_activation_checkpointing_changes_no_number(run):
-    expected = run("--retain-weight 1 --epochs 1", out="plain")
-    saving = run("--retain-weight 1 --epochs 1 --activation-checkpointing", out="saving")
+def test_activation_checkpointing_changes_no_number(run, monkeypatch):
+    """It needs the training mode, also after passes without gradient such as those for KTO's z."""
+    flags, plain, modes = "--loss kto --retain-weight 1 --epochs 1", train_npo.loss_sums, set()
+
+    def watched(s, policy, *args):
+        modes.add(policy.lm.training and policy.lm.is_gradient_checkpointing)
+        return plain(s, policy, *args)
+    expected = run(flags, out="plain")
+    monkeypatch.setattr(train_npo, "loss_sums", watched)
+    saving = run(f"{flags} --activation-checkpointing", out="saving")
     assert_close(weights(expected / "model"), weights(saving / "model"))
+    assert modes == {True}
 
 
 @pytest.mark.slow
