@@ -534,8 +534,8 @@ class Run:
                 reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
                 dcp.load(tensors_of(model, optimizer), storage_reader=reader)
             except Exception as error:  # a torn file
-                raise InputError(f"cannot read {folders[-1]} ({cause_of(error)}): remove it, and --resume takes "
-                                 "the checkpoint before it") from None
+                raise InputError(f"cannot read {folders[-1]} ({cause_of(error)}): without it, --resume "
+                                 "takes the checkpoint before it: remove it") from None
             scaler.load_state_dict(state["scaler"])
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps}")
         for file in sorted((self.folder / "eval").glob("step_*.json")):

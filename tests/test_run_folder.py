@@ -116,6 +116,13 @@ def test_checkpoints_come_by_steps_or_minutes(every, elapsed, due_after):
     assert train_npo.Run.requests(run, 1)[0] and not any(stop for stop, _ in requests.values())
 
 
+def test_a_signal_or_a_clock_of_one_process_is_obeyed_by_all():
+    s = parse(["--checkpoint-every", "5", "--eval-every", "never"])
+    for of_others, expected in (([0, 0], (False, False)), ([1, 0], (True, False)), ([0, 2], (False, True))):
+        world = Namespace(device="cpu", sum=torch.tensor(of_others, dtype=torch.int32).add)
+        assert train_npo.Run.requests(Namespace(s=s, stopped=False, world=world, saved_at=0), 1) == expected
+
+
 @pytest.mark.parametrize("every", ("0", "0m", "m", "1.5m", "-1", "10s", "1h"))
 def test_other_intervals_of_checkpoints_are_refused(every):
     with pytest.raises(InputError, match="need minutes, such as 10m, or a number of steps"):
