@@ -140,7 +140,7 @@ def test_numbers_are_also_logged_elsewhere(run, monkeypatch, kind):
     def add_scalar(name, value, step):
         logged.append((step, {name: value}))
     module.init = lambda project, name, dir: Namespace(log=log_numbers)
-    module.SummaryWriter = lambda folder: Namespace(add_scalar=add_scalar)
+    module.SummaryWriter = lambda folder, flush_secs: Namespace(add_scalar=add_scalar)
     monkeypatch.setitem(sys.modules, kind, module)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     lines = log(run(f"--log-to {kind}"))
