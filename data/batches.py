@@ -97,6 +97,9 @@ class Plan:
         if s.loss == "sft" and s.model.partition("=")[0] == "tiny":
             rows = rows + task.facts()
         self.uses_partners = s.retain_weight > 0 or s.kl_weight > 0
+        # Whether the policy reads the rows' own answers, the refusals, the retain partners.
+        self.reads = (self.objective.needs_answers, "refusal_logps" in self.objective.inputs,
+                      self.uses_partners)
         alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None
         refusals = [None] if alternatives else task.refusals  # None: the row's own alternative answer
         self.stream = make_stream(len(rows), len(task.retain) * self.uses_partners,
@@ -130,11 +133,9 @@ class Plan:
         return MicroBatch([f"row/{i.row}" for i in items], refusals, retain)
 
     def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
-        """[answers, refusals, retain answers] that the policy reads; a list is empty where the loss has no
-        use for it."""
-        reads = (self.objective.needs_answers, "refusal_logps" in self.objective.inputs, True)
-        return [[self.texts[key] for key in group] if read else []
-                for group, read in zip(micro_batch, reads, strict=True)]
+        """[answers, refusals, retain answers] that the policy reads; empty where the loss needs none."""
+        return [[self.texts[key] for key in keys] if read else []
+                for keys, read in zip(micro_batch, self.reads, strict=True)]
 
     def micro_batches(self, items: list[Item], rank: int, world_size: int) -> list[MicroBatch]:
         """This process's share of a global batch. Rows and retain partners are sorted by length apart from
