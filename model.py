@@ -54,7 +54,7 @@ class Preset:
 PRESETS = {
     # beta multiplies the log-ratio of the whole answer, so short answers need a larger beta.
     "tiny": Preset("data/tiny/untrained", "data/tiny/start", lr=1e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16,
-                   sft_weight_decay=0.3, micro_batch_size=16, eval_batch_size=256, max_new_tokens=64),
+                   sft_weight_decay=0.3, micro_batch_size=16, eval_batch_size=128, max_new_tokens=64),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct"),
     "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B-Instruct",
                           "open-unlearning/tofu_Llama-3.2-1B-Instruct_full", "chat", ASSISTANT),

@@ -146,7 +146,7 @@ FORKS.set_forkserver_preload("pytest matplotlib.pyplot peft rouge_score.rouge_sc
                              "transformers.models.llama.modeling_llama".split())
 
 
-def fork(folder: Path, script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 600,
+def fork(folder: Path, script: str, *args, processes: int = 0, status: int | None = 0, timeout: int = 200,
          prepare=None):
     """`command` in `folder`, in forks of a process that has imported torch and transformers. Several
     processes meet as under torchrun. `prepare`, a function of a test file, is called before the script."""
