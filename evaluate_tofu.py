@@ -183,17 +183,22 @@ def generate(model: AnswerModel, prompts: list, end: int, max_new_tokens: int, d
     room = getattr(model.lm.config, "max_position_embeddings", width + max_new_tokens) - width
     ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions, cache, columns = (mask.cumsum(-1) - 1).clamp(min=0), None, []
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    while len(columns) < min(max_new_tokens, room) and not finished.all():
+    positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+    texts = torch.full((len(prompts), max_new_tokens), end, device=device)
+    rows, column = torch.arange(len(prompts), device=device), -1  # the rows that have not ended
+    for column in range(min(max_new_tokens, room)):
         logits, cache = model.next_logits(input_ids=ids, attention_mask=mask, position_ids=positions,
                                           cache=cache)
-        ids = logits.argmax(-1, keepdim=True)
-        finished |= ids[:, 0] == end
-        columns.append(ids.masked_fill(finished[:, None], end))
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return torch.cat(columns, dim=1).tolist() if columns else [[] for _ in prompts]
+        texts[rows, column] = logits.argmax(-1)
+        unended = (texts[rows, column] != end).nonzero()[:, 0]
+        if len(unended) < len(rows):
+            rows, mask, positions = rows[unended], mask[unended], positions[unended]
+            cache.batch_select_indices(unended)
+        if len(rows) == 0:
+            break
+        ids, positions = texts[rows, column, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    return texts[:, :column + 1].tolist()
 
 
 def rouge_l_recall(answer: str, generation: str) -> float:

@@ -219,6 +219,14 @@ def test_privleak_by_hand():
 
 # ---------------------------------------------------------------- models made by hand
 
+class Lines:
+    """The hand-made model's cache: all tokens so far, (1, lines, tokens)."""
+    ids = ()
+
+    def batch_select_indices(self, lines: torch.Tensor):
+        self.ids = self.ids[:, lines]
+
+
 class Memoriser:
     """A model that is nearly certain of its texts. Everywhere else all tokens are equally likely."""
 
@@ -240,9 +248,10 @@ class Memoriser:
                                   for line, column in zip(batch.lines, batch.columns, strict=True)])
 
     def next_logits(self, input_ids, attention_mask, position_ids, cache):
-        ids = input_ids if cache is None else torch.cat([cache, input_ids], 1)
+        cache = Lines() if cache is None else cache
+        cache.ids = torch.cat([*cache.ids, input_ids], 1)[None]
         return self.logits([line[real.bool()].tolist()
-                            for line, real in zip(ids, attention_mask, strict=True)]), ids
+                            for line, real in zip(cache.ids[0], attention_mask, strict=True)]), cache
 
 
 @pytest.fixture(scope="module")
