@@ -140,7 +140,7 @@ def plain_steps(s, plan: Plan, policy, reference, width: int, at_once: int):
         counts, total = plan.counts(items), 0.0
         for at in range(0, len(items), at_once):
             micro_batch = plan.micro_batch_of(items[at:at + at_once])
-            groups = [[plan.texts[key] for key in keys] for keys in micro_batch]
+            groups = [list(map(plan.texts.get, keys)) for keys in micro_batch]
             loss = plain_loss(s, policy, reference, groups, counts, width)
             loss.backward()
             total += loss.item()

@@ -177,8 +177,7 @@ def row_result(name: str, index: int, row: dict, scores: dict, generations: dict
 
 @torch.no_grad()
 def generate(model: AnswerModel, prompts: list, end: int, max_new_tokens: int, device) -> list[list[int]]:
-    """Greedy continuations of prompts, each up to the token `end`. The library's `generate` does the same in
-    1.2 to 2.8 times the time of the whole command."""
+    """Greedy continuations of prompts, each up to the token `end`; behind it there is only `end`."""
     width = max(map(len, prompts))
     room = getattr(model.lm.config, "max_position_embeddings", width + max_new_tokens) - width
     ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -276,18 +275,18 @@ def mia_scores(row: dict) -> dict:
             "reference": None if reference_nll is None else loss - reference_nll / row["answer_tokens"]}
 
 
-def auc(members: list, others: list) -> float | None:
-    """The chance that a member scores below another row; a tie counts one half (Mann-Whitney's U)."""
-    if None in members or None in others:
+def auc(members: list, unseen: list) -> float | None:
+    """The chance that a member scores below an unseen row; a tie counts one half (Mann-Whitney's U)."""
+    if None in members or None in unseen:
         return None
-    ranks = rankdata(np.concatenate([members, others]))[len(members):]
-    return float((ranks.mean() - (len(others) + 1) / 2) / len(members))
+    ranks = rankdata(np.concatenate([members, unseen]))[len(members):]
+    return float((ranks.mean() - (len(unseen) + 1) / 2) / len(members))
 
 
 def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
     """Name of a score -> AUC of forget rows against holdout rows: 1 memorised, 1/2 unseen."""
-    members, others = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
-    return {name: auc([row[name] for row in members], [row[name] for row in others]) for name in members[0]}
+    members, unseen = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
+    return {name: auc([row[name] for row in members], [row[name] for row in unseen]) for name in members[0]}
 
 
 def privleak(min_k_auc: float | None, retrained_auc: float | None) -> float | None:
