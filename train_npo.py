@@ -100,6 +100,10 @@ class Settings:
     def method(self) -> str:
         return self.loss + "+rt" * (self.retain_weight > 0) + "+kl" * (self.kl_weight > 0)
 
+    def values(self, names) -> dict:
+        """The settings of these names. A loss's setting without a flag has the loss's default."""
+        return {name: (OBJECTIVES[self.loss].defaults | vars(self))[name] for name in names}
+
 
 CHOICES = {"loss": OBJECTIVES, "kl_direction": KL_DIRECTIONS, "template": TEMPLATES, "dtype": AUTOCAST,
            "retain_pairing": ("stream", "fixed"), "device": ("auto", "cpu", "cuda", "mps"),
@@ -296,7 +300,7 @@ def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: 
     inputs = {"policy_logps": answer_logps, "refusal_logps": refusal_logps, "policy_token_logps": logps[:n],
               "policy_logits": logits[:n], "targets": targets[:n], "kl_baseline": kl_baseline,
               "answer_lengths": torch.tensor(lengths[:len(answers)], device=device),
-              **{name: (objective.defaults | vars(s))[name] for name in objective.settings},
+              **s.values(objective.settings),
               **reference.inputs(objective.inputs, micro_batch)}
     arguments = [inputs[name] for name in objective.inputs]
     values = objective.loss(*arguments)  # (B,) or (N,)
@@ -630,8 +634,7 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
         "settings": dataclasses.asdict(s), "method": s.method, "rows": plan.rows, "steps": plan.steps,
         "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **meta,
         **environment()}, world)
-    numbers = {name: (plan.objective.defaults | vars(s))[name]
-               for name in ("lr", "weight_decay", *plan.objective.settings)}
+    numbers = s.values(("lr", "weight_decay", *plan.objective.settings))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
               f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: {plan.steps} steps, the first "
