@@ -3,51 +3,30 @@
     python evaluate_tofu.py --model runs/NAME/model --split forget10 --retain-log FILE
     python evaluate_tofu.py --log FILE --split forget10 --retain-log FILE    # ours, or a released TOFU log
 
-With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss of the paraphrased answer):
-
-    forget quality   p-value of the two-sample Kolmogorov-Smirnov test between R of this model and R of a
-                     retrained model, on the forget rows
-    model utility    harmonic mean of ROUGE-L recall, probability and truth ratio on the retain, real-author
-                     and world-fact rows
-    truth ratio      forget rows: mean min(R, 1/R); other rows: mean max(0, 1 - 1/R)
-    probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the
-                     perturbed answers'
-
-docs/beyond.md explains the metrics beside these: exact memorisation, extraction strength, paraphrase
-probability, MIA and PrivLeak. R is kept as its logarithm, so a collapsed model gives numbers too. An
-evaluation draws no random number and changes nothing.
-
+metrics.py has the formulas. An evaluation draws no random number and changes nothing.
 Shapes: N answer tokens, V vocabulary.
 """
 
-import json
-import math
 import os
-import zlib
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.special import gammaln, logsumexp
-from scipy.stats import hmean, ks_2samp, rankdata
 from torch import Tensor
 from tqdm import tqdm
 
 from common import InputError, Parser, environment, positive, run_command, write_json
 from data.batches import collate, deal
-from data.logs import MAX_ROWS, read_log, read_retain_log
+from data.logs import MAX_ROWS, read_log, read_retain_logs
 from data.prompts import TEMPLATES, Encoded, encode, encode_prompts
-from data.tofu import EVALUATED, evaluation_split, load_task, parse_split
-from losses import OBJECTIVES, kl_loss, token_logps
+from data.tofu import evaluation_split, load_task, parse_split
+from losses import kl_loss, token_logps
+from metrics import KL_SETS, compute_metrics, metrics_table, plot_truth_ratios
 from model import ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, gathered, join_world, load_model
 
-UTILITY_SETS = ("retain", "real_authors", "world_facts")
-KL_SETS = ("forget", "world_facts")
 MIN_K = 0.4  # the min-k scores are means over this share of an answer's tokens, the least likely ones
 SAMPLES = 3  # questions of a set whose answers are printed
-PASSES = 0.05  # a model passes when its forget quality is above
 
 
 # ---------------------------------------------------------------- from a model to rows
@@ -206,185 +185,6 @@ def rouge_l_recall(answer: str, generation: str) -> float:
     return float(RougeScorer(["rougeL"], use_stemmer=True).score(answer, generation)["rougeL"].recall)
 
 
-# ---------------------------------------------------------------- from rows to metrics
-
-def log_truth_ratio(row: dict) -> float | None:
-    """log R, above 0 where the (paraphrased) truth is likelier than the falsehoods. None without perturbed
-    answers. The answer stands in where a row has no paraphrase (real authors, world facts)."""
-    if not row.get("perturbed_nll"):
-        return None
-    truth = "answer" if row.get("paraphrased_nll") is None else "paraphrased"
-    perturbed = np.divide(row["perturbed_nll"], row["perturbed_tokens"])
-    return float(perturbed.mean() - row[f"{truth}_nll"] / row[f"{truth}_tokens"])
-
-
-def truth_ratio(row: dict, forget: bool) -> float | None:
-    """min(R, 1/R) for a forget row, max(0, 1 - 1/R) for any other row; None without perturbed answers."""
-    log_ratio = log_truth_ratio(row)
-    if log_ratio is None:
-        return None
-    return np.exp(-abs(log_ratio)) if forget else -np.expm1(-max(log_ratio, 0))
-
-
-def probability(row: dict, of: str = "answer") -> float | None:
-    """exp(-loss) of the answer, or of the paraphrased answer; None where the row has none."""
-    nll = row.get(f"{of}_nll")
-    return None if nll is None else math.exp(-nll / row[f"{of}_tokens"])
-
-
-def probability_among_options(row: dict) -> float | None:
-    """exp(-loss) of the answer, divided by its sum with the perturbed answers'; None without these."""
-    if not row.get("perturbed_nll"):
-        return None
-    losses = np.divide([row["answer_nll"], *row["perturbed_nll"]],
-                       [row["answer_tokens"], *row["perturbed_tokens"]])
-    return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))  # in logarithms, so never 0/0
-
-
-def mean(values: list) -> float | None:
-    return None if None in values else float(np.mean(values))
-
-
-def set_metrics(name: str, rows: list) -> dict:
-    """The metrics of one set; None where its rows lack something."""
-    answer_probability = probability_among_options if name in ("real_authors", "world_facts") else probability
-    return {"rouge_l_recall": mean([row["rouge_l_recall"] for row in rows]),
-            "probability": mean([answer_probability(row) for row in rows]),
-            "truth_ratio": mean([truth_ratio(row, name == "forget") for row in rows]), "rows": len(rows),
-            "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
-            "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
-            "paraphrase_probability": mean([probability(row, "paraphrased") for row in rows])}
-
-
-def ks_log10_p(n: int, statistic: float) -> float:
-    """log10 of the exact p-value for two samples of n values, also where the p-value underflows:
-    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951)."""
-    k = round(n * statistic)
-    if k == 0:
-        return 0.0
-    i = np.arange(1, n // k + 1)
-    terms = -gammaln(n - i * k + 1) - gammaln(n + i * k + 1) + 2 * gammaln(n + 1)
-    return min(0.0, float(logsumexp(terms, b=2.0 * (-1.0) ** (i - 1))) / math.log(10))
-
-
-def mia_scores(row: dict) -> dict:
-    """Scores from which membership is guessed. Each is the lower, the more a row looks memorised."""
-    loss, reference_nll = row["answer_nll"] / row["answer_tokens"], row.get("reference_nll")
-    return {"loss": loss, "zlib": loss / len(zlib.compress(row["answer"].encode())),
-            "min_k": row.get("min_k"), "min_k_plus_plus": row.get("min_k_plus_plus"),
-            "reference": None if reference_nll is None else loss - reference_nll / row["answer_tokens"]}
-
-
-def auc(members: list, unseen: list) -> float | None:
-    """The chance that a member scores below an unseen row; a tie counts one half (Mann-Whitney's U)."""
-    if None in members or None in unseen:
-        return None
-    ranks = rankdata(np.concatenate([members, unseen]))[len(members):]
-    return float((ranks.mean() - (len(unseen) + 1) / 2) / len(members))
-
-
-def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
-    """Name of a score -> AUC of forget rows against holdout rows: 1 memorised, 1/2 unseen."""
-    members, unseen = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
-    return {name: auc([row[name] for row in members], [row[name] for row in unseen]) for name in members[0]}
-
-
-def privleak(min_k_auc: float | None, retrained_auc: float | None) -> float | None:
-    """100 ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), per cent (MUSE, Shi et al., 2025)."""
-    if None in (min_k_auc, retrained_auc) or retrained_auc == 1:
-        return None
-    return 100 * (retrained_auc - min_k_auc) / (1 - retrained_auc)
-
-
-def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout: list | None = None) -> dict:
-    """All metrics from row results, and from the retrained model's results on the same forget and holdout
-    rows. A metric that cannot be computed is None."""
-    sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
-    nine = [sets.get(name, {}).get(metric)
-            for name in UTILITY_SETS for metric in ("rouge_l_recall", "probability", "truth_ratio")]
-    metrics = {"forget_quality": None, "forget_quality_log10": None, "ks_statistic": None, "ks_rows": None,
-               "forget_truth_ratio": sets.get("forget", {}).get("truth_ratio"),
-               "model_utility": None if None in nine else float(hmean(nine)),
-               "forget_kl": None, "world_facts_kl": None}
-    if retrained is not None:
-        test = ks_2samp(*([log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retrained)))
-        metrics |= {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic),
-                    "ks_rows": len(retrained),
-                    "forget_quality_log10": ks_log10_p(len(retrained), test.statistic)}
-    for name in KL_SETS:
-        if rows.get(name) and all(row.get("kl") is not None for row in rows[name]):
-            nats, tokens = (sum(row[column] for row in rows[name]) for column in ("kl", "answer_tokens"))
-            metrics[f"{name}_kl"] = nats / tokens
-    if rows.get("holdout"):
-        holdout = (retrained_holdout or [])[:len(rows["holdout"])]
-        same = retrained and [row["answer"] for row in holdout] == [row["answer"] for row in rows["holdout"]]
-        metrics["mia"] = mia_aucs(rows["forget"], rows["holdout"])
-        metrics["privleak"] = privleak(metrics["mia"]["min_k"],
-                                       mia_aucs(retrained, holdout)["min_k"] if same else None)
-    return {**metrics, **sets}
-
-
-def metrics_table(metrics: dict) -> str:
-    """Plain text: one line per set, then the metrics over all sets."""
-    def listed(numbers: dict) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} " + ("-" if value is None else f"{value:.4g}")
-                         for name, value in numbers.items())
-
-    overall = {name: metrics.get(name) for name in (
-        "forget_quality", "ks_statistic", "model_utility", "forget_kl", "world_facts_kl", "privleak")}
-    aucs = {f"MIA AUC {name}": value for name, value in metrics.get("mia", {}).items()}
-    return "\n".join([*(f"{name:13s}{listed(metrics[name])}" for name in EVALUATED if name in metrics),
-                      listed(overall), listed(aucs)])
-
-
-# ---------------------------------------------------------------- pictures
-
-def plot_truth_ratios(rows: list, retrained: list | None, path: str):
-    """The cumulative distributions of R that the Kolmogorov-Smirnov test compares."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for sample, label in ((rows, "this model"), (retrained, "retrained model")):
-        if sample is not None:
-            axes.ecdf(np.exp([log_truth_ratio(row) for row in sample]), label=label)
-    axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
-             ylabel="share of forget rows below", title="Forget quality compares these two distributions")
-    axes.legend(loc="upper left")
-    figure.savefig(path, dpi=200)
-
-
-def plot_trajectory(folder: Path):
-    """trajectory.png of a run: whether it has forgotten, what it has kept, and W (or the forget loss)."""
-    from matplotlib.figure import Figure
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    files = sorted((folder / "eval").glob("step_*.json"))
-    metrics = {int(file.stem[5:]): json.loads(file.read_text())["metrics"] for file in files}
-    weight = "mean_W" if "mean_W" in log[0] else "forget_loss"
-    kept = {"model utility": [m["model_utility"] for m in metrics.values()]}
-    kept |= {f"{name} probability": [m.get(name, {}).get("probability") for m in metrics.values()]
-             for name in ("retain", "forget")}
-    panels = [("Forgotten?", {"forget quality": [m["forget_quality_log10"] for m in metrics.values()]}),
-              ("Rest kept?", kept), ("How fast?", {weight.replace("_", " "): [line[weight] for line in log]})]
-    figure = Figure(figsize=(13, 4.3), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, 3), panels, strict=True):
-        at = -math.inf  # the height of the last label: labels of close lines are moved apart
-        for name, values in sorted(curves.items(), key=lambda curve: curve[1][-1] or 0):
-            if None not in values:
-                x = list(metrics) if title != "How fast?" else [line["step"] for line in log]
-                [line] = axes.plot(x, values, marker="." if title != "How fast?" else "")
-                at = max(values[-1], at + 0.05 * (1 if title == "Rest kept?" else 0))
-                axes.annotate(f" {name}", (x[-1], at), va="center", color=line.get_color())
-        axes.set(title=title, xlabel="step")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].axhspan(math.log10(PASSES), 0, color="tab:green", alpha=0.15)
-    figure.axes[0].set_ylabel("log10 p-value (shaded: indistinguishable\nfrom the retrained model)")
-    figure.axes[1].set_ylim(0, 1)
-    s = json.loads((folder / "config.json").read_text())["settings"]
-    names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
-    figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))
-    figure.savefig(folder / "trajectory.png", dpi=200)
-
-
 # ---------------------------------------------------------------- command line
 
 class ResidentReference(NamedTuple):
@@ -405,7 +205,8 @@ def build_parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or Hub id of the model to judge, or PRESET=PATH")
     source.add_argument("--log", help="judge an existing log instead: our JSON, or a released TOFU log")
-    add("--retain-log", help="log of a model retrained without the forget rows, for forget quality")
+    add("--retain-log", nargs="+", metavar="FILE", help="log of a model retrained without the forget rows, "
+        "for forget quality; more of them show how far retrained models differ")
     add("--reference", help="the model before unlearning, given like --model: adds the KL metrics")
     add("--split", help="forget split (default: from the model's or the log's record, else forget10)")
     add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id")
@@ -442,7 +243,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     provenance = {**loaded.meta, "split": split, "data": task.source, "data_fingerprint": task.fingerprint,
                   "model": args.model, "reference": args.reference, "retain_log": args.retain_log,
                   "max_rows": args.max_rows, "dtype": args.dtype}
-    retrained = read_retain_log(args.retain_log, split, prepared.rows["forget"], provenance)
+    retrained = read_retain_logs(args.retain_log, split, prepared.rows["forget"], provenance)
     model, reference = AnswerModel(loaded.lm), None
     check_head(model, collate([*prepared.texts.values()][:2], pad), args.model)
     model.to(world.device)
@@ -463,7 +264,7 @@ def read(args) -> tuple[dict, dict, tuple]:
     released = min(MAX_ROWS, 40 * parse_split(split)[1]) if provenance.get("format") == "TOFU" else n
     if logged != split or n != released:
         raise InputError(f"{args.log} has {n} forget rows of {logged}: it is not for --split {split}")
-    retrained = read_retain_log(args.retain_log, split, rows["forget"], provenance)
+    retrained = read_retain_logs(args.retain_log, split, rows["forget"], provenance)
     return rows, {**provenance, "log": args.log, "retain_log": args.retain_log, **environment()}, retrained
 
 
@@ -475,7 +276,7 @@ def main(argv: list | None = None):
     rows, provenance, retrained = read(args) if args.log else measure(args)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    metrics = compute_metrics(rows, *retrained)
+    metrics = compute_metrics(rows, *retrained, start_utility=provenance.get("start_utility"))
     for name in ("forget", "retain"):
         for row in rows.get(name, [])[:SAMPLES]:
             print(f"[{name} {row['index']}] {row['question']}\n    true:  {row['answer']}\n    model: "

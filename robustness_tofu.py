@@ -31,8 +31,9 @@ from data.batches import collate, permutations
 from data.make_tiny import FACTS
 from data.prompts import TEMPLATES, Encoded, encode
 from data.tofu import Task, complement, evaluation_split, load_task, parse_split
-from evaluate_tofu import Prepared, evaluate, generate, log_truth_ratio, prepare, rouge_l_recall, set_metrics
+from evaluate_tofu import Prepared, evaluate, generate, prepare, rouge_l_recall
 from losses import nll_loss, token_logps
+from metrics import log_truth_ratio, set_metrics
 from model import AnswerModel, Loaded, World, join_world, load_model
 from study.report import make_folder, name_lines, table
 

@@ -44,10 +44,12 @@ from tqdm import tqdm
 from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
                     write_json)
 from data.batches import Counts, MicroBatch, Plan, collate, deal
+from data.logs import read_retain_logs
 from data.prompts import TEMPLATES
 from data.tofu import evaluation_split, load_task, parse_split
-from evaluate_tofu import Prepared, compute_metrics, evaluate, plot_trajectory, prepare, read_retain_log
+from evaluate_tofu import Prepared, evaluate, prepare
 from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
+from metrics import compute_metrics, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, in_turns, join_world, load_model, resolve_model, save_model, shard)
 
@@ -73,7 +75,7 @@ class Settings:
     model: str = "tiny"  # preset, folder, Hub id, or PRESET=PATH
     template: str | None = None  # prompt template: llama2, qa or chat (default: the model's)
     system_prompt: str | None = None  # for the template chat
-    retain_log: str | None = None  # log of a model retrained without the forget rows, for forget quality
+    retain_log: list[str] | None = None  # logs of models retrained without the forget rows; the first judges
     retain_pairing: str = "stream"  # a new retain partner in each epoch; fixed: the authors' rule
     epochs: int | None = None  # passes over the forget rows (default: the preset's)
     batch_size: int = 32  # rows per step, over all processes
@@ -122,8 +124,8 @@ def parse(argv: list | None = None) -> Settings:
         if field.type is bool:
             parser.add_argument(flag, action="store_true", default=None, help=comments[field.name])
             continue
-        number = int if "int" in kind else float
-        parser.add_argument(flag, help=comments[field.name], choices=CHOICES.get(field.name),
+        number, many = int if "int" in kind else float, "+" if "list" in kind else None
+        parser.add_argument(flag, help=comments[field.name], choices=CHOICES.get(field.name), nargs=many,
                             type=str if "str" in kind else positive(number, field.name in MAY_BE_ZERO))
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "resume" not in typed:
@@ -160,9 +162,9 @@ def resolve(s: Settings, typed: dict) -> Settings:
         s.split = "own"
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
-    shipped = f"data/tiny/retrained_{s.split}.json"
-    if s.model == "tiny" and not sft and not s.retain_log and locate(shipped).exists():
-        s.retain_log = shipped
+    if s.model == "tiny" and not sft and not s.retain_log:
+        logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
+        s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
     return s
 
 
@@ -487,7 +489,9 @@ class Run:
             preset, reference = self.loaded.preset, reference if reference.tensors else None
             rows = evaluate(model, self.prepared, self.loaded.tokenizer, preset.eval_batch_size,
                             preset.max_new_tokens, reference, self.world)
-        metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained)
+        start_utility = self.evaluations.get(0, {}).get("model_utility")
+        metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained, start_utility)
+        self.loaded.meta["start_utility"] = start_utility
         shown = {name: metrics[name] for name in ("forget_quality", "model_utility")}
         shown |= {f"{name}_probability": metrics[name]["probability"] for name in ("forget", "retain")
                   if name in metrics}
@@ -625,8 +629,8 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     meta["trained_on"] = {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
                           "data_fingerprint": task.fingerprint}
     meta |= {"split": evaluation_split(s.split) if s.split != "own" else "own",
-             "data_fingerprint": task.fingerprint}
-    retrained = read_retain_log(s.retain_log, meta["split"], prepared.rows["forget"], meta)
+             "data_fingerprint": task.fingerprint, "start_utility": None}
+    retrained = read_retain_logs(s.retain_log, meta["split"], prepared.rows["forget"], meta)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
     meta["retrained_hash"] = fingerprint(retrained)
     meta["run"] = fingerprint(fixed, *(meta[name] for name in ("start_hash", "trained_on", "retrained_hash")))
@@ -655,7 +659,7 @@ def main(argv: list | None = None):
         reference = open_reference(file, s, model, run.plan, run.prepared, world)
     train(s, run.plan, model, reference, run, world)
     if world.rank == 0 and len(run.evaluations) > 1:
-        plot_trajectory(run.folder)
+        plot_trajectory(run.folder, run.retrained[0])
     save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
     if world.size > 1:

@@ -69,3 +69,10 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, source: dic
     if not all(row.get("perturbed_nll") or row.get("perturbed_answer") for row in (*forget_rows, *retrained)):
         raise InputError(f"forget quality against {path} needs perturbed answers in every forget row")
     return retrained, rows.get("holdout")
+
+
+def read_retain_logs(paths: list | None, *of) -> tuple:
+    """(Forget rows, holdout rows) of the first log, and the forget rows of the others. Each log must fit `of`
+    as `read_retain_log` says."""
+    first, *others = [read_retain_log(path, *of) for path in paths or [None]]
+    return *first, [rows for rows, _ in others]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common import InputError
 from data.tofu import evaluation_split, load_task
+from metrics import answer_nats, log_truth_ratio, moments
 
 KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 CURVES = ("forget_quality_log10", "model_utility", "forget_kl", "world_facts_kl", "privleak")
@@ -101,6 +102,11 @@ def short(number: float | None) -> float | None:
     return None if number is None else float(f"{number:.5g}")
 
 
+def mean_weight(log: list, after: int, until: int) -> float | None:
+    weights = [line["mean_W"] for line in log if after < line["step"] <= until and "mean_W" in line]
+    return statistics.mean(weights) if weights else None
+
+
 def record(folder: Path) -> dict:
     """Settings and provenance of a finished run, its curves over the evaluations (None where a metric was not
     measured), and its last answers. Raises InputError."""
@@ -115,14 +121,23 @@ def record(folder: Path) -> dict:
         raise InputError(f"{folder}: need evaluations of TOFU's sets, of an unlearning run with --retain-log")
     curves |= {f"forget_{key}": [values["forget"].get(key) for values in metrics] for key in FORGET_CURVES}
     split, rows = evaluation_split(settings["split"]), [evaluation["rows"] for evaluation in evaluations]
+    steps = [evaluation["provenance"]["step"] for evaluation in evaluations]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
+    curves["mean_W"] = [mean_weight(log, *span) for span in pairwise([0, *steps])]  # since the one before
+    curves["log_truth_ratio_mean"], curves["log_truth_ratio_sd"] = zip(
+        *(moments(sets["forget"]) for sets in rows), strict=True)
     answers, samples = answers_of(settings["data"], split, rows[-1])
     entry = {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
              "data": Path(settings["data"]).name, "command": config["command"], "commit": config["commit"],
-             "start_weights": config["start_hash"], "steps": [e["provenance"]["step"] for e in evaluations],
+             "start_weights": config["start_hash"], "steps": steps,
              **{key: list(map(short, curve)) for key, curve in curves.items()}, "answers": answers,
              "mia": {"min_k": [short(values.get("mia", {}).get("min_k")) for values in metrics]},
+             "open_unlearning": {key: short(value) for key, value in metrics[-1]["open_unlearning"].items()},
              "samples": samples}
-    if settings["loss"] != "sft":
+    if settings["loss"] == "sft":
+        entry["log_truth_ratios"] = [short(log_truth_ratio(row)) for row in rows[-1]["forget"]]
+    else:
         entry["answers_start"], entry["samples_start"] = answers_of(settings["data"], split, rows[0])
     return entry
 

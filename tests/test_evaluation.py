@@ -14,11 +14,13 @@ import evaluate_tofu
 from common import InputError, write_json
 from conftest import ROOT
 from data.batches import collate
+from data.logs import read_log, read_retain_log
 from data.tofu import load_task
-from evaluate_tofu import (KL_SETS, ResidentReference, auc, compute_metrics, evaluate, generate, ks_log10_p,
-                           likelihood_measures, log_truth_ratio, mia_aucs, plot_trajectory, plot_truth_ratios,
-                           prepare, privleak, probability_among_options, read_log, read_retain_log,
-                           rouge_l_recall, score, truth_ratio)
+from evaluate_tofu import (ResidentReference, evaluate, generate, likelihood_measures, prepare,
+                           rouge_l_recall, score)
+from metrics import (KL_SETS, agreement, auc, compute_metrics, ks_log10_p, log_truth_ratio, metrics_table,
+                     mia_aucs, open_unlearning, pass_window, plot_trajectory, plot_truth_ratios, privleak,
+                     probability_among_options, truth_ratio)
 from model import AnswerModel, load_model
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of the
@@ -486,8 +488,71 @@ def test_the_trajectory_of_a_run_is_drawn(tmp_path):
     plot_truth_ratios(rows_with([0.1, 3.0, -900.0]), rows_with([1.0]), tmp_path / "ratios.png")
     write_json(tmp_path / "config.json", {"settings": {"loss": "npo", "split": "forget10", "beta": 0.5}})
     (tmp_path / "log.jsonl").write_text('{"step": 1, "mean_W": 1.0}\n{"step": 2, "mean_W": 0.5}\n')
-    for step, retrained in ((0, None), (2, rows_with([0.0, 1.0]))):
-        metrics = compute_metrics({"forget": rows_with([0.0, 1.0]), "retain": rows_with([0.0])}, retrained)
-        write_json(tmp_path / "eval" / f"step_{step:06d}.json", {"metrics": metrics})
-    plot_trajectory(tmp_path)
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("ratios.png", "trajectory.png"))
+    retrained = rows_with([0.0, 1.0])
+    for others, name in ((None, "alone.png"), (retrained, "trajectory.png")):
+        for step, ratios in ((0, [3.0, 4.0]), (2, [0.0, 1.5])):
+            rows = {"forget": rows_with(ratios), "retain": rows_with([0.0])}
+            metrics = compute_metrics(rows, others, others=[retrained] if others else [])
+            write_json(tmp_path / "eval" / f"step_{step:06d}.json", {"metrics": metrics, "rows": rows})
+        plot_trajectory(tmp_path, others)
+        (tmp_path / "trajectory.png").rename(tmp_path / name)
+    sizes = [(tmp_path / name).stat().st_size for name in ("ratios.png", "alone.png", "trajectory.png")]
+    assert 5000 < sizes[0] and 5000 < sizes[1] < sizes[2]
+
+
+# ---------------------------------------------------------------- several retrained models, the aggregate
+
+def test_the_pass_window_holds_the_retrained_model_and_not_the_start():
+    rows, _ = read_log(str(ROOT / "data" / "tiny" / "retrained_forget10.json"))
+    ratios = np.array([log_truth_ratio(row) for row in rows["forget"]])
+    means, sds = ratios.mean() + np.array([-0.5, 0.0, 0.5]), ratios.std() * np.array([0.3, 1.0, 3.0])
+    quality = pass_window(ratios, means, sds)
+    assert quality.shape == (3, 3) and quality[1, 1] > math.log10(0.5)
+    assert (np.delete(quality.ravel(), 4) < math.log10(0.05)).all()  # by its mean, or by its spread
+    shifted = ratios[np.random.default_rng(1).integers(300, size=300)] + 0.5
+    assert quality[1, 2] == pytest.approx(math.log10(ks_2samp(shifted, ratios).pvalue), abs=6)
+
+
+def test_several_retrained_models_are_compared_as_single_ones_are():
+    rng = np.random.default_rng(0)
+    model, *retrained = (rows_with(rng.normal(size=50)) for _ in range(4))
+    together = compute_metrics({"forget": model}, retrained[0], others=retrained[1:])
+    assert together["forget_quality"] == together["retrained"]["against"][0]["ks_p"]
+    for rows, pair in zip(retrained, together["retrained"]["against"], strict=True):
+        alone = compute_metrics({"forget": model}, rows)
+        assert alone["retrained"] == {"against": [pair], "among": []}
+        assert alone["forget_quality"] == pair["ks_p"]
+    assert len(together["retrained"]["among"]) == 3
+    assert together["retrained"]["among"][0] == agreement(*retrained[:2])
+    text = metrics_table(together)
+    assert text.count("against retrained model") == 3 and text.count("two retrained models") == 3
+
+
+def test_agreement_is_paired_by_row():
+    x = np.linspace(-1, 1, 40)
+    shifted = agreement(rows_with(x), rows_with(x + 0.02))
+    assert shifted["ks_p"] > 0.9 and shifted["paired_p"] < 1e-6  # a shift that KS does not see
+    assert shifted["correlation"] == pytest.approx(1)
+    assert agreement(rows_with(x), rows_with(-x))["correlation"] == pytest.approx(-1)
+    assert agreement(rows_with(x), rows_with(x))["paired_p"] == 1
+    assert agreement(rows_with(x), rows_with(0 * x))["correlation"] is None
+
+
+def test_open_unlearnings_aggregate_by_hand():
+    forget = [row | {"extraction_strength": 0.25, "exact_memorization": 0.5, "min_k": 1.0 + i,
+                     "min_k_plus_plus": 1.0 + i, "paraphrased_nll": -math.log(0.2), "paraphrased_tokens": 1,
+                     "perturbed_nll": [-math.log(0.2)], "perturbed_tokens": [1], "answer": "one"}
+              for i, row in enumerate(rows_with([0.0, 0.0]))]
+    metrics = compute_metrics({"forget": forget})
+    names = ("memorization", "privacy", "utility", "overall")
+    assert tuple(metrics["open_unlearning"]) == names
+    parts = (1 - 0.25, 1 - 0.5, 1 - 0.2, 1 - 0.5)  # sigmoid(log R) = 1/2 at R = 1
+    assert metrics["open_unlearning"]["memorization"] == pytest.approx(4 / sum(1 / part for part in parts))
+    assert [metrics["open_unlearning"][name] for name in names[1:]] == [None] * 3
+    mia = dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), 0.75)
+    whole = open_unlearning(forget, metrics | {"mia": mia, "model_utility": 0.4},
+                            dict.fromkeys(mia, 0.5), start_utility=0.8)
+    assert whole["privacy"] == pytest.approx(0.5) and whole["utility"] == 0.5  # 1 - |0.75 - 0.5| / 0.5
+    assert whole["overall"] == pytest.approx(3 / (2 / 0.5 + 1 / whole["memorization"]))
+    far = open_unlearning(forget, metrics | {"mia": dict.fromkeys(mia, 1.0)}, dict.fromkeys(mia, 0.4), None)
+    assert far["privacy"] == 0 and far["utility"] is far["overall"] is None

@@ -327,7 +327,7 @@ def test_a_figures_runs_are_commands_of_train_npo(choices, lr, capsys, tmp_path,
         ("sft", "retain90", 1), ("sft", "retain90", 2),
         *((method, "forget10", seed) for method in ("ga", "npo+rt") for seed in (1, 2))]
     assert (parsed[4].lr, parsed[4].beta, parsed[4].eval_every) == (lr, 0.5, "25")
-    assert parsed[4].retain_log == f"{parsed[0].out}/eval/*.json"  # figures_tofu.py fills in the name
+    assert parsed[4].retain_log == [f"{parsed[0].out}/eval/*.json"]  # figures_tofu.py fills in the name
 
 
 def test_what_the_json_has_is_not_planned(capsys):

@@ -1,0 +1,312 @@
+"""From an evaluation's rows to metrics and pictures. It needs no model.
+
+With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss of the paraphrased answer):
+
+    forget quality   p-value of the two-sample Kolmogorov-Smirnov test between R of this model and R of a
+                     retrained model, on the forget rows
+    model utility    harmonic mean of ROUGE-L recall, probability and truth ratio on the retain, real-author
+                     and world-fact rows
+    truth ratio      forget rows: mean min(R, 1/R); other rows: mean max(0, 1 - 1/R)
+    probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the
+                     perturbed answers'
+
+docs/beyond.md explains the metrics beside these: exact memorisation, extraction strength, paraphrase
+probability, MIA, PrivLeak and open-unlearning's aggregate. R is kept as its logarithm, so a collapsed model
+gives numbers too.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.special import expit, gammaln, logsumexp
+from scipy.stats import hmean, ks_2samp, rankdata, wilcoxon
+
+from data.tofu import EVALUATED
+
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+KL_SETS = ("forget", "world_facts")
+PASSES = 0.05  # a model passes when its forget quality is above
+RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
+
+
+def log_truth_ratio(row: dict) -> float | None:
+    """log R, above 0 where the (paraphrased) truth is likelier than the falsehoods. None without perturbed
+    answers. The answer stands in where a row has no paraphrase (real authors, world facts)."""
+    if not row.get("perturbed_nll"):
+        return None
+    truth = "answer" if row.get("paraphrased_nll") is None else "paraphrased"
+    perturbed = np.divide(row["perturbed_nll"], row["perturbed_tokens"])
+    return float(perturbed.mean() - row[f"{truth}_nll"] / row[f"{truth}_tokens"])
+
+
+def truth_ratio(row: dict, forget: bool) -> float | None:
+    """min(R, 1/R) for a forget row, max(0, 1 - 1/R) for any other row; None without perturbed answers."""
+    log_ratio = log_truth_ratio(row)
+    if log_ratio is None:
+        return None
+    return np.exp(-abs(log_ratio)) if forget else -np.expm1(-max(log_ratio, 0))
+
+
+def probability(row: dict, of: str = "answer") -> float | None:
+    """exp(-loss) of the answer, or of the paraphrased answer; None where the row has none."""
+    nll = row.get(f"{of}_nll")
+    return None if nll is None else math.exp(-nll / row[f"{of}_tokens"])
+
+
+def probability_among_options(row: dict) -> float | None:
+    """exp(-loss) of the answer, divided by its sum with the perturbed answers'; None without these."""
+    if not row.get("perturbed_nll"):
+        return None
+    losses = np.divide([row["answer_nll"], *row["perturbed_nll"]],
+                       [row["answer_tokens"], *row["perturbed_tokens"]])
+    return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))  # in logarithms, so never 0/0
+
+
+def mean(values: list) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def set_metrics(name: str, rows: list) -> dict:
+    """The metrics of one set; None where its rows lack something."""
+    answer_probability = probability_among_options if name in ("real_authors", "world_facts") else probability
+    return {"rouge_l_recall": mean([row["rouge_l_recall"] for row in rows]),
+            "probability": mean([answer_probability(row) for row in rows]),
+            "truth_ratio": mean([truth_ratio(row, name == "forget") for row in rows]), "rows": len(rows),
+            "exact_memorization": mean([row.get("exact_memorization") for row in rows]),
+            "extraction_strength": mean([row.get("extraction_strength") for row in rows]),
+            "paraphrase_probability": mean([probability(row, "paraphrased") for row in rows])}
+
+
+def ks_log10_p(n: int, statistic: float) -> float:
+    """log10 of the exact p-value for two samples of n values, also where the p-value underflows:
+    P(D >= k/n) = 2 sum_{i>=1} (-1)^(i-1) C(2n, n-ik) / C(2n, n)  (Gnedenko and Korolyuk 1951)."""
+    k = round(n * statistic)
+    if k == 0:
+        return 0.0
+    i = np.arange(1, n // k + 1)
+    terms = -gammaln(n - i * k + 1) - gammaln(n + i * k + 1) + 2 * gammaln(n + 1)
+    return min(0.0, float(logsumexp(terms, b=2.0 * (-1.0) ** (i - 1))) / math.log(10))
+
+
+def mia_scores(row: dict) -> dict:
+    """Scores from which membership is guessed. Each is the lower, the more a row looks memorised."""
+    loss, reference_nll = row["answer_nll"] / row["answer_tokens"], row.get("reference_nll")
+    return {"loss": loss, "zlib": loss / len(zlib.compress(row["answer"].encode())),
+            "min_k": row.get("min_k"), "min_k_plus_plus": row.get("min_k_plus_plus"),
+            "reference": None if reference_nll is None else loss - reference_nll / row["answer_tokens"]}
+
+
+def auc(members: list, unseen: list) -> float | None:
+    """The chance that a member scores below an unseen row; a tie counts one half (Mann-Whitney's U)."""
+    if None in members or None in unseen:
+        return None
+    ranks = rankdata(np.concatenate([members, unseen]))[len(members):]
+    return float((ranks.mean() - (len(unseen) + 1) / 2) / len(members))
+
+
+def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
+    """Name of a score -> AUC of forget rows against holdout rows: 1 memorised, 1/2 unseen."""
+    members, unseen = ([mia_scores(row) for row in rows] for rows in (forget_rows, holdout_rows))
+    return {name: auc([row[name] for row in members], [row[name] for row in unseen]) for name in members[0]}
+
+
+def privleak(min_k_auc: float | None, retrained_auc: float | None) -> float | None:
+    """100 ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), per cent (MUSE, Shi et al., 2025)."""
+    if None in (min_k_auc, retrained_auc) or retrained_auc == 1:
+        return None
+    return 100 * (retrained_auc - min_k_auc) / (1 - retrained_auc)
+
+
+def agreement(rows: list, others: list) -> dict:
+    """Of two models on the same forget rows: the Kolmogorov-Smirnov test's p-value (forget quality), that of
+    Wilcoxon's paired test, and the correlation of log R (None where log R does not vary)."""
+    x, y = (np.array([log_truth_ratio(row) for row in sample]) for sample in (rows, others))
+    correlation = float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else None
+    return {"ks_p": float(ks_2samp(x, y).pvalue), "correlation": correlation,
+            "paired_p": float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
+
+
+def harmonic_mean(values: list) -> float | None:
+    return None if None in values else float(hmean(values))
+
+
+def open_unlearning(rows: list, metrics: dict, retrained_mia: dict, start_utility: float | None) -> dict:
+    """open-unlearning's aggregate (Dorna et al., 2025, Appendix F). Its authors have published no code for
+    it; docs/beyond.md has these formulas, and says what differs elsewhere."""
+    forget, ratios = metrics["forget"], [log_truth_ratio(row) for row in rows]
+    memorised = [forget["extraction_strength"], forget["exact_memorization"],
+                 forget["paraphrase_probability"], None if None in ratios else expit(ratios).mean()]
+    pairs = [(metrics.get("mia", {}).get(name), retrained_mia.get(name))
+             for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
+    utility = None
+    if start_utility and metrics["model_utility"] is not None:
+        utility = metrics["model_utility"] / start_utility
+    parts = {"memorization": harmonic_mean([value if value is None else 1 - value for value in memorised]),
+             "privacy": harmonic_mean([None if None in (auc, control) or control == 0 else
+                                       max(0.0, 1 - abs(auc - control) / control) for auc, control in pairs]),
+             "utility": utility}
+    return parts | {"overall": harmonic_mean([*parts.values()])}
+
+
+def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout: list | None = None,
+                    others: Sequence = (), start_utility: float | None = None) -> dict:
+    """All metrics from row results, and from the retrained model's results on the same forget and holdout
+    rows. `others` are the forget rows of more retrained models. A metric that cannot be computed is None."""
+    sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
+    nine = [sets.get(name, {}).get(metric)
+            for name in UTILITY_SETS for metric in ("rouge_l_recall", "probability", "truth_ratio")]
+    metrics = {"forget_quality": None, "forget_quality_log10": None, "ks_statistic": None, "ks_rows": None,
+               "forget_truth_ratio": sets.get("forget", {}).get("truth_ratio"),
+               "model_utility": harmonic_mean(nine),
+               "forget_kl": None, "world_facts_kl": None}
+    if retrained is not None:
+        test = ks_2samp(*([log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retrained)))
+        metrics |= {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic),
+                    "ks_rows": len(retrained),
+                    "forget_quality_log10": ks_log10_p(len(retrained), test.statistic)}
+        models = [retrained, *others]
+        metrics["retrained"] = {"against": [agreement(rows["forget"], model) for model in models],
+                                "among": [agreement(*pair) for pair in combinations(models, 2)]}
+    for name in KL_SETS:
+        if rows.get(name) and all(row.get("kl") is not None for row in rows[name]):
+            nats, tokens = (sum(row[column] for row in rows[name]) for column in ("kl", "answer_tokens"))
+            metrics[f"{name}_kl"] = nats / tokens
+    metrics, retrained_mia = metrics | sets, {}
+    if rows.get("holdout"):
+        holdout = (retrained_holdout or [])[:len(rows["holdout"])]
+        if retrained and [row["answer"] for row in holdout] == [row["answer"] for row in rows["holdout"]]:
+            retrained_mia = mia_aucs(retrained, holdout)
+        metrics["mia"] = mia_aucs(rows["forget"], rows["holdout"])
+        metrics["privleak"] = privleak(metrics["mia"]["min_k"], retrained_mia.get("min_k"))
+    if "forget" in sets:
+        metrics["open_unlearning"] = open_unlearning(rows["forget"], metrics, retrained_mia, start_utility)
+    return metrics
+
+
+def metrics_table(metrics: dict) -> str:
+    """Plain text: one line per set, then the metrics over all sets."""
+    def listed(numbers: dict) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} " + ("-" if value is None else f"{value:.4g}")
+                         for name, value in numbers.items())
+
+    overall = {name: metrics.get(name) for name in (
+        "forget_quality", "ks_statistic", "model_utility", "forget_kl", "world_facts_kl", "privleak")}
+    models, aucs = metrics.get("retrained", {}), metrics.get("mia", {})
+    return "\n".join([*(f"{name:13s}{listed(metrics[name])}" for name in EVALUATED if name in metrics),
+                      listed(overall), "MIA AUC: " + listed(aucs),
+                      "open-unlearning: " + listed(metrics.get("open_unlearning", {})),
+                      *(f"against retrained model {k}: {listed(pair)}"
+                        for k, pair in enumerate(models.get("against", []), 1)),
+                      *(f"two retrained models: {listed(pair)}" for pair in models.get("among", []))])
+
+
+# ---------------------------------------------------------------- pictures
+
+def plot_truth_ratios(rows: list, retrained: list | None, path: str):
+    """The cumulative distributions of R that the Kolmogorov-Smirnov test compares."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for sample, label in ((rows, "this model"), (retrained, "retrained model")):
+        if sample is not None:
+            axes.ecdf(np.exp([log_truth_ratio(row) for row in sample]), label=label)
+    axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
+             ylabel="share of forget rows below", title="Forget quality compares these two distributions")
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=200)
+
+
+def pass_window(retrained: np.ndarray, means: np.ndarray, sds: np.ndarray) -> np.ndarray:
+    """log10 forget quality, (sds, means), of models whose log R has these means and standard deviations and
+    the shape of the retrained model's, (n,): the median over resampled rows."""
+    n, ordered = len(retrained), np.sort(retrained)
+    drawn = np.sort(retrained[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))])
+    shapes = (drawn - retrained.mean()) / retrained.std()
+    values = means[:, None, None] + sds[:, None, None, None] * shapes  # (sds, means, RESAMPLES, n)
+    rank = np.arange(1, n + 1)  # the KS statistic is the largest gap between the two cumulative curves
+    gaps = np.maximum(rank - np.searchsorted(ordered, values, "right"),
+                      np.searchsorted(ordered, values, "left") - rank + 1).max(-1) / n
+    return np.vectorize(partial(ks_log10_p, n))(np.median(gaps, axis=-1))
+
+
+def draw_window(axes, retrained, curves: dict):
+    """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
+    `retrained` rows' own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
+    retrained = np.array(retrained)
+    mean, sd = retrained.mean(), retrained.std()
+    points = [np.array(curve) for curve in curves.values()]
+    furthest = [np.abs(curve - [[mean], [sd]]).max(1) for curve in points]
+    width, height = np.clip(1.2 * np.max(furthest, axis=0), 0.8 * sd, 5 * sd)  # a collapse leaves the panel
+    means, sds = np.linspace(mean - width, mean + width, GRID), np.linspace(0.02, sd + height, GRID)
+    axes.contourf(means, sds, pass_window(retrained, means, sds), [math.log10(PASSES), 0.01],
+                  colors=["tab:green"], alpha=0.25)
+    axes.plot(mean, sd, "*", color="green", markersize=12)
+    for name, (x, y) in zip(curves, points, strict=True):
+        [line] = axes.plot(x, y, marker=".", linewidth=0.8)
+        axes.annotate(f" {name}", (x[-1], y[-1]), color=line.get_color(), annotation_clip=True)
+    axes.set(xlim=means[[0, -1]], ylim=sds[[0, -1]], xlabel="mean of log R (star: retrained model)",
+             ylabel="standard deviation of log R")
+
+
+def moments(rows: list) -> tuple[float, float]:
+    """Mean and standard deviation of log R over rows."""
+    ratios = [log_truth_ratio(row) for row in rows]
+    return float(np.mean(ratios)), float(np.std(ratios))
+
+
+def answer_nats(rows: list) -> float:
+    """-log pi of an answer: mean over rows, in nats."""
+    return float(np.mean([row["answer_nll"] for row in rows]))
+
+
+def plot_trajectory(folder: Path, retrained: list | None = None):
+    """trajectory.png of a run: whether it has forgotten, what it has kept, W (or the forget loss), how deep
+    the forget answers have fallen, and where log R lies beside that of the `retrained` rows."""
+    from losses import OBJECTIVES  # imported here because it imports PyTorch, and a study's pictures do not
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    evaluations = {int(file.stem[5:]): json.loads(file.read_text())
+                   for file in sorted((folder / "eval").glob("step_*.json"))}
+    metrics = [evaluation["metrics"] for evaluation in evaluations.values()]
+    rows = [evaluation["rows"]["forget"] for evaluation in evaluations.values()]
+    steps, weight = list(evaluations), "mean_W" if "mean_W" in log[0] else "forget_loss"
+    probabilities = {f"{name} probability": [m.get(name, {}).get("probability") for m in metrics]
+                     for name in ("retain", "forget")}
+    panels = {"Forgotten?": (steps, {"forget quality": [m["forget_quality_log10"] for m in metrics]}),
+              "Rest kept?": (steps, {"model utility": [m["model_utility"] for m in metrics]} | probabilities),
+              "How fast?": ([line["step"] for line in log],
+                            {weight.replace("_", " "): [line[weight] for line in log]}),
+              "How deep?": (steps, {"forget answers": list(map(answer_nats, rows))})}
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    quality, kept, fast, deep, window = figure.subplot_mosaic("AABBCC;DDDEEE").values()
+    for axes, (title, (x, curves)) in zip((quality, kept, fast, deep), panels.items(), strict=True):
+        at = -math.inf  # the height of the last label: labels of close lines are moved apart
+        for name, values in sorted(curves.items(), key=lambda curve: curve[1][-1] or 0):
+            if None not in values:
+                [line] = axes.plot(x, values, marker="" if axes is fast else ".")
+                at = max(values[-1], at + 0.05 * (axes is kept))
+                axes.annotate(f" {name}", (x[-1], at), va="center", color=line.get_color())
+        axes.set(title=title, xlabel="step")
+        axes.spines[["top", "right"]].set_visible(False)
+    quality.axhspan(math.log10(PASSES), 0, color="tab:green", alpha=0.15)
+    quality.set_ylabel("log10 p-value (shaded: indistinguishable\nfrom the retrained model)")
+    if among := [pair["ks_p"] for pair in metrics[-1].get("retrained", {}).get("among", [])]:
+        quality.axhspan(math.log10(min(among)), 0, color="tab:green", alpha=0.3)  # between retrained models
+    kept.set_ylim(0, 1)
+    deep.set_ylabel("-log π of an answer, nats, mean over forget rows")
+    if retrained:
+        deep.axhline(answer_nats(retrained), color="green")
+        deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
+        window.set_title("By what does it miss? (shaded: passes)")
+        draw_window(window, [log_truth_ratio(row) for row in retrained], {
+            "end": list(zip(*map(moments, rows), strict=True))})
+    window.set_visible(bool(retrained))
+    s = json.loads((folder / "config.json").read_text())["settings"]
+    names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
+    figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))
+    figure.savefig(folder / "trajectory.png", dpi=200)
