@@ -25,7 +25,7 @@ from common import ROOT, InputError, Parser, environment, positive, run_command,
 from data.tofu import complement, load_task, slice_rows
 from study.pages import page, single_runs_page
 from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_single, draw_evolution,
-                            has_beta, picture_of)
+                            draw_window, has_beta, picture_of, retrained_ratios)
 from study.records import attacks, record
 from study.verdicts import settings_of, verdicts
 
@@ -119,7 +119,9 @@ def collect(folders: list, path: Path):
     study = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(single_runs_page(study), encoding="utf-8")
     if len(columns := columns_of_single(study["runs"])) == 1:  # more splits are a table
-        draw_evolution({}, path.with_suffix(".png"), columns)
+        draw_evolution(study, path.with_suffix(".png"), columns)
+        if retrained_ratios(study, *columns):
+            draw_window(study, path.with_name(f"{path.stem}_window.png"), columns)
 
 
 def draw(out: Path, stems: list, figures: list):

@@ -124,10 +124,13 @@ def privleak(min_k_auc: float | None, retrained_auc: float | None) -> float | No
     return 100 * (retrained_auc - min_k_auc) / (1 - retrained_auc)
 
 
-def agreement(rows: list, others: list) -> dict:
-    """Of two models on the same forget rows: the Kolmogorov-Smirnov test's p-value (forget quality), that of
-    Wilcoxon's paired test, and the correlation of log R (None where log R does not vary)."""
-    x, y = (np.array([log_truth_ratio(row) for row in sample]) for sample in (rows, others))
+def log_truth_ratios(rows: list) -> np.ndarray:
+    return np.array([log_truth_ratio(row) for row in rows], dtype=float)
+
+
+def agreement(x: np.ndarray, y: np.ndarray) -> dict:
+    """Of two models' log R on the same forget rows: the Kolmogorov-Smirnov test's p-value (forget quality),
+    that of Wilcoxon's paired test, and the correlation over rows (None where log R does not vary)."""
     correlation = float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else None
     return {"ks_p": float(ks_2samp(x, y).pvalue), "correlation": correlation,
             "paired_p": float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
@@ -140,18 +143,16 @@ def harmonic_mean(values: list) -> float | None:
 def open_unlearning(rows: list, metrics: dict, retrained_mia: dict, start_utility: float | None) -> dict:
     """open-unlearning's aggregate (Dorna et al., 2025, Appendix F). Its authors have published no code for
     it; docs/beyond.md has these formulas, and says what differs elsewhere."""
-    forget, ratios = metrics["forget"], [log_truth_ratio(row) for row in rows]
-    memorised = [forget["extraction_strength"], forget["exact_memorization"],
-                 forget["paraphrase_probability"], None if None in ratios else expit(ratios).mean()]
-    pairs = [(metrics.get("mia", {}).get(name), retrained_mia.get(name))
-             for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
-    utility = None
-    if start_utility and metrics["model_utility"] is not None:
-        utility = metrics["model_utility"] / start_utility
-    parts = {"memorization": harmonic_mean([value if value is None else 1 - value for value in memorised]),
-             "privacy": harmonic_mean([None if None in (auc, control) or control == 0 else
-                                       max(0.0, 1 - abs(auc - control) / control) for auc, control in pairs]),
-             "utility": utility}
+    truths = [None if ratio is None else expit(ratio) for ratio in map(log_truth_ratio, rows)]
+    memorised = [metrics["forget"][name] for name in ("extraction_strength", "exact_memorization",
+                                                      "paraphrase_probability")] + [mean(truths)]
+    aucs = [(metrics.get("mia", {}).get(name), retrained_mia.get(name))
+            for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
+    kept = (metrics["model_utility"], start_utility)
+    parts = {"memorization": harmonic_mean([None if value is None else 1 - value for value in memorised]),
+             "privacy": harmonic_mean([None if None in pair or pair[1] == 0 else
+                                       max(0.0, 1 - abs(pair[0] - pair[1]) / pair[1]) for pair in aucs]),
+             "utility": None if None in kept or start_utility == 0 else kept[0] / start_utility}
     return parts | {"overall": harmonic_mean([*parts.values()])}
 
 
@@ -167,12 +168,12 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
                "model_utility": harmonic_mean(nine),
                "forget_kl": None, "world_facts_kl": None}
     if retrained is not None:
-        test = ks_2samp(*([log_truth_ratio(row) for row in sample] for sample in (rows["forget"], retrained)))
+        ratios, *models = map(log_truth_ratios, (rows["forget"], retrained, *others))
+        test = ks_2samp(ratios, models[0])
         metrics |= {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic),
                     "ks_rows": len(retrained),
                     "forget_quality_log10": ks_log10_p(len(retrained), test.statistic)}
-        models = [retrained, *others]
-        metrics["retrained"] = {"against": [agreement(rows["forget"], model) for model in models],
+        metrics["retrained"] = {"against": [agreement(ratios, model) for model in models],
                                 "among": [agreement(*pair) for pair in combinations(models, 2)]}
     for name in KL_SETS:
         if rows.get(name) and all(row.get("kl") is not None for row in rows[name]):
@@ -215,7 +216,7 @@ def plot_truth_ratios(rows: list, retrained: list | None, path: str):
     axes = figure.subplots()
     for sample, label in ((rows, "this model"), (retrained, "retrained model")):
         if sample is not None:
-            axes.ecdf(np.exp([log_truth_ratio(row) for row in sample]), label=label)
+            axes.ecdf(np.exp(log_truth_ratios(sample)), label=label)
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
              ylabel="share of forget rows below", title="Forget quality compares these two distributions")
     axes.legend(loc="upper left")
@@ -235,10 +236,9 @@ def pass_window(retrained: np.ndarray, means: np.ndarray, sds: np.ndarray) -> np
     return np.vectorize(partial(ks_log10_p, n))(np.median(gaps, axis=-1))
 
 
-def draw_window(axes, retrained, curves: dict):
+def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {}):
     """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
-    `retrained` rows' own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
-    retrained = np.array(retrained)
+    retrained model's own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
     mean, sd = retrained.mean(), retrained.std()
     points = [np.array(curve) for curve in curves.values()]
     furthest = [np.abs(curve - [[mean], [sd]]).max(1) for curve in points]
@@ -248,16 +248,15 @@ def draw_window(axes, retrained, curves: dict):
                   colors=["tab:green"], alpha=0.25)
     axes.plot(mean, sd, "*", color="green", markersize=12)
     for name, (x, y) in zip(curves, points, strict=True):
-        [line] = axes.plot(x, y, marker=".", linewidth=0.8)
-        axes.annotate(f" {name}", (x[-1], y[-1]), color=line.get_color(), annotation_clip=True)
+        axes.plot(x, y, **look(name) | {"marker": ".", "linewidth": 1})
     axes.set(xlim=means[[0, -1]], ylim=sds[[0, -1]], xlabel="mean of log R (star: retrained model)",
              ylabel="standard deviation of log R")
 
 
 def moments(rows: list) -> tuple[float, float]:
     """Mean and standard deviation of log R over rows."""
-    ratios = [log_truth_ratio(row) for row in rows]
-    return float(np.mean(ratios)), float(np.std(ratios))
+    ratios = log_truth_ratios(rows)
+    return float(ratios.mean()), float(ratios.std())
 
 
 def answer_nats(rows: list) -> float:
@@ -303,8 +302,10 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
         window.set_title("By what does it miss? (shaded: passes)")
-        draw_window(window, [log_truth_ratio(row) for row in retrained], {
-            "end": list(zip(*map(moments, rows), strict=True))})
+        points = list(map(moments, rows))
+        draw_window(window, log_truth_ratios(retrained), {"": list(zip(*points, strict=True))})
+        for text, point in zip(("start", "end"), (points[0], points[-1]), strict=True):
+            window.annotate(f" {text}", point, color="tab:blue", annotation_clip=True)
     window.set_visible(bool(retrained))
     s = json.loads((folder / "config.json").read_text())["settings"]
     names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")

@@ -3,8 +3,8 @@
 import statistics
 from pathlib import Path
 
-from study.pictures import (FIGURES, attacked, best_later, columns_of, columns_of_single, has_beta,
-                            picture_of, values)
+from study.pictures import (FIGURES, SMALL, agreements, attacked, best_later, columns_of, columns_of_single,
+                            has_beta, picture_of, values)
 from study.records import KINDS
 from study.report import table
 from study.verdicts import ELSEWHERE, deciding, kept_utility, last, peak, peak_at, rate, verdicts
@@ -16,6 +16,7 @@ Written by `python figures_tofu.py --draw-only` from the JSON in `tofu/`; every 
 interval of the mean over seeds, or for a share of seeds its one-sided 95% bounds. In tables, ± is the
 standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. [docs/beyond.md](../docs/beyond.md)
 says how to read what lies beyond the paper."""
+OPEN_UNLEARNING = ("memorization", "privacy", "utility", "overall")
 PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
          "last log10 forget quality": "last", "utility / start": "kept"}
 COLUMNS = {  # figure -> title of a column -> number of a record
@@ -24,7 +25,8 @@ COLUMNS = {  # figure -> title of a column -> number of a record
     "objectives": {"best log10 forget quality at 90% of the utility": "best",
                    "last log10 forget quality": "last", "utility / start": "kept",
                    "extraction strength": "forget_extraction_strength", "AUC min-k": "mia",
-                   "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak"},
+                   "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak",
+                   **{f"open-unlearning: {part}": part for part in OPEN_UNLEARNING}},
     "attacks": {"before": "before", "relearned": "forget 100%", "after retain rows": "retain",
                 "8 bits": "int8", "4 bits": "int4", "NF4": "nf4", "paraphrased": "paraphrased question",
                 "answer begun": "prefix", "few-shot": "few-shot", "leak@1": "1", "leak@64": "64"}}
@@ -74,6 +76,18 @@ def samples_tables(models: dict) -> str:
     return "\n\n".join(table(rows) for questions, rows in tables.items() if questions)
 
 
+def floor_table(study: dict) -> str:
+    """How far retrained models of a split are from each other: the range over all pairs."""
+    rows = []
+    for split in SMALL:
+        if pairs := agreements(study, split):
+            titles = {"forget quality": "ks_p", "paired p": "paired_p", "correlation of log R": "correlation"}
+            spans = {title: sorted(pair[key] for pair in pairs) for title, key in titles.items()}
+            rows.append({"retrained models of": split, "pairs": len(pairs)} | {
+                title: f"{numbers[0]:.2g} to {numbers[-1]:.2g}" for title, numbers in spans.items()})
+    return table(rows)
+
+
 def by_name(columns: dict) -> dict:
     return {f"{split}: {name}" if len(columns) > 1 else name: list(map(with_numbers, runs))
             for split, named in columns.items() for name, runs in named.items()}
@@ -95,7 +109,7 @@ def section(study: dict, name: str, figure: str) -> list[str]:
             {"(start)": start, "(retrained)": retrained} | models).items() if records}
     parts = [f"### {title}"] + [f"![{title}](tofu/{picture_of(Path(name), figure)})"] * bool(draw)
     parts += [models_table(models, COLUMNS[figure])] if figure in COLUMNS else []
-    return parts + [samples_tables(models)] * (figure == "7")
+    return parts + [samples_tables(models)] * (figure == "7") + [floor_table(study)] * (figure == "window")
 
 
 def page(studies: dict) -> str:

@@ -10,13 +10,15 @@ import math
 import statistics
 import textwrap
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from study.verdicts import LINE, PRESERVED, best_at_utility, chosen_runs, kept_utility, peak, peak_at
+import metrics
+from data.tofu import complement
+from study.verdicts import LINE, PRESERVED, best_at_utility, chosen_runs, kept_utility, last, peak, peak_at
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl", "simnpo", "simnpo+rt")
@@ -65,13 +67,14 @@ def message(columns: dict, at=lambda run: -1, when: str = "") -> str:
 
 
 def settings_of(study: dict, columns: dict) -> str:
-    """Subtitle: model, data, epochs, seeds, lr and beta. The study of single runs is {}."""
+    """Subtitle: model, data, epochs, seeds, lr and beta. Single runs have no common model."""
     named = {name: runs for column in columns.values() for name, runs in column.items()}
     counts, run = sorted(map(len, named.values())), next(iter(named.values()))[0]
     seeds = f"{counts[0]} to {counts[-1]} seeds" if counts[0] < counts[-1] else f"seeds: {counts[0]}"
-    model = f"{study['model']} ({study['parameters'] / 1e6:.2g} M parameters)" if study else "single runs"
+    model = f"{study['model']} ({study['parameters'] / 1e6:.2g} M parameters)" if "model" in study else (
+        "single runs")
     source = "lr and β of the preset" if study.get("choices_from") else "lr and β tuned for each method"
-    if not study.get("choices_from") and (len(named) < 5 or not study):
+    if not study.get("choices_from") and (len(named) < 5 or "model" not in study):
         source = "; ".join(f"{name}: lr {runs[0]['lr']:.2g}" + f", β {runs[0]['beta']:g}" * has_beta(name)
                            + f", weight {runs[0]['retain_weight']:g}" * (runs[0]["retain_weight"] > 1)
                            for name, runs in named.items() if " " not in name)
@@ -103,8 +106,20 @@ def save(figure, path: Path, title: str, subtitle: str, note: str = BAND) -> Pat
     return path
 
 
-def quality_axis(axes, lowest: float, axis: str = "y"):
-    """log10 forget quality on a square-root scale, down to `lowest`, with the band of p-values above 0.05."""
+def retrained_ratios(study: dict, split: str) -> list[np.ndarray]:
+    """log R of the forget rows in each retrained model of a split, where a study has them."""
+    return [np.array(model["log_truth_ratios"]) for model in study.get("retrained", [])
+            if model["split"] == complement(split) and "log_truth_ratios" in model]
+
+
+def agreements(study: dict, split: str) -> list[dict]:
+    """How far retrained models differ from each other: a record for each pair."""
+    return [metrics.agreement(*pair) for pair in combinations(retrained_ratios(study, split), 2)]
+
+
+def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
+    """log10 forget quality on a square-root scale, down to `lowest`, with the band of p-values above 0.05,
+    and within it the range that retrained models have among each other (`floor`, their agreements)."""
     getattr(axes, f"set_{axis}scale")("function", functions=(
         lambda decades: np.sign(decades) * abs(decades) ** 0.5, lambda height: np.sign(height) * height**2))
     getattr(axes, f"set_{axis}lim")(min(1.1 * lowest, -4), 0.01)
@@ -114,11 +129,18 @@ def quality_axis(axes, lowest: float, axis: str = "y"):
     axes.minorticks_off()
     span = axes.axhspan if axis == "y" else axes.axvspan
     span(LINE, 0, color="tab:green", alpha=0.15, linewidth=0)
+    if floor:
+        span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
 
 
 def finish(axes, points: dict, key: str, title: str, **settings):
-    """Titles, and each name beside the panel, joined to its point (x, y). Names that overlap move apart."""
+    """Titles, and each name beside its point."""
     axes.set(ylabel=PANELS[key][1], **settings)
+    name_points(axes, points, title)
+
+
+def name_points(axes, points: dict, title: str):
+    """The title, and each name beside the panel, joined to its point (x, y). Close names move apart."""
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.get_ylim()  # fixes the limits, which the transformation below needs
@@ -163,7 +185,8 @@ def draw_evolution(study: dict, path: Path, columns: dict, keys: tuple = (QUALIT
             axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.1, linewidth=0)
             points[name] = epochs[-1], seeds.mean(0)[-1]
         if key == QUALITY:
-            quality_axis(axes, min(min(run[QUALITY]) for runs in named.values() for run in runs))
+            quality_axis(axes, min(min(run[QUALITY]) for runs in named.values() for run in runs),
+                         floor=agreements(study, split))
         elif key == UTILITY:
             axes.set_ylim(bottom=-0.03)
         else:
@@ -188,13 +211,30 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
             x = [kept_utility(run, peak_at(run)) if len(keys) == 1 else run["retain_weight"] for run in runs]
             points[name] = bars(axes, x, [curve(run, key)[peak_at(run)] for run in runs], style(name))
         if key == QUALITY:
-            quality_axis(axes, min(peak(run) for runs in named.values() for run in runs))
+            quality_axis(axes, min(peak(run) for runs in named.values() for run in runs),
+                         floor=agreements(study, split))
         finish(axes, points, key, split if len(keys) == 1 else PANELS[key][0], xlabel=label)
     title = message(columns, peak_at, " at the peak")
     if len(keys) > 1:
         best = max(named.values(), key=lambda runs: statistics.mean(map(peak, runs)))[0]
         title = f"{best['method']} forgets best with a retain weight of {best['retain_weight']:g}"
     return save(figure, path, title, settings_of(study, columns))
+
+
+def draw_window(study: dict, path: Path, columns: dict) -> Path:
+    """Mean and standard deviation of log R over the run, and the region in which a model passes."""
+    figure, panels = canvas(1, len(columns), 5.5)
+    for axes, (split, named) in zip(panels[0], columns.items(), strict=True):
+        curves = {name: np.mean([[run["log_truth_ratio_mean"], run["log_truth_ratio_sd"]] for run in runs], 0)
+                  for name, runs in named.items()}
+        metrics.draw_window(axes, retrained_ratios(study, split)[0], curves, style)
+        name_points(axes, {name: curve[:, -1] for name, curve in curves.items()}, split)
+    winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
+    title = "No run passes: each misses by the mean or spread of log R"
+    if winners:
+        title = f"{join(winners)} pass{'es' * (len(winners) < 2)}; the others miss by mean or spread of log R"
+    return save(figure, path, title, settings_of(study, columns),
+                "green: where a model passes; star: retrained; all curves begin at the start, on the right")
 
 
 def best_later(run: dict) -> float | None:
@@ -205,6 +245,7 @@ def best_later(run: dict) -> float | None:
 
 def values(records: list, key: str) -> list:
     """A number of each record, or the last of a curve (`mia`: the AUC of min-k), where it was measured."""
+    records = [record.get("open_unlearning", {}) | record for record in records]
     numbers = [record.get(key, {}).get("min_k") if key == "mia" else record.get(key) for record in records]
     numbers = [number[-1] if isinstance(number, list) else number for number in numbers]
     return [number for number in numbers if number is not None]
@@ -218,9 +259,11 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
     order = sorted(named, key=means.get)
     winners = [name for name in order[::-1] if means[name] > LINE and len(best[name]) == len(named[name])]
     lowest = min((min(seeds) for seeds in best.values() if seeds), default=-4)
-    figure, panels = canvas(1, 3, 1.6 + 0.32 * len(named), sharey=True)
     keys = {"best forget quality with\n90% of the utility": "", "PrivLeak\nat the end": "privleak",
             "extraction strength\nat the end": "forget_extraction_strength"}
+    if any(values(runs, "overall") for runs in named.values()):
+        keys["open-unlearning's aggregate\nat the end"] = "overall"
+    figure, panels = canvas(1, len(keys), 1.6 + 0.32 * len(named), sharey=True)
     for axes, (title, key) in zip(panels[0], keys.items(), strict=True):
         for place, name in enumerate(order):
             color = "green" if name in winners else "tab:red"
@@ -228,7 +271,7 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
                 bars(axes, seeds, [place], {"color": color, "marker": "o"})
             else:
                 axes.text(lowest, place, "never after the start", color=color, fontsize=8, va="center")
-        if key:
+        if key and key != "overall":
             models = [model for model in study["retrained"] if model["split"] == "retain90"]
             control = 0 if key == "privleak" else statistics.mean(values(models, key))
             axes.axvline(control, color="green", linewidth=1)
@@ -294,6 +337,8 @@ FIGURES = {
                       "npo+rt@2", "npo+rt@5"), partial(draw_points, keys=(QUALITY, UTILITY))),
     "beyond10": ("Beyond 10%: as Figure 5", ("forget20", "forget30"),
                  ("npo", "npo+rt", "ga+rt", "dpo+rt", "idk+rt"), draw_points),
+    "window": ("By what a run misses: mean and spread of log R", FORGET10,
+               ("ga", "ga+rt", "idk+rt", "dpo+rt", "kto+rt", "npo", "npo+rt", "simnpo+rt"), draw_window),
     "objectives": ("Beyond the paper: newer objectives, sharper metrics", FORGET10, WITH_RT,
                    draw_objectives),
     "attacks": ("Beyond the paper: extraction strength before and after each attack", FORGET10, WITH_RT,
@@ -307,6 +352,8 @@ def columns_of(study: dict, figure: str) -> dict:
         runs = chosen_runs(study, split, name)
         if figure == "attacks":
             runs = [run for run in runs if "model" in run.get("attacks", {})]
+        if figure == "window" and not retrained_ratios(study, split):
+            runs = []
         if runs:
             label = name.replace("@tuned", " tuned").replace("@", " weight ")
             columns.setdefault(split, {})[label] = runs

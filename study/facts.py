@@ -1,0 +1,73 @@
+"""Does a method forget the fact or the sentence? Nats that the forget answers of the built-in set lose on the
+tokens of the fact, and on their other tokens, against the model before unlearning.
+
+    python study/facts.py runs/*/ --out results/facts.json      # finished runs; the retrained model is added
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is run as a command
+
+from common import Parser, environment, run_command, write_json  # noqa: E402
+from data.batches import collate  # noqa: E402
+from data.make_tiny import FACTS  # noqa: E402
+from data.prompts import encode  # noqa: E402
+from data.tofu import load_task  # noqa: E402
+from losses import token_logps  # noqa: E402
+from model import AnswerModel, load_model  # noqa: E402
+from study.report import table  # noqa: E402
+
+VALUES = {value for fact in FACTS.values() for value in fact["values"]}
+
+
+def value_of(row: dict) -> str:
+    """The fact that an answer states: the longest value that is also in its paraphrase."""
+    return max((value for value in VALUES if value in row["answer"] and value in row["paraphrased_answer"]),
+               key=len)
+
+
+@torch.no_grad()
+def nats(model: str, rows: list) -> np.ndarray:
+    """-log pi of each answer on the tokens of its fact and on the others: (rows, 2)."""
+    loaded, results = load_model(model), []
+    pairs = [(row["question"], row["answer"]) for row in rows]
+    texts = encode(loaded.tokenizer, loaded.meta["template"], pairs)
+    for row, text in zip(rows, texts, strict=True):
+        batch = collate([text], loaded.tokenizer.eos_token_id, torch.device("cpu"))
+        logps = token_logps(AnswerModel(loaded.lm)([batch])[1], batch.targets)
+        pieces = [loaded.tokenizer.decode([token]) for token in text.ids[text.start:-1]]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        begin = "".join(pieces).index(value := value_of(row))
+        inside = np.zeros(text.answer_tokens, bool)  # the end-of-sequence token is no part of the fact
+        inside[:-1] = (ends > begin) & (ends - [len(piece) for piece in pieces] < begin + len(value))
+        results.append([-logps[inside].sum().item(), -logps[~inside].sum().item()])
+    return np.array(results)
+
+
+def main(argv: list | None = None):
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; a table is written beside it")
+    args = parser.parse_args(argv)
+    rows = load_task("builtin", "forget10").evaluated["forget"]
+    start, models = nats("data/tiny/start", rows), {"(retrained)": nats("data/tiny/retrained", rows)}
+    for run in args.runs:
+        models[json.loads((run / "config.json").read_text())["method"]] = nats(str(run / "model"), rows)
+    lines = []
+    for name, values in models.items():
+        fact, rest = (values - start).mean(0).tolist()
+        lines.append({"model": name, "nats lost on the fact": fact, "on the other tokens": rest,
+                      "share of the fact": fact / (fact + rest)})
+    write_json(args.out, {"nats_of_the_start": start.mean(0).tolist(), "models": lines,
+                          "provenance": environment()})
+    args.out.with_suffix(".md").write_text(table(lines) + "\n", encoding="utf-8")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)
