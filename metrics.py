@@ -276,7 +276,10 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
     steps, weight = list(evaluations), "mean_W" if "mean_W" in log[0] else "forget_loss"
     probabilities = {f"{name} probability": [m.get(name, {}).get("probability") for m in metrics]
                      for name in ("retain", "forget")}
-    panels = {"Forgotten?": (steps, {"forget quality": [m["forget_quality_log10"] for m in metrics]}),
+    forgotten = {"forget quality": [m["forget_quality_log10"] for m in metrics]}
+    if not retrained:
+        forgotten = {"forget probability": probabilities.pop("forget probability")}
+    panels = {"Forgotten?": (steps, forgotten),
               "Rest kept?": (steps, {"model utility": [m["model_utility"] for m in metrics]} | probabilities),
               "How fast?": ([line["step"] for line in log],
                             {weight.replace("_", " "): [line[weight] for line in log]}),
@@ -292,13 +295,13 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
                 axes.annotate(f" {name}", (x[-1], at), va="center", color=line.get_color())
         axes.set(title=title, xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
-    quality.axhspan(math.log10(PASSES), 0, color="tab:green", alpha=0.15)
-    quality.set_ylabel("log10 p-value (shaded: indistinguishable\nfrom the retrained model)")
     if among := [pair["ks_p"] for pair in metrics[-1].get("retrained", {}).get("among", [])]:
         quality.axhspan(math.log10(min(among)), 0, color="tab:green", alpha=0.3)  # between retrained models
     kept.set_ylim(0, 1)
     deep.set_ylabel("-log π of an answer, nats, mean over forget rows")
     if retrained:
+        quality.axhspan(math.log10(PASSES), 0, color="tab:green", alpha=0.15)
+        quality.set_ylabel("log10 p-value (shaded: indistinguishable\nfrom the retrained model)")
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
         window.set_title("By what does it miss? (shaded: passes)")

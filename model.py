@@ -236,6 +236,7 @@ def read_model(source, flag: str):
     except Exception as error:  # the network, formats and versions each raise their own kinds
         cause = error if isinstance(error, InputError) else cause_of(error)
         hint = f"; the model is in {source}/model" if (Path(source) / "model").is_dir() else ""
+        hint += "; there is no folder of this name" * (not Path(source).exists())
         raise InputError(f"--model {flag}: cannot load it as safetensors ({cause}); need a preset, a folder "
                          f"or a Hub id; without network, copy its files into a folder{hint}") from None
     return lm.eval(), tokenizer

@@ -282,6 +282,9 @@ def main(argv: list | None = None):
         raise InputError(f"{file} exists: choose another --out")
     loaded = {name: load_model(getattr(args, name), args.template) for name in LABELS}
     trained = {name: (model.meta["trained_on"] or {}).get("split") for name, model in loaded.items()}
+    if trained["model"] == "own":
+        raise InputError(f"{args.model} was trained on own rows: attacks need data in TOFU's files, and a "
+                         "model retrained without the forget rows")
     split = args.split or evaluation_split(trained["model"] or "full")
     if parse_split(split)[0] != "forget" or trained["retrained"] not in (None, complement(split)):
         raise InputError(f"--split {split} with --retrained of {trained['retrained']}: need a forget split, "

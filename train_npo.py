@@ -380,7 +380,7 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
     """From the newest checkpoint, or else the policy's present weights, to the end of the stream. Raises
     InputError where a loss or gradient is not finite, KeyboardInterrupt after a signal (the run is saved)."""
     if s.activation_checkpointing:
-        model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.lm.activation_checkpointing_enable({"use_reentrant": False})
     if s.compile:
         model.lm.base_model.compile(dynamic=True)
     policy = model  # the same weights; DDP averages their gradients over the processes
@@ -503,7 +503,8 @@ class Run:
             if self.writer:
                 self.writer(shown, step)
         if self.s.keep == "best" and step == best_step(self.evaluations):
-            save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta, self.world)
+            save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta | {"step": step},
+                       self.world)
         self.world.say(f"after step {step}: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items()))
 
@@ -611,7 +612,7 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
         lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
         trained_on = meta["trained_on"] or {}
         trained_with = trained_on.get("template", meta["template"])
-        if trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
+        if not s.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
             world.say(f"note: {s.model} was trained on other data ({trained_on['data']}) than {task.source}")
         if s.loss != "sft" and meta["template"] != trained_with:
             raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
@@ -640,9 +641,14 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
         **environment()}, world)
     numbers = s.values(("lr", "weight_decay", *plan.objective.settings))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if plan.rows < s.batch_size:
+        world.say(f"note: {plan.rows} rows for a batch of {s.batch_size}: a step has rows several times, and "
+                  "the run has few steps; give a smaller --batch-size")
+    answer_tokens = sum(plan.texts[f"row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
     world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
-              f"{plan.rows} rows, {s.epochs} epochs, batch {s.batch_size}: {plan.steps} steps, the first "
-              f"{plan.warmup_steps} warm-up; " + ", ".join(f"{k} {v:g}" for k, v in numbers.items()) +
+              f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {s.epochs} epochs, batch "
+              f"{s.batch_size}: {plan.steps} steps, the first {plan.warmup_steps} warm-up\n" +
+              ", ".join(f"{name} {value:g}" for name, value in numbers.items()) +
               f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")
     return model, Run(s, loaded, plan, prepared, retrained, folder, world)
 

@@ -139,7 +139,7 @@ def read_rows(path: Path) -> list:
     try:
         text, rows = path.read_text(encoding="utf-8-sig"), []  # Windows begins files with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({cause_of(error)}): need a UTF-8 text file") from None
+        raise InputError(f"cannot read {path} ({cause_of(error)}): need an existing file in UTF-8") from None
     is_list = text.lstrip().startswith("[")
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
         if line.strip():
@@ -164,7 +164,9 @@ def check_rows(rows: list, where, fields: dict, first: int = 1):
             filled = texts and all(isinstance(text, str) and text.strip() for text in texts)
             if not (isinstance(value, kind) and filled):
                 needed = "a list of non-empty texts" if kind is list else "a non-empty text"
-                raise InputError(f"{where} row {number}: {field} must be {needed}, got {value!r}"[:400])
+                fields = f" in a row with {', '.join(row)}"[:400] if isinstance(row, dict) else ""
+                message = f"{where} row {number}: {field} must be {needed}, got {value!r}"
+                raise InputError(message[:400] + fields)
 
 
 def own_task(forget_file: str | None, retain_file: str | None) -> Task:
