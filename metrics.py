@@ -33,6 +33,7 @@ from data.tofu import EVALUATED
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
 PASSES = 0.05  # a model passes when its forget quality is above
+COLORS = {"model utility": "tab:blue", "retain probability": "tab:green", "forget probability": "tab:red"}
 RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
 
 
@@ -165,10 +166,14 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
             for name in UTILITY_SETS for metric in ("rouge_l_recall", "probability", "truth_ratio")]
     metrics = {"forget_quality": None, "forget_quality_log10": None, "ks_statistic": None, "ks_rows": None,
                "forget_truth_ratio": sets.get("forget", {}).get("truth_ratio"),
+               "log_truth_ratio_mean": None, "log_truth_ratio_sd": None,  # of log R on the forget rows
                "model_utility": harmonic_mean(nine),
                "forget_kl": None, "world_facts_kl": None}
+    ratios = log_truth_ratios(rows.get("forget", []))
+    if len(ratios) and np.isfinite(ratios).all():
+        metrics |= {"log_truth_ratio_mean": float(ratios.mean()), "log_truth_ratio_sd": float(ratios.std())}
     if retrained is not None:
-        ratios, *models = map(log_truth_ratios, (rows["forget"], retrained, *others))
+        models = list(map(log_truth_ratios, (retrained, *others)))
         test = ks_2samp(ratios, models[0])
         metrics |= {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic),
                     "ks_rows": len(retrained),
@@ -198,7 +203,8 @@ def metrics_table(metrics: dict) -> str:
                          for name, value in numbers.items())
 
     overall = {name: metrics.get(name) for name in (
-        "forget_quality", "ks_statistic", "model_utility", "forget_kl", "world_facts_kl", "privleak")}
+        "forget_quality", "ks_statistic", "log_truth_ratio_mean", "log_truth_ratio_sd", "model_utility",
+        "forget_kl", "world_facts_kl", "privleak")}
     models, aucs = metrics.get("retrained", {}), metrics.get("mia", {})
     return "\n".join([*(f"{name:13s}{listed(metrics[name])}" for name in EVALUATED if name in metrics),
                       listed(overall), "MIA AUC: " + listed(aucs),
@@ -253,12 +259,6 @@ def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {})
              ylabel="standard deviation of log R")
 
 
-def moments(rows: list) -> tuple[float, float]:
-    """Mean and standard deviation of log R over rows."""
-    ratios = log_truth_ratios(rows)
-    return float(ratios.mean()), float(ratios.std())
-
-
 def answer_nats(rows: list) -> float:
     """-log pi of an answer: mean over rows, in nats."""
     return float(np.mean([row["answer_nll"] for row in rows]))
@@ -290,9 +290,10 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         at = -math.inf  # the height of the last label: labels of close lines are moved apart
         for name, values in sorted(curves.items(), key=lambda curve: curve[1][-1] or 0):
             if None not in values:
-                [line] = axes.plot(x, values, marker="" if axes is fast else ".")
+                color = COLORS.get(name, "black")
+                axes.plot(x, values, marker="" if axes is fast else ".", color=color)
                 at = max(values[-1], at + 0.05 * (axes is kept))
-                axes.annotate(f" {name}", (x[-1], at), va="center", color=line.get_color())
+                axes.annotate(f" {name}", (x[-1], at), va="center", color=color)
         axes.set(title=title, xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
     if among := [pair["ks_p"] for pair in metrics[-1].get("retrained", {}).get("among", [])]:
@@ -305,10 +306,10 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
         window.set_title("By what does it miss? (shaded: passes)")
-        points = list(map(moments, rows))
-        draw_window(window, log_truth_ratios(retrained), {"": list(zip(*points, strict=True))})
-        for text, point in zip(("start", "end"), (points[0], points[-1]), strict=True):
-            window.annotate(f" {text}", point, color="tab:blue", annotation_clip=True)
+        x, y = ([m[f"log_truth_ratio_{key}"] for m in metrics] for key in ("mean", "sd"))
+        draw_window(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
+        window.annotate(" start", (x[0], y[0]), annotation_clip=True)
+        window.annotate(" end", (x[-1], y[-1]), annotation_clip=True)
     window.set_visible(bool(retrained))
     s = json.loads((folder / "config.json").read_text())["settings"]
     names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")

@@ -110,8 +110,7 @@ class Settings:
 CHOICES = {"loss": OBJECTIVES, "kl_direction": KL_DIRECTIONS, "template": TEMPLATES, "dtype": AUTOCAST,
            "retain_pairing": ("stream", "fixed"), "device": ("auto", "cpu", "cuda", "mps"),
            "parallel": ("ddp", "fsdp"), "keep": ("last", "best"), "log_to": ("tensorboard", "wandb")}
-MAY_BE_ZERO = ("forget_weight", "retain_weight", "kl_weight", "gamma", "weight_decay", "warmup_epochs",
-               "max_grad_norm", "seed", "lora")
+ABOVE_ZERO = ("beta", "beta2", "epochs", "batch_size", "micro_batch_size", "lr")  # the others may be 0
 CHANGEABLE = {"resume", "parallel", "device", "micro_batch_size"}  # when a run is resumed
 
 
@@ -122,11 +121,12 @@ def parse(argv: list | None = None) -> Settings:
     for field in dataclasses.fields(Settings):
         flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
         if field.type is bool:
-            parser.add_argument(flag, action="store_true", default=None, help=comments[field.name])
+            parser.add_argument(flag, action="store_true", default=None,
+                                help=comments.get(field.name))
             continue
         number, many = int if "int" in kind else float, "+" if "list" in kind else None
-        parser.add_argument(flag, help=comments[field.name], choices=CHOICES.get(field.name), nargs=many,
-                            type=str if "str" in kind else positive(number, field.name in MAY_BE_ZERO))
+        parser.add_argument(flag, help=comments.get(field.name), choices=CHOICES.get(field.name), nargs=many,
+                            type=str if "str" in kind else positive(number, field.name not in ABOVE_ZERO))
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if "resume" not in typed:
         return resolve(Settings(**typed), typed)
@@ -153,10 +153,12 @@ def resolve(s: Settings, typed: dict) -> Settings:
                 "gamma": 0.0, "eval_every": "end" if sft else "epoch", **objective.defaults}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items()
                                   if name in vars(s) and getattr(s, name) is None})
-    used = (*objective.settings, *(["kl_direction"] if s.kl_weight else []))
-    for name in ("beta", "beta2", "gamma", "kl_direction"):
-        if name in typed and name not in used:
-            raise InputError(f"--{name.replace('_', '-')} has no effect on {s.method}: leave it out")
+    used = {*objective.settings, *(["kl_direction"] if s.kl_weight else [])}
+    if unknown := used - objective.defaults.keys() - vars(s).keys():
+        raise InputError(f"{s.loss}'s parameter {min(unknown)} needs a default, or a line in Settings")
+    all_settings = {name for each in OBJECTIVES.values() for name in each.settings} | {"kl_direction"}
+    if unused := (all_settings - used) & typed.keys():
+        raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
     refuse_contradictions(s, typed)
     if s.forget or s.retain:
         s.split = "own"
@@ -317,7 +319,10 @@ def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: 
         sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
     if objective.weight:
         sums["mean_W"] = objective.weight(*arguments).detach().sum() / count
-    assert len(values) in (len(micro_batch.rows), n, len(logps) - m), "need one value per sequence or token"
+    numbers = {"sequences": [len(micro_batch.rows)], "tokens": [len(micro_batch.rows), n, len(logps) - m]}
+    if len(values) not in numbers[objective.mean]:
+        raise InputError(f"{s.loss} gives {len(values)} values for {len(micro_batch.rows)} rows: need one "
+                         "per sequence, or per token with mean=\"tokens\" in its line of OBJECTIVES")
     return {name: row_weight * value for name, value in sums.items()}
 
 
@@ -347,7 +352,7 @@ def check_start(s: Settings, plan: Plan, logged: dict):
     for name, (value, allowed) in expected.items():
         if name in logged and abs(logged[name] - value) > allowed:
             raise RuntimeError(f"step 0: {name} is {logged[name]:.6g} and must be {value:.6g}: the reference "
-                               "is not the model that this run begins with")
+                               "is not the model that this run begins with, or a new loss or weight is wrong")
 
 
 @torch.no_grad()

@@ -304,7 +304,8 @@ def draw_attacks(study: dict, path: Path, columns: dict) -> Path:
         for place, name in enumerate(order):
             before, after = (statistics.mean(values(models[name], state)) for state in states)
             returning |= {name} if after > limit else set()
-            look = {"arrowstyle": "-|>", "color": "tab:red" if after > limit else "black"}
+            look = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0,
+                    "color": "tab:red" if after > limit else "black"}
             axes.plot([before], [place], "o", color=look["color"], markersize=4)
             if abs(after - before) > 0.05:  # a shorter arrow is hidden by its point
                 axes.annotate("", (after, place), (before, place), arrowprops=look)

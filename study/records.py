@@ -20,10 +20,11 @@ from pathlib import Path
 
 from common import InputError
 from data.tofu import evaluation_split, load_task
-from metrics import answer_nats, log_truth_ratio, moments
+from metrics import answer_nats, log_truth_ratio
 
 KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
-CURVES = ("forget_quality_log10", "model_utility", "forget_kl", "world_facts_kl", "privleak")
+CURVES = ("forget_quality_log10", "log_truth_ratio_mean", "log_truth_ratio_sd", "model_utility", "forget_kl",
+          "world_facts_kl", "privleak")
 FORGET_CURVES = ("extraction_strength", "paraphrase_probability")
 WITHOUT_EFFECT = ("retain_log", "micro_batch_size", "device", "parallel", "activation_checkpointing",
                   "compile", "eval_every", "checkpoint_every", "keep", "log_to", "out", "resume")
@@ -125,8 +126,6 @@ def record(folder: Path) -> dict:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
     curves["mean_W"] = [mean_weight(log, *span) for span in pairwise([0, *steps])]  # since the one before
-    curves["log_truth_ratio_mean"], curves["log_truth_ratio_sd"] = zip(
-        *(moments(sets["forget"]) for sets in rows), strict=True)
     answers, samples = answers_of(settings["data"], split, rows[-1])
     entry = {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
              "data": Path(settings["data"]).name, "command": config["command"], "commit": config["commit"],

@@ -18,9 +18,9 @@ from data.logs import read_log, read_retain_log
 from data.tofu import load_task
 from evaluate_tofu import (ResidentReference, evaluate, generate, likelihood_measures, prepare,
                            rouge_l_recall, score)
-from metrics import (KL_SETS, agreement, auc, compute_metrics, ks_log10_p, log_truth_ratio, metrics_table,
-                     mia_aucs, open_unlearning, pass_window, plot_trajectory, plot_truth_ratios, privleak,
-                     probability_among_options, truth_ratio)
+from metrics import (KL_SETS, agreement, auc, compute_metrics, ks_log10_p, log_truth_ratio, log_truth_ratios,
+                     metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
+                     plot_truth_ratios, privleak, probability_among_options, truth_ratio)
 from model import AnswerModel, load_model
 
 # The released logs of Llama-2-7B-chat: model utility, then ROUGE-L recall, probability and truth ratio of the
@@ -504,7 +504,7 @@ def test_the_trajectory_of_a_run_is_drawn(tmp_path):
 
 def test_the_pass_window_holds_the_retrained_model_and_not_the_start():
     rows, _ = read_log(str(ROOT / "data" / "tiny" / "retrained_forget10.json"))
-    ratios = np.array([log_truth_ratio(row) for row in rows["forget"]])
+    ratios = log_truth_ratios(rows["forget"])
     means, sds = ratios.mean() + np.array([-0.5, 0.0, 0.5]), ratios.std() * np.array([0.3, 1.0, 3.0])
     quality = pass_window(ratios, means, sds)
     assert quality.shape == (3, 3) and quality[1, 1] > math.log10(0.5)
@@ -523,19 +523,17 @@ def test_several_retrained_models_are_compared_as_single_ones_are():
         assert alone["retrained"] == {"against": [pair], "among": []}
         assert alone["forget_quality"] == pair["ks_p"]
     assert len(together["retrained"]["among"]) == 3
-    assert together["retrained"]["among"][0] == agreement(*retrained[:2])
+    assert together["retrained"]["among"][0] == agreement(*map(log_truth_ratios, retrained[:2]))
     text = metrics_table(together)
     assert text.count("against retrained model") == 3 and text.count("two retrained models") == 3
 
 
 def test_agreement_is_paired_by_row():
     x = np.linspace(-1, 1, 40)
-    shifted = agreement(rows_with(x), rows_with(x + 0.02))
+    shifted = agreement(x, x + 0.02)
     assert shifted["ks_p"] > 0.9 and shifted["paired_p"] < 1e-6  # a shift that KS does not see
-    assert shifted["correlation"] == pytest.approx(1)
-    assert agreement(rows_with(x), rows_with(-x))["correlation"] == pytest.approx(-1)
-    assert agreement(rows_with(x), rows_with(x))["paired_p"] == 1
-    assert agreement(rows_with(x), rows_with(0 * x))["correlation"] is None
+    assert shifted["correlation"] == pytest.approx(1) == -agreement(x, -x)["correlation"]
+    assert agreement(x, x)["paired_p"] == 1 and agreement(x, 0 * x)["correlation"] is None
 
 
 def test_open_unlearnings_aggregate_by_hand():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import InputError
 from data.batches import Plan
 from data.tofu import load_task
 from losses import OBJECTIVES, Objective
@@ -196,11 +197,21 @@ def mean_of_all(policy_logps):
     return policy_logps.mean(0, keepdim=True)
 
 
-def test_a_loss_that_returns_a_mean_is_refused(monkeypatch):
+def test_a_loss_that_returns_another_number_of_values_is_refused():
     step = Step("ga")
-    step.plan.objective = Objective(mean_of_all)
-    with pytest.raises(AssertionError, match="one value per sequence"):
-        step.computed()
+    per_token = Objective(lambda policy_token_logps: policy_token_logps)  # without mean="tokens"
+    for objective in (Objective(mean_of_all), Objective(mean_of_all, mean="tokens"), per_token):
+        step.plan.objective = objective
+        with pytest.raises(InputError, match="need one per sequence, or per token with mean="):
+            step.computed()
+
+
+def test_a_parameter_that_nothing_sets_and_a_flag_that_the_loss_does_not_take_are_refused(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "floored", Objective(lambda policy_logps, floor: policy_logps - floor))
+    with pytest.raises(InputError, match="floored's parameter floor needs a default, or a line in Settings"):
+        parse(["--loss", "floored"])
+    with pytest.raises(InputError, match="--beta2 has no effect on npo"):
+        parse(["--loss", "npo", "--beta2", "2"])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
