@@ -34,6 +34,7 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
 PASSES = 0.05  # a model passes when its forget quality is above
 COLORS = {"model utility": "tab:blue", "retain probability": "tab:green", "forget probability": "tab:red"}
+DEPTH = (3.5, 5, 7)  # beta times the nats that npo+rt took from an answer: least, usual, most (docs/study.md)
 RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
 
 
@@ -262,6 +263,16 @@ def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {})
 def answer_nats(rows: list) -> float:
     """-log pi of an answer: mean over rows, in nats."""
     return float(np.mean([row["answer_nll"] for row in rows]))
+
+
+def depth_note(beta: float, start: list, retrained: list | None) -> str:
+    """How deep npo+rt will go from the `start` rows, and the beta for the retrained model's depth."""
+    low, _, high = (nats / beta for nats in DEPTH)
+    note = f"npo+rt usually takes {low:.2g} to {high:.2g} nats from an answer at beta {beta:g}"
+    missing = answer_nats(retrained) - answer_nats(start) if retrained else 0
+    if missing > 0:
+        note += f"; the retrained model lacks {missing:.2g}, which would be beta {DEPTH[1] / missing:.2g}"
+    return note
 
 
 def plot_trajectory(folder: Path, retrained: list | None = None):

@@ -49,7 +49,7 @@ from data.prompts import TEMPLATES
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, prepare
 from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
-from metrics import compute_metrics, plot_trajectory
+from metrics import compute_metrics, depth_note, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, in_turns, join_world, load_model, resolve_model, save_model, shard)
 
@@ -510,6 +510,8 @@ class Run:
         if self.s.keep == "best" and step == best_step(self.evaluations):
             save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta | {"step": step},
                        self.world)
+        if step == 0 and self.s.method == "npo+rt":
+            self.world.say(depth_note(self.s.beta, rows["forget"], self.retrained[0]))
         self.world.say(f"after step {step}: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items()))
 

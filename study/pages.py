@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from study.pictures import (FIGURES, SMALL, agreements, attacked, best_later, columns_of, columns_of_single,
-                            has_beta, picture_of, values)
+                            has_beta, nats_lost, picture_of, values)
 from study.records import KINDS
 from study.report import table
 from study.verdicts import ELSEWHERE, deciding, kept_utility, last, peak, peak_at, rate, verdicts
@@ -19,6 +19,7 @@ says how to read what lies beyond the paper."""
 OPEN_UNLEARNING = ("memorization", "privacy", "utility", "overall")
 PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
          "last log10 forget quality": "last", "utility / start": "kept"}
+DEPTH = {"nats lost per forget answer": "lost", "by W": "lost by W"}
 COLUMNS = {  # figure -> title of a column -> number of a record
     **dict.fromkeys(("5", "9", "retain-weight", "beyond10"), PEAKS),
     "7": {f"{kind} %": kind for kind in (*KINDS, "elsewhere: true", "elsewhere: refusal")},
@@ -35,6 +36,8 @@ COLUMNS = {  # figure -> title of a column -> number of a record
 def with_numbers(run: dict) -> dict:
     """A run's record with its numbers at the peak and at the end."""
     at = peak_at(run)
+    if run.get("mean_W", [None])[-1]:
+        run = run | dict(zip(DEPTH.values(), nats_lost(run), strict=True))
     return {**run, "peak": peak(run), "kept there": kept_utility(run, at), "last": last(run),
             "kept": kept_utility(run), "best": best_later(run),
             "epoch": run["steps"][at] / run["steps"][-1] * run["epochs"]}
@@ -52,7 +55,7 @@ def models_table(models: dict, columns: dict) -> str:
     rows = []
     for name, records in models.items():
         row = {"runs": name, "seeds": len(records)}
-        if columns is PEAKS:
+        if columns.items() >= PEAKS.items():
             row |= {key.replace("_", " "): f"{records[0][key]:g}" for key in ("lr", "beta", "retain_weight")}
             row["beta"] *= has_beta(records[0]["method"])
         for title, key in columns.items():
@@ -128,4 +131,5 @@ def single_runs_page(study: dict) -> str:
     """A row for each run, with the settings in which the runs differ in its name; samples of the answers."""
     models = by_name(columns_of_single(study["runs"], shared=()))
     retrained = {f"retrained, {model['split']}": [model] for model in study["retrained"]}
-    return f"{models_table(models, PEAKS)}\n\n{samples_tables(models | retrained)}\n"
+    columns = PEAKS | (DEPTH if any("lost" in runs[0] for runs in models.values()) else {})
+    return f"{models_table(models, columns)}\n\n{samples_tables(models | retrained)}\n"

@@ -237,6 +237,32 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
                 "green: where a model passes; star: retrained; all curves begin at the start, on the right")
 
 
+def nats_lost(run: dict) -> tuple[float, float]:
+    """Nats that a forget answer has lost at the end: measured as a mean over rows, and ln(2/W - 1)/beta from
+    the mean of Equation 5's W since the evaluation before."""
+    return run["forget_nll"][-1] - run["forget_nll"][0], math.log(2 / run["mean_W"][-1] - 1) / run["beta"]
+
+
+def draw_depth(runs: list, path: Path) -> Path:
+    """Nats lost against beta, for npo+rt runs of which each changes one setting."""
+    figure, [[axes]] = canvas(1, 1, 6)
+    betas, (low, usual, high) = np.array(sorted({run["beta"] for run in runs})), metrics.DEPTH
+    axes.fill_between(betas, low / betas, high / betas, color="tab:green", alpha=0.15)
+    axes.plot(betas, usual / betas, color="green", linewidth=1)
+    lost = np.array([nats_lost(run) for run in runs])
+    for marker, nats, label in zip("ox", lost.T, ("measured", "from W at the end"), strict=True):
+        axes.plot([run["beta"] for run in runs], nats, marker, color="black", fillstyle="none", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="β", ylabel="nats that a forget answer has lost")
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.set_yticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.legend()
+    products = [run["beta"] * nats for run, nats in zip(runs, lost[:, 0], strict=True)]
+    title = f"npo+rt takes {min(products):.1f}/β to {max(products):.1f}/β nats from a forget answer"
+    subtitle = f"{len(runs)} runs; each changes one of β, learning rate, retain weight and epochs"
+    return save(figure, path, title, subtitle, f"green: {usual}/β, from {low}/β to {high}/β")
+
+
 def best_later(run: dict) -> float | None:
     """The best log10 forget quality with 90% of the utility after the start."""
     best = best_at_utility(run, 0.9, first=1)

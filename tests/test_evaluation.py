@@ -18,8 +18,8 @@ from data.logs import read_log, read_retain_log
 from data.tofu import load_task
 from evaluate_tofu import (ResidentReference, evaluate, generate, likelihood_measures, prepare,
                            rouge_l_recall, score)
-from metrics import (KL_SETS, agreement, auc, compute_metrics, ks_log10_p, log_truth_ratio, log_truth_ratios,
-                     metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
+from metrics import (KL_SETS, agreement, auc, compute_metrics, depth_note, ks_log10_p, log_truth_ratio,
+                     log_truth_ratios, metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
                      plot_truth_ratios, privleak, probability_among_options, truth_ratio)
 from model import AnswerModel, load_model
 
@@ -554,3 +554,10 @@ def test_open_unlearnings_aggregate_by_hand():
     assert whole["overall"] == pytest.approx(3 / (2 / 0.5 + 1 / whole["memorization"]))
     far = open_unlearning(forget, metrics | {"mia": dict.fromkeys(mia, 1.0)}, dict.fromkeys(mia, 0.4), None)
     assert far["privacy"] == 0 and far["utility"] is far["overall"] is None
+
+
+def test_the_note_on_depth_says_what_beta_the_retrained_model_would_need():
+    start, retrained = ([row | {"answer_nll": nats} for row in rows_with([0.0])] for nats in (1.5, 9.5))
+    assert depth_note(0.5, start, None) == "npo+rt usually takes 7 to 14 nats from an answer at beta 0.5"
+    assert depth_note(0.5, start, retrained).endswith("lacks 8, which would be beta 0.62")
+    assert "retrained" not in depth_note(0.5, retrained, start)  # already deeper
