@@ -6,7 +6,8 @@ They are pure functions of log-probabilities, which `train_npo.py`, `synthetic.p
     its weight, Eq. 5:  grad L = W * grad log pi_theta,  W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta)
 
 W is 1 where the policy equals the reference, and vanishes on what is forgotten. So NPO is gradient ascent
-whose steps become small once an answer is unlikely.
+whose steps become small once an answer is unlikely. (In a run, ga is a mean over tokens and npo over
+sequences, so npo's gradient is larger by the tokens per answer: `mean` in OBJECTIVES.)
 
 Shapes: B sequences, N answer tokens, V vocabulary. `*_logps` are (B,): the SUM over a sequence's answer
 tokens (the end-of-sequence token included) of log pi(token), in nats. `*_token_logps` are (N,): log pi of
