@@ -6,7 +6,7 @@ The policy pi_theta and the reference pi_ref start as one fine-tuned model. On p
 lowers log pi_theta(y|x) below log pi_ref(y|x). On pairs to keep, the retain term RT raises it (Zhang, Lin,
 Bai, Mei, 2024). NPO's gradient is that of gradient ascent times a weight W. W falls from 1 to 0 as an answer
 is forgotten, so NPO slows down where gradient ascent breaks the model. `train_npo.py --loss npo
---retain-weight 1` ends at the same weights (and measures 300 rows, where this measures 100). B sequences, T tokens, V words.
+--retain-weight 1` ends at these weights; it measures 300 rows, this page 100. B texts, T tokens, V words.
 """
 
 from types import SimpleNamespace

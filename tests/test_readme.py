@@ -1,12 +1,15 @@
-"""What the documents promise: commands have valid flags, links lead somewhere, and README's diff adds an
-objective that trains."""
+"""What the documents promise: commands have valid flags, links lead somewhere, README's diff adds an
+objective that trains, and the lecture's notebook asks what the lecture asks."""
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+
+import pytest
 
 from conftest import ROOT
 from train_npo import Settings
@@ -76,3 +79,31 @@ def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data,
                   "--data", small_data, "--epochs", 2, "--batch-size", 8, "--eval-every", "never",
                   "--out", "run")
     assert "squared+rt" in done.stdout and (tmp_path / "run" / "model").is_dir()
+
+
+LECTURE = (ROOT / "docs" / "lecture.md").read_text()
+CELLS = json.loads((ROOT / "docs" / "lecture.ipynb").read_text())["cells"]
+
+
+def test_the_notebook_has_the_lectures_questions_and_commands_and_no_answer():
+    texts = {kind: "\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == kind)
+             for kind in ("markdown", "code")}
+    questions = re.sub(r"<details>.*?</details>", "", LECTURE, flags=re.S)
+    commands = [command.split(" 2>&1")[0] for command in re.findall(r"!(python .*)", texts["code"])]
+    assert len(commands) == 8 and all(command in questions + (ROOT / "README.md").read_text().replace(
+        "torchrun --nproc_per_node=2", "python") for command in commands)
+    for asked in re.findall(r"\*\*Before you .*?(?=\n\n)", questions, re.S):
+        assert asked in texts["markdown"]
+    for answer in re.findall(r"<details>.*?</details>", LECTURE, re.S):
+        assert max(answer.splitlines(), key=len) not in texts["markdown"]
+    assert not any(cell.get("outputs") for cell in CELLS)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs", "tests"))
+    notebook = nbformat.read(copy / "docs" / "lecture.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": copy / "docs"}}).execute()
+    printed = json.dumps(notebook)
+    assert printed.count("after step 125") == 5 and "image/png" in printed
