@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import minimal_npo
 import synthetic
@@ -266,6 +267,21 @@ MEASURES = {method: partial(measure_step, method=method) for method in METHODS} 
     "evaluation": measure_evaluation, "synthetic": measure_synthetic, "first-command": measure_first_command}
 
 
+def draw(rows: dict, path: Path):
+    """A bar for each row and opponent: how many times ours costs less."""
+    bars = {f"{work}, {name}": r for work, row in rows.items() for name, r in row["ratio"].items()}
+    figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(bars), [r["median"] for r in bars.values()], color="0.6", xerr=np.transpose(
+        [(r["median"] - r["min"], r["max"] - r["median"]) for r in bars.values()]))
+    axes.axvline(1, color="tab:red")
+    axes.set(xscale="log", xlabel="times the cost of ours (right of the red line: ours costs less)")
+    axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    axes.minorticks_off()
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=200)
+
+
 def table(rows: dict) -> str:
     """A Markdown line per row and opponent."""
     lines = ["| work | ours | against | ratio, median (range) |", "|---|---|---|---|"]
@@ -294,6 +310,7 @@ def main(argv: list | None = None):
         rows |= {name: row | {"provenance": provenance} for name, row in measured.items()}
         write_json(file, {"model": label, "data": Path(args.data).name, "rows": rows})
         file.with_suffix(".md").write_text(table(rows))
+        draw(rows, file.with_suffix(".png"))
         print(f"{work}: {took:.0f} s\n{table(measured)}", flush=True)
 
 
