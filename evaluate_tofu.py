@@ -109,8 +109,9 @@ def likelihood_measures(logits: Tensor, targets: Tensor, logps: Tensor) -> list[
     """Per answer token, (N, V) and (N,) -> 2 x (N,): whether it is the model's likeliest token, and its log
     pi standardised under the model's own distribution (min-k++, Zhang et al. 2024)."""
     log_probs = logits.float().log_softmax(-1)
-    mean = (log_probs.exp() * log_probs).sum(-1)
-    variance = (log_probs.exp() * (log_probs - mean[:, None]) ** 2).sum(-1)
+    probs = log_probs.exp()
+    mean = (probs * log_probs).sum(-1)
+    variance = (probs * (log_probs - mean[:, None]) ** 2).sum(-1)
     return [(logits.argmax(-1) == targets).float(), (logps - mean) / variance.clamp(min=1e-6).sqrt()]
 
 
