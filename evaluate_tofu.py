@@ -277,7 +277,8 @@ def main(argv: list | None = None):
     rows, provenance, retrained = read(args) if args.log else measure(args)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    metrics = compute_metrics(rows, *retrained, start_utility=provenance.get("start_utility"))
+    same_rows = provenance.get("max_rows", MAX_ROWS) == MAX_ROWS  # on which the start's utility was measured
+    metrics = compute_metrics(rows, *retrained, provenance.get("start_utility") if same_rows else None)
     for name in ("forget", "retain"):
         for row in rows.get(name, [])[:SAMPLES]:
             print(f"[{name} {row['index']}] {row['question']}\n    true:  {row['answer']}\n    model: "
@@ -286,6 +287,8 @@ def main(argv: list | None = None):
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     if args.plot:
+        if metrics["log_truth_ratio_mean"] is None:
+            raise InputError("--plot needs perturbed answers in every forget row")
         plot_truth_ratios(rows["forget"], retrained[0], args.plot)
 
 

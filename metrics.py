@@ -34,7 +34,7 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
 PASSES = 0.05  # a model passes when its forget quality is above
 COLORS = {"model utility": "tab:blue", "retain probability": "tab:green", "forget probability": "tab:red"}
-DEPTH = (3.5, 5, 7)  # beta times the nats that npo+rt took from an answer: least, usual, most (docs/study.md)
+DEPTH = (3.5, 5, 7)  # beta times the nats that npo+rt usually takes from an answer (docs/study.md)
 RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
 
 
@@ -135,7 +135,7 @@ def agreement(x: np.ndarray, y: np.ndarray) -> dict:
     that of Wilcoxon's paired test, and the correlation over rows (None where log R does not vary)."""
     correlation = float(np.corrcoef(x, y)[0, 1]) if min(x.std(), y.std()) > 0 else None
     return {"ks_p": float(ks_2samp(x, y).pvalue), "correlation": correlation,
-            "paired_p": float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
+            "paired_p": 1.0 if (x == y).all() else float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
 
 
 def harmonic_mean(values: list) -> float | None:
@@ -235,7 +235,7 @@ def pass_window(retrained: np.ndarray, means: np.ndarray, sds: np.ndarray) -> np
     the shape of the retrained model's, (n,): the median over resampled rows."""
     n, ordered = len(retrained), np.sort(retrained)
     drawn = np.sort(retrained[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))])
-    shapes = (drawn - retrained.mean()) / retrained.std()
+    shapes = (drawn - drawn.mean(1, keepdims=True)) / drawn.std(1, keepdims=True)
     values = means[:, None, None] + sds[:, None, None, None] * shapes  # (sds, means, RESAMPLES, n)
     rank = np.arange(1, n + 1)  # the KS statistic is the largest gap between the two cumulative curves
     gaps = np.maximum(rank - np.searchsorted(ordered, values, "right"),
@@ -247,14 +247,13 @@ def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {})
     """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
     retrained model's own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
     mean, sd = retrained.mean(), retrained.std()
-    points = [np.array(curve) for curve in curves.values()]
-    furthest = [np.abs(curve - [[mean], [sd]]).max(1) for curve in points]
-    width, height = np.clip(1.2 * np.max(furthest, axis=0), 0.8 * sd, 5 * sd)  # a collapse leaves the panel
+    furthest = np.abs(np.hstack([*curves.values()]) - [[mean], [sd]]).max(1)
+    width, height = np.clip(1.2 * furthest, 0.8 * sd, 5 * sd)  # a collapse leaves the panel
     means, sds = np.linspace(mean - width, mean + width, GRID), np.linspace(0.02, sd + height, GRID)
     axes.contourf(means, sds, pass_window(retrained, means, sds), [math.log10(PASSES), 0.01],
                   colors=["tab:green"], alpha=0.25)
     axes.plot(mean, sd, "*", color="green", markersize=12)
-    for name, (x, y) in zip(curves, points, strict=True):
+    for name, (x, y) in curves.items():
         axes.plot(x, y, **look(name) | {"marker": ".", "linewidth": 1})
     axes.set(xlim=means[[0, -1]], ylim=sds[[0, -1]], xlabel="mean of log R (star: retrained model)",
              ylabel="standard deviation of log R")
@@ -287,9 +286,8 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
     steps, weight = list(evaluations), "mean_W" if "mean_W" in log[0] else "forget_loss"
     probabilities = {f"{name} probability": [m.get(name, {}).get("probability") for m in metrics]
                      for name in ("retain", "forget")}
-    forgotten = {"forget quality": [m["forget_quality_log10"] for m in metrics]}
-    if not retrained:
-        forgotten = {"forget probability": probabilities.pop("forget probability")}
+    forgotten = {"forget quality": [m["forget_quality_log10"] for m in metrics]} if retrained else {
+        "forget probability": probabilities.pop("forget probability")}
     panels = {"Forgotten?": (steps, forgotten),
               "Rest kept?": (steps, {"model utility": [m["model_utility"] for m in metrics]} | probabilities),
               "How fast?": ([line["step"] for line in log],
@@ -321,7 +319,6 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         draw_window(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
         window.annotate(" start", (x[0], y[0]), annotation_clip=True)
         window.annotate(" end", (x[-1], y[-1]), annotation_clip=True)
-    window.set_visible(bool(retrained))
     s = json.loads((folder / "config.json").read_text())["settings"]
     names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
     figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))

@@ -183,7 +183,7 @@ def autocast(dtype: str, device: torch.device):
 class Loaded(NamedTuple):
     lm: nn.Module  # float32, without dropout
     tokenizer: object
-    meta: dict  # for npo.json: preset, template, system_prompt, trained_on, start, start_hash
+    meta: dict  # for npo.json: preset, template, system_prompt, trained_on, start_utility, start, start_hash
     preset: Preset
 
 

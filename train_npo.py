@@ -121,8 +121,7 @@ def parse(argv: list | None = None) -> Settings:
     for field in dataclasses.fields(Settings):
         flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
         if field.type is bool:
-            parser.add_argument(flag, action="store_true", default=None,
-                                help=comments.get(field.name))
+            parser.add_argument(flag, action="store_true", default=None, help=comments.get(field.name))
             continue
         number, many = int if "int" in kind else float, "+" if "list" in kind else None
         parser.add_argument(flag, help=comments.get(field.name), choices=CHOICES.get(field.name), nargs=many,
@@ -320,9 +319,9 @@ def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: 
     if objective.weight:
         sums["mean_W"] = objective.weight(*arguments).detach().sum() / count
     numbers = {"sequences": [len(micro_batch.rows)], "tokens": [len(micro_batch.rows), n, len(logps) - m]}
-    if len(values) not in numbers[objective.mean]:
-        raise InputError(f"{s.loss} gives {len(values)} values for {len(micro_batch.rows)} rows: need one "
-                         "per sequence, or per token with mean=\"tokens\" in its line of OBJECTIVES")
+    if values.dim() != 1 or len(values) not in numbers[objective.mean]:
+        raise InputError(f"{s.loss} gives {list(values.shape)} for {len(micro_batch.rows)} rows: need one "
+                         "value per sequence, or per token with mean=\"tokens\" in its line of OBJECTIVES")
     return {name: row_weight * value for name, value in sums.items()}
 
 
@@ -494,7 +493,7 @@ class Run:
             preset, reference = self.loaded.preset, reference if reference.tensors else None
             rows = evaluate(model, self.prepared, self.loaded.tokenizer, preset.eval_batch_size,
                             preset.max_new_tokens, reference, self.world)
-        start_utility = self.evaluations.get(0, {}).get("model_utility")
+        start_utility = self.evaluations.get(0, {}).get("model_utility") if step else None
         metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained, start_utility)
         self.loaded.meta["start_utility"] = start_utility
         shown = {name: metrics[name] for name in ("forget_quality", "model_utility")}
@@ -671,9 +670,9 @@ def main(argv: list | None = None):
         file = run.folder / "reference.safetensors"
         reference = open_reference(file, s, model, run.plan, run.prepared, world)
     train(s, run.plan, model, reference, run, world)
+    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     if world.rank == 0 and len(run.evaluations) > 1:
         plot_trajectory(run.folder, run.retrained[0])
-    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
     if world.size > 1:
         dist.destroy_process_group()

@@ -4,7 +4,6 @@ tokens of the fact, and on their other tokens, against the model before unlearni
     python study/facts.py runs/*/ --out results/facts.json      # finished runs; the retrained model is added
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -41,10 +40,9 @@ def nats(model: str, rows: list) -> np.ndarray:
         batch = collate([text], loaded.tokenizer.eos_token_id, torch.device("cpu"))
         logps = token_logps(AnswerModel(loaded.lm)([batch])[1], batch.targets)
         pieces = [loaded.tokenizer.decode([token]) for token in text.ids[text.start:-1]]
-        ends = np.cumsum([len(piece) for piece in pieces])
-        begin = "".join(pieces).index(value := value_of(row))
-        inside = np.zeros(text.answer_tokens, bool)  # the end-of-sequence token is no part of the fact
-        inside[:-1] = (ends > begin) & (ends - [len(piece) for piece in pieces] < begin + len(value))
+        edges, begin = np.cumsum([0, *map(len, pieces)]), "".join(pieces).index(value := value_of(row))
+        inside = (edges[1:] > begin) & (edges[:-1] < begin + len(value))
+        inside = np.append(inside, False)  # the end-of-sequence token is no part of the fact
         results.append([-logps[inside].sum().item(), -logps[~inside].sum().item()])
     return np.array(results)
 
@@ -56,8 +54,8 @@ def main(argv: list | None = None):
     args = parser.parse_args(argv)
     rows = load_task("builtin", "forget10").evaluated["forget"]
     start, models = nats("data/tiny/start", rows), {"(retrained)": nats("data/tiny/retrained", rows)}
-    for run in args.runs:
-        models[json.loads((run / "config.json").read_text())["method"]] = nats(str(run / "model"), rows)
+    for run in (run for run in args.runs if (run / "model").is_dir()):
+        models[run.name] = nats(str(run / "model"), rows)
     lines = []
     for name, values in models.items():
         fact, rest = (values - start).mean(0).tolist()

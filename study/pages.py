@@ -3,8 +3,9 @@
 import statistics
 from pathlib import Path
 
-from study.pictures import (FIGURES, SMALL, agreements, attacked, best_later, columns_of, columns_of_single,
-                            has_beta, nats_lost, picture_of, values)
+from data.tofu import evaluation_split
+from study.pictures import (FIGURES, agreements, attacked, best_later, columns_of, columns_of_single,
+                            has_beta, has_depth, nats_lost, picture_of, values)
 from study.records import KINDS
 from study.report import table
 from study.verdicts import ELSEWHERE, deciding, kept_utility, last, peak, peak_at, rate, verdicts
@@ -16,7 +17,6 @@ Written by `python figures_tofu.py --draw-only` from the JSON in `tofu/`; every 
 interval of the mean over seeds, or for a share of seeds its one-sided 95% bounds. In tables, ± is the
 standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. [docs/beyond.md](../docs/beyond.md)
 says how to read what lies beyond the paper."""
-OPEN_UNLEARNING = ("memorization", "privacy", "utility", "overall")
 PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
          "last log10 forget quality": "last", "utility / start": "kept"}
 DEPTH = {"nats lost per forget answer": "lost", "by W": "lost by W"}
@@ -27,7 +27,8 @@ COLUMNS = {  # figure -> title of a column -> number of a record
                    "last log10 forget quality": "last", "utility / start": "kept",
                    "extraction strength": "forget_extraction_strength", "AUC min-k": "mia",
                    "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak",
-                   **{f"open-unlearning: {part}": part for part in OPEN_UNLEARNING}},
+                   **{f"open-unlearning: {part}": part for part in (
+                       "memorization", "privacy", "utility", "overall")}},
     "attacks": {"before": "before", "relearned": "forget 100%", "after retain rows": "retain",
                 "8 bits": "int8", "4 bits": "int4", "NF4": "nf4", "paraphrased": "paraphrased question",
                 "answer begun": "prefix", "few-shot": "few-shot", "leak@1": "1", "leak@64": "64"}}
@@ -36,7 +37,7 @@ COLUMNS = {  # figure -> title of a column -> number of a record
 def with_numbers(run: dict) -> dict:
     """A run's record with its numbers at the peak and at the end."""
     at = peak_at(run)
-    if run.get("mean_W", [None])[-1]:
+    if has_depth(run):
         run = run | dict(zip(DEPTH.values(), nats_lost(run), strict=True))
     return {**run, "peak": peak(run), "kept there": kept_utility(run, at), "last": last(run),
             "kept": kept_utility(run), "best": best_later(run),
@@ -52,10 +53,11 @@ def with_kinds(record: dict) -> dict:
 
 def models_table(models: dict, columns: dict) -> str:
     """A row for each name: mean and standard deviation over seeds; how many have the number, if not all."""
-    rows = []
+    rows, every = [], [record for records in models.values() for record in records]
+    columns = {title: key for title, key in columns.items() if values(every, key)}
     for name, records in models.items():
         row = {"runs": name, "seeds": len(records)}
-        if columns.items() >= PEAKS.items():
+        if "peak" in columns.values():
             row |= {key.replace("_", " "): f"{records[0][key]:g}" for key in ("lr", "beta", "retain_weight")}
             row["beta"] *= has_beta(records[0]["method"])
         for title, key in columns.items():
@@ -81,14 +83,11 @@ def samples_tables(models: dict) -> str:
 
 def floor_table(study: dict) -> str:
     """How far retrained models of a split are from each other: the range over all pairs."""
-    rows = []
-    for split in SMALL:
-        if pairs := agreements(study, split):
-            titles = {"forget quality": "ks_p", "paired p": "paired_p", "correlation of log R": "correlation"}
-            spans = {title: sorted(pair[key] for pair in pairs) for title, key in titles.items()}
-            rows.append({"retrained models of": split, "pairs": len(pairs)} | {
-                title: f"{numbers[0]:.2g} to {numbers[-1]:.2g}" for title, numbers in spans.items()})
-    return table(rows)
+    titles = {"forget quality": "ks_p", "paired p": "paired_p", "correlation of log R": "correlation"}
+    splits = sorted({evaluation_split(model["split"]) for model in study["retrained"]})
+    return table([{"retrained models of": split, "pairs": len(pairs)} | {
+        title: f"{min(pair[key] for pair in pairs):.2g} to {max(pair[key] for pair in pairs):.2g}"
+        for title, key in titles.items()} for split in splits if (pairs := agreements(study, split))])
 
 
 def by_name(columns: dict) -> dict:

@@ -106,15 +106,17 @@ def save(figure, path: Path, title: str, subtitle: str, note: str = BAND) -> Pat
     return path
 
 
-def retrained_ratios(study: dict, split: str) -> list[np.ndarray]:
-    """log R of the forget rows in each retrained model of a split, where a study has them."""
-    return [np.array(model["log_truth_ratios"]) for model in study.get("retrained", [])
-            if model["split"] == complement(split) and "log_truth_ratios" in model]
+def retrained_ratios(study: dict, split: str, seed: int = 0) -> list[np.ndarray]:
+    """log R of the forget rows in each retrained model of a split, where a study has them; `seed`'s first."""
+    models = [model for model in study.get("retrained", [])
+              if model["split"] == complement(split) and "log_truth_ratios" in model]
+    return [np.array(model["log_truth_ratios"]) for model in sorted(models, key=lambda m: m["seed"] != seed)]
 
 
 def agreements(study: dict, split: str) -> list[dict]:
     """How far retrained models differ from each other: a record for each pair."""
-    return [metrics.agreement(*pair) for pair in combinations(retrained_ratios(study, split), 2)]
+    return [metrics.agreement(*pair) for pair in combinations(retrained_ratios(study, split), 2)
+            if len(pair[0]) == len(pair[1])]
 
 
 def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
@@ -131,12 +133,6 @@ def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
     span(LINE, 0, color="tab:green", alpha=0.15, linewidth=0)
     if floor:
         span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
-
-
-def finish(axes, points: dict, key: str, title: str, **settings):
-    """Titles, and each name beside its point."""
-    axes.set(ylabel=PANELS[key][1], **settings)
-    name_points(axes, points, title)
 
 
 def name_points(axes, points: dict, title: str):
@@ -192,7 +188,8 @@ def draw_evolution(study: dict, path: Path, columns: dict, keys: tuple = (QUALIT
         else:
             axes.set_yscale("symlog", linthresh=0.1)
         axes.margins(x=0)
-        finish(axes, points, key, f"{split}: {PANELS[key][0]}", xlabel="epoch")
+        axes.set(xlabel="epoch", ylabel=PANELS[key][1])
+        name_points(axes, points, f"{split}: {PANELS[key][0]}")
     if QUALITY in keys:
         return save(figure, path, message(columns), settings_of(study, columns))
     ends = [f"{name} {points[name][1]:.2g}" for name in ("ga", "ga+rt", "npo", "npo+rt") if name in points]
@@ -213,12 +210,20 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
         if key == QUALITY:
             quality_axis(axes, min(peak(run) for runs in named.values() for run in runs),
                          floor=agreements(study, split))
-        finish(axes, points, key, split if len(keys) == 1 else PANELS[key][0], xlabel=label)
+        axes.set(xlabel=label, ylabel=PANELS[key][1])
+        name_points(axes, points, split if len(keys) == 1 else PANELS[key][0])
     title = message(columns, peak_at, " at the peak")
     if len(keys) > 1:
         best = max(named.values(), key=lambda runs: statistics.mean(map(peak, runs)))[0]
         title = f"{best['method']} forgets best with a retain weight of {best['retain_weight']:g}"
     return save(figure, path, title, settings_of(study, columns))
+
+
+def with_ratios(study: dict, columns: dict) -> dict:
+    """The columns whose pass window can be drawn: old records lack log R."""
+    return {split: kept for split, named in columns.items() if retrained_ratios(study, split) and (
+        kept := {name: runs for name, runs in named.items()
+                 if all(None not in run.get("log_truth_ratio_mean", [None]) for run in runs)})}
 
 
 def draw_window(study: dict, path: Path, columns: dict) -> Path:
@@ -227,14 +232,19 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
     for axes, (split, named) in zip(panels[0], columns.items(), strict=True):
         curves = {name: np.mean([[run["log_truth_ratio_mean"], run["log_truth_ratio_sd"]] for run in runs], 0)
                   for name, runs in named.items()}
-        metrics.draw_window(axes, retrained_ratios(study, split)[0], curves, style)
-        name_points(axes, {name: curve[:, -1] for name, curve in curves.items()}, split)
+        seed = next(iter(named.values()))[0]["seed"]
+        metrics.draw_window(axes, retrained_ratios(study, split, seed)[0], curves, style)
+        limits = np.transpose([axes.get_xlim(), axes.get_ylim()])  # a collapsed model lies outside
+        name_points(axes, {name: np.clip(curve[:, -1], *limits) for name, curve in curves.items()}, split)
     winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
-    title = "No run passes: each misses by the mean or spread of log R"
-    if winners:
-        title = f"{join(winners)} pass{'es' * (len(winners) < 2)}; the others miss by mean or spread of log R"
+    title = f"{join(winners)} pass{'es' * (len(winners) < 2)}; the others miss by mean or spread of log R"
     return save(figure, path, title, settings_of(study, columns),
                 "green: where a model passes; star: retrained; all curves begin at the start, on the right")
+
+
+def has_depth(run: dict) -> bool:
+    """W is a mean over answers, is known at the end, and the run was measured from its start."""
+    return run["method"] == "npo+rt" and run["steps"][0] == 0 and bool(run.get("mean_W", [None])[-1])
 
 
 def nats_lost(run: dict) -> tuple[float, float]:
@@ -295,7 +305,7 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
             color = "green" if name in winners else "tab:red"
             if seeds := values(named[name], key) if key else best[name]:
                 bars(axes, seeds, [place], {"color": color, "marker": "o"})
-            else:
+            elif not key:
                 axes.text(lowest, place, "never after the start", color=color, fontsize=8, va="center")
         if key and key != "overall":
             models = [model for model in study["retrained"] if model["split"] == "retain90"]
@@ -379,12 +389,10 @@ def columns_of(study: dict, figure: str) -> dict:
         runs = chosen_runs(study, split, name)
         if figure == "attacks":
             runs = [run for run in runs if "model" in run.get("attacks", {})]
-        if figure == "window" and not retrained_ratios(study, split):
-            runs = []
         if runs:
             label = name.replace("@tuned", " tuned").replace("@", " weight ")
             columns.setdefault(split, {})[label] = runs
-    return columns
+    return with_ratios(study, columns) if figure == "window" else columns
 
 
 def columns_of_single(runs: list, shared: tuple = ("seed",)) -> dict:

@@ -118,7 +118,7 @@ def record(folder: Path) -> dict:
     settings, metrics = config["settings"], [evaluation["metrics"] for evaluation in evaluations]
     curves = {key: [values.get(key) for values in metrics] for key in CURVES}
     needed = ("model_utility",) if settings["loss"] == "sft" else ("model_utility", "forget_quality_log10")
-    if not evaluations or None in sum((curves[key] for key in needed), []):
+    if len(evaluations) < len(needed) or None in sum((curves[key] for key in needed), []):
         raise InputError(f"{folder}: need evaluations of TOFU's sets, of an unlearning run with --retain-log")
     curves |= {f"forget_{key}": [values["forget"].get(key) for values in metrics] for key in FORGET_CURVES}
     split, rows = evaluation_split(settings["split"]), [evaluation["rows"] for evaluation in evaluations]
@@ -127,12 +127,13 @@ def record(folder: Path) -> dict:
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
     curves["mean_W"] = [mean_weight(log, *span) for span in pairwise([0, *steps])]  # since the one before
     answers, samples = answers_of(settings["data"], split, rows[-1])
+    aggregate = metrics[-1].get("open_unlearning", {})
     entry = {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
              "data": Path(settings["data"]).name, "command": config["command"], "commit": config["commit"],
              "start_weights": config["start_hash"], "steps": steps,
              **{key: list(map(short, curve)) for key, curve in curves.items()}, "answers": answers,
              "mia": {"min_k": [short(values.get("mia", {}).get("min_k")) for values in metrics]},
-             "open_unlearning": {key: short(value) for key, value in metrics[-1]["open_unlearning"].items()},
+             "open_unlearning": {key: short(value) for key, value in aggregate.items()},
              "samples": samples}
     if settings["loss"] == "sft":
         entry["log_truth_ratios"] = [short(log_truth_ratio(row)) for row in rows[-1]["forget"]]

@@ -194,7 +194,7 @@ def test_ktos_baseline_is_the_refusals_mean_log_ratio_clamped_at_0(toward_refusa
 
 
 def mean_of_all(policy_logps):
-    return policy_logps.mean(0, keepdim=True)
+    return policy_logps.mean()
 
 
 def test_a_loss_that_returns_another_number_of_values_is_refused():
@@ -202,7 +202,7 @@ def test_a_loss_that_returns_another_number_of_values_is_refused():
     per_token = Objective(lambda policy_token_logps: policy_token_logps)  # without mean="tokens"
     for objective in (Objective(mean_of_all), Objective(mean_of_all, mean="tokens"), per_token):
         step.plan.objective = objective
-        with pytest.raises(InputError, match="need one per sequence, or per token with mean="):
+        with pytest.raises(InputError, match="need one value per sequence, or per token with mean="):
             step.computed()
 
 
