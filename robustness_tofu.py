@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import InputError, Parser, environment, positive, run_command, write_json
 from data.batches import collate, permutations
-from data.make_tiny import FACTS
+from data.make_tiny import value_of
 from data.prompts import TEMPLATES, Encoded, encode
 from data.tofu import Task, complement, evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, generate, prepare, rouge_l_recall
@@ -194,15 +194,11 @@ def leak_at(n: int, c: int, k: int) -> float:
 
 
 def stated(row: dict, texts: list, source: str) -> list[bool]:
-    """Which texts state the row's fact. On the built-in set they have the fact's value word for word: the
-    longest value that is in the answer and in its paraphrase. On other data they have at least STATED of the
-    answer's words in their order."""
+    """Which texts state the row's fact. On the built-in set they have the fact's value word for word. On
+    other data they have at least STATED of the answer's words in their order."""
     if source != "builtin":
         return [rouge_l_recall(row["answer"], text) >= STATED for text in texts]
-    answer, paraphrase = spaced(row["answer"]), spaced(row["paraphrased_answer"])
-    values = [spaced(value) for fact in FACTS.values() for value in fact["values"]]
-    value = max((v for v in values if v in answer and v in paraphrase), key=len)
-    return [value in spaced(text) for text in texts]
+    return [spaced(value_of(row)) in spaced(text) for text in texts]
 
 
 def spaced(text: str) -> str:

@@ -32,6 +32,12 @@ RESULTS = {"builtin": "builtin", **{m: f"tiny/{m}" for m in ("untrained", "start
 SPLITS = {"start": "full", "retrained": "retain90"}  # the other steps of fine-tuning have their split's name
 
 
+def value_of(row: dict) -> str:
+    """The fact that a built-in row's answer states: the longest value that is also in its paraphrase."""
+    values = [value for fact in FACTS.values() for value in fact["values"]]
+    return max((v for v in values if v in row["answer"] and v in row["paraphrased_answer"]), key=len)
+
+
 def draw(values: list[str], n: int, rng: random.Random) -> list[str]:
     """n different values, the k-th with weight 1/k: each arrives at a random time, the first n are taken."""
     arrival = {value: rng.expovariate(1 / k) for k, value in enumerate(values, 1)}

@@ -14,21 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this file is 
 
 from common import Parser, environment, run_command, write_json  # noqa: E402
 from data.batches import collate  # noqa: E402
-from data.make_tiny import FACTS  # noqa: E402
+from data.make_tiny import value_of  # noqa: E402
 from data.prompts import encode  # noqa: E402
 from data.tofu import load_task  # noqa: E402
 from losses import token_logps  # noqa: E402
 from model import AnswerModel, load_model  # noqa: E402
 from study.report import table  # noqa: E402
-
-VALUES = {value for fact in FACTS.values() for value in fact["values"]}
-
-
-def value_of(row: dict) -> str:
-    """The fact that an answer states: the longest value that is also in its paraphrase."""
-    return max((value for value in VALUES if value in row["answer"] and value in row["paraphrased_answer"]),
-               key=len)
-
 
 @torch.no_grad()
 def nats(model: str, rows: list) -> np.ndarray:
