@@ -214,6 +214,7 @@ def build_parser() -> Parser:
     add("--forget", help="own forget rows, JSON or JSON lines with question and answer, in place of --data")
     add("--retain", help="own retain rows, with --forget")
     add("--template", choices=TEMPLATES, help="prompt template (default: the one saved with the model)")
+    add("--system-prompt", help="for the template chat (default: the one saved with the model)")
     add("--max-rows", type=positive(int, or_zero=True), default=MAX_ROWS, help="rows of each set, 0 for all")
     add("--max-new-tokens", type=positive(int), help="longest generation, in tokens (default: the preset's)")
     add("--batch-size", type=positive(int), help="texts at once (default: the preset's)")
@@ -227,7 +228,7 @@ def build_parser() -> Parser:
 def measure(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, the retrained model's rows) of --model."""
     world = join_world(args.device)
-    loaded = load_model(args.model, args.template)
+    loaded = load_model(args.model, args.template, args.system_prompt)
     trained_on = loaded.meta["trained_on"] or {}
     recorded = trained_on.get("split") or "full"
     if recorded == "own" and not (args.forget or args.split):

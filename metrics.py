@@ -206,13 +206,13 @@ def metrics_table(metrics: dict) -> str:
     overall = {name: metrics.get(name) for name in (
         "forget_quality", "ks_statistic", "log_truth_ratio_mean", "log_truth_ratio_sd", "model_utility",
         "forget_kl", "world_facts_kl", "privleak")}
-    models, aucs = metrics.get("retrained", {}), metrics.get("mia", {})
+    models = metrics.get("retrained", {"against": [], "among": []})
+    groups = [("", overall), ("MIA AUC: ", metrics.get("mia", {})),
+              ("open-unlearning: ", metrics.get("open_unlearning", {})),
+              *((f"against retrained model {k}: ", pair) for k, pair in enumerate(models["against"], 1)),
+              *(("two retrained models: ", pair) for pair in models["among"])]
     return "\n".join([*(f"{name:13s}{listed(metrics[name])}" for name in EVALUATED if name in metrics),
-                      listed(overall), "MIA AUC: " + listed(aucs),
-                      "open-unlearning: " + listed(metrics.get("open_unlearning", {})),
-                      *(f"against retrained model {k}: {listed(pair)}"
-                        for k, pair in enumerate(models.get("against", []), 1)),
-                      *(f"two retrained models: {listed(pair)}" for pair in models.get("among", []))])
+                      *(title + listed(group) for title, group in groups if {*group.values()} - {None})])
 
 
 # ---------------------------------------------------------------- pictures
@@ -241,6 +241,23 @@ def pass_window(retrained: np.ndarray, means: np.ndarray, sds: np.ndarray) -> np
     gaps = np.maximum(rank - np.searchsorted(ordered, values, "right"),
                       np.searchsorted(ordered, values, "left") - rank + 1).max(-1) / n
     return np.vectorize(partial(ks_log10_p, n))(np.median(gaps, axis=-1))
+
+
+def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
+    """log10 forget quality on a square-root scale, down to `lowest`, with the band of p-values above 0.05,
+    and within it the range that retrained models have among each other (`floor`, their agreements)."""
+    line = math.log10(PASSES)
+    getattr(axes, f"set_{axis}scale")("function", functions=(
+        lambda decades: np.sign(decades) * abs(decades) ** 0.5, lambda height: np.sign(height) * height**2))
+    getattr(axes, f"set_{axis}lim")(min(1.1 * lowest, -4), 0.01)
+    powers = [n for n in (3, 6, 10, 20, 30, 40) if n < -1.1 * lowest]
+    ticks = {0: "1", line: "0.05", **{-n: f"$10^{{-{n}}}$" for n in powers}}
+    getattr(axes, f"set_{axis}ticks")(list(ticks), ticks.values(), fontsize=8)
+    axes.minorticks_off()
+    span = axes.axhspan if axis == "y" else axes.axvspan
+    span(line, 0, color="tab:green", alpha=0.15, linewidth=0)
+    if floor:
+        span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
 
 
 def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {}):
@@ -305,16 +322,16 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
                 axes.annotate(f" {name}", (x[-1], at), va="center", color=color)
         axes.set(title=title, xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
-    if among := [pair["ks_p"] for pair in metrics[-1].get("retrained", {}).get("among", [])]:
-        quality.axhspan(math.log10(min(among)), 0, color="tab:green", alpha=0.3)  # between retrained models
     kept.set_ylim(0, 1)
+    if not retrained:
+        window.remove()
     deep.set_ylabel("-log π of an answer, nats, mean over forget rows")
     if retrained:
-        quality.axhspan(math.log10(PASSES), 0, color="tab:green", alpha=0.15)
-        quality.set_ylabel("log10 p-value (shaded: indistinguishable\nfrom the retrained model)")
+        quality_axis(quality, min(forgotten["forget quality"]), floor=metrics[-1]["retrained"]["among"])
+        quality.set_ylabel("forget quality, p-value (shaded: indistinguishable\nfrom the retrained model)")
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
-        window.set_title("By what does it miss? (shaded: passes)")
+        window.set_title("By what does it miss?\n(shaded: passes, if log R has the retrained model's shape)")
         x, y = ([m[f"log_truth_ratio_{key}"] for m in metrics] for key in ("mean", "sd"))
         draw_window(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
         window.annotate(" start", (x[0], y[0]), annotation_clip=True)

@@ -41,7 +41,7 @@ def unlearn(model, reference, rows, partners, stream, lr=LR, beta=BETA, weight_d
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0}]  # norms, biases
     optimizer = torch.optim.AdamW(groups, fused=True)
-    steps, warmup = len(stream), max(1, len(rows) // len(stream[0]))  # warm up during the first epoch
+    steps, warmup = len(stream), max(1, len(rows) // len(stream[0]))  # one epoch; the first update has lr 0
     for step, items in enumerate(stream):
         for group in optimizer.param_groups:
             group["lr"] = lr * (step / warmup if step < warmup else (steps - step) / (steps - warmup))

@@ -204,6 +204,8 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
             "system_prompt": system_prompt or meta.get("system_prompt") or preset.system_prompt,
             "trained_on": meta.get("trained_on"), "start_utility": meta.get("start_utility"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
+    if system_prompt and meta["template"] != "chat":
+        raise InputError(f"--system-prompt needs --template chat: {model} is asked with {meta['template']}")
     if meta["template"] == "chat" and meta["system_prompt"]:
         tokenizer.init_kwargs["system_prompt"] = meta["system_prompt"]  # saved like its chat template
     return Loaded(lm, tokenizer, meta, preset)

@@ -155,7 +155,7 @@ def resolve(s: Settings, typed: dict) -> Settings:
     used = {*objective.settings, *(["kl_direction"] if s.kl_weight else [])}
     if unknown := used - objective.defaults.keys() - vars(s).keys():
         raise InputError(f"{s.loss}'s parameter {min(unknown)} needs a default, or a line in Settings")
-    all_settings = {name for each in OBJECTIVES.values() for name in each.settings} | {"kl_direction"}
+    all_settings = {name for loss in OBJECTIVES.values() for name in loss.settings} | {"kl_direction"}
     if unused := (all_settings - used) & typed.keys():
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
     refuse_contradictions(s, typed)
@@ -509,7 +509,7 @@ class Run:
         if self.s.keep == "best" and step == best_step(self.evaluations):
             save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta | {"step": step},
                        self.world)
-        if step == 0 and self.s.method == "npo+rt":
+        if step == 0 and self.s.method == "npo+rt" and not self.s.forget:  # measured on splits alone
             self.world.say(depth_note(self.s.beta, rows["forget"], self.retrained[0]))
         self.world.say(f"after step {step}: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items()))
@@ -651,8 +651,10 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
         world.say(f"note: {plan.rows} rows for a batch of {s.batch_size}: a step has rows several times, and "
                   "the run has few steps; give a smaller --batch-size")
     answer_tokens = sum(plan.texts[f"row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
+    longest = max(len(text.ids) for text in plan.texts.values())
     world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
-              f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {s.epochs} epochs, batch "
+              f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {longest} in the longest text\n"
+              f"{s.epochs} epochs, batch "
               f"{s.batch_size}: {plan.steps} steps, the first {plan.warmup_steps} warm-up\n" +
               ", ".join(f"{name} {value:g}" for name, value in numbers.items()) +
               f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")

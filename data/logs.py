@@ -74,5 +74,5 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, source: dic
 def read_retain_logs(paths: list | None, *of) -> tuple:
     """(Forget rows, holdout rows) of the first log, and the forget rows of the others. Each log must fit `of`
     as `read_retain_log` says."""
-    first, *others = [read_retain_log(path, *of) for path in paths or [None]]
-    return *first, [rows for rows, _ in others]
+    first, *more = [read_retain_log(path, *of) for path in paths or [None]]
+    return *first, [rows for rows, _ in more]

@@ -119,22 +119,6 @@ def agreements(study: dict, split: str) -> list[dict]:
             if len(pair[0]) == len(pair[1])]
 
 
-def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
-    """log10 forget quality on a square-root scale, down to `lowest`, with the band of p-values above 0.05,
-    and within it the range that retrained models have among each other (`floor`, their agreements)."""
-    getattr(axes, f"set_{axis}scale")("function", functions=(
-        lambda decades: np.sign(decades) * abs(decades) ** 0.5, lambda height: np.sign(height) * height**2))
-    getattr(axes, f"set_{axis}lim")(min(1.1 * lowest, -4), 0.01)
-    powers = [n for n in (3, 6, 10, 20, 30, 40) if n < -1.1 * lowest]
-    ticks = {0: "1", LINE: "0.05", **{-n: f"$10^{{-{n}}}$" for n in powers}}
-    getattr(axes, f"set_{axis}ticks")(list(ticks), ticks.values(), fontsize=8)
-    axes.minorticks_off()
-    span = axes.axhspan if axis == "y" else axes.axvspan
-    span(LINE, 0, color="tab:green", alpha=0.15, linewidth=0)
-    if floor:
-        span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
-
-
 def name_points(axes, points: dict, title: str):
     """The title, and each name beside the panel, joined to its point (x, y). Close names move apart."""
     axes.set_title(title, fontsize=11)
@@ -181,7 +165,7 @@ def draw_evolution(study: dict, path: Path, columns: dict, keys: tuple = (QUALIT
             axes.fill_between(epochs, seeds.min(0), seeds.max(0), color=look["color"], alpha=0.1, linewidth=0)
             points[name] = epochs[-1], seeds.mean(0)[-1]
         if key == QUALITY:
-            quality_axis(axes, min(min(run[QUALITY]) for runs in named.values() for run in runs),
+            metrics.quality_axis(axes, min(min(run[QUALITY]) for runs in named.values() for run in runs),
                          floor=agreements(study, split))
         elif key == UTILITY:
             axes.set_ylim(bottom=-0.03)
@@ -208,7 +192,7 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
             x = [kept_utility(run, peak_at(run)) if len(keys) == 1 else run["retain_weight"] for run in runs]
             points[name] = bars(axes, x, [curve(run, key)[peak_at(run)] for run in runs], style(name))
         if key == QUALITY:
-            quality_axis(axes, min(peak(run) for runs in named.values() for run in runs),
+            metrics.quality_axis(axes, min(peak(run) for runs in named.values() for run in runs),
                          floor=agreements(study, split))
         axes.set(xlabel=label, ylabel=PANELS[key][1])
         name_points(axes, points, split if len(keys) == 1 else PANELS[key][0])
@@ -314,7 +298,7 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
             axes.text(control, len(order) - 0.4, " retrained", color="green", fontsize=8)
         axes.grid(alpha=0.25)
         axes.set(title=title, yticks=range(len(order)), yticklabels=order, ylim=(-0.6, len(order) + 0.3))
-    quality_axis(panels[0, 0], lowest, "x")
+    metrics.quality_axis(panels[0, 0], lowest, "x")
     title = f"{join(winners)} forget{'s' * (len(winners) < 2)} with 90% of the utility kept"
     return save(figure, path, title, settings_of(study, columns))
 
