@@ -15,7 +15,7 @@ each answer token. A function returns one value per sequence (B,) or per token (
 mean, because only the caller knows the size of the whole batch. Values and gradients are finite for |beta *
 log-ratio| up to 1e4, because every formula stays in logarithms.
 
-Where the paper's text and the authors' code differ, we follow the text (docs/departures.md).
+Where the paper's text and the authors' code differ, docs/departures.md says which we follow.
 """
 
 import inspect

@@ -15,8 +15,8 @@ INTRODUCTION = """# The TOFU study: Figures 2 and 5 to 9, and beyond
 Written by `python figures_tofu.py --draw-only` from the JSON in `tofu/`; every number is computed from there.
 `study/verdicts.py` says how claims are judged. Beside a verdict stand tests that decide it, with the 95%
 interval of the mean over seeds, or for a share of seeds its one-sided 95% bounds. In tables, ± is the
-standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. [docs/beyond.md](../docs/beyond.md)
-says how to read what lies beyond the paper."""
+standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. docs/beyond.md says how to read
+what lies beyond the paper."""
 PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
          "last log10 forget quality": "last", "utility / start": "kept"}
 DEPTH = {"nats lost per forget answer": "lost", "by W": "lost by W"}
