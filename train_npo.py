@@ -85,7 +85,7 @@ class Settings:
     warmup_epochs: float = 1.0  # linear warm-up, at least one step
     max_grad_norm: float = 0.0  # clip the norm of the gradient; 0: off
     seed: int = 0  # of the order of rows, partners and refusals, and of new adapters
-    dtype: str = "fp32"  # precision of matrix products: fp32, bf16 or fp16; weights stay float32 (not those frozen by --lora)
+    dtype: str = "fp32"  # of matrix products: fp32, bf16 or fp16; weights stay float32, but not those frozen
     device: str = "auto"  # auto, cpu, cuda or mps
     parallel: str = "ddp"  # each process holds the model (ddp), or a part of every parameter (fsdp)
     activation_checkpointing: bool = False  # keep each layer's input only: less memory, one more forward pass
