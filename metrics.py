@@ -142,19 +142,25 @@ def harmonic_mean(values: list) -> float | None:
     return None if None in values else float(hmean(values))
 
 
+def closeness(auc: float | None, control: float | None) -> float | None:
+    """1 where a membership AUC is the retrained model's, 0 where it is off by as much as that AUC or more."""
+    if None in (auc, control) or control == 0:
+        return None
+    return max(0.0, 1 - abs(auc - control) / control)
+
+
 def open_unlearning(rows: list, metrics: dict, retrained_mia: dict, start_utility: float | None) -> dict:
     """open-unlearning's aggregate (Dorna et al., 2025, Appendix F). Its authors have published no code for
     it; docs/beyond.md has these formulas, and says what differs elsewhere."""
     truths = [None if ratio is None else expit(ratio) for ratio in map(log_truth_ratio, rows)]
     memorised = [metrics["forget"][name] for name in ("extraction_strength", "exact_memorization",
                                                       "paraphrase_probability")] + [mean(truths)]
-    aucs = [(metrics.get("mia", {}).get(name), retrained_mia.get(name))
-            for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
-    kept = (metrics["model_utility"], start_utility)
+    closenesses = [closeness(metrics.get("mia", {}).get(name), retrained_mia.get(name))
+                   for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
+    utility = metrics["model_utility"]
     parts = {"memorization": harmonic_mean([None if value is None else 1 - value for value in memorised]),
-             "privacy": harmonic_mean([None if None in pair or pair[1] == 0 else
-                                       max(0.0, 1 - abs(pair[0] - pair[1]) / pair[1]) for pair in aucs]),
-             "utility": None if None in kept or start_utility == 0 else kept[0] / start_utility}
+             "privacy": harmonic_mean(closenesses),
+             "utility": utility / start_utility if utility is not None and start_utility else None}
     return parts | {"overall": harmonic_mean([*parts.values()])}
 
 
@@ -260,7 +266,7 @@ def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
         span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
 
 
-def draw_window(axes, retrained: np.ndarray, curves: dict, look=lambda name: {}):
+def draw_window_panel(axes, retrained: np.ndarray, curves: dict, look=lambda name: {}):
     """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
     retrained model's own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
     mean, sd = retrained.mean(), retrained.std()
@@ -323,8 +329,6 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         axes.set(title=title, xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
     kept.set_ylim(0, 1)
-    if not retrained:
-        window.remove()
     deep.set_ylabel("-log π of an answer, nats, mean over forget rows")
     if retrained:
         quality_axis(quality, min(forgotten["forget quality"]), floor=metrics[-1]["retrained"]["among"])
@@ -333,9 +337,11 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
         window.set_title("By what does it miss?\n(shaded: passes, if log R has the retrained model's shape)")
         x, y = ([m[f"log_truth_ratio_{key}"] for m in metrics] for key in ("mean", "sd"))
-        draw_window(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
+        draw_window_panel(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
         window.annotate(" start", (x[0], y[0]), annotation_clip=True)
         window.annotate(" end", (x[-1], y[-1]), annotation_clip=True)
+    else:
+        window.remove()
     s = json.loads((folder / "config.json").read_text())["settings"]
     names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
     figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))

@@ -25,11 +25,12 @@ from study.report import table  # noqa: E402
 def nats(model: str, rows: list) -> np.ndarray:
     """-log pi of each answer on the tokens of its fact and on the others: (rows, 2)."""
     loaded, results = load_model(model), []
+    policy, end = AnswerModel(loaded.lm), loaded.tokenizer.eos_token_id
     pairs = [(row["question"], row["answer"]) for row in rows]
     texts = encode(loaded.tokenizer, loaded.meta["template"], pairs)
     for row, text in zip(rows, texts, strict=True):
-        batch = collate([text], loaded.tokenizer.eos_token_id, torch.device("cpu"))
-        logps = token_logps(AnswerModel(loaded.lm)([batch])[1], batch.targets)
+        batch = collate([text], end)
+        logps = token_logps(policy([batch])[1], batch.targets)
         pieces = [loaded.tokenizer.decode([token]) for token in text.ids[text.start:-1]]
         edges, begin = np.cumsum([0, *map(len, pieces)]), "".join(pieces).index(value := value_of(row))
         inside = (edges[1:] > begin) & (edges[:-1] < begin + len(value))

@@ -53,8 +53,8 @@ def with_kinds(record: dict) -> dict:
 
 def models_table(models: dict, columns: dict) -> str:
     """A row for each name: mean and standard deviation over seeds; how many have the number, if not all."""
-    rows, every = [], [record for records in models.values() for record in records]
-    columns = {title: key for title, key in columns.items() if values(every, key)}
+    rows, all_records = [], [record for records in models.values() for record in records]
+    columns = {title: key for title, key in columns.items() if values(all_records, key)}
     for name, records in models.items():
         row = {"runs": name, "seeds": len(records)}
         if "peak" in columns.values():

@@ -205,9 +205,13 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
 
 def with_ratios(study: dict, columns: dict) -> dict:
     """The columns whose pass window can be drawn: old records lack log R."""
-    return {split: kept for split, named in columns.items() if retrained_ratios(study, split) and (
-        kept := {name: runs for name, runs in named.items()
-                 if all(None not in run.get("log_truth_ratio_mean", [None]) for run in runs)})}
+    kept = {}
+    for split, name in ((split, name) for split, named in columns.items() for name in named):
+        runs = columns[split][name]
+        if retrained_ratios(study, split) and all(
+                None not in run.get("log_truth_ratio_mean", [None]) for run in runs):
+            kept.setdefault(split, {})[name] = runs
+    return kept
 
 
 def draw_window(study: dict, path: Path, columns: dict) -> Path:
@@ -217,7 +221,7 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
         curves = {name: np.mean([[run["log_truth_ratio_mean"], run["log_truth_ratio_sd"]] for run in runs], 0)
                   for name, runs in named.items()}
         seed = next(iter(named.values()))[0]["seed"]
-        metrics.draw_window(axes, retrained_ratios(study, split, seed)[0], curves, style)
+        metrics.draw_window_panel(axes, retrained_ratios(study, split, seed)[0], curves, style)
         limits = np.transpose([axes.get_xlim(), axes.get_ylim()])  # a collapsed model lies outside
         name_points(axes, {name: np.clip(curve[:, -1], *limits) for name, curve in curves.items()}, split)
     winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.stats import ks_2samp, mannwhitneyu
 
 import evaluate_tofu
+import metrics
 from common import InputError, write_json
 from conftest import ROOT
 from data.batches import collate
@@ -512,6 +513,17 @@ def test_the_pass_window_holds_the_retrained_model_and_not_the_start():
     shifted = ratios[np.random.default_rng(1).integers(300, size=300)] + 0.5
     shifted += ratios.mean() + 0.5 - shifted.mean()
     assert quality[1, 2] == pytest.approx(math.log10(ks_2samp(shifted, ratios).pvalue), abs=3)
+
+
+def test_the_pass_window_is_the_ks_test_of_its_resampled_rows(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 1)
+    ratios = np.random.default_rng(1).normal(0.1, 0.6, size=40)
+    means, sds = np.array([-0.2, 0.1, 0.5]), np.array([0.3, 0.6, 1.5])
+    drawn = ratios[np.random.default_rng(0).integers(40, size=40)]
+    shape = (drawn - drawn.mean()) / drawn.std()
+    expected = [[ks_log10_p(40, ks_2samp(mean + sd * shape, ratios).statistic) for mean in means]
+                for sd in sds]
+    assert pass_window(ratios, means, sds) == pytest.approx(np.array(expected), abs=1e-12)
 
 
 def test_several_retrained_models_are_compared_as_single_ones_are():
