@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How deep npo+rt goes on the built-in set: one setting of the preset is changed at a time. About 15 minutes on two cores.
+# How deep npo+rt goes on the built-in set: one setting of the preset is changed at a time. It took 32 minutes on two cores that had other work too.
 #     bash results/run_depth.sh
 set -euo pipefail
 export OMP_NUM_THREADS=1
