@@ -23,7 +23,8 @@ from data.prompts import TEMPLATES, Encoded, encode, encode_prompts
 from data.tofu import evaluation_split, load_task, parse_split
 from losses import kl_loss, token_logps
 from metrics import KL_SETS, compute_metrics, metrics_table, plot_truth_ratios
-from model import ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, gathered, join_world, load_model
+from model import (ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, gathered, join_world,
+                   load_model, store_linear)
 
 MIN_K = 0.4  # the min-k scores are means over this share of an answer's tokens, the least likely ones
 SAMPLES = 3  # questions of a set whose answers are printed
@@ -248,9 +249,12 @@ def measure(args) -> tuple[dict, dict, tuple]:
     retrained = read_retain_logs(args.retain_log, split, prepared.rows["forget"], provenance)
     model, reference = AnswerModel(loaded.lm), None
     check_head(model, collate([*prepared.texts.values()][:2], pad), args.model)
+    store_linear(loaded.lm, AUTOCAST[args.dtype])
     model.to(world.device)
     if args.reference:
-        reference = ResidentReference(AnswerModel(load_model(args.reference).lm.to(world.device)), {
+        resident = load_model(args.reference).lm
+        store_linear(resident, AUTOCAST[args.dtype])
+        reference = ResidentReference(AnswerModel(resident.to(world.device)), {
             key: collate([text], pad, world.device) for key, text in prepared.compared().items()})
     with autocast(args.dtype, world.device):
         rows = evaluate(model, prepared, loaded.tokenizer, args.batch_size or loaded.preset.eval_batch_size,

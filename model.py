@@ -270,6 +270,14 @@ def add_adapters(lm: nn.Module, rank: int, seed: int, dtype: torch.dtype):
             layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.to(dtype)
 
 
+def store_linear(lm: nn.Module, dtype: torch.dtype):
+    """Keep linear layers' weights in `dtype`. Under autocast to `dtype` this changes no number. A head that
+    is the embedding stays, because lookups are not in `dtype`."""
+    for layer in lm.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not lm.get_input_embeddings().weight:
+            layer.to(dtype)
+
+
 def shard(model: AnswerModel, dtype: torch.dtype, world: World):
     """Cut a loaded model in place (FSDP2): each process keeps a part of every parameter, on its device."""
     dtypes = {} if dtype == torch.float32 else {"param_dtype": dtype, "reduce_dtype": torch.float32}

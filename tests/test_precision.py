@@ -6,7 +6,8 @@ from conftest import log, weights
 from transformers import AutoModelForCausalLM
 
 import train_npo
-from model import join_world
+from data.batches import TokenBatch
+from model import AnswerModel, autocast, join_world, load_model, store_linear
 from train_npo import lr_factor
 
 
@@ -22,6 +23,20 @@ def test_bf16_is_the_precision_of_products_and_not_of_weights(run, small_model):
     expected, change = (moved(weights(folder / "model"), weights(small_model)) for folder in runs)
     assert (expected != 0).float().mean() > 0.9 and (change != 0).float().mean() > 0.9
     assert 0 < (change - expected).norm() < 0.3 * expected.norm()
+
+
+@torch.no_grad()
+def test_weights_stored_in_16_bits_for_an_evaluation_change_no_number(small_model):
+    """Its head is the embedding, which stays in float32."""
+    lm, batch = load_model(str(small_model)).lm, TokenBatch(torch.arange(8)[None], *[torch.arange(4)] * 3)
+    batch, model = batch._replace(lines=torch.zeros(4, dtype=torch.long)), AnswerModel(lm)
+    with autocast("bf16", torch.device("cpu")):
+        _, before = model([batch])
+        store_linear(lm, torch.bfloat16)
+        _, after = model([batch])
+    assert torch.equal(before, after)
+    dtypes = {p.dtype for name, p in lm.named_parameters() if "proj" in name}
+    assert dtypes == {torch.bfloat16} and lm.lm_head.weight.dtype == torch.float32
 
 
 def test_a_step_that_overflows_in_fp16_is_made_again(run, small_model, monkeypatch):
