@@ -225,11 +225,6 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path):
     assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
 
 
-def test_the_command_ends_with_one_sentence(forked):
-    done = forked("synthetic.py", "--methods", "nope", status=2)
-    assert done.stdout == "" and done.stderr.startswith("synthetic.py: ") and done.stderr.count("\n") == 1
-
-
 # -- the verdicts
 
 

@@ -141,8 +141,3 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path):
     with pytest.raises(InputError) as refusal:
         theory_check.main(flags.format(here=tmp_path).split())
     assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
-
-
-def test_the_command_ends_with_one_sentence(forked):
-    done = forked("theory_check.py", "--seed", "-1", status=2)
-    assert done.stdout == "" and done.stderr.startswith("theory_check.py: ") and done.stderr.count("\n") == 1
