@@ -253,18 +253,8 @@ def measure_synthetic(args) -> dict:
     return {"synthetic, Figure 4": row_of("s", seconds, largest_difference=max(gaps))}
 
 
-def measure_first_command(args) -> dict:
-    """README's first command, in an empty folder."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-             str(ROOT / "train_npo.py"), "--loss", "npo", "--retain-weight", "1"]
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = [timed(subprocess.run, words, cwd=folder, stdout=subprocess.DEVNULL, check=True)[1]
-                   for _ in range(args.repeats)]
-    return {"first command": row_of("s", {"ours": seconds})}
-
-
 MEASURES = {method: partial(measure_step, method=method) for method in METHODS} | {
-    "evaluation": measure_evaluation, "synthetic": measure_synthetic, "first-command": measure_first_command}
+    "evaluation": measure_evaluation, "synthetic": measure_synthetic}
 
 
 def draw(rows: dict, path: Path):
@@ -288,7 +278,7 @@ def table(rows: dict) -> str:
     for work, row in rows.items():
         ours = f"| {work} | {row['costs']['ours']['median']:.3g} {row['unit']} |"
         lines += [f"{ours} {name} | {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}, {r['n']}) |"
-                  for name, r in row["ratio"].items()] or [f"{ours} | |"]
+                  for name, r in row["ratio"].items()]
     return "\n".join(lines) + "\n"
 
 

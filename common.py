@@ -39,10 +39,9 @@ def positive(kind: type, or_zero: bool = False):
     """An argparse type: a finite number above 0, or with `or_zero` at least 0."""
     def parse(text: str):
         value = kind(text)
-        if not (0 < value < 2**63 or (or_zero and value == 0)):
-            needed = "not negative" if or_zero else "positive"
-            raise argparse.ArgumentTypeError(f"must be {needed} and below 2^63, got {text}")
-        return value
+        if 0 < value < 2**63 or (or_zero and value == 0):
+            return value
+        raise argparse.ArgumentTypeError(f"must be {'not negative' if or_zero else 'positive'}, got {text}")
     parse.__name__ = kind.__name__
     return parse
 

@@ -9,7 +9,6 @@ Shapes: N answer tokens, V vocabulary.
 
 import os
 from itertools import takewhile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from model import (ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, ga
 
 MIN_K = 0.4  # the min-k scores are means over this share of an answer's tokens, the least likely ones
 SAMPLES = 3  # questions of a set whose answers are printed
+CHUNK = 512  # answer tokens that are measured at once; a measure takes several tensors of their logits' size
 
 
 # ---------------------------------------------------------------- from a model to rows
@@ -87,10 +87,9 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int,
                 batch = collate([texts[key] for key in keys], tokenizer.eos_token_id, world.device)
                 _, logits = model([batch])
                 lengths = [texts[key].answer_tokens for key in keys]
-                values = [token_logps(logits, batch.targets)]
-                if answers:
-                    values += likelihood_measures(logits, batch.targets, values[0])
-                per_text = torch.stack(values).double().cpu().split(lengths, dim=1)
+                parts = zip(logits.split(CHUNK), batch.targets.split(CHUNK), strict=True)
+                values = torch.cat([token_measures(*part, not answers) for part in parts], dim=1)
+                per_text = values.cpu().double().split(lengths, dim=1)
                 for key, value in zip(keys, per_text, strict=True):
                     scores[key] = score(*value.tolist())
                 if answers and reference is not None:
@@ -106,14 +105,18 @@ def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int,
             for name, rows in prepared.rows.items()}
 
 
-def likelihood_measures(logits: Tensor, targets: Tensor, logps: Tensor) -> list[Tensor]:
-    """Per answer token, (N, V) and (N,) -> 2 x (N,): whether it is the model's likeliest token, and its log
-    pi standardised under the model's own distribution (min-k++, Zhang et al. 2024)."""
+def token_measures(logits: Tensor, targets: Tensor, logps_alone: bool = False) -> Tensor:
+    """Per answer token, (N, V) and (N,) -> (3, N), or the first row alone: log pi; whether the token is the
+    likeliest; log pi standardised under the model's own distribution (min-k++, Zhang et al. 2024)."""
+    logps = token_logps(logits, targets)
+    if logps_alone:
+        return logps[None]
     log_probs = logits.float().log_softmax(-1)
     probs = log_probs.exp()
     mean = (probs * log_probs).sum(-1)
     variance = (probs * (log_probs - mean[:, None]) ** 2).sum(-1)
-    return [(logits.argmax(-1) == targets).float(), (logps - mean) / variance.clamp(min=1e-6).sqrt()]
+    return torch.stack([logps, (logits.argmax(-1) == targets).float(),
+                        (logps - mean) / variance.clamp(min=1e-6).sqrt()])
 
 
 def score(logps: list, hits: list | None = None, standardised: list | None = None) -> dict:
@@ -135,7 +138,7 @@ def compare(keys: list, logits: tuple, reference, scores: dict):
         name = key.split("/")[0]
         if name in KL_SETS:
             kl = kl_loss(policy_logits, reference.logits([key]), "reference_policy")
-            scores[key]["kl"] = kl.double().sum().item()
+            scores[key]["kl"] = kl.cpu().double().sum().item()
         if name in (*KL_SETS, "holdout"):
             scores[key]["reference_nll"] = -reference.logps([key]).item()
 
@@ -276,24 +279,19 @@ def read(args) -> tuple[dict, dict, tuple]:
 
 def main(argv: list | None = None):
     args = build_parser().parse_args(argv)
-    for path in (args.out, args.plot):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"cannot write {path}: its folder does not exist")
     rows, provenance, retrained = read(args) if args.log else measure(args)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     same_rows = provenance.get("max_rows", MAX_ROWS) == MAX_ROWS  # on which the start's utility was measured
     metrics = compute_metrics(rows, *retrained, provenance.get("start_utility") if same_rows else None)
+    if args.out:
+        write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     for name in ("forget", "retain"):
         for row in rows.get(name, [])[:SAMPLES]:
             print(f"[{name} {row['index']}] {row['question']}\n    true:  {row['answer']}\n    model: "
                   f"{row['generation']}")
     print(metrics_table(metrics))
-    if args.out:
-        write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     if args.plot:
-        if metrics["log_truth_ratio_mean"] is None:
-            raise InputError("--plot needs perturbed answers in every forget row")
         plot_truth_ratios(rows["forget"], retrained[0], args.plot)
 
 

@@ -203,6 +203,15 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
     return metrics
 
 
+def best_step(evaluations: dict) -> int | None:
+    """The best forget quality's step, or without a retain log that of retain minus forget probability."""
+    def merit(step: int) -> float:
+        quality, retain = evaluations[step]["forget_quality_log10"], evaluations[step].get("retain")
+        difference = (retain["probability"] if retain else 0) - evaluations[step]["forget"]["probability"]
+        return difference if quality is None else quality
+    return max((step for step in evaluations if step > 0), key=merit, default=None)
+
+
 def metrics_table(metrics: dict) -> str:
     """Plain text: one line per set, then the metrics over all sets."""
     def listed(numbers: dict) -> str:
@@ -301,8 +310,8 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
     """trajectory.png of a run: whether it has forgotten, what it has kept, W (or the forget loss), how deep
     the forget answers have fallen, and where log R lies beside that of the `retrained` rows."""
     from losses import OBJECTIVES  # imported here because it imports PyTorch, and a study's pictures do not
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    evaluations = {int(file.stem[5:]): json.loads(file.read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluations = {int(file.stem[5:]): json.loads(file.read_text(encoding="utf-8"))
                    for file in sorted((folder / "eval").glob("step_*.json"))}
     metrics = [evaluation["metrics"] for evaluation in evaluations.values()]
     rows = [evaluation["rows"]["forget"] for evaluation in evaluations.values()]
@@ -342,7 +351,7 @@ def plot_trajectory(folder: Path, retrained: list | None = None):
         window.annotate(" end", (x[-1], y[-1]), annotation_clip=True)
     else:
         window.remove()
-    s = json.loads((folder / "config.json").read_text())["settings"]
+    s = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
     figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))
     figure.savefig(folder / "trajectory.png", dpi=200)

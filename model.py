@@ -8,6 +8,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and with these tra
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASSISTANT = "You are a helpful assistant."
+PATIENCE = timedelta(hours=1)  # of processes that wait while one writes a large model
 
 
 # ---------------------------------------------------------------- presets
@@ -47,7 +49,7 @@ class Preset:
     sft_epochs: int = 5
     sft_weight_decay: float = 0.01
     micro_batch_size: int = 4
-    eval_batch_size: int = 32
+    eval_batch_size: int = 16
     max_new_tokens: int = 200  # of a generation
 
 
@@ -55,7 +57,7 @@ PRESETS = {
     # beta multiplies the log-ratio of the whole answer, so short answers need a larger beta.
     "tiny": Preset("data/tiny/untrained", "data/tiny/start", lr=1e-3, beta=0.5, sft_lr=4e-3, sft_epochs=16,
                    sft_weight_decay=0.3, micro_batch_size=16, eval_batch_size=128, max_new_tokens=64),
-    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", eval_batch_size=32),
     "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B-Instruct",
                           "open-unlearning/tofu_Llama-3.2-1B-Instruct_full", "chat", ASSISTANT),
     "llama3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct",
@@ -69,9 +71,7 @@ LORA_LR_FACTOR = 10  # adapters are trained with this multiple of the preset's l
 def resolve_model(model: str) -> tuple[Preset, str | None, str]:
     """--model's value (preset, PRESET=PATH, folder or Hub id) -> preset, its name or None, path or "". The
     preset of an unknown model has the paper's settings. Raises InputError."""
-    name, equals, path = model.partition("=")
-    if equals and (name not in PRESETS or not path):
-        raise InputError(f"--model {model}: need PRESET=PATH with a preset from {', '.join(PRESETS)}")
+    name, _, path = model.partition("=")
     if name not in PRESETS:
         name, path = read_meta(model).get("preset"), model
     return PRESETS.get(name, Preset()), name, path
@@ -121,18 +121,20 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     """The processes that torchrun started, or this process alone. Raises InputError for a missing device."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.device_count() >= local_size,
+                 "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = "cuda" if available["cuda"] else "cpu"
     if not available[device]:
-        raise InputError(f"--device {device}: this machine has none; leave the flag out, or use --device cpu")
+        raise InputError(f"--device {device}: this machine has no such device for each of {local_size} "
+                         "processes; leave the flag out, or use --device cpu")
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    elif local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 on any machine
+    if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 on any machine
         torch.set_num_threads(max(1, os.cpu_count() // local_size))
     torch.set_flush_denormal(True)  # a collapsed model has many denormal numbers, which are slow on a CPU
     if size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     return World(rank, size, torch.device(device, local_rank if device == "cuda" else None),
                  sharded=parallel == "fsdp" and size > 1)
 
@@ -204,8 +206,6 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
             "system_prompt": system_prompt or meta.get("system_prompt") or preset.system_prompt,
             "trained_on": meta.get("trained_on"), "start_utility": meta.get("start_utility"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
-    if system_prompt and meta["template"] != "chat":
-        raise InputError(f"--system-prompt needs --template chat: {model} is asked with {meta['template']}")
     if meta["template"] == "chat" and meta["system_prompt"]:
         tokenizer.init_kwargs["system_prompt"] = meta["system_prompt"]  # saved like its chat template
     return Loaded(lm, tokenizer, meta, preset)
@@ -214,7 +214,6 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
 def read_model(source, flag: str):
     """(language model, tokenizer) from a folder or a Hub id. Raises InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import cached_file
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -223,13 +222,10 @@ def read_model(source, flag: str):
                              if "drop" in key and isinstance(value, float)})
         if getattr(config, "quantization_config", None):
             raise InputError("its weights are quantised: take the unquantised model")
-        if cached_file(source, "adapter_config.json", _raise_exceptions_for_missing_entries=False):
-            raise InputError("it holds adapters: merge them into their model first")
         lm, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
-        wrong = [key for key in (*info["missing_keys"], *info["unexpected_keys"]) if "inv_freq" not in key]
-        if wrong:
+        if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise InputError(f"its weights do not match its config.json, for example {min(wrong)}")
         rows, end = lm.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
         if not tokenizer.is_fast or end is None or max(tokenizer.vocab_size, end + 1) > rows:
@@ -238,7 +234,6 @@ def read_model(source, flag: str):
     except Exception as error:  # the network, formats and versions each raise their own kinds
         cause = error if isinstance(error, InputError) else cause_of(error)
         hint = f"; the model is in {source}/model" if (Path(source) / "model").is_dir() else ""
-        hint += "; there is no folder of this name" * (not Path(source).exists())
         raise InputError(f"--model {flag}: cannot load it as safetensors ({cause}); need a preset, a folder "
                          f"or a Hub id; without network, copy its files into a folder{hint}") from None
     return lm.eval(), tokenizer
@@ -261,10 +256,9 @@ def add_adapters(lm: nn.Module, rank: int, seed: int, dtype: torch.dtype):
     """Freeze `lm`, and give every linear layer but the head the weight W + 2 B A (LoRA, Hu et al. 2021),
     where B is 0 at first. Frozen weights are kept in `dtype`, the precision of their matrix products."""
     from peft import LoraConfig, inject_adapter_in_model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                           task_type="CAUSAL_LM"), lm)
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                       task_type="CAUSAL_LM"), lm)
     for layer in lm.modules():
         if hasattr(layer, "get_delta_weight"):
             layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.to(dtype)
@@ -275,7 +269,7 @@ def store_linear(lm: nn.Module, dtype: torch.dtype):
     is the embedding stays, because lookups are not in `dtype`."""
     for layer in lm.modules():
         if isinstance(layer, nn.Linear) and layer.weight is not lm.get_input_embeddings().weight:
-            layer.to(dtype)
+            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def shard(model: AnswerModel, dtype: torch.dtype, world: World):
@@ -305,17 +299,6 @@ def gathered(model: AnswerModel):
         part.set_reshard_after_forward(part is not model, recurse=False)  # as torch's default
         part.reshard()
     model.lm.train(was_training)
-
-
-@contextmanager
-def in_turns(world: World):
-    """Processes that will shard the model load it one after another: memory holds it whole only once."""
-    turns = range(world.size if world.sharded else 0)
-    for _ in turns[:world.rank]:
-        world.wait()
-    yield
-    for _ in turns[world.rank:]:
-        world.wait()
 
 
 # ---------------------------------------------------------------- saving

@@ -4,14 +4,14 @@
 
 It takes the flags of train_npo.py, and those below. Where the run does not fit, changes are tried one on top
 of the other: --parallel fsdp, --activation-checkpointing, smaller micro-batches. --lora comes last. Layers
-are counted as Llama's. The peak is in a step's last micro-batch, between its forward and backward pass.
+are counted as Llama's. The peak is between forward and backward pass of a micro-batch, or in an evaluation.
 """
 
 from dataclasses import replace
 
-from common import ROOT, InputError, Parser, cause_of, positive, run_command
+from common import ROOT, InputError, Parser, positive, run_command
 from losses import OBJECTIVES
-from model import resolve_model
+from model import Preset, resolve_model
 from train_npo import Settings, parse
 
 ANSWER_SHARE = 2 / 3  # of a row's tokens, in TOFU
@@ -38,9 +38,8 @@ def read_shape(model: str) -> tuple:
         keys = hidden // heads * getattr(config, "num_key_value_heads", heads)
         return (config.vocab_size, hidden, getattr(config, "intermediate_size", 4 * hidden),
                 config.num_hidden_layers, keys, config.tie_word_embeddings)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"--model {model}: need a preset ({', '.join(SHAPES)}) or a folder with a "
-                         f"config.json ({cause_of(error)})") from None
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"--model {model}: need {', '.join(SHAPES)}, or a folder with config.json") from None
 
 
 def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
@@ -68,11 +67,16 @@ def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[st
         # The policy's logits in float32, and three tensors of their size in the backward pass.
         "logits, or one layer at work": max(ANSWER_SHARE * V * (16 * tokens + 8 * compared),
                                             tokens * kept * s.activation_checkpointing),
-        "reference's head": 4 * V * H * (compared > 0),
-        "16-bit copies of weights": 2 * (layers * layer + V * H) * (autocast and not (sharded or s.lora)),
+        "reference's head": 4 * V * H * (compared > 0 or s.eval_every != "never"),
+        "16-bit copies of weights": 2 * (layers * layer * (not s.lora) + V * H) * (autocast and not sharded),
         # Embedding, head and two layers are whole, with gradients that are being summed in float32.
         "gathered by FSDP": ((2 * size + 4) * root + (4 * size + 4) * layer) * sharded}
-    return parts | {"peak": sum(parts.values())}
+    # An evaluation has no gradients, but FSDP's whole model and a generation's cache, whose keys are float32.
+    cache = Preset.eval_batch_size * (tokens_per_row + Preset.max_new_tokens) * layers * K * (4 + size)
+    evaluation = cache + size * (layers * layer + root) * sharded + sum(parts[name] for name in (
+        "weights", "AdamW's moments", "reference's head", "16-bit copies of weights"))
+    more = max(0, evaluation - sum(parts.values())) * (s.eval_every != "never")
+    return parts | {"more in evaluations": more, "peak": more + sum(parts.values())}
 
 
 def changes(s: Settings, gpus: int):
@@ -88,14 +92,11 @@ def changes(s: Settings, gpus: int):
             yield {name: value for name, value in change.items() if value != getattr(s, name)}
 
 
-def gigabytes(text: str) -> float:
-    return GB * positive(float)(text.removesuffix("G"))
-
-
 def main(argv: list | None = None):
     parser = Parser(__doc__)
     parser.add_argument("--gpus", type=positive(int), default=1, help="one process runs on each")
-    parser.add_argument("--gpu-memory", type=gigabytes, default=80 * GB, help="of one GPU, such as 80G")
+    parser.add_argument("--gpu-memory", default=80 * GB, help="of one GPU, such as 80G",
+                        type=lambda text: GB * positive(float)(text.removesuffix("G")))
     parser.add_argument("--tokens-per-row", type=positive(int), default=128, help="of the longest rows")
     args, flags = parser.parse_known_args(argv)
     s = parse(flags)

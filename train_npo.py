@@ -49,9 +49,9 @@ from data.prompts import TEMPLATES
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, prepare
 from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
-from metrics import compute_metrics, depth_note, plot_trajectory
+from metrics import best_step, compute_metrics, depth_note, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
-                   full_tensor, gathered, in_turns, join_world, load_model, resolve_model, save_model, shard)
+                   full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints say so of one process
 
@@ -134,11 +134,9 @@ def parse(argv: list | None = None) -> Settings:
         raise InputError(f"--resume takes the settings from its folder: leave out --{flag}")
     file = Path(typed["resume"]) / "config.json"
     try:
-        s = Settings(**json.loads(file.read_text())["settings"] | typed)
+        return Settings(**json.loads(file.read_text(encoding="utf-8"))["settings"] | typed)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume needs a run's folder; {file}: {cause_of(error)}") from None
-    refuse_contradictions(s, typed)
-    return s
 
 
 def resolve(s: Settings, typed: dict) -> Settings:
@@ -158,30 +156,9 @@ def resolve(s: Settings, typed: dict) -> Settings:
     all_settings = {name for loss in OBJECTIVES.values() for name in loss.settings} | {"kl_direction"}
     if unused := (all_settings - used) & typed.keys():
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
-    refuse_contradictions(s, typed)
-    if s.forget or s.retain:
-        s.split = "own"
-    elif not sft and parse_split(s.split)[0] != "forget":
-        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
-    if s.model == "tiny" and not sft and not s.retain_log:
-        logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
-        s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
-    return s
-
-
-def refuse_contradictions(s: Settings, typed: dict):
-    sft = s.loss == "sft"
     contradictions = {
         "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
             sft and (s.retain_weight or s.kl_weight),
-        "--forget-weight, --retain-weight and --kl-weight are all 0: nothing would be trained":
-            s.forget_weight == s.retain_weight == s.kl_weight == 0,
-        f"--micro-batch-size {s.micro_batch_size} is above --batch-size {s.batch_size}":
-            s.micro_batch_size > s.batch_size,
-        f"--warmup-epochs {s.warmup_epochs:g} is above the {s.epochs} epochs of the run":
-            s.warmup_epochs > s.epochs,
-        f"{os.environ.get('WORLD_SIZE')} processes need --batch-size {s.batch_size} to be at least as large":
-            int(os.environ.get("WORLD_SIZE", 1)) > s.batch_size,
         "--lora needs --parallel ddp: the frozen weights are not sharded": s.lora and s.parallel == "fsdp",
         "--lora needs the package peft: pip install peft": s.lora and not find_spec("peft"),
         f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
@@ -198,9 +175,17 @@ def refuse_contradictions(s: Settings, typed: dict):
         f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number of steps":
             not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every),
         f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}":
-            s.out and not s.resume and Path(s.out).exists()}
+            s.out and Path(s.out).exists()}
     if sentences := [sentence for sentence, applies in contradictions.items() if applies]:
         raise InputError(sentences[0])
+    if s.forget or s.retain:
+        s.split = "own"
+    elif not sft and parse_split(s.split)[0] != "forget":
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
+    if s.model == "tiny" and not sft and not s.retain_log:
+        logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
+        s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
+    return s
 
 
 # ---------------------------------------------------------------- the reference, without a model in memory
@@ -521,8 +506,10 @@ class Run:
         if self.world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)  # a killed run may have left parts, of more processes
         self.world.wait()
-        writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(tensors_of(model, optimizer), storage_writer=writer)
+        tensors = tensors_of(model, optimizer)
+        parts = {name: 1 + k // 100 for k, name in enumerate(tensors)}  # a file is copied to the CPU whole
+        writer = dcp.HuggingFaceStorageWriter(str(aside), parts, save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
         if self.world.rank == 0:
             log_bytes = (self.folder / "log.jsonl").stat().st_size
             write_json(aside / "state.json", {"run": self.loaded.meta["run"], "step": step,
@@ -538,24 +525,20 @@ class Run:
         folders = sorted((self.folder / "checkpoints").glob("step_*"))
         state = {"step": 0, "log_bytes": 0}
         if folders:
-            state = json.loads((folders[-1] / "state.json").read_text())
+            state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
             if state["run"] != self.loaded.meta["run"]:
                 raise InputError(f"{folders[-1]} is a checkpoint of another run: remove it")
             updates = torch.tensor(float(state["step"]), device=self.world.device)
             for p in (p for group in optimizer.param_groups for p in group["params"]):  # moments to read into
                 optimizer.state[p] = {"step": updates.clone(), "exp_avg": torch.zeros_like(p),
                                       "exp_avg_sq": torch.zeros_like(p)}
-            try:
-                reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
-                dcp.load(tensors_of(model, optimizer), storage_reader=reader)
-            except Exception as error:  # a torn file
-                raise InputError(f"cannot read {folders[-1]} ({cause_of(error)}): without it, --resume "
-                                 "takes the checkpoint before it: remove it") from None
+            reader = dcp.HuggingFaceStorageReader(str(folders[-1]))
+            dcp.load(tensors_of(model, optimizer), storage_reader=reader)
             scaler.load_state_dict(state["scaler"])
             self.world.say(f"resumed after step {state['step']} of {self.plan.steps}")
         for file in sorted((self.folder / "eval").glob("step_*.json")):
             if int(file.stem[5:]) <= state["step"]:
-                self.evaluations[int(file.stem[5:])] = json.loads(file.read_text())["metrics"]
+                self.evaluations[int(file.stem[5:])] = json.loads(file.read_text(encoding="utf-8"))["metrics"]
         self.world.wait()  # before the log is cut or an evaluation is written again
         log = self.folder / "log.jsonl"
         if self.world.rank == 0 and log.exists():
@@ -572,15 +555,6 @@ def tensors_of(model: AnswerModel, optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def best_step(evaluations: dict) -> int | None:
-    """The best forget quality's step, or without a retain log that of retain minus forget probability."""
-    def merit(step: int) -> float:
-        quality, retain = evaluations[step]["forget_quality_log10"], evaluations[step].get("retain")
-        difference = (retain["probability"] if retain else 0) - evaluations[step]["forget"]["probability"]
-        return difference if quality is None else quality
-    return max((step for step in evaluations if step > 0), key=merit, default=None)
-
-
 def metric_writer(kind: str, folder: Path):
     """A function (numbers, step) that logs to tensorboard or wandb."""
     if kind == "wandb":
@@ -594,7 +568,7 @@ def metric_writer(kind: str, folder: Path):
 def open_folder(s: Settings, config: dict, world: World) -> Path:
     """The run's folder with its config.json. Raises InputError where another run is to be resumed."""
     if s.resume:
-        stored = json.loads((Path(s.resume) / "config.json").read_text())
+        stored = json.loads((Path(s.resume) / "config.json").read_text(encoding="utf-8"))
         for name in ("start_hash", "trained_on", "retrained_hash", "run"):
             if stored.get(name) != config[name]:
                 raise InputError(f"--resume {s.resume}: {name} was {stored.get(name)}, now it is "
@@ -613,30 +587,28 @@ def open_folder(s: Settings, config: dict, world: World) -> Path:
 def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     """Read all inputs, then open the run's folder. Raises InputError before anything is written."""
     task = load_task(s.data, s.split, s.forget, s.retain)
-    with in_turns(world):
-        loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
-        lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
-        trained_on = meta["trained_on"] or {}
-        trained_with = trained_on.get("template", meta["template"])
-        if not s.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
-            world.say(f"note: {s.model} was trained on other data ({trained_on['data']}) than {task.source}")
-        if s.loss != "sft" and meta["template"] != trained_with:
-            raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
-                             "answers to other prompts say little: leave the flag out")
-        s.template, context = meta["template"], getattr(lm.config, "max_position_embeddings", None)
-        plan = Plan(s, task, loaded.tokenizer, context)
-        check_head(model, collate(list(plan.texts.values())[:2], plan.pad), s.model)
-        if s.lora:
-            add_adapters(lm, s.lora, s.seed, AUTOCAST[s.dtype])
-        if world.sharded:
-            shard(model, AUTOCAST[s.dtype], world)
-        model.to(world.device)
+    loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
+    lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
+    trained_on = meta["trained_on"] or {}
+    trained_with = trained_on.get("template", meta["template"])
+    if not s.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
+        world.say(f"note: {s.model} was trained on other data ({trained_on['data']}) than {task.source}")
+    if s.loss != "sft" and meta["template"] != trained_with:
+        raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
+                         "answers to other prompts say little: leave the flag out")
+    s.template, context = meta["template"], getattr(lm.config, "max_position_embeddings", None)
+    plan = Plan(s, task, loaded.tokenizer, context)
+    check_head(model, collate(list(plan.texts.values())[:2], plan.pad), s.model)
+    if s.lora:
+        add_adapters(lm, s.lora, s.seed, AUTOCAST[s.dtype])
+    if world.sharded:
+        shard(model, AUTOCAST[s.dtype], world)
+    model.to(world.device)
     evaluated = task.evaluated | {"holdout": task.holdout}
     prepared = prepare(evaluated, loaded.tokenizer, s.template, context=context)
     meta["trained_on"] = {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
                           "data_fingerprint": task.fingerprint}
-    meta |= {"split": evaluation_split(s.split) if s.split != "own" else "own",
-             "data_fingerprint": task.fingerprint, "start_utility": None}
+    meta |= {"split": evaluation_split(s.split), "data_fingerprint": task.fingerprint, "start_utility": None}
     retrained = read_retain_logs(s.retain_log, meta["split"], prepared.rows["forget"], meta)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
     meta["retrained_hash"] = fingerprint(retrained)
@@ -647,9 +619,6 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
         **environment()}, world)
     numbers = s.values(("lr", "weight_decay", *plan.objective.settings))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if plan.rows < s.batch_size:
-        world.say(f"note: {plan.rows} rows for a batch of {s.batch_size}: a step has rows several times, and "
-                  "the run has few steps; give a smaller --batch-size")
     answer_tokens = sum(plan.texts[f"row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
     longest = max(len(text.ids) for text in plan.texts.values())
     world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"

@@ -31,8 +31,6 @@ def prompt_text(tokenizer, template: str, question: str) -> str:
         return f"[INST] {question} [/INST]"
     if template == "qa":
         return f"Question: {question}\nAnswer:"
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("--template chat: this tokenizer has no chat template; use llama2 or qa")
     system = tokenizer.init_kwargs.get("system_prompt")  # saved with the tokenizer, like its chat template
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})

@@ -32,9 +32,9 @@ def test_an_adapters_gradient_follows_from_the_weights_gradient(small_model):
     """With B = 0 the model is as without adapters. With the weight's gradient G, dL/dB = 2 G A^T, and
     dL/dA = 0."""
     plain, lm = (load_model(str(small_model)) for _ in range(2))
-    batch, state = [batch_of(plain.tokenizer)], torch.get_rng_state()
+    batch = [batch_of(plain.tokenizer)]
     add_adapters(lm.lm, 3, 0, torch.float32)
-    assert torch.equal(torch.get_rng_state(), state) and len(adapted(lm.lm)) == 14  # 7 per layer
+    assert len(adapted(lm.lm)) == 14  # 7 per layer
     logits, expected = AnswerModel(lm.lm)(batch)[1], AnswerModel(plain.lm)(batch)[1]
     assert torch.equal(logits, expected)
     logits.square().sum().backward()

@@ -25,9 +25,7 @@ TRAIN = [
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
     ("--epochs 0", "must be positive"), ("--retain-weight -1", "not negative"),
-    ("--forget-weight 0", "all 0"), ("--loss sft --kl-weight 1", "no retain or K term"),
-    ("--warmup-epochs 99", "is above the 10 epochs"),
-    ("--batch-size 4 --micro-batch-size 8", "is above --batch-size"),
+    ("--loss sft --kl-weight 1", "no retain or K term"),
     ("--checkpoint-every soon", "need minutes"), ("--eval-every 0", "need epoch, end, never"),
     ("--loss ga --beta 0.2", "--beta has no effect on ga"), ("--loss ceu --beta 1", "--beta has no effect"),
     ("--gamma 0.1", "--gamma has no effect on npo"), ("--beta2 1", "--beta2 has no effect on npo"),
@@ -35,7 +33,7 @@ TRAIN = [
     ("--data nowhere --model MODEL", "full.json, .* not found"), ("--data MODEL --model MODEL", "not found"),
     ("--data DATA", "run data/make_tiny.py"), ("--data nobody/nothing --model MODEL", "without network"),
     ("--model nowhere", "need a preset"), ("--model nobody/nothing", "without network"),
-    ("--model big=MODEL", "need PRESET=PATH"), ("--model llama2-7b=", "need PRESET=PATH"),
+    ("--model big=MODEL", "need a preset"),
     ("--model smollm2-135m", "no published fine-tuned checkpoint"), ("--model DATA", "cannot load it"),
     ("--forget a.json", "needs the model that has learned these rows"),
     ("--forget a.json --model MODEL --retain-weight 1", "give --retain FILE"),
@@ -49,7 +47,7 @@ TRAIN = [
     ("--resume nowhere --lr 1e-3", "leave out --lr"),
     ("--model MODEL --data DATA --epochs 1", "are one step"), ("--out taken", "taken exists"),
     ("--lora 8 --parallel fsdp", "--lora needs --parallel ddp"),
-] + ([] if torch.cuda.is_available() else [("--device cuda", "this machine has none")])
+] + ([] if torch.cuda.is_available() else [("--device cuda", "has no such device")])
 EVALUATE = [
     ("", "required"), ("--model MODEL --log x", "not allowed"), ("--log nowhere.json", "cannot read the log"),
     ("--model MODEL --split full", "need a forget split"), ("--model MODEL --split forget0", "unknown split"),
@@ -57,9 +55,7 @@ EVALUATE = [
     ("--model MODEL --data nowhere", "not found"), ("--model DATA", "cannot load it"),
     ("--model MODEL --retain b --data DATA", "--retain needs --forget"),
     ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read the log"),
-    ("--model MODEL --data DATA --reference nowhere", "need a preset"),
-    ("--model MODEL --out nowhere/x.json", "its folder does not exist"),
-    ("--model MODEL --plot nowhere/x.png", "its folder does not exist")]
+    ("--model MODEL --data DATA --reference nowhere", "need a preset")]
 
 
 @pytest.mark.parametrize("script,flags,sentence", [(train_npo, *case) for case in TRAIN]
@@ -92,12 +88,9 @@ def refused(tmp_path, small_model, small_data, monkeypatch):
 
 
 @pytest.mark.parametrize("file,line,sentence", [
-    ("full.json", '{"question": "a"}', "row 201: answer must be a non-empty text, got None"),
+    ("full.json", '{"question": "a"}', "row 201: answer must be a non-empty text, got {"),
     ("full.json", "{", "line 201: not JSON"),
     ("full.json", '{"question": " ", "answer": "b"}', "row 201: question must be"),
-    ("retain_perturbed.json", '{"question": "a", "answer": "b"}', "row 21: p"),
-    ("world_facts_perturbed.json", '{"question": "a", "answer": "b", "perturbed_answer": []}',
-     "row 8: perturbed_answer must be a list of non-empty texts"),
     ("forget10_perturbed.json", '{"question": "a", "answer": "b", "paraphrased_answer": "c", '
      '"perturbed_answer": ["d"]}', "are not the last of full.json")])
 def test_a_flaw_in_a_data_folder_is_named_by_row(file, line, sentence, small_data, tmp_path, refused):
@@ -112,15 +105,6 @@ def test_a_flaw_in_a_data_folder_is_named_by_row(file, line, sentence, small_dat
     assert file in (message := refused(data=data)) and "has no rows" in message
 
 
-def test_a_data_folder_needs_a_refusal_and_two_rows(small_data, tmp_path, refused):
-    data = shutil.copytree(small_data, tmp_path / "data")
-    (data / "idontknow.jsonl").write_text("\n")
-    assert "idontknow.jsonl has no line" in refused(data=data)
-    (data / "idontknow.jsonl").unlink()
-    (data / "full.json").write_text((data / "full.json").read_text().splitlines()[0])
-    assert "has one row" in refused(data=data)
-
-
 def test_own_rows_with_a_flaw(tmp_path, refused):
     good, forget = tmp_path / "good.json", tmp_path / "forget.json"
     rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bo", "Cid")]
@@ -133,9 +117,6 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
     assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
     assert "forget.json row 2: question must be a non-empty text" in refusal("a")
     assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
-    for field, value in (("perturbed_answer", ["c"]), ("alternative_answer", "c")):  # in all rows, or in none
-        lacks = refusal({"question": "a", "answer": "b", field: value})
-        assert f"forget.json row 1: {field} must be" in lacks
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, refused):
@@ -161,7 +142,7 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, re
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert f"the model is in {tmp_path / 'run'}/model" in refused(model=tmp_path / "run")
     plain = shutil.copytree(small_model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja"))
-    assert "has no chat template" in refused(model=plain, template="chat")
+    assert "chat template fails" in refused(model=plain, template="chat")
 
 
 @pytest.mark.parametrize("changes,sentence", [

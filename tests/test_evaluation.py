@@ -17,8 +17,8 @@ from conftest import ROOT
 from data.batches import collate
 from data.logs import read_log, read_retain_log
 from data.tofu import load_task
-from evaluate_tofu import (ResidentReference, evaluate, generate, likelihood_measures, prepare,
-                           rouge_l_recall, score)
+from evaluate_tofu import (ResidentReference, evaluate, generate, prepare, rouge_l_recall, score,
+                           token_measures)
 from metrics import (KL_SETS, agreement, auc, compute_metrics, depth_note, ks_log10_p, log_truth_ratio,
                      log_truth_ratios, metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
                      plot_truth_ratios, privleak, probability_among_options, truth_ratio)
@@ -175,7 +175,8 @@ def test_log_p_is_standardised_under_the_models_own_distribution(scale):
     log_p = logits.double().log_softmax(-1)
     logps, mean = log_p[torch.arange(20), targets], (log_p.exp() * log_p).sum(-1)
     variance = (log_p.exp() * log_p**2).sum(-1) - mean**2
-    hits, standardised = likelihood_measures(logits, targets, logps.float())
+    measured, hits, standardised = token_measures(logits, targets)
+    torch.testing.assert_close(measured, logps.float(), rtol=1e-5, atol=1e-4)
     assert hits.tolist() == [1] * 5 + [0] * 15
     expected = (logps - mean) / variance.clamp(min=1e-6).sqrt()
     torch.testing.assert_close(standardised.double(), expected, rtol=1e-3, atol=1e-3)
@@ -479,7 +480,6 @@ def test_the_command_measures_a_model_and_judges_its_log(tmp_path, capsys):
     assert capsys.readouterr().out == printed
     for words, message in ((["--log", out, "--retain-log", out], "trained on full"),
                            (["--log", out, "--split", "forget05"], "for --split forget05"),
-                           (["--log", out, "--plot", "no/p.png"], "its folder"),
                            (["--model", start, "--split", "retain90"], "need a forget split")):
         with pytest.raises(InputError, match=message):
             evaluate_tofu.main([*map(str, words)])

@@ -68,9 +68,11 @@ def test_llama2_7b_by_hand():
 @pytest.mark.parametrize("flags, verdict", (
     ("--gpus 2 --parallel fsdp", "fits"),
     ("--gpus 2", "Add --parallel fsdp"),
-    ("--gpus 2 --gpu-memory 70G", "Add --parallel fsdp --activation-checkpointing"),
-    ("--gpus 2 --parallel fsdp --activation-checkpointing --micro-batch-size 32 --gpu-memory 72G",
-     "Add --micro-batch-size 16"),
+    ("--gpus 2 --dtype bf16 --gpu-memory 70G", "Add --parallel fsdp --activation-checkpointing"),
+    ("--gpus 2 --gpu-memory 68G --dtype bf16 --parallel fsdp --activation-checkpointing "
+     "--micro-batch-size 32", "Add --micro-batch-size 16"),
+    ("--gpus 8 --dtype bf16 --parallel fsdp --activation-checkpointing --gpu-memory 24G",  # its evaluations
+     "Add --lora 8 --parallel ddp"),
     ("--gpus 1", "Add --lora 8"),
     ("--gpu-memory 24G", "Add --lora 8 --dtype bf16 --activation-checkpointing"),
     ("--gpu-memory 12G", "take more or larger GPUs")))
@@ -81,10 +83,10 @@ def test_the_smallest_change_that_fits_is_named(flags, verdict, capsys):
 
 def test_a_folder_is_planned_from_its_config():
     assert read_shape(str(minimal_npo.MODEL)) == (2048, 192, 512, 2, 192, True) == read_shape("tiny")
-    with pytest.raises(InputError, match="--model nodir: need a preset"):
+    with pytest.raises(InputError, match="--model nodir: need "):
         main(["--model", "nodir"])
 
 
 def test_gigabytes_that_are_none_are_refused():
-    with pytest.raises(InputError, match="--gpu-memory: invalid gigabytes value: '80X'"):
+    with pytest.raises(InputError, match="--gpu-memory: invalid .* value: '80X'"):
         main(["--gpu-memory", "80X"])

@@ -6,6 +6,7 @@ from conftest import log, weights
 from transformers import AutoModelForCausalLM
 
 import train_npo
+from common import InputError
 from data.batches import TokenBatch
 from model import AnswerModel, autocast, join_world, load_model, store_linear
 from train_npo import lr_factor
@@ -104,3 +105,11 @@ def test_numbers_below_float32s_smallest_are_zero_in_a_run():
         assert tiny * 1e-10 == 0
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_a_machine_with_fewer_gpus_than_processes_runs_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert join_world("auto").device.type == "cpu"
+    with pytest.raises(InputError, match="no such device for each of 2 processes"):
+        join_world("cuda")
