@@ -222,7 +222,7 @@ def build_parser() -> Parser:
     add("--max-rows", type=positive(int, or_zero=True), default=MAX_ROWS, help="rows of each set, 0 for all")
     add("--max-new-tokens", type=positive(int), help="longest generation, in tokens (default: the preset's)")
     add("--batch-size", type=positive(int), help="texts at once (default: the preset's)")
-    add("--dtype", choices=AUTOCAST, default="fp32", help="precision of matrix products")
+    add("--dtype", choices=AUTOCAST, default="fp32", help="precision of linear layers and their weights")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--out", help="write metrics, rows and provenance to this JSON file")
     add("--plot", metavar="PNG", help="draw the distributions of the truth ratio")

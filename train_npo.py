@@ -90,7 +90,7 @@ class Settings:
     parallel: str = "ddp"  # each process holds the model (ddp), or a part of every parameter (fsdp)
     activation_checkpointing: bool = False  # keep each layer's input only: less memory, one more forward pass
     compile: bool = False  # torch.compile the layers (needs a C++ compiler)
-    lora: int = 0  # rank of adapters on every linear layer, which alone are trained (needs peft); 0: off
+    lora: int = 0  # rank of adapters on all linear layers but the head; nothing else is trained; 0: off
     eval_every: str | None = None  # epoch, end, never, or a number of steps (default: epoch; sft: end)
     checkpoint_every: str = "10m"  # minutes (10m) or a number of steps; also at every evaluation
     keep: str = "last"  # best: also keep best/, the weights of the best evaluation
@@ -342,7 +342,7 @@ def check_start(s: Settings, plan: Plan, logged: dict):
 @torch.no_grad()
 def check_finite(s: Settings, plan: Plan, model: AnswerModel, step: int, world: World):
     """Raises InputError where the last update has made a model whose logits are not finite."""
-    with gathered(model), autocast(s.dtype, world.device):
+    with autocast(s.dtype, world.device):
         _, logits = model([collate([plan.texts["row/0"]], plan.pad, world.device)])
     if not logits.isfinite().all():
         raise InputError(f"step {step}: the update made logits that are not finite; try a smaller --lr than "
