@@ -47,7 +47,7 @@ def token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def nll_loss(policy_logps: Tensor) -> Tensor:
-    """-log pi_theta in nats, (B,) or (N,): RT, FG and IDK (Section 2), and fine-tuning."""
+    """-log pi_theta in nats, (B,) or (N,): RT and IDK (Section 2), and fine-tuning."""
     return -policy_logps
 
 
