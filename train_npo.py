@@ -276,9 +276,9 @@ def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: 
     answers, refusals, retain = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
     batches = [collate(texts, plan.pad, device) for texts in (answers + retain, refusals) if texts]
-    targets = torch.cat([batch.targets for batch in batches])  # (N,)
-    _, logits = policy(batches)  # (N, V): where answer tokens are predicted
-    logps = token_logps(logits, targets)  # (N,)
+    targets = torch.cat([batch.targets for batch in batches])  # of all answers, retain answers and refusals
+    _, logits = policy(batches)  # where these tokens are predicted
+    logps = token_logps(logits, targets)
     lengths = [text.answer_tokens for text in answers + retain + refusals]  # the tokens' order
     text_logps = torch.stack([part.sum() for part in logps.split(lengths)])  # log pi_theta(y|x) of each text
     answer_logps, _, refusal_logps = text_logps.split([len(answers), len(retain), len(refusals)])
@@ -291,7 +291,7 @@ def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: 
               **s.values(objective.settings),
               **reference.inputs(objective.inputs, micro_batch)}
     arguments = [inputs[name] for name in objective.inputs]
-    values = objective.loss(*arguments)  # (B,) or (N,)
+    values = objective.loss(*arguments)  # (B,) or (n,)
     count = counts.forget_tokens if objective.mean == "tokens" else counts.rows
     sums = {"loss": s.forget_weight * values.sum() / count, "forget_loss": values.sum() / count}
     if s.retain_weight > 0:

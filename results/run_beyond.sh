@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Built-in data, tiny model, forget10: the objectives with a retain term, and attacks on their results. First with the preset's lr and the published betas
+# Built-in data, tiny model, forget10: the objectives with a retain term, and attacks on their results. First with the preset's lr, and the published betas of the newer ones
 # (five seeds), then tuned for each method (three seeds). From the root; finished runs are not made again:
 #     bash results/run_beyond.sh OUT        # a new folder; hours on two cores
 set -euo pipefail
