@@ -122,7 +122,7 @@ def record(folder: Path) -> dict:
         raise InputError(f"{folder}: need evaluations of TOFU's sets, of an unlearning run with --retain-log")
     curves |= {f"forget_{key}": [values["forget"].get(key) for values in metrics] for key in FORGET_CURVES}
     split, rows = evaluation_split(settings["split"]), [evaluation["rows"] for evaluation in evaluations]
-    steps = [evaluation["provenance"]["step"] for evaluation in evaluations]
+    steps = [evaluation["provenance"].get("step", 0) for evaluation in evaluations]  # 0: evaluate_tofu.py's
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
     curves["mean_W"] = [mean_weight(log, *span) for span in pairwise([0, *steps])]  # since the one before
