@@ -26,10 +26,3 @@ run npo+rt --model "$base/full/model" --retain-log "$base/judge.json" --loss npo
 torchrun --nproc_per_node=2 evaluate_tofu.py --model "$base/full/model" --data "$tofu" --split forget10 --retain-log "$base/judge.json" \
   --out "$base/npo+rt/eval/step_000000.json"
 python figures_tofu.py --out "$out" --collect "$base/npo+rt"
-python - "$out" <<'EOF'  # the retrained model's record, for the picture of the pass window
-import json, sys
-from common import write_json
-study = json.load(open(sys.argv[1])) | {"retrained": json.load(open("results/smollm2_whole_forget10.json"))["retrained"]}
-write_json(sys.argv[1], study)
-EOF
-python figures_tofu.py --out "$out"
