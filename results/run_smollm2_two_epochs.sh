@@ -2,7 +2,7 @@
 # SmolLM2-135M-Instruct on all of real TOFU, forget10, from a start that knows less by heart: two epochs of fine-tuning at lr 6e-4, then npo+rt at half of that
 # rate. The judge is the retrained model of run_smollm2_whole.sh (four epochs at 4e-4), of which the record keeps log R of each row. Weights as for
 # run_smollm2.sh. From the root; it goes on where it stopped:
-#     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about three hours on two cores, in float32
+#     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about two and a half hours on two cores, in float32
 set -euo pipefail
 tofu=$1 base=runs/smollm2-two-epochs out=results/smollm2_two_epochs_forget10.json
 [ -e "$base/SmolLM2-135M-Instruct" ] || python data/gguf_to_folder.py "$2" "$base/SmolLM2-135M-Instruct"

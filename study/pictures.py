@@ -166,7 +166,7 @@ def draw_evolution(study: dict, path: Path, columns: dict, keys: tuple = (QUALIT
             points[name] = epochs[-1], seeds.mean(0)[-1]
         if key == QUALITY:
             metrics.quality_axis(axes, min(min(run[QUALITY]) for runs in named.values() for run in runs),
-                         floor=agreements(study, split))
+                                 floor=agreements(study, split))
         elif key == UTILITY:
             axes.set_ylim(bottom=-0.03)
         else:
@@ -193,7 +193,7 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
             points[name] = bars(axes, x, [curve(run, key)[peak_at(run)] for run in runs], style(name))
         if key == QUALITY:
             metrics.quality_axis(axes, min(peak(run) for runs in named.values() for run in runs),
-                         floor=agreements(study, split))
+                                 floor=agreements(study, split))
         axes.set(xlabel=label, ylabel=PANELS[key][1])
         name_points(axes, points, split if len(keys) == 1 else PANELS[key][0])
     title = message(columns, peak_at, " at the peak")
@@ -225,7 +225,8 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
         limits = np.transpose([axes.get_xlim(), axes.get_ylim()])  # a collapsed model lies outside
         name_points(axes, {name: np.clip(curve[:, -1], *limits) for name, curve in curves.items()}, split)
     winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
-    title = f"{join(winners)} pass{'es' * (len(winners) < 2)}; the others miss by mean or spread of log R"
+    title = f"{join(winners)} pass{'es' * (len(winners) < 2)}" + (
+        "; the others miss by mean or spread of log R" * (len(winners) < len(named)))
     return save(figure, path, title, settings_of(study, columns),
                 "green: where a model passes; star: retrained; all curves begin at the start, on the right")
 
