@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from scipy.special import expit, gammaln, logsumexp
 from scipy.stats import hmean, ks_2samp, rankdata, wilcoxon
 
+from common import InputError
 from data.tofu import EVALUATED
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
@@ -233,7 +234,10 @@ def metrics_table(metrics: dict) -> str:
 # ---------------------------------------------------------------- pictures
 
 def plot_truth_ratios(rows: list, retrained: list | None, path: str):
-    """The cumulative distributions of R that the Kolmogorov-Smirnov test compares."""
+    """The cumulative distributions of R that the Kolmogorov-Smirnov test compares. Raises InputError for rows
+    without perturbed answers."""
+    if not all(row.get("perturbed_nll") for row in rows):
+        raise InputError("--plot draws the truth ratio: it needs perturbed answers in every forget row")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for sample, label in ((rows, "this model"), (retrained, "retrained model")):
@@ -242,6 +246,7 @@ def plot_truth_ratios(rows: list, retrained: list | None, path: str):
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
              ylabel="share of forget rows below", title="Forget quality compares these two distributions")
     axes.legend(loc="upper left")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
 
 

@@ -164,12 +164,8 @@ def resolve(s: Settings, typed: dict) -> Settings:
         f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
         "--forget and --retain replace --data and --split: leave those out, and --loss sft":
             (s.forget or s.retain) and (sft or {"data", "split"} & typed.keys()),
-        "--forget needs the model that has learned these rows: give --model FOLDER":
-            s.forget and s.model == "tiny",
         "--retain-weight and --kl-weight need rows to keep: give --retain FILE":
             s.forget and not s.retain and (s.retain_weight or s.kl_weight),
-        "the tiny model that ships was trained on the built-in data: for other data run data/make_tiny.py "
-        "and give --model tiny=FOLDER": s.model == "tiny" and s.data != "builtin",
         f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps":
             not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every),
         f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number of steps":
@@ -182,7 +178,7 @@ def resolve(s: Settings, typed: dict) -> Settings:
         s.split = "own"
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
-    if s.model == "tiny" and not sft and not s.retain_log:
+    if s.model == "tiny" and s.data == "builtin" and not sft and not s.retain_log:
         logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
         s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
     return s
@@ -592,8 +588,10 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
     trained_on = meta["trained_on"] or {}
     trained_with = trained_on.get("template", meta["template"])
-    if not s.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
-        world.say(f"note: {s.model} was trained on other data ({trained_on['data']}) than {task.source}")
+    other_data = trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint
+    if other_data and (s.model == "tiny" or not s.forget):
+        world.say(f"note: {s.model} was trained on {trained_on['data']}, and may not know {task.source}; "
+                  "data/README.md says how to make a start for other data")
     if s.loss != "sft" and meta["template"] != trained_with:
         raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
                          "answers to other prompts say little: leave the flag out")
@@ -624,8 +622,8 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     longest = max(len(text.ids) for text in plan.texts.values())
     world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
               f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {longest} in the longest text\n"
-              f"{s.epochs} epochs, batch "
-              f"{s.batch_size}: {plan.steps} steps, the first {plan.warmup_steps} warm-up\n" +
+              f"{s.epochs} epochs, batch {s.batch_size} (micro-batches of {s.micro_batch_size}): "
+              f"{plan.steps} steps, the first {plan.warmup_steps} warm-up\ntemplate {s.template}, " +
               ", ".join(f"{name} {value:g}" for name, value in numbers.items()) +
               f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")
     return model, Run(s, loaded, plan, prepared, retrained, folder, world)
@@ -642,9 +640,9 @@ def main(argv: list | None = None):
         file = run.folder / "reference.safetensors"
         reference = open_reference(file, s, model, run.plan, run.prepared, world)
     train(s, run.plan, model, reference, run, world)
-    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     if world.rank == 0 and len(run.evaluations) > 1:
         plot_trajectory(run.folder, run.retrained[0])
+    save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
     if world.size > 1:
         dist.destroy_process_group()

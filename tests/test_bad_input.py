@@ -10,9 +10,11 @@ import torch
 import evaluate_tofu
 import train_npo
 from common import InputError
-from data.make_tiny import DIMS, make_tiny
-from data.tofu import load_task
 from data.logs import read_retain_log
+from data.make_tiny import DIMS, make_tiny
+from data.tofu import BUILTIN, load_task
+from model import ALONE
+from train_npo import begin_run, parse
 
 # The flags after `train_npo.py`, and words of the sentence. MODEL and DATA stand for a small model's and a
 # small data set's folders.
@@ -31,11 +33,10 @@ TRAIN = [
     ("--gamma 0.1", "--gamma has no effect on npo"), ("--beta2 1", "--beta2 has no effect on npo"),
     ("--kl-direction reference_policy", "--kl-direction has no effect on npo"),
     ("--data nowhere --model MODEL", "full.json, .* not found"), ("--data MODEL --model MODEL", "not found"),
-    ("--data DATA", "run data/make_tiny.py"), ("--data nobody/nothing --model MODEL", "without network"),
+    ("--data nobody/nothing --model MODEL", "without network"),
     ("--model nowhere", "need a preset"), ("--model nobody/nothing", "without network"),
     ("--model big=MODEL", "need a preset"),
     ("--model smollm2-135m", "no published fine-tuned checkpoint"), ("--model DATA", "cannot load it"),
-    ("--forget a.json", "needs the model that has learned these rows"),
     ("--forget a.json --model MODEL --retain-weight 1", "give --retain FILE"),
     ("--retain a.json --model MODEL", "--retain needs --forget"),
     ("--forget a.json --model MODEL --split forget05", "leave those out"),
@@ -143,6 +144,15 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, re
     assert f"the model is in {tmp_path / 'run'}/model" in refused(model=tmp_path / "run")
     plain = shutil.copytree(small_model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja"))
     assert "chat template fails" in refused(model=plain, template="chat")
+
+
+def test_rows_that_the_tiny_model_may_not_know_are_noted(small_data, tmp_path, capsys):
+    (tmp_path / "a.json").write_text('[{"question": "Who?", "answer": "Ann."}]')
+    for flag, rows in (("--data", small_data), ("--forget", tmp_path / "a.json"), ("--data", BUILTIN)):
+        out = tmp_path / f"run_{rows.name}"
+        begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", str(out)]), ALONE)
+        noted = "note: tiny was trained on builtin, and may not know" in capsys.readouterr().out
+        assert noted == (rows != BUILTIN)
 
 
 @pytest.mark.parametrize("changes,sentence", [

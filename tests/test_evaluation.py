@@ -488,7 +488,9 @@ def test_the_command_measures_a_model_and_judges_its_log(tmp_path, capsys):
 
 
 def test_the_trajectory_of_a_run_is_drawn(tmp_path):
-    plot_truth_ratios(rows_with([0.1, 3.0, -900.0]), rows_with([1.0]), tmp_path / "ratios.png")
+    plot_truth_ratios(rows_with([0.1, 3.0, -900.0]), rows_with([1.0]), tmp_path / "new" / "ratios.png")
+    with pytest.raises(InputError, match="needs perturbed answers"):
+        plot_truth_ratios([{"answer_nll": 1.0}], None, tmp_path / "ratios.png")
     write_json(tmp_path / "config.json", {"settings": {"loss": "npo", "split": "forget10", "beta": 0.5}})
     (tmp_path / "log.jsonl").write_text('{"step": 1, "mean_W": 1.0}\n{"step": 2, "mean_W": 0.5}\n')
     retrained = rows_with([0.0, 1.0])
@@ -499,7 +501,7 @@ def test_the_trajectory_of_a_run_is_drawn(tmp_path):
             write_json(tmp_path / "eval" / f"step_{step:06d}.json", {"metrics": metrics, "rows": rows})
         plot_trajectory(tmp_path, others)
         (tmp_path / "trajectory.png").rename(tmp_path / name)
-    sizes = [(tmp_path / name).stat().st_size for name in ("ratios.png", "alone.png", "trajectory.png")]
+    sizes = [(tmp_path / name).stat().st_size for name in ("new/ratios.png", "alone.png", "trajectory.png")]
     assert 5000 < sizes[0] and 5000 < sizes[1] < sizes[2]
 
 

@@ -55,7 +55,7 @@ def test_a_run_leaves_a_complete_folder(run, small_model, small_data, retain_log
     assert abs(first["metrics"]["forget_kl"]) < 1e-5 < last["metrics"]["forget_kl"]
     assert 0 < last["metrics"]["forget_quality"] <= 1 and last["metrics"]["model_utility"] >= 0
     printed = capsys.readouterr().out
-    for words in ("npo+rt on forget10", "2 epochs, batch 8: 5 steps, the first 2 warm-up",
+    for words in ("npo+rt on forget10", "5 steps, the first 2 warm-up", "template llama2",
                   "step     5/5", "after step 3: forget quality"):
         assert words in printed
 
