@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SmolLM2-135M-Instruct on all of real TOFU, forget10, from a start that knows less by heart: two epochs of fine-tuning at lr 6e-4, and a retrained model of the
+# SmolLM2-135M-Instruct on all of real TOFU, forget10, from a start that has memorised less: two epochs of fine-tuning at lr 6e-4, and a retrained model of the
 # same recipe; then npo+rt at half of that rate, three seeds. Two runs at a time, a thread each. Weights as for run_smollm2.sh. From the root; it goes on where
 # it stopped:
 #     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about seven hours on two cores, in float32
