@@ -149,10 +149,8 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, re
 def test_rows_that_the_tiny_model_may_not_know_are_noted(small_data, tmp_path, capsys):
     (tmp_path / "a.json").write_text('[{"question": "Who?", "answer": "Ann."}]')
     for flag, rows in (("--data", small_data), ("--forget", tmp_path / "a.json"), ("--data", BUILTIN)):
-        out = tmp_path / f"run_{rows.name}"
-        begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", str(out)]), ALONE)
-        noted = "note: tiny was trained on builtin, and may not know" in capsys.readouterr().out
-        assert noted == (rows != BUILTIN)
+        begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", f"{tmp_path}/a{rows.name}"]), ALONE)
+        assert ("may not know" in capsys.readouterr().out) == (rows != BUILTIN)
 
 
 @pytest.mark.parametrize("changes,sentence", [
