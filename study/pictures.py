@@ -238,7 +238,7 @@ def has_depth(run: dict) -> bool:
 
 def nats_lost(run: dict) -> tuple[float, float]:
     """Nats that a forget answer has lost at the end: measured as a mean over rows, and ln(2/W - 1)/beta from
-    the mean of Equation 5's W since the evaluation before."""
+    the mean of Equation 5's W over the run's last steps."""
     return run["forget_nll"][-1] - run["forget_nll"][0], math.log(2 / run["mean_W"][-1] - 1) / run["beta"]
 
 

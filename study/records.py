@@ -125,7 +125,7 @@ def record(folder: Path) -> dict:
     steps = [evaluation["provenance"].get("step", 0) for evaluation in evaluations]  # 0: evaluate_tofu.py's
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
-    curves["mean_W"] = [mean_weight(log, *span) for span in pairwise([0, *steps])]  # since the one before
+    curves["mean_W"] = [mean_weight(log, step - steps[-1] / 10, step) for step in steps]  # a tenth of the run
     answers, samples = answers_of(settings["data"], split, rows[-1])
     aggregate = metrics[-1].get("open_unlearning", {})
     entry = {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
