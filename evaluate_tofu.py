@@ -7,27 +7,35 @@ metrics.py has the formulas. An evaluation draws no random number and changes no
 Shapes: N answer tokens, V vocabulary.
 """
 
+import json
 import os
 from itertools import takewhile
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import InputError, Parser, environment, positive, run_command, write_json
+from common import (InputError, Parser, cause_of, environment, locate, positive, run_command,
+                    write_json)
 from data.batches import collate, deal
-from data.logs import MAX_ROWS, read_log, read_retain_logs
 from data.prompts import TEMPLATES, Encoded, encode, encode_prompts
-from data.tofu import evaluation_split, load_task, parse_split
+from data.tofu import complement, evaluation_split, load_task, parse_split
 from losses import kl_loss, token_logps
 from metrics import KL_SETS, compute_metrics, metrics_table, plot_truth_ratios
-from model import (ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, gathered, join_world,
-                   load_model, store_linear)
+from model import ALONE, AUTOCAST, AnswerModel, World, autocast, check_head, gathered, join_world, load_model
 
+MAX_ROWS = 300  # TOFU evaluates the first 300 rows of a set
 MIN_K = 0.4  # the min-k scores are means over this share of an answer's tokens, the least likely ones
 SAMPLES = 3  # questions of a set whose answers are printed
 CHUNK = 512  # answer tokens that are measured at once; a measure takes several tensors of their logits' size
+TOFU_LOGS = {"retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
+             "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json"}
+TOFU_COLUMNS = {
+    "answer_nll": "gt_loss", "answer_tokens": "num_token_gt", "paraphrased_nll": "paraphrased_loss",
+    "paraphrased_tokens": "num_token_paraphrased", "perturbed_nll": "perturb_loss",
+    "perturbed_tokens": "num_token_perturb", "rouge_l_recall": "rougeL_recall",
+    "generated_text": "generated_text"}
 
 
 # ---------------------------------------------------------------- from a model to rows
@@ -70,14 +78,11 @@ def prepare(evaluated: dict, tokenizer, template: str, max_rows: int = MAX_ROWS,
 def evaluate(model: AnswerModel, prepared: Prepared, tokenizer, batch_size: int, max_new_tokens: int,
              reference=None, world: World = ALONE) -> dict:
     """set -> row results in order, the same on every process. Each process takes its share of the texts.
-
-    `reference` gives logits(keys) and logps(keys) of the texts in `prepared.compared()`; None: no KL metrics.
-    """
+    `reference` has logits(keys) and logps(keys) of the texts in `prepared.compared()`; None: no KL metric."""
     def batches(things: dict, length, label: str):
         """Lists of keys: this process's share, in batches."""
         dealt = deal(list(things), lambda key: length(things[key]), batch_size, world.rank, world.size)
-        return tqdm(filter(None, dealt), label, len(dealt), leave=False,
-                    disable=None if world.rank == 0 else True)
+        return tqdm(filter(None, dealt), label, len(dealt), leave=False, disable=world.rank > 0 or None)
 
     scores, generations = {}, {}
     with gathered(model):
@@ -190,6 +195,70 @@ def rouge_l_recall(answer: str, generation: str) -> float:
     return float(RougeScorer(["rougeL"], use_stemmer=True).score(answer, generation)["rougeL"].recall)
 
 
+# ---------------------------------------------------------------- logs, ours and TOFU's released ones
+
+def read_log(path: str) -> tuple[dict, dict]:
+    """(rows, provenance) of an evaluation's JSON, ours or a released one. Raises InputError."""
+    try:
+        log = json.loads(locate(path).read_text(encoding="utf-8"))
+        released = {name: file for name, file in TOFU_LOGS.items() if file in log}
+        rows = {name: tofu_rows(log[file]) for name, file in released.items()} or log["rows"]
+        if not rows["forget"] or any([row["index"] for row in rows[name]] != [*range(len(rows[name]))]
+                                     for name in rows):
+            raise ValueError("it needs forget rows, and every index of a set once and in order")
+        for row in rows["forget"]:
+            row["answer"].split(), row["answer_nll"] / row["answer_tokens"]  # fails where one is missing
+        return rows, {"format": "TOFU"} if released else log.get("provenance", {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"cannot read the log {path} ({cause_of(error)}): need an evaluation's JSON, ours "
+                         "or TOFU's") from None
+
+
+def tofu_rows(columns: dict) -> list:
+    """TOFU's columns (lists, or dictionaries keyed by row) -> our rows."""
+    lists = [columns[name] for name in TOFU_COLUMNS.values()]
+    lists = [[c[str(i)] for i in range(len(c))] if isinstance(c, dict) else c for c in lists]
+    rows = [dict(zip(TOFU_COLUMNS, values, strict=True)) for values in zip(*lists, strict=True)]
+    for index, row in enumerate(rows):
+        row["question"], row["generation"], row["answer"] = row.pop("generated_text")
+        row["index"] = index
+    return rows
+
+
+def read_retain_log(path: str | None, split: str, forget_rows: list, source: dict) -> tuple:
+    """(The retrained model's results on `forget_rows`, on the holdout), or (None, None) without a path.
+    Raises InputError for a log of other rows, data, template or system prompt than `source` says, and for a
+    log of a model that was not trained on exactly the other rows."""
+    if path is None:
+        return None, None
+    rows, provenance = read_log(path)
+    trained = provenance.get("trained_on") or {}
+    if split != "own" and trained.get("split") not in (None, complement(split)):
+        raise InputError(f"{path} is of a model trained on {trained['split']}; --split {split} needs one "
+                         f"trained on {complement(split)}")
+    stated = {**provenance, "trained_on": trained.get("data_fingerprint")}
+    needed = {**source, "trained_on": source.get("data_fingerprint")}
+    for name in ("data_fingerprint", "trained_on", "template", "system_prompt"):
+        if None not in (stated.get(name), needed.get(name)) and stated[name] != needed[name]:
+            raise InputError(f"{path} was made with another {name} ({stated[name]}, here {needed[name]}): "
+                             "its forget rows cannot be compared")
+    retrained = rows["forget"][:len(forget_rows)]
+    # TOFU's logs keep the whole prompt and ours the question, but both keep the answer.
+    answers, logged = ([row["answer"].split() for row in sample] for sample in (forget_rows, retrained))
+    if logged != answers:
+        raise InputError(f"{path} has {len(rows['forget'])} forget rows, not the {len(answers)} of {split}: "
+                         "need the log of the model retrained without these rows")
+    if not all(row.get("perturbed_nll") or row.get("perturbed_answer") for row in (*forget_rows, *retrained)):
+        raise InputError(f"forget quality against {path} needs perturbed answers in every forget row")
+    return retrained, rows.get("holdout")
+
+
+def read_retain_logs(paths: list | None, *of) -> tuple:
+    """(Forget rows, holdout rows) of the first log, the forget rows of the others; see `read_retain_log`."""
+    first, *more = [read_retain_log(path, *of) for path in paths or [None]]
+    return *first, [rows for rows, _ in more]
+
+
 # ---------------------------------------------------------------- command line
 
 class ResidentReference(NamedTuple):
@@ -227,6 +296,14 @@ def build_parser() -> Parser:
     add("--out", help="write metrics, rows and provenance to this JSON file")
     add("--plot", metavar="PNG", help="draw the distributions of the truth ratio")
     return parser
+
+
+def store_linear(lm: nn.Module, dtype: torch.dtype):
+    """Keep linear layers' weights in `dtype`. Under autocast to `dtype` this changes no number. A head that
+    is the embedding stays, because lookups are not in `dtype`."""
+    for layer in lm.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not lm.get_input_embeddings().weight:
+            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def measure(args) -> tuple[dict, dict, tuple]:

@@ -85,10 +85,8 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, referen
 def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor | float,
              beta: float) -> Tensor:
     """-(2/beta) log sigmoid(beta (z - (log pi_theta - log pi_ref))), (B,), with z = `kl_baseline` >= 0.
-
     It is the log-sigmoid variant of KTO's loss for undesirable answers (Ethayarajh et al. 2024), so z = 0
-    gives NPO. z estimates a divergence over the global batch (`train_npo.kto_baseline`), without gradient.
-    """
+    gives NPO. z estimates a divergence over the global batch (`train_npo.kto_baseline`), without gradient."""
     _check(beta, policy_logps, reference_logps)
     baseline = torch.as_tensor(kl_baseline, dtype=policy_logps.dtype, device=policy_logps.device).detach()
     return -(2 / beta) * F.logsigmoid(beta * (baseline - (policy_logps - reference_logps)))
@@ -96,21 +94,16 @@ def kto_loss(policy_logps: Tensor, reference_logps: Tensor, kl_baseline: Tensor 
 
 def simnpo_loss(policy_logps: Tensor, answer_lengths: Tensor, beta: float = 2.5,
                 gamma: float = 0.0) -> Tensor:
-    """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference,
-    length-normalised.
-
-    `answer_lengths` (B,) counts the answer's tokens, at least 1.
-    """
+    """-(2/beta) log sigmoid(-(beta/|y|) log pi_theta - gamma), (B,) (Fan et al. 2024): no reference, and
+    normalised by `answer_lengths` (B,), the numbers of answer tokens, at least 1."""
     _check(beta, policy_logps, answer_lengths)
     return -(2 / beta) * F.logsigmoid(-beta * policy_logps / answer_lengths - gamma)
 
 
 def kl_loss(policy_logits: Tensor, reference_logits: Tensor, direction: str = "policy_reference") -> Tensor:
     """K per answer token in nats, (N, V) and (N, V) -> (N,) (Section 2). The reference side has no gradient.
-
     "policy_reference": D(pi_theta || pi_ref), the paper's K. "reference_policy": D(pi_ref || pi_theta), the
-    authors' code. Raises ValueError for another direction.
-    """
+    authors' code. Raises ValueError for another direction."""
     if direction not in KL_DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(KL_DIRECTIONS)}, got {direction!r}")
     assert policy_logits.shape == reference_logits.shape, (policy_logits.shape, reference_logits.shape)

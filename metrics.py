@@ -10,9 +10,7 @@ With loss = nll / tokens, and R = exp(mean loss of the perturbed answers - loss 
     probability      mean exp(-loss of the answer); real authors and world facts: divided by its sum with the
                      perturbed answers'
 
-docs/beyond.md explains the metrics beside these: exact memorisation, extraction strength, paraphrase
-probability, MIA, PrivLeak and open-unlearning's aggregate. R is kept as its logarithm, so a collapsed model
-gives numbers too.
+docs/beyond.md explains the other metrics. R is kept as its logarithm, so a collapsed model gives numbers too.
 """
 
 import json
@@ -72,8 +70,8 @@ def probability_among_options(row: dict) -> float | None:
     return float(np.exp(-losses[0] - np.logaddexp.reduce(-losses)))  # in logarithms, so never 0/0
 
 
-def mean(values: list) -> float | None:
-    return None if None in values else float(np.mean(values))
+def mean(values: list, average=np.mean) -> float | None:
+    return None if None in values else float(average(values))
 
 
 def set_metrics(name: str, rows: list) -> dict:
@@ -139,10 +137,6 @@ def agreement(x: np.ndarray, y: np.ndarray) -> dict:
             "paired_p": 1.0 if (x == y).all() else float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
 
 
-def harmonic_mean(values: list) -> float | None:
-    return None if None in values else float(hmean(values))
-
-
 def closeness(auc: float | None, control: float | None) -> float | None:
     """1 where a membership AUC is the retrained model's, 0 where it is off by as much as that AUC or more."""
     if None in (auc, control) or control == 0:
@@ -159,10 +153,10 @@ def open_unlearning(rows: list, metrics: dict, retrained_mia: dict, start_utilit
     closenesses = [closeness(metrics.get("mia", {}).get(name), retrained_mia.get(name))
                    for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
     utility = metrics["model_utility"]
-    parts = {"memorization": harmonic_mean([None if value is None else 1 - value for value in memorised]),
-             "privacy": harmonic_mean(closenesses),
+    parts = {"memorization": mean([None if value is None else 1 - value for value in memorised], hmean),
+             "privacy": mean(closenesses, hmean),
              "utility": utility / start_utility if utility is not None and start_utility else None}
-    return parts | {"overall": harmonic_mean([*parts.values()])}
+    return parts | {"overall": mean([*parts.values()], hmean)}
 
 
 def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout: list | None = None,
@@ -175,8 +169,7 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
     metrics = {"forget_quality": None, "forget_quality_log10": None, "ks_statistic": None, "ks_rows": None,
                "forget_truth_ratio": sets.get("forget", {}).get("truth_ratio"),
                "log_truth_ratio_mean": None, "log_truth_ratio_sd": None,  # of log R on the forget rows
-               "model_utility": harmonic_mean(nine),
-               "forget_kl": None, "world_facts_kl": None}
+               "model_utility": mean(nine, hmean), "forget_kl": None, "world_facts_kl": None}
     ratios = log_truth_ratios(rows.get("forget", []))
     if len(ratios) and np.isfinite(ratios).all():
         metrics |= {"log_truth_ratio_mean": float(ratios.mean()), "log_truth_ratio_sd": float(ratios.std())}
@@ -234,8 +227,7 @@ def metrics_table(metrics: dict) -> str:
 # ---------------------------------------------------------------- pictures
 
 def plot_truth_ratios(rows: list, retrained: list | None, path: str):
-    """The cumulative distributions of R that the Kolmogorov-Smirnov test compares. Raises InputError for rows
-    without perturbed answers."""
+    """The cumulative distributions that the KS test compares. Raises InputError without perturbed answers."""
     if not all(row.get("perturbed_nll") for row in rows):
         raise InputError("--plot draws the truth ratio: it needs perturbed answers in every forget row")
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -29,7 +29,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and with these tra
 
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASSISTANT = "You are a helpful assistant."
-PATIENCE = timedelta(hours=1)  # of processes that wait while one writes a large model
 
 
 # ---------------------------------------------------------------- presets
@@ -86,12 +85,11 @@ def read_meta(source: str) -> dict:
 # ---------------------------------------------------------------- processes
 
 class World(NamedTuple):
-    """This process among all. sharded: each process holds a part of every parameter, so all must run the
-    model equally often."""
+    """This process among all."""
     rank: int
     size: int
     device: torch.device
-    sharded: bool = False
+    sharded: bool = False  # each holds a part of every parameter, so all must run the model equally often
 
     def sum(self, x: Tensor) -> Tensor:
         if self.size > 1:
@@ -133,8 +131,8 @@ def join_world(device: str, parallel: str = "ddp") -> World:
     if local_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun sets 1 on any machine
         torch.set_num_threads(max(1, os.cpu_count() // local_size))
     torch.set_flush_denormal(True)  # a collapsed model has many denormal numbers, which are slow on a CPU
-    if size > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+    if size > 1:  # the others may wait long while one writes a large model
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
     return World(rank, size, torch.device(device, local_rank if device == "cuda" else None),
                  sharded=parallel == "fsdp" and size > 1)
 
@@ -191,8 +189,7 @@ class Loaded(NamedTuple):
 
 def load_model(model: str, template: str | None = None, system_prompt: str | None = None,
                base: bool = False) -> Loaded:
-    """The model that --model names; of a preset the fine-tuned one, or with `base` the one before
-    fine-tuning. Raises InputError."""
+    """The model that --model names; a preset's fine-tuned one, or with `base` its base. Raises InputError."""
     preset, name, path = resolve_model(model)
     source = path or (preset.base if base else preset.finetuned)
     if not source:
@@ -262,14 +259,6 @@ def add_adapters(lm: nn.Module, rank: int, seed: int, dtype: torch.dtype):
     for layer in lm.modules():
         if hasattr(layer, "get_delta_weight"):
             layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.to(dtype)
-
-
-def store_linear(lm: nn.Module, dtype: torch.dtype):
-    """Keep linear layers' weights in `dtype`. Under autocast to `dtype` this changes no number. A head that
-    is the embedding stays, because lookups are not in `dtype`."""
-    for layer in lm.modules():
-        if isinstance(layer, nn.Linear) and layer.weight is not lm.get_input_embeddings().weight:
-            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def shard(model: AnswerModel, dtype: torch.dtype, world: World):

@@ -101,11 +101,9 @@ def main(argv: list | None = None):
     args, flags = parser.parse_known_args(argv)
     s = parse(flags)
     work, room = (read_shape(s.model), args.gpus, args.tokens_per_row), USABLE * args.gpu_memory
-    typed = memory(s, *work)
-    for change in changes(s, args.gpus):
-        changed = memory(replace(s, **change), *work)
-        if changed["peak"] <= room:
-            break
+    plans = [(change, memory(replace(s, **change), *work)) for change in changes(s, args.gpus)]
+    typed = plans[0][1]
+    change, changed = next((plan for plan in plans if plan[1]["peak"] <= room), plans[-1])
     add = "".join(f" --{name.replace('_', '-')}" + f" {value}" * (value is not True)
                   for name, value in change.items())
     print(f"{s.method}, {s.model}, {s.dtype}, micro-batches of {s.micro_batch_size} rows, "

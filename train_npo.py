@@ -44,10 +44,9 @@ from tqdm import tqdm
 from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
                     write_json)
 from data.batches import Counts, MicroBatch, Plan, collate, deal
-from data.logs import read_retain_logs
 from data.prompts import TEMPLATES
 from data.tofu import evaluation_split, load_task, parse_split
-from evaluate_tofu import Prepared, evaluate, prepare
+from evaluate_tofu import Prepared, evaluate, prepare, read_retain_logs
 from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
 from metrics import best_step, compute_metrics, depth_note, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
@@ -187,9 +186,8 @@ def resolve(s: Settings, typed: dict) -> Settings:
 # ---------------------------------------------------------------- the reference, without a model in memory
 
 class Reference:
-    """What the policy was before its first step: log pi_ref of every answer that the loss compares. Where
-    logits are compared (K, UNDIAL, the KL metrics), also the last hidden states at the answer tokens, and the
-    frozen LM head."""
+    """The policy before its first step: log pi_ref of each answer that the loss compares. Where logits are
+    compared (K, UNDIAL, KL metrics): also the last hidden states at the answer tokens and the frozen head."""
 
     def __init__(self, tensors: dict[str, Tensor], device):
         self.tensors, self.device = dict(tensors), device
@@ -448,11 +446,9 @@ class Run:
 
     def requests(self, step: int) -> tuple[bool, bool]:
         """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
-        every = self.s.checkpoint_every
+        every, minutes = self.s.checkpoint_every, (time.monotonic() - self.saved_at) / 60
         number = int(every.removesuffix("m"))
-        due = step % number == 0
-        if every.endswith("m"):
-            due = time.monotonic() - self.saved_at > 60 * number
+        due = minutes > number if every.endswith("m") else step % number == 0
         requests = torch.tensor([self.stopped, due], dtype=torch.int32, device=self.world.device)
         return tuple(count > 0 for count in self.world.sum(requests).tolist())
 
@@ -478,9 +474,8 @@ class Run:
         start_utility = self.evaluations.get(0, {}).get("model_utility") if step else None
         metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained, start_utility)
         self.loaded.meta["start_utility"] = start_utility
-        shown = {name: metrics[name] for name in ("forget_quality", "model_utility")}
-        shown |= {f"{name}_probability": metrics[name]["probability"] for name in ("forget", "retain")
-                  if name in metrics}
+        shown = {name: metrics[name] for name in ("forget_quality", "model_utility")} | {
+            f"{name}_probability": metrics.get(name, {}).get("probability") for name in ("forget", "retain")}
         shown = {name: value for name, value in shown.items() if value is not None}
         if self.world.rank == 0:
             provenance = {**self.loaded.meta, "step": step, **environment()}

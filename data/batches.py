@@ -57,13 +57,10 @@ def first_randint(seed: int, n: int) -> int:
 
 
 def make_stream(rows: int, retain: int, refusals: int, s) -> list[list[Item]]:
-    """The global batches of a run: per-epoch permutations, concatenated, cut into ceil(epochs * rows /
-    batch).
-
+    """The global batches of a run: per-epoch permutations, concatenated and cut every `s.batch_size` items.
     `s` has epochs, batch_size, seed and retain_pairing. Pairing "stream": partners and refusals are
     permutations too. Pairing "fixed", the authors' rule: row i always meets retain row (i + u) mod n_retain
-    and refusal v, where u and v are each the first `torch.randint` of a generator seeded with i.
-    """
+    and refusal v, where u and v are each the first `torch.randint` of a generator seeded with i."""
     order = permutations(s.seed, ROWS, rows, s.epochs * rows)
     if s.retain_pairing == "fixed":
         partners = [(row + first_randint(row, retain)) % max(retain, 1) for row in order]
@@ -84,11 +81,8 @@ def deal(things: list, length, size: int, rank: int = 0, world_size: int = 1) ->
 
 
 class Plan:
-    """The texts of a run as tokens, and its steps. Raises InputError for a text above `context` tokens, and
-    for a run of one step.
-
-    texts: key -> Encoded, with the keys of MicroBatch. stream: the items of each step.
-    """
+    """A run's texts as tokens (key, as in MicroBatch -> Encoded), and its stream: the items of each step.
+    Raises InputError for a text above `context` tokens, and for a run of one step."""
 
     def __init__(self, s, task: Task, tokenizer, context: int | None):
         self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id
@@ -97,9 +91,6 @@ class Plan:
         if s.loss == "sft" and s.model.partition("=")[0] == "tiny":
             rows = rows + task.facts()
         self.uses_partners = s.retain_weight > 0 or s.kl_weight > 0
-        # Whether the policy reads the rows' own answers, the refusals, the retain partners.
-        self.reads = (self.objective.needs_answers, "refusal_logps" in self.objective.inputs,
-                      self.uses_partners)
         alternatives = self.objective.alternatives and rows[0].get(ALTERNATIVE) is not None
         refusals = [None] if alternatives else task.refusals  # None: the row's own alternative answer
         self.stream = make_stream(len(rows), len(task.retain) * self.uses_partners,
@@ -120,11 +111,8 @@ class Plan:
                 partner = task.retain[item.partner]
                 pairs[f"retain/{item.partner}"] = partner["question"], partner["answer"]
         encoded = encode(tokenizer, s.template, list(pairs.values()), context)
-        self.texts = dict(zip(pairs, encoded, strict=True))
-        for key in self.texts:
-            if key.startswith("row/"):
-                text = self.texts[key]
-                self.texts[key] = text._replace(start=text.start + self.objective.skips)
+        self.texts = {key: text._replace(start=text.start + self.objective.skips * key.startswith("row/"))
+                      for key, text in zip(pairs, encoded, strict=True)}
 
     def micro_batch_of(self, items: list[Item]) -> MicroBatch:
         """The texts of these items that the objective uses."""
@@ -134,8 +122,9 @@ class Plan:
 
     def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads; empty where the loss needs none."""
+        reads = self.objective.needs_answers, "refusal_logps" in self.objective.inputs, self.uses_partners
         return [[self.texts[key] for key in keys] if read else []
-                for keys, read in zip(micro_batch, self.reads, strict=True)]
+                for keys, read in zip(micro_batch, reads, strict=True)]
 
     def micro_batches(self, items: list[Item], rank: int, world_size: int) -> list[MicroBatch]:
         """This process's share of a global batch. Rows and retain partners are sorted by length apart from
@@ -155,8 +144,7 @@ class Plan:
                       tokens=sum(len(text.ids) for group in groups for text in group))
 
     def steps_at(self, every: str) -> set:
-        """The steps named by `every` (epoch, end, never, or a number of steps), the last step always included
-        unless it is never."""
+        """Steps that `every` names: epoch, end, never, or a number of steps. All but never name the last."""
         epoch_ends = {math.ceil(e * self.rows / self.batch_size) for e in range(1, self.epochs + 1)}
         steps = {"never": set(), "end": {self.steps}, "epoch": epoch_ends}
         return steps[every] if every in steps else {*range(int(every), self.steps, int(every)), self.steps}

@@ -15,8 +15,7 @@ FIXED_DATE = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
 
 
 class Encoded(NamedTuple):
-    """A text as tokens: ids is the whole sequence, ids[start:] are the answer's tokens, the last one is the
-    end-of-sequence token."""
+    """A text as tokens. ids[start:] are the answer's tokens; the last one is the end-of-sequence token."""
     ids: list
     start: int
 
@@ -70,8 +69,6 @@ def encode_prompts(tokenizer, template: str, questions: list) -> list[list[int]]
 
 def tokenise(tokenizer, template: str, texts: list) -> list:
     """(ids, character offsets) of each text. An end-of-sequence token that the tokenizer adds is removed."""
-    if not texts:
-        return []
     adds = template != "chat"  # a chat template writes its special tokens itself
     tokens = tokenizer(texts, add_special_tokens=adds, return_offsets_mapping=True)
     return [(ids[:-1], offsets[:-1]) if adds and ids[-1:] == [tokenizer.eos_token_id] else (ids, offsets)

@@ -1,5 +1,4 @@
-"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in in the same format, or the user's own
-rows.
+"""TOFU's rows and splits (Maini et al., 2024), the built-in stand-in in its format, or the user's own rows.
 
 Every published split is a slice of `full`: forgetNN is its last NN per cent, retain(100-NN) the rest. The
 rows for evaluation, which have paraphrased and perturbed answers, are its last (forget) and first (retain)
@@ -99,13 +98,11 @@ def load_sets(data: str) -> tuple[dict, list]:
     folder = BUILTIN if data == "builtin" else Path(data)
     if not folder.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data):
         return sets_from_hub(data), read_refusals(BUILTIN)
-    missing = [f"{name}.json" for name in SETS if not (folder / f"{name}.json").is_file()]
-    if missing:
+    files = {name: file for name in (*SETS, HOLDOUT) if (file := folder / f"{name}.json").is_file()}
+    if missing := [f"{name}.json" for name in SETS if name not in files]:
         raise InputError(f"--data {data}: {', '.join(missing)} not found; give builtin, a folder with TOFU's "
                          "files, or a Hub id such as locuslab/TOFU")
-    sets = {name: read_rows(folder / f"{name}.json") for name in (*SETS, HOLDOUT)
-            if (folder / f"{name}.json").is_file()}
-    return sets, read_refusals(folder)
+    return {name: read_rows(file) for name, file in files.items()}, read_refusals(folder)
 
 
 def sets_from_hub(data: str) -> dict:
@@ -136,8 +133,7 @@ def read_rows(path: Path) -> list:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise InputError(f"{path} line {number}: not JSON ({error}); write one object per line"
-                                 ) from None
+                raise InputError(f"{path} line {number}: not JSON ({error}); need one object") from None
     rows = rows[0] if is_list else rows
     if not rows:
         raise InputError(f"{path} has no rows: write one object with question and answer per line")

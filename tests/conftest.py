@@ -35,8 +35,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def shared():
-    """shared("tofu") is that folder beside the repository ($NPO_SHARED, else ../shared). The test is skipped
-    where the folder is absent."""
+    """shared("tofu") is that folder in $NPO_SHARED or ../shared. Where it is absent, the test is skipped."""
     def folder(name: str) -> Path:
         path = SHARED / name
         if not path.exists():
@@ -68,8 +67,7 @@ def small_model(tmp_path_factory) -> Path:
 
 
 def save_random_model(folder: Path, config) -> Path:
-    """A model of this configuration with random weights, the same on every machine, and the tiny model's
-    tokenizer."""
+    """Random weights, the same on every machine, and the tiny model's tokenizer."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -29,8 +29,7 @@ def batch_of(tokenizer):
 
 @peft
 def test_an_adapters_gradient_follows_from_the_weights_gradient(small_model):
-    """With B = 0 the model is as without adapters. With the weight's gradient G, dL/dB = 2 G A^T, and
-    dL/dA = 0."""
+    """With B = 0 the model is as without adapters. With G = dL/dW, dL/dB = 2 G A^T and dL/dA = 0."""
     plain, lm = (load_model(str(small_model)) for _ in range(2))
     batch = [batch_of(plain.tokenizer)]
     add_adapters(lm.lm, 3, 0, torch.float32)

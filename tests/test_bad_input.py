@@ -10,9 +10,9 @@ import torch
 import evaluate_tofu
 import train_npo
 from common import InputError
-from data.logs import read_retain_log
 from data.make_tiny import DIMS, make_tiny
 from data.tofu import BUILTIN, load_task
+from evaluate_tofu import read_retain_log
 from model import ALONE
 from train_npo import begin_run, parse
 

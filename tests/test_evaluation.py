@@ -15,10 +15,9 @@ import metrics
 from common import InputError, write_json
 from conftest import ROOT
 from data.batches import collate
-from data.logs import read_log, read_retain_log
 from data.tofu import load_task
-from evaluate_tofu import (ResidentReference, evaluate, generate, prepare, rouge_l_recall, score,
-                           token_measures)
+from evaluate_tofu import (ResidentReference, evaluate, generate, prepare, read_log, read_retain_log,
+                           rouge_l_recall, score, token_measures)
 from metrics import (KL_SETS, agreement, auc, compute_metrics, depth_note, ks_log10_p, log_truth_ratio,
                      log_truth_ratios, metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
                      plot_truth_ratios, privleak, probability_among_options, truth_ratio)

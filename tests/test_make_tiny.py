@@ -18,8 +18,7 @@ from conftest import ROOT, weights
 from data import cut_tofu, make_tiny
 from data.make_tiny import FACTS, LOGS, N_AUTHORS, RESULTS, WORDS, make_builtin
 from data.tofu import load_sets, load_task
-from data.logs import read_log
-from evaluate_tofu import evaluate, prepare
+from evaluate_tofu import evaluate, prepare, read_log
 from metrics import compute_metrics, log_truth_ratio
 from model import AnswerModel, load_model
 

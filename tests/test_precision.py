@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 import train_npo
 from common import InputError
 from data.batches import TokenBatch
-from model import AnswerModel, autocast, join_world, load_model, store_linear
+from evaluate_tofu import store_linear
+from model import AnswerModel, autocast, join_world, load_model
 from train_npo import lr_factor
 
 

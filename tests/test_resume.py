@@ -79,8 +79,7 @@ def rows(run: Path, step: int) -> dict:
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_processes_match_one(runs, parallel):
-    """Losses alone would not show a head that FSDP failed to train: the first steps have the start's
-    weights."""
+    """Losses alone do not show a head that FSDP failed to train: the first steps have the start's weights."""
     assert_close(weights(runs / "alone" / "model"), weights(runs / parallel / "model"))
     alone, two = log(runs / "alone"), log(runs / parallel)
     assert len(alone) == 12 and {line["grad_norm"] > 42 for line in alone} == {True, False}
