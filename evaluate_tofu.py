@@ -319,7 +319,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
         raise InputError(f"--split {split}: need a forget split, forget01 to forget99")
     task = load_task(args.data, split, args.forget, args.retain)
     if not args.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
-        print(f"note: {args.model} was trained on other data ({trained_on['data']}) than {task.source}")
+        world.say(f"note: {args.model} was trained on other data ({trained_on['data']}) than {task.source}")
     pad, template = loaded.tokenizer.eos_token_id, loaded.meta["template"]
     prepared = prepare(task.evaluated | {"holdout": task.holdout}, loaded.tokenizer, template, args.max_rows,
                        getattr(loaded.lm.config, "max_position_embeddings", None))
