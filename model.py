@@ -200,10 +200,10 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
     meta = read_meta(source)
     fallback = preset.template if name or not tokenizer.chat_template else "chat"
     meta = {"preset": name, "template": template or meta.get("template") or fallback,
-            "system_prompt": system_prompt or meta.get("system_prompt") or preset.system_prompt,
+            "system_prompt": system_prompt or meta.get("system_prompt", preset.system_prompt),
             "trained_on": meta.get("trained_on"), "start_utility": meta.get("start_utility"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
-    if meta["template"] == "chat" and meta["system_prompt"]:
+    if meta["template"] == "chat":
         tokenizer.init_kwargs["system_prompt"] = meta["system_prompt"]  # saved like its chat template
     return Loaded(lm, tokenizer, meta, preset)
 

@@ -38,7 +38,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
@@ -260,18 +259,18 @@ def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world
 
 # ---------------------------------------------------------------- the objective
 
-def loss_sums(s: Settings, policy, plan: Plan, micro_batch: MicroBatch, counts: Counts,
+def loss_sums(s: Settings, model: AnswerModel, plan: Plan, micro_batch: MicroBatch, counts: Counts,
               reference: Reference, kl_baseline: Tensor) -> dict[str, Tensor]:
     """A micro-batch's part of the global batch's loss, of the loss's terms and of W. Each is a sum over rows
     or tokens, divided by the whole batch's count, so the parts add up over micro-batches and processes."""
     objective, row_weight, device = plan.objective, 1.0, reference.device
-    if not micro_batch.rows:  # no rows are left for this process, but DDP still needs its backward pass
+    if not micro_batch.rows:  # none are left for this process, but all must run FSDP equally often
         micro_batch, row_weight = plan.micro_batch_of(plan.stream[0][:1]), 0.0
     answers, refusals, retain = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
     batches = [collate(texts, plan.pad, device) for texts in (answers + retain, refusals) if texts]
     targets = torch.cat([batch.targets for batch in batches])  # of all answers, retain answers and refusals
-    _, logits = policy(batches)  # where these tokens are predicted
+    _, logits = model(batches)  # where these tokens are predicted
     logps = token_logps(logits, targets)
     lengths = [text.answer_tokens for text in answers + retain + refusals]  # the tokens' order
     text_logps = torch.stack([part.sum() for part in logps.split(lengths)])  # log pi_theta(y|x) of each text
@@ -367,9 +366,6 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         model.lm.activation_checkpointing_enable({"use_reentrant": False})
     if s.compile:
         model.lm.base_model.compile(dynamic=True)
-    policy = model  # the same weights; DDP averages their gradients over the processes
-    if world.size > 1 and not world.sharded:
-        policy = DistributedDataParallel(model, gradient_as_bucket_view=True)
     model.lm.train()  # dropout is off; only activation checkpointing asks for this mode
     optimizer, scaler = adamw(model, s), torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -387,12 +383,15 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
             kl_baseline = kto_baseline(s, model, plan, plan.micro_batch_of(items).refusals, reference, world)
 
         totals, micro_batches = 0, plan.micro_batches(items, world.rank, world.size)
-        for k, micro_batch in enumerate(micro_batches, 1):
-            policy.require_backward_grad_sync = k == len(micro_batches)  # DDP averages once, after the last
+        for micro_batch in micro_batches:
             with autocast(s.dtype, world.device):
-                sums = loss_sums(s, policy, plan, micro_batch, counts, reference, kl_baseline)
-            scaler.scale(sums["loss"] * world.size).backward()  # undoes the average over processes
+                sums = loss_sums(s, model, plan, micro_batch, counts, reference, kl_baseline)
+            # FSDP averages the gradients over the processes, and they must be added.
+            scaler.scale(sums["loss"] * (world.size if world.sharded else 1)).backward()
             totals = totals + torch.stack([value.detach() for value in sums.values()])
+        for p in parameters * (not world.sharded):  # one by one: a resumed run adds in the same order
+            if p.grad is not None:
+                world.sum(p.grad)
         logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))
 
         scaler.unscale_(optimizer)

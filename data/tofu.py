@@ -142,6 +142,8 @@ def read_rows(path: Path) -> list:
             text = row.get(field) if isinstance(row, dict) else None
             if not (isinstance(text, str) and text.strip()):
                 raise InputError(f"{path} row {number}: {field} must be a non-empty text, got {row!r}"[:500])
+        if not isinstance(row.get("perturbed_answer") or [], list):
+            raise InputError(f"{path} row {number}: perturbed_answer must be a list of texts")
     return rows
 
 

@@ -27,15 +27,14 @@ TRAIN = [
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
     ("--epochs 0", "must be positive"), ("--retain-weight -1", "not negative"),
-    ("--loss sft --kl-weight 1", "no retain or K term"),
-    ("--checkpoint-every soon", "need minutes"), ("--eval-every 0", "need epoch, end, never"),
-    ("--loss ga --beta 0.2", "--beta has no effect on ga"), ("--loss ceu --beta 1", "--beta has no effect"),
-    ("--gamma 0.1", "--gamma has no effect on npo"), ("--beta2 1", "--beta2 has no effect on npo"),
+    ("--loss sft --kl-weight 1", "no retain or K term"), ("--checkpoint-every soon", "need minutes"),
+    ("--eval-every 0", "need epoch, end, never"), ("--loss ga --beta 0.2", "--beta has no effect on ga"),
+    ("--loss ceu --beta 1", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect on npo"),
+    ("--beta2 1", "--beta2 has no effect on npo"),
     ("--kl-direction reference_policy", "--kl-direction has no effect on npo"),
     ("--data nowhere --model MODEL", "full.json, .* not found"), ("--data MODEL --model MODEL", "not found"),
-    ("--data nobody/nothing --model MODEL", "without network"),
-    ("--model nowhere", "need a preset"), ("--model nobody/nothing", "without network"),
-    ("--model big=MODEL", "need a preset"),
+    ("--data nobody/nothing --model MODEL", "without network"), ("--model nowhere", "need a preset"),
+    ("--model nobody/nothing", "without network"), ("--model big=MODEL", "need a preset"),
     ("--model smollm2-135m", "no published fine-tuned checkpoint"), ("--model DATA", "cannot load it"),
     ("--forget a.json --model MODEL --retain-weight 1", "give --retain FILE"),
     ("--retain a.json --model MODEL", "--retain needs --forget"),
@@ -43,9 +42,8 @@ TRAIN = [
     ("--forget a.json --model MODEL --loss sft", "leave those out"),
     ("--forget nowhere.json --model MODEL", "cannot read nowhere.json"),
     ("--retain-log nowhere.json", "cannot read the log nowhere.json"),
-    ("--retain-log DATA/full.json", "cannot read the log"),
-    ("--resume nowhere", "needs a run's folder"), ("--resume MODEL", "needs a run's folder"),
-    ("--resume nowhere --lr 1e-3", "leave out --lr"),
+    ("--retain-log DATA/full.json", "cannot read the log"), ("--resume nowhere", "needs a run's folder"),
+    ("--resume MODEL", "needs a run's folder"), ("--resume nowhere --lr 1e-3", "leave out --lr"),
     ("--model MODEL --data DATA --epochs 1", "are one step"), ("--out taken", "taken exists"),
     ("--lora 8 --parallel fsdp", "--lora needs --parallel ddp"),
 ] + ([] if torch.cuda.is_available() else [("--device cuda", "has no such device")])
@@ -108,8 +106,8 @@ def test_a_flaw_in_a_data_folder_is_named_by_row(file, line, sentence, small_dat
 
 def test_own_rows_with_a_flaw(tmp_path, refused):
     good, forget = tmp_path / "good.json", tmp_path / "forget.json"
-    rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bo", "Cid")]
-    good.write_text(json.dumps(rows))
+    rows = [{"question": f"Who is {name}?", "answer": f"{name}."} for name in ("Ann", "Bo", "Cid", "Dee")]
+    good.write_text(json.dumps(rows[:3]))
 
     def refusal(row, **flags):
         content = [{"question": "a", "answer": "b"}, row, {"question": "c", "answer": "d"}]
@@ -117,6 +115,8 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
         return refused(forget=forget, retain=good, **flags)
     assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
     assert "forget.json row 2: question must be a non-empty text" in refusal("a")
+    assert "row 2: perturbed_answer must be a list" in refusal(rows[3] | {"perturbed_answer": "Dee."})
+    assert "1 of 3 rows have an alternative" in refusal(rows[3] | {"alternative_answer": "No."}, loss="dpo")
     assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
 
 

@@ -1,4 +1,4 @@
-"""One process, two with DDP and two with FSDP end at the same weights. A run that is killed (SIGKILL) and
+"""One process, three with ddp and two with FSDP end at the same weights. A run that is killed (SIGKILL) and
 resumed ends as one that was never interrupted."""
 
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_npo
 from common import InputError
 
-PARALLEL = ("ddp", "fsdp")
+PARALLEL = {"ddp": 3, "fsdp": 2}  # processes
 
 
 def die_in_the_second_checkpoint():
@@ -32,24 +32,23 @@ def die_in_the_second_checkpoint():
 
 @pytest.fixture(scope="module")
 def runs(small_model, small_data, tmp_path_factory) -> Path:
-    """A folder with runs of one command: alone, ddp and fsdp (two processes each), and killed_ddp and
-    killed_fsdp, which are resumed.
-
-    12 steps, the last of one row, which the second process does not have. In the other steps its 4 rows, and
-    the first one's 5, are two and three micro-batches. KTO's z takes one and two passes more, and is above 0
-    because of the large retain weight. Checkpoints come after steps 4 and 8, one evaluation after step 12."""
+    """A folder with runs of one command: alone, ddp (three processes: a sum of two has no order), fsdp (two),
+    and killed_ddp and killed_fsdp, which are resumed.
+    12 steps, the last of one row, which only the first process has. In the others FSDP's 5 and 4 rows are
+    three and two micro-batches. KTO's z takes one and two passes more, and is above 0 because of the large
+    retain weight. Checkpoints come after steps 4 and 8, one evaluation after step 12."""
     folder = tmp_path_factory.mktemp("runs")
     args = ["--loss", "kto", "--retain-weight", 20, "--kl-weight", 1, "--model", f"tiny={small_model}",
             "--data", small_data, "--epochs", 5, "--batch-size", 9, "--micro-batch-size", 2, "--lr", 1e-3,
             "--max-grad-norm", 42, "--checkpoint-every", 4, "--eval-every", "end"]
     fork(folder, "train_npo.py", *args, "--out", "alone")
-    for parallel in PARALLEL:
+    for parallel, size in PARALLEL.items():
         flags = [*args, "--parallel", parallel, "--out"]
-        fork(folder, "train_npo.py", *flags, parallel, processes=2)
-        fork(folder, "train_npo.py", *flags, f"killed_{parallel}", processes=2, status=-signal.SIGKILL,
+        fork(folder, "train_npo.py", *flags, parallel, processes=size)
+        fork(folder, "train_npo.py", *flags, f"killed_{parallel}", processes=size, status=-signal.SIGKILL,
              prepare=die_in_the_second_checkpoint)
         shutil.copytree(folder / f"killed_{parallel}", folder / f"torn_{parallel}")
-        done = fork(folder, "train_npo.py", "--resume", f"killed_{parallel}", processes=2)
+        done = fork(folder, "train_npo.py", "--resume", f"killed_{parallel}", processes=size)
         assert "resumed after step 4 of 12" in done.stdout
     return folder
 
@@ -78,7 +77,7 @@ def rows(run: Path, step: int) -> dict:
 # ---------------------------------------------------------------- one process or two
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-def test_two_processes_match_one(runs, parallel):
+def test_several_processes_match_one(runs, parallel):
     """Losses alone do not show a head that FSDP failed to train: the first steps have the start's weights."""
     assert_close(weights(runs / "alone" / "model"), weights(runs / parallel / "model"))
     alone, two = log(runs / "alone"), log(runs / parallel)
@@ -88,7 +87,7 @@ def test_two_processes_match_one(runs, parallel):
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-def test_two_processes_evaluate_as_one(runs, parallel):
+def test_several_processes_evaluate_as_one(runs, parallel):
     alone, two = rows(runs / "alone", 12), rows(runs / parallel, 12)
     assert {name: len(group) for name, group in alone.items()} == {
         "forget": 20, "retain": 20, "real_authors": 6, "world_facts": 7, "holdout": 20}
@@ -128,7 +127,7 @@ def test_a_run_resumes_on_another_number_of_processes(runs, resume, forked, tmp_
     resumed = resume(runs / "torn_fsdp", "--parallel", "ddp", "--micro-batch-size", "3")
     assert_close(expected, weights(resumed / "model"))
     assert [line["step"] for line in log(resumed)] == list(range(1, 13))
-    eighth = resumed / "checkpoints" / "step_000008"  # nothing is left of the two processes' torn one
+    eighth = resumed / "checkpoints" / "step_000008"  # nothing is left of the processes' torn one
     assert len(list(eighth.glob("*.safetensors"))) == 1
     shutil.copytree(runs / "alone", tmp_path / "two")
     shutil.rmtree(tmp_path / "two" / "model")
