@@ -382,16 +382,17 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         if "kl_baseline" in plan.objective.inputs:
             kl_baseline = kto_baseline(s, model, plan, plan.micro_batch_of(items).refusals, reference, world)
 
-        totals, micro_batches = 0, plan.micro_batches(items, world.rank, world.size)
-        for micro_batch in micro_batches:
+        totals = 0
+        for micro_batch in plan.micro_batches(items, world.rank, world.size):
             with autocast(s.dtype, world.device):
                 sums = loss_sums(s, model, plan, micro_batch, counts, reference, kl_baseline)
             # FSDP averages the gradients over the processes, and they must be added.
             scaler.scale(sums["loss"] * (world.size if world.sharded else 1)).backward()
             totals = totals + torch.stack([value.detach() for value in sums.values()])
-        for p in parameters * (not world.sharded):  # one by one: a resumed run adds in the same order
-            if p.grad is not None:
-                world.sum(p.grad)
+        if not world.sharded:
+            for p in parameters:  # not DDP, whose order of adding changes when a run is resumed
+                if p.grad is not None:
+                    world.sum(p.grad)
         logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))
 
         scaler.unscale_(optimizer)

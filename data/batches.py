@@ -91,9 +91,10 @@ class Plan:
         if s.loss == "sft" and s.model.partition("=")[0] == "tiny":
             rows = rows + task.facts()
         self.uses_partners = s.retain_weight > 0 or s.kl_weight > 0
-        given = sum(row.get(ALTERNATIVE) is not None for row in rows)
-        if (alternatives := self.objective.alternatives and given > 0) and given < len(rows):
-            raise InputError(f"{given} of {len(rows)} rows have an {ALTERNATIVE}: give it to all, or to none")
+        n = sum(row.get(ALTERNATIVE) is not None for row in rows)
+        alternatives = self.objective.alternatives and n > 0
+        if alternatives and n < len(rows):
+            raise InputError(f"{n} of {len(rows)} rows have an {ALTERNATIVE}: give it to all, or to none")
         refusals = [None] if alternatives else task.refusals  # None: the row's own alternative answer
         self.stream = make_stream(len(rows), len(task.retain) * self.uses_partners,
                                   len(refusals) * self.objective.needs_refusals, s)
