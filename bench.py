@@ -15,8 +15,8 @@ loops in float32 with the same attention, threads and optimizer:
 
 The sides take the same steps on the same rows in turn; ours, A and B have a new process each. Whole loops are
 timed, ours with its reference pass. A takes 4 rows of 4 batches, B' every seventh row, S one instance of
-five, and their times are scaled up. Losses, scores and distances must agree to a relative 1e-4. Memory is a
-process's peak, with Python and its libraries.
+five, and their times are scaled up. Losses of ours and B, scores and distances must agree to a relative 1e-4.
+Memory is a process's peak, with Python and its libraries. Linux only.
 """
 
 import copy
@@ -225,11 +225,12 @@ def compare_evaluations(args, model: str) -> dict:
 
 def measure_evaluation(args) -> dict:
     """Of the start; and of the tiny model after gradient ascent, whose answers never end."""
-    rows = {"evaluation, start": compare_evaluations(args, args.model)}
+    rows = {"evaluation, start": in_new_process(compare_evaluations, args, args.model)}
     if args.model == "tiny":
         with tempfile.TemporaryDirectory() as folder:
             train(["--loss", "ga"], Path(folder) / "run")
-            rows["evaluation, collapsed"] = compare_evaluations(args, f"{folder}/run/model")
+            rows["evaluation, collapsed"] = in_new_process(
+                compare_evaluations, args, f"{folder}/run/model")
     return rows
 
 

@@ -182,7 +182,8 @@ def main(argv: list | None = None):
     if any(waves):
         add_records(study, waves)
         weights = (folder if args.data != "builtin" else ROOT / "data") / "tiny" / "start"
-        study["parameters"] = (weights / "model.safetensors").stat().st_size // 4  # float32
+        size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+        study["parameters"] = size // 4  # float32
         write_json(path, study | {"provenance": environment()})
     draw(args.out, [stem], args.figure)
     if failures:

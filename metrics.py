@@ -33,7 +33,7 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
 PASSES = 0.05  # a model passes when its forget quality is above
 COLORS = {"model utility": "tab:blue", "retain probability": "tab:green", "forget probability": "tab:red"}
-DEPTH = (3.5, 5, 7)  # beta times the nats that npo+rt usually takes from an answer (docs/study.md)
+DEPTH = (4.5, 5, 7)  # beta times the nats that npo+rt usually takes from an answer (docs/study.md)
 RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
 
 

@@ -79,7 +79,8 @@ def settings_of(study: dict, columns: dict) -> str:
                            + f", weight {runs[0]['retain_weight']:g}" * (runs[0]["retain_weight"] > 1)
                            for name, runs in named.items() if " " not in name)
     data = study.get("data") or run["data"]
-    return f"{model}, {data}, {run['epochs']} epochs, {seeds}; {source}".strip("; ")
+    epochs = sorted({run["epochs"] for runs in named.values() for run in runs})
+    return f"{model}, {data}, {' or '.join(map(str, epochs))} epochs, {seeds}; {source}".strip("; ")
 
 
 # ---------------------------------------------------------------- axes, lines, names
@@ -226,7 +227,7 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
         name_points(axes, {name: np.clip(curve[:, -1], *limits) for name, curve in curves.items()}, split)
     winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
     title = f"{join(winners)} pass{'es' * (len(winners) < 2)}" + (
-        "; the others miss by mean or spread of log R" * (len(winners) < len(named)))
+        "; the others miss by mean or spread of log R" * (0 < len(winners) < len(named)))
     return save(figure, path, title, settings_of(study, columns),
                 "green: where a model passes; star: retrained; all curves begin at the start, on the right")
 
