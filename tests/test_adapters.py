@@ -100,8 +100,6 @@ def test_what_lora_cannot_do_is_refused(monkeypatch):
     flags = ["--lora", "2", "--eval-every", "never"]
     if find_spec("peft"):
         assert parse(flags).lr == 10 * parse(flags[2:]).lr  # adapters take a larger lr
-    with pytest.raises(InputError, match="--lora needs --parallel ddp"):
-        parse([*flags, "--parallel", "fsdp"])
     monkeypatch.setattr(train_npo, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install peft"):
         parse(flags)

@@ -1,7 +1,6 @@
 """What cannot be used is refused before anything is written, with one sentence and exit status 2."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -11,8 +10,7 @@ import evaluate_tofu
 import train_npo
 from common import InputError
 from data.make_tiny import DIMS, make_tiny
-from data.tofu import BUILTIN, load_task
-from evaluate_tofu import read_retain_log
+from data.tofu import BUILTIN
 from model import ALONE
 from train_npo import begin_run, parse
 
@@ -121,25 +119,13 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
 
 
 def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, refused):
-    def refusal(change=None, file="config.json"):
-        folder = shutil.copytree(small_model, tmp_path / "copy", dirs_exist_ok=True)
-        change(folder / file)
-        message = refused(model=folder)
-        shutil.rmtree(folder)
-        return message
-
-    def edit(**fields):
-        return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-    assert "cannot load it as safetensors" in refusal(os.remove, "model.safetensors")
-    assert "do not match its config.json" in refusal(edit(num_hidden_layers=3))
-    assert "do not match its config.json" in refusal(edit(num_hidden_layers=1))
-    assert "its weights are quantised" in refusal(edit(quantization_config={"quant_method": "fp8"}))
     (tmp_path / "adapters").mkdir()  # what peft saves: no model.safetensors
     (tmp_path / "adapters" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert "cannot load it as safetensors" in refused(model=tmp_path / "adapters")
     other = make_tiny([chr(400 + i) * 2 for i in range(2500)], 0, DIMS | {"vocab_size": 3000})[1]
-    assert "embedding has rows" in refusal(lambda file: other.save_pretrained(file.parent))
+    large = shutil.copytree(small_model, tmp_path / "large")
+    other.save_pretrained(large)
+    assert "embedding has rows" in refused(model=large)
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert f"the model is in {tmp_path / 'run'}/model" in refused(model=tmp_path / "run")
     plain = shutil.copytree(small_model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja"))
@@ -151,34 +137,6 @@ def test_rows_that_the_tiny_model_may_not_know_are_noted(small_data, tmp_path, c
     for flag, rows in (("--data", small_data), ("--forget", tmp_path / "a.json"), ("--data", BUILTIN)):
         begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", f"{tmp_path}/a{rows.name}"]), ALONE)
         assert ("may not know" in capsys.readouterr().out) == (rows != BUILTIN)
-
-
-@pytest.mark.parametrize("changes,sentence", [
-    ({"trained_on": {"split": "retain95"}}, "trained on retain95; .* needs one trained on retain90"),
-    ({"trained_on": {"split": "retain90", "data_fingerprint": "0" * 16}}, "another trained_on"),
-    ({"data_fingerprint": "0" * 16}, "another data_fingerprint"), ({"template": "qa"}, "another template"),
-    ({"system_prompt": "Be brief."}, "another system_prompt"), ({"answer": "Another."}, "has 2 forget rows"),
-    ({"perturbed_nll": []}, "needs perturbed answers in every forget row")])
-def test_a_retain_log_of_another_model_or_of_other_rows_is_refused(changes, sentence, tmp_path):
-    """Forget quality compares two models on the same rows, asked in the same way."""
-    task = load_task("builtin", "forget10")
-    rows = task.evaluated["forget"][:2]
-    source = {"data_fingerprint": task.fingerprint, "template": "llama2", "system_prompt": "Be kind."}
-    provenance = source | {"trained_on": {"split": "retain90", "data_fingerprint": task.fingerprint}}
-    logged = [{"index": i, "question": row["question"], "answer": row["answer"], "generation": "",
-               "answer_nll": 1, "answer_tokens": 1, "perturbed_nll": [1.0], "perturbed_tokens": [1],
-               "rouge_l_recall": 0.0} for i, row in enumerate(rows)]
-
-    def read(row_changes, provenance_changes):
-        log = {"rows": {"forget": [row | row_changes for row in logged]},
-               "provenance": provenance | provenance_changes}
-        (tmp_path / "log.json").write_text(json.dumps(log))
-        return read_retain_log(str(tmp_path / "log.json"), "forget10", rows, source)
-
-    assert read({}, {})[0] == logged
-    in_rows = {name: value for name, value in changes.items() if name in logged[0]}
-    with pytest.raises(InputError, match=sentence):
-        read(in_rows, {} if in_rows else changes)
 
 
 # ---------------------------------------------------------------- as a user sees it

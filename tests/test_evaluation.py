@@ -464,6 +464,9 @@ def test_only_a_model_retrained_without_the_forget_rows_is_compared(tmp_path):
             ("needs perturbed answers", {"rows": [row | {"perturbed_nll": []} for row in rows]})):
         with pytest.raises(InputError, match=message):
             compare(**changes)
+    log["rows"]["forget"] = [row | {"perturbed_nll": []} for row in rows]
+    with pytest.raises(InputError, match="needs perturbed answers"):
+        compare()
 
 
 def test_the_command_measures_a_model_and_judges_its_log(tmp_path, capsys):
