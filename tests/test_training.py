@@ -214,14 +214,6 @@ def first_step_alone(step, steps, warmup_steps):
     return float(step == 0)
 
 
-def test_a_loss_brings_its_published_settings():
-    """They win over the preset's, and a flag wins over them."""
-    for flags, settings in (("npo", (0.5, None)), ("wga", (1.0, None)), ("satimp", (5.0, 1.0)),
-                            ("undial", (10.0, None)), ("tnpo --beta 0.5", (0.5, None))):
-        s = parse(["--eval-every", "never", "--loss", *flags.split()])
-        assert (s.beta, s.beta2) == settings
-
-
 # ---------------------------------------------------------------- the reference
 
 @pytest.mark.parametrize("flags, with_logps, with_logits", (
