@@ -46,6 +46,7 @@ from data.tofu import load_task
 from evaluate_tofu import Prepared, evaluate, prepare, rouge_l_recall
 from losses import dpo_loss, kl_loss, npo_loss
 from model import AnswerModel, load_model
+from study.report import table
 from train_npo import adamw, lr_factor, parse
 
 METHODS = {"npo+rt": "--loss npo --retain-weight 1", "npo+kl": "--loss npo --kl-weight 1",
@@ -273,14 +274,11 @@ def draw(rows: dict, path: Path):
     figure.savefig(path, dpi=200)
 
 
-def table(rows: dict) -> str:
-    """A Markdown line per row and opponent."""
-    lines = ["| work | ours | against | ratio, median (range) |", "|---|---|---|---|"]
-    for work, row in rows.items():
-        ours = f"| {work} | {row['costs']['ours']['median']:.3g} {row['unit']} |"
-        lines += [f"{ours} {name} | {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}, {r['n']}) |"
-                  for name, r in row["ratio"].items()]
-    return "\n".join(lines) + "\n"
+def lines_of(rows: dict) -> list[dict]:
+    """A line of the table for each row and opponent."""
+    return [{"work": work, "ours": f"{row['costs']['ours']['median']:.3g} {row['unit']}", "against": name,
+             "ratio, median (range)": f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}, {r['n']})"}
+            for work, row in rows.items() for name, r in row["ratio"].items()]
 
 
 def main(argv: list | None = None):
@@ -300,9 +298,9 @@ def main(argv: list | None = None):
         provenance = {**environment(), "cpu": cpu, "cores": os.cpu_count(), "took": took}
         rows |= {name: row | {"provenance": provenance} for name, row in measured.items()}
         write_json(file, {"model": label, "data": Path(args.data).name, "rows": rows})
-        file.with_suffix(".md").write_text(table(rows))
+        file.with_suffix(".md").write_text(table(lines_of(rows)) + "\n")
         draw(rows, file.with_suffix(".png"))
-        print(f"{work}: {took:.0f} s\n{table(measured)}", flush=True)
+        print(f"{work}: {took:.0f} s\n{table(lines_of(measured))}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,4 +37,5 @@ def test_plain_evaluation_gives_the_same_scores(small_model, small_data, monkeyp
 def test_ratios_are_taken_repeat_by_repeat_and_shown():
     row = bench.row_of("s", {"ours": [1.0, 2.0, 4.0], "B": [3.0, 4.0, 20.0]})
     assert row["ratio"]["B"] == {"median": 3.0, "min": 2.0, "max": 5.0, "n": 3}
-    assert bench.table({"step": row}).splitlines()[2:] == ["| step | 2 s | B | 3.00 (2.00 to 5.00, 3) |"]
+    shown = {"work": "step", "ours": "2 s", "against": "B", "ratio, median (range)": "3.00 (2.00 to 5.00, 3)"}
+    assert bench.lines_of({"step": row}) == [shown]
