@@ -213,15 +213,14 @@ class Reference:
         return {name: compute(keys) for name, (compute, keys) in sources.items() if name in names}
 
 
-def open_reference(file: Path, s: Settings, model: AnswerModel, plan: Plan, prepared: Prepared,
-                   world: World) -> Reference:
-    """The reference from `file`, which is made from the policy's present weights if it does not exist."""
-    inputs = plan.objective.inputs
+def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) -> Reference:
+    """The reference of the run's folder, made from the policy's present weights if it does not exist."""
+    file, plan, inputs = run.folder / "reference.safetensors", run.plan, run.plan.objective.inputs
     kinds = {"row": any(name.startswith("reference") and "refusal" not in name for name in inputs),
              "refusal": "reference_refusal_logps" in inputs or "kl_baseline" in inputs,
              "retain": s.kl_weight > 0}
     texts = {key: text for key, text in plan.texts.items() if kinds[key.split("/")[0]]}
-    texts |= prepared.compared() if s.eval_every != "never" else {}
+    texts |= run.prepared.compared() if s.eval_every != "never" else {}
     if not file.exists():
         with gathered(model), autocast(s.dtype, world.device):
             tensors = reference_pass(s, model, texts, plan.pad, world)
@@ -632,8 +631,7 @@ def main(argv: list | None = None):
     model, run = begin_run(s, world)
     reference = Reference({}, world.device)
     if s.loss != "sft":
-        file = run.folder / "reference.safetensors"
-        reference = open_reference(file, s, model, run.plan, run.prepared, world)
+        reference = open_reference(s, model, run, world)
     train(s, run.plan, model, reference, run, world)
     if world.rank == 0 and len(run.evaluations) > 1:
         plot_trajectory(run.folder, run.retrained[0])

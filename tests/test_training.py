@@ -32,9 +32,7 @@ def first_step(small_model, small_data, tmp_path, monkeypatch):
         s = parse(["--model", str(small_model), "--data", str(small_data), "--epochs", "2", "--batch-size",
                    "8", "--eval-every", "never", *flags.split()])
         model, run = begin_run(s, ALONE)
-        file = run.folder / "reference.safetensors"
-        reference = open_reference(file, s, model, run.plan, run.prepared, ALONE)
-        return s, model, run.plan, reference, run.plan.stream[0]
+        return s, model, run.plan, open_reference(s, model, run, ALONE), run.plan.stream[0]
     return prepare
 
 
