@@ -66,8 +66,8 @@ def message(columns: dict, at=lambda run: -1, when: str = "") -> str:
     return f"{text} forget{s} and keep{s} the rest{when}"
 
 
-def settings_of(study: dict, columns: dict) -> str:
-    """Subtitle: model, data, epochs, seeds, lr and beta. Single runs have no common model."""
+def subtitle_of(study: dict, columns: dict) -> str:
+    """Model, data, epochs, seeds, lr and beta. Single runs have no common model."""
     named = {name: runs for column in columns.values() for name, runs in column.items()}
     counts, run = sorted(map(len, named.values())), next(iter(named.values()))[0]
     seeds = f"{counts[0]} to {counts[-1]} seeds" if counts[0] < counts[-1] else f"seeds: {counts[0]}"
@@ -176,10 +176,10 @@ def draw_evolution(study: dict, path: Path, columns: dict, keys: tuple = (QUALIT
         axes.set(xlabel="epoch", ylabel=PANELS[key][1])
         name_points(axes, points, f"{split}: {PANELS[key][0]}")
     if QUALITY in keys:
-        return save(figure, path, message(columns), settings_of(study, columns))
+        return save(figure, path, message(columns), subtitle_of(study, columns))
     ends = [f"{name} {points[name][1]:.2g}" for name in ("ga", "ga+rt", "npo", "npo+rt") if name in points]
     title = f"Divergence from the start at the end, nats per token: {', '.join(ends)}"
-    return save(figure, path, title, settings_of(study, columns), "")
+    return save(figure, path, title, subtitle_of(study, columns), "")
 
 
 def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)) -> Path:
@@ -201,17 +201,17 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
     if len(keys) > 1:
         best = max(named.values(), key=lambda runs: statistics.mean(map(peak, runs)))[0]
         title = f"{best['method']} forgets best with a retain weight of {best['retain_weight']:g}"
-    return save(figure, path, title, settings_of(study, columns))
+    return save(figure, path, title, subtitle_of(study, columns))
 
 
 def with_ratios(study: dict, columns: dict) -> dict:
     """The columns whose pass window can be drawn: old records lack log R."""
     kept = {}
-    for split, name in ((split, name) for split, named in columns.items() for name in named):
-        runs = columns[split][name]
-        if retrained_ratios(study, split) and all(
-                None not in run.get("log_truth_ratio_mean", [None]) for run in runs):
-            kept.setdefault(split, {})[name] = runs
+    for split, named in columns.items():
+        for name, runs in named.items():
+            if retrained_ratios(study, split) and all(
+                    None not in run.get("log_truth_ratio_mean", [None]) for run in runs):
+                kept.setdefault(split, {})[name] = runs
     return kept
 
 
@@ -228,7 +228,7 @@ def draw_window(study: dict, path: Path, columns: dict) -> Path:
     winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
     title = f"{join(winners)} pass{'es' * (len(winners) < 2)}" + (
         "; the others miss by mean or spread of log R" * (0 < len(winners) < len(named)))
-    return save(figure, path, title, settings_of(study, columns),
+    return save(figure, path, title, subtitle_of(study, columns),
                 "green: where a model passes; star: retrained; all curves begin at the start, on the right")
 
 
@@ -306,7 +306,7 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
         axes.set(title=title, yticks=range(len(order)), yticklabels=order, ylim=(-0.6, len(order) + 0.3))
     metrics.quality_axis(panels[0, 0], lowest, "x")
     title = f"{join(winners)} forget{'s' * (len(winners) < 2)} with 90% of the utility kept"
-    return save(figure, path, title, settings_of(study, columns))
+    return save(figure, path, title, subtitle_of(study, columns))
 
 
 def attacked(columns: dict) -> dict:
@@ -342,7 +342,7 @@ def draw_attacks(study: dict, path: Path, columns: dict) -> Path:
     safe = join([name for name in order[::-1] if name not in returning])
     note = "extraction strength (last panel: leak@k); dot: before; green: no more than in a retrained model"
     return save(figure, path, f"Attacks find no more than in a retrained model: {safe}",
-                settings_of(study, columns), note)
+                subtitle_of(study, columns), note)
 
 
 # ---------------------------------------------------------------- figure -> (title, splits, names, draw)
