@@ -1,6 +1,7 @@
 """What cannot be used is refused before anything is written, with one sentence and exit status 2."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import evaluate_tofu
 import train_npo
-from common import InputError
+from common import InputError, write_json
 from data.make_tiny import DIMS, make_tiny
 from data.tofu import BUILTIN
 from model import ALONE
@@ -137,6 +138,13 @@ def test_rows_that_the_tiny_model_may_not_know_are_noted(small_data, tmp_path, c
     for flag, rows in (("--data", small_data), ("--forget", tmp_path / "a.json"), ("--data", BUILTIN)):
         begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", f"{tmp_path}/a{rows.name}"]), ALONE)
         assert ("may not know" in capsys.readouterr().out) == (rows != BUILTIN)
+
+
+@pytest.mark.parametrize("number", (math.nan, math.inf))
+def test_a_number_that_is_not_finite_is_never_written(tmp_path, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "new" / "file.json", {"loss": [number]})
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- as a user sees it

@@ -85,8 +85,3 @@ def test_a_folder_is_planned_from_its_config():
     assert read_shape(str(minimal_npo.MODEL)) == (2048, 192, 512, 2, 192, True) == read_shape("tiny")
     with pytest.raises(InputError, match="--model nodir: need "):
         main(["--model", "nodir"])
-
-
-def test_gigabytes_that_are_none_are_refused():
-    with pytest.raises(InputError, match="--gpu-memory: invalid .* value: '80X'"):
-        main(["--gpu-memory", "80X"])
