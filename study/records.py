@@ -21,6 +21,7 @@ from pathlib import Path
 from common import InputError
 from data.tofu import evaluation_split, load_task
 from metrics import answer_nats, log_truth_ratio
+from study.report import plain
 
 KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 CURVES = ("forget_quality_log10", "log_truth_ratio_mean", "log_truth_ratio_sd", "model_utility", "forget_kl",
@@ -29,6 +30,7 @@ FORGET_CURVES = ("extraction_strength", "paraphrase_probability")
 WITHOUT_EFFECT = ("retain_log", "micro_batch_size", "device", "parallel", "activation_checkpointing",
                   "compile", "eval_every", "checkpoint_every", "keep", "log_to", "out", "resume")
 SAMPLED_SETS, SAMPLED_ROW, TEXT = ("forget", "retain", "world_facts"), 7, 160  # TEXT: characters of a sample
+DIGITS = 5  # significant ones of what was measured
 
 
 # ---------------------------------------------------------------- kinds of answers
@@ -98,11 +100,6 @@ def answers_of(data: str, split: str, results: dict) -> tuple[dict, list]:
 
 # ---------------------------------------------------------------- from run folders to records
 
-def short(number: float | None) -> float | None:
-    """Five significant digits."""
-    return None if number is None else float(f"{number:.5g}")
-
-
 def mean_weight(log: list, after: int, until: int) -> float | None:
     weights = [line["mean_W"] for line in log if after < line["step"] <= until and "mean_W" in line]
     return statistics.mean(weights) if weights else None
@@ -127,19 +124,16 @@ def record(folder: Path) -> dict:
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
     curves["mean_W"] = [mean_weight(log, step - steps[-1] / 10, step) for step in steps]  # a tenth of the run
     answers, samples = answers_of(settings["data"], split, rows[-1])
-    aggregate = metrics[-1].get("open_unlearning", {})
-    entry = {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
-             "data": Path(settings["data"]).name, "command": config["command"], "commit": config["commit"],
-             "start_weights": config["start_hash"], "steps": steps,
-             **{key: list(map(short, curve)) for key, curve in curves.items()}, "answers": answers,
-             "mia": {"min_k": [short(values.get("mia", {}).get("min_k")) for values in metrics]},
-             "open_unlearning": {key: short(value) for key, value in aggregate.items()},
-             "samples": samples}
+    measured = {**curves, "answers": answers,
+                "mia": {"min_k": [values.get("mia", {}).get("min_k") for values in metrics]},
+                "open_unlearning": metrics[-1].get("open_unlearning", {}), "samples": samples}
     if settings["loss"] == "sft":
-        entry["log_truth_ratios"] = [short(log_truth_ratio(row)) for row in rows[-1]["forget"]]
+        measured["log_truth_ratios"] = list(map(log_truth_ratio, rows[-1]["forget"]))
     else:
-        entry["answers_start"], entry["samples_start"] = answers_of(settings["data"], split, rows[0])
-    return entry
+        measured["answers_start"], measured["samples_start"] = answers_of(settings["data"], split, rows[0])
+    return {"method": config["method"], **{k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
+            "data": Path(settings["data"]).name, "command": config["command"], "commit": config["commit"],
+            "start_weights": config["start_hash"], "steps": steps, **plain(measured, DIGITS)}
 
 
 def attacks(path: Path) -> dict:
@@ -147,10 +141,11 @@ def attacks(path: Path) -> dict:
     "leak": {k: leak@k}}}."""
     models = {}
     for entries in json.loads(path.read_text(encoding="utf-8"))["attacks"].values():
-        for name, state in ((name, state) for name, entry in entries.items() for state in entry["states"]):
-            model = models.setdefault(name, {})  # of a curve over steps the last state stays
-            if "leak" in state:
-                model["leak"] = {k: short(leak) for k, leak in state["leak"].items()}
-            elif "extraction_strength" in state:
-                model[state["what"]] = short(state["extraction_strength"])
-    return models
+        for name, entry in entries.items():
+            model = models.setdefault(name, {})
+            for state in entry["states"]:  # of a curve over steps the last state stays
+                if "leak" in state:
+                    model["leak"] = state["leak"]
+                elif "extraction_strength" in state:
+                    model[state["what"]] = state["extraction_strength"]
+    return plain(models, DIGITS)
