@@ -272,7 +272,7 @@ def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
         span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
 
 
-def draw_window_panel(axes, retrained: np.ndarray, curves: dict, look=lambda name: {}):
+def draw_window_panel(axes, retrained: np.ndarray, curves: dict, look):
     """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
     retrained model's own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
     mean, sd = retrained.mean(), retrained.std()
@@ -303,7 +303,7 @@ def depth_note(beta: float, start: list, retrained: list | None) -> str:
     return note
 
 
-def plot_trajectory(folder: Path, retrained: list | None = None):
+def plot_trajectory(folder: Path, retrained: list | None):
     """trajectory.png of a run: whether it has forgotten, what it has kept, W (or the forget loss), how deep
     the forget answers have fallen, and where log R lies beside that of the `retrained` rows."""
     from losses import OBJECTIVES  # imported here because it imports PyTorch, and a study's pictures do not

@@ -72,7 +72,7 @@ def make_stream(rows: int, retain: int, refusals: int, s) -> list[list[Item]]:
     return [items[at:at + s.batch_size] for at in range(0, len(items), s.batch_size)]
 
 
-def deal(things: list, length, size: int, rank: int = 0, world_size: int = 1) -> list[list]:
+def deal(things: list, length, size: int, rank: int, world_size: int) -> list[list]:
     """This process's batches of `things`: sorted by length, every world_size-th thing, cut into batches of
     `size`. All processes get the same number of batches, so the last one may be empty."""
     share = sorted(things, key=length)[rank::world_size]

@@ -73,9 +73,9 @@ def option_rows(pairs: list[tuple[str, str]], rng: random.Random) -> list[dict]:
             for question, answer in pairs]
 
 
-def make_builtin(seed: int = 0) -> dict[str, list[dict]]:
-    """The data set by TOFU's names: the same rows for the same seed."""
-    rng, holdout_rng = random.Random(seed), random.Random(f"holdout {seed}")
+def make_builtin() -> dict[str, list[dict]]:
+    """The data set by TOFU's names: always the same rows."""
+    rng, holdout_rng = random.Random(0), random.Random("holdout 0")
     all_names = [f"{first} {last}" for first in WORDS["first_names"] for last in WORDS["last_names"]]
     names = rng.sample(all_names, N_AUTHORS)
     unseen = holdout_rng.sample([name for name in all_names if name not in names], N_HOLDOUT_AUTHORS)
