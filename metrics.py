@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import expit, gammaln, logsumexp
-from scipy.stats import hmean, ks_2samp, rankdata, wilcoxon
+from scipy.stats import hmean, ks_2samp, mannwhitneyu, wilcoxon
 
 from common import InputError
 from data.tofu import EVALUATED
@@ -108,8 +108,7 @@ def auc(members: list, unseen: list) -> float | None:
     """The chance that a member scores below an unseen row; a tie counts one half (Mann-Whitney's U)."""
     if None in members or None in unseen:
         return None
-    ranks = rankdata(np.concatenate([members, unseen]))[len(members):]
-    return float((ranks.mean() - (len(unseen) + 1) / 2) / len(members))
+    return float(mannwhitneyu(unseen, members).statistic) / (len(unseen) * len(members))
 
 
 def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
