@@ -283,7 +283,7 @@ def build_parser() -> Parser:
         "for forget quality; more of them show how far retrained models differ")
     add("--reference", help="the model before unlearning, given like --model: adds the KL metrics")
     add("--split", help="forget split (default: from the model's or the log's record, else forget10)")
-    add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id")
+    add("--data", help="builtin (default), a folder with TOFU's files, or a Hub id")
     add("--forget", help="own forget rows, JSON or JSON lines with question and answer, in place of --data")
     add("--retain", help="own retain rows, with --forget")
     add("--template", choices=TEMPLATES, help="prompt template (default: the one saved with the model)")
@@ -308,6 +308,8 @@ def store_linear(lm: nn.Module, dtype: torch.dtype):
 
 def measure(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, the retrained model's rows) of --model."""
+    if args.forget and (args.data or args.split):
+        raise InputError("--forget replaces --data and --split: leave those out")
     world = join_world(args.device)
     loaded = load_model(args.model, args.template, args.system_prompt)
     trained_on = loaded.meta["trained_on"] or {}
@@ -317,7 +319,7 @@ def measure(args) -> tuple[dict, dict, tuple]:
     split = "own" if args.forget else args.split or evaluation_split(recorded)
     if split != "own" and parse_split(split)[0] != "forget":
         raise InputError(f"--split {split}: need a forget split, forget01 to forget99")
-    task = load_task(args.data, split, args.forget, args.retain)
+    task = load_task(args.data or "builtin", split, args.forget, args.retain)
     if not args.forget and trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint:
         world.say(f"note: {args.model} was trained on other data ({trained_on['data']}) than {task.source}")
     pad, template = loaded.tokenizer.eos_token_id, loaded.meta["template"]

@@ -165,8 +165,8 @@ def undial_loss(policy_logits: Tensor, reference_logits: Tensor, targets: Tensor
 
 # ---------------------------------------------------------------- what `--loss NAME` means
 
-# What the step can compute from a batch. Log-probabilities are sums per sequence unless they say token;
-# targets are the answer tokens, kl_baseline is KTO's z.
+# What the step can compute from a batch. Log-probabilities are sums per sequence unless they say token.
+# Targets and lengths are the forget answers', for losses with a policy_ input. kl_baseline is KTO's z.
 COMPUTED = ("policy_logps", "refusal_logps", "reference_logps", "reference_refusal_logps", "answer_lengths",
             "kl_baseline", "policy_token_logps", "reference_token_logps", "policy_logits", "reference_logits",
             "targets")

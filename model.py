@@ -197,10 +197,10 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
                          f"--split full first, then give --model {model}=runs/NAME/model")
     folder = locate(source)
     lm, tokenizer = read_model(folder if folder.is_dir() else source, model)
-    meta = read_meta(source)
+    meta = {"system_prompt": preset.system_prompt} | read_meta(source)
     fallback = preset.template if name or not tokenizer.chat_template else "chat"
     meta = {"preset": name, "template": template or meta.get("template") or fallback,
-            "system_prompt": system_prompt or meta.get("system_prompt", preset.system_prompt),
+            "system_prompt": meta["system_prompt"] if system_prompt is None else system_prompt,
             "trained_on": meta.get("trained_on"), "start_utility": meta.get("start_utility"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
     if meta["template"] == "chat":
@@ -222,6 +222,8 @@ def read_model(source, flag: str):
         lm, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
+        if lm.config.get_text_config() is not lm.config:
+            raise InputError("it also reads images or sound, which nothing here trains: take a text model")
         if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise InputError(f"its weights do not match its config.json, for example {min(wrong)}")
         rows, end = lm.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id

@@ -125,8 +125,14 @@ def parse(argv: list | None = None) -> Settings:
         parser.add_argument(flag, help=comments.get(field.name), choices=CHOICES.get(field.name), nargs=many,
                             type=str if "str" in kind else positive(number, field.name not in ABOVE_ZERO))
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if "resume" not in typed:
-        return resolve(Settings(**typed), typed)
+    s = read_settings(typed) if "resume" in typed else resolve(Settings(**typed), typed)
+    if s.lora and s.parallel == "fsdp":
+        raise InputError("--lora needs --parallel ddp: the frozen weights are not sharded")
+    return s
+
+
+def read_settings(typed: dict) -> Settings:
+    """The settings of the run to resume, with those that may change. Raises InputError."""
     if fixed := sorted(typed.keys() - CHANGEABLE):
         flag = fixed[0].replace("_", "-")
         raise InputError(f"--resume takes the settings from its folder: leave out --{flag}")
@@ -157,7 +163,6 @@ def resolve(s: Settings, typed: dict) -> Settings:
     contradictions = {
         "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
             sft and (s.retain_weight or s.kl_weight),
-        "--lora needs --parallel ddp: the frozen weights are not sharded": s.lora and s.parallel == "fsdp",
         "--lora needs the package peft: pip install peft": s.lora and not find_spec("peft"),
         f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
         "--forget and --retain replace --data and --split: leave those out, and --loss sft":
@@ -618,7 +623,7 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
               f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {longest} in the longest text\n"
               f"{s.epochs} epochs, batch {s.batch_size} (micro-batches of {s.micro_batch_size}): "
               f"{plan.steps} steps, the first {plan.warmup_steps} warm-up\ntemplate {s.template}, " +
-              ", ".join(f"{name} {value:g}" for name, value in numbers.items()) +
+              ", ".join(f"{name} {value}" for name, value in numbers.items()) +
               f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")
     return model, Run(s, loaded, plan, prepared, retrained, folder, world)
 

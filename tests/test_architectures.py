@@ -118,6 +118,17 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(run, tmp_pat
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
+def test_a_model_that_also_reads_images_is_refused(run, tmp_path):
+    """Its other towers would get no gradient."""
+    text = config_of("Gemma3Text", WORKS["Gemma3Text"])
+    vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                             num_attention_heads=2, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    save_random_model(tmp_path / "start", config)
+    with pytest.raises(InputError, match="also reads images or sound"):
+        run(f"--model start {FLAGS}")
+
+
 # ---------------------------------------------------------------- weights
 
 QUANTISED = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -52,6 +52,7 @@ EVALUATE = [
     ("--model MODEL --max-rows -1", "not negative"), ("--model MODEL --batch-size 0", "must be positive"),
     ("--model MODEL --data nowhere", "not found"), ("--model DATA", "cannot load it"),
     ("--model MODEL --retain b --data DATA", "--retain needs --forget"),
+    ("--model MODEL --forget a.json --data DATA", "leave those out"),
     ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read the log"),
     ("--model MODEL --data DATA --reference nowhere", "need a preset")]
 

@@ -193,6 +193,7 @@ def test_flags_win_over_a_models_record_and_its_record_over_the_preset(small_mod
     assert prompts_of(preset, {"template": "qa", "system_prompt": "Record."}) == ("qa", "Record.")
     assert prompts_of(preset, {"template": "chat", "system_prompt": None}) == ("chat", None)
     assert prompts_of(preset, {"system_prompt": "Record."}, system_prompt="Flag.") == ("chat", "Flag.")
+    assert prompts_of(preset, {"system_prompt": "Record."}, system_prompt="")[1] == ""  # no system turn
     assert prompts_of(preset, {"template": "qa"}, template="llama2")[0] == "llama2"
 
 

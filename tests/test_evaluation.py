@@ -577,6 +577,6 @@ def test_open_unlearnings_aggregate_by_hand():
 
 def test_the_note_on_depth_says_what_beta_the_retrained_model_would_need():
     start, retrained = ([row | {"answer_nll": nats} for row in rows_with([0.0])] for nats in (1.5, 9.5))
-    assert depth_note(0.5, start, None) == "npo+rt usually takes 7 to 14 nats from an answer at beta 0.5"
+    assert depth_note(0.5, start, None) == "npo+rt usually takes 9 to 14 nats from an answer at beta 0.5"
     assert depth_note(0.5, start, retrained).endswith("lacks 8, which would be beta 0.62")
     assert "retrained" not in depth_note(0.5, retrained, start)  # already deeper

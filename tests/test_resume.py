@@ -173,6 +173,15 @@ def test_a_finished_run_is_finished(runs, capsys):
     assert "alone is finished" in capsys.readouterr().out
 
 
+def test_a_run_with_adapters_is_not_resumed_on_parts_of_the_model(runs, tmp_path):
+    config = json.loads((runs / "alone" / "config.json").read_text())
+    config["settings"]["lora"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train_npo.parse(["--resume", str(tmp_path)]).lora == 2
+    with pytest.raises(InputError, match="--lora needs --parallel ddp"):
+        train_npo.parse(["--resume", str(tmp_path), "--parallel", "fsdp"])
+
+
 def other_checkpoint(run: Path):
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(run.parent / "other" / "checkpoints", run / "checkpoints")
