@@ -128,6 +128,8 @@ def parse(argv: list | None = None) -> Settings:
     s = read_settings(typed) if "resume" in typed else resolve(Settings(**typed), typed)
     if s.lora and s.parallel == "fsdp":
         raise InputError("--lora needs --parallel ddp: the frozen weights are not sharded")
+    if s.lora and not find_spec("peft"):
+        raise InputError("--lora needs the package peft: pip install peft")
     return s
 
 
@@ -163,7 +165,6 @@ def resolve(s: Settings, typed: dict) -> Settings:
     contradictions = {
         "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
             sft and (s.retain_weight or s.kl_weight),
-        "--lora needs the package peft: pip install peft": s.lora and not find_spec("peft"),
         f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
         "--forget and --retain replace --data and --split: leave those out, and --loss sft":
             (s.forget or s.retain) and (sft or {"data", "split"} & typed.keys()),
