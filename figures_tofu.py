@@ -29,7 +29,7 @@ from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_si
 from study.records import attacks, record
 from study.verdicts import settings_of, verdicts
 
-RESULTS = ("start", "model", "model", "robustness.json")  # of a wave's runs: done if the folder has it
+RESULTS = ("start", "model", "model", "robustness.png")  # of a wave's runs: done if the folder has it
 
 
 # ---------------------------------------------------------------- a figure's runs
@@ -99,15 +99,15 @@ def add_records(study: dict, waves: list[dict]):
                                        for wave, result in zip(waves, RESULTS, strict=True))
     models = [(model["split"], model["seed"]) for model in study["retrained"]]
     study["retrained"] += [m for m in map(record, trained) if (m["split"], m["seed"]) not in models]
-    names = set(map(name_of, study["runs"]))
-    study["runs"] += [record(folder) for folder in unlearned if folder.name not in names]
-    starts = {run["start_weights"] for run in study["runs"]}
+    names, found = set(map(name_of, study["runs"])), list(map(record, unlearned))
+    starts = {run["start_weights"] for run in study["runs"] + found}
+    study["runs"] += [run for run in found if name_of(run) not in names]
     if len(starts) > 1:
         raise InputError(f"stored and new runs began at different weights ({' and '.join(starts)}): they "
                          "cannot be compared; give another --out")
     for run, folder in product(study["runs"], attacked):
         if folder.parent.name == name_of(run):
-            run["attacks"] = attacks(folder / RESULTS[3])
+            run["attacks"] = attacks(folder / "robustness.json")
 
 
 def collect(folders: list, path: Path):
@@ -128,7 +128,9 @@ def collect(folders: list, path: Path):
 
 def draw(out: Path, stems: list, figures: list):
     """Pictures and verdicts of these studies, and the page over all studies in OUT/tofu."""
-    studies = {path.stem: json.loads(path.read_text()) for path in sorted((out / "tofu").glob("*.json"))}
+    studies = {path.stem: json.loads(path.read_bytes()) for path in sorted((out / "tofu").glob("*.json"))}
+    if not studies.keys() & set(stems):
+        raise InputError(f"{out}/tofu has no such study: check --out, --figure and --methods")
     for stem in stems:
         for figure in figures:
             if (columns := columns_of(studies[stem], figure)) and FIGURES[figure][3]:
@@ -156,7 +158,9 @@ def build_parser() -> Parser:
 
 def main(argv: list | None = None):
     args = build_parser().parse_args(argv)
-    if args.out.suffix == ".json":
+    if args.collect or args.out.suffix == ".json":
+        if args.out.suffix != ".json" or not (args.collect or args.out.exists()):
+            raise InputError("--collect FOLDER .. needs --out FILE.json, and a new file needs --collect")
         return collect(args.collect, args.out)
     if args.draw_only:
         stems = [path.stem for path in sorted((args.out / "tofu").glob("*.json"))]
@@ -164,7 +168,7 @@ def main(argv: list | None = None):
     args.figure, kind = args.figure or ["overview"], "_preset" * (args.choices == "preset")
     stem = f"{Path(args.data).name}_tiny{kind}"
     path, folder = args.out / "tofu" / f"{stem}.json", Path("runs", "tofu", stem)
-    chosen = json.loads((ROOT / "results" / "tofu" / f"builtin_tiny{kind}.json").read_text())["chosen"]
+    chosen = json.loads((ROOT / "results" / "tofu" / f"builtin_tiny{kind}.json").read_bytes())["chosen"]
     study = {"runs": [], "retrained": [], "data": Path(args.data).name, "model": "tiny", "chosen": chosen,
              "choices_from": "preset" if kind else None}
     if path.exists():

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from common import InputError, Parser, environment, positive, run_command, write_json
 from data.batches import collate, permutations
@@ -122,9 +123,9 @@ def quantize(lab: Lab, model: AnswerModel) -> list[dict]:
 
 
 def linear_weights(lm: nn.Module) -> list[Tensor]:
-    """Of every linear layer but the head, which is often the embedding too."""
+    """Of every linear layer (GPT-2's are Conv1D) but the head, which is often the embedding too."""
     return [module.weight for module in lm.modules()
-            if isinstance(module, nn.Linear) and module is not lm.get_output_embeddings()]
+            if isinstance(module, nn.Linear | Conv1D) and module is not lm.get_output_embeddings()]
 
 
 def round_blockwise(weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,8 +275,8 @@ def build_parser() -> Parser:
 def main(argv: list | None = None):
     args = build_parser().parse_args(argv)
     file = args.out / "robustness.json"
-    if file.exists():
-        raise InputError(f"{file} exists: choose another --out")
+    if file.with_suffix(".png").exists():  # drawn last
+        raise InputError(f"{args.out} has a finished robustness.json: choose another --out")
     loaded = {name: load_model(getattr(args, name), args.template) for name in LABELS}
     trained = {name: (model.meta["trained_on"] or {}).get("split") for name, model in loaded.items()}
     if trained["model"] == "own":

@@ -182,7 +182,7 @@ def test_the_command_writes_the_format_of_the_stored_results(tmp_path, capsys):
         assert result["attacks"][attack]["start"]["states"][0]["forget_quality"] < 1
     assert (tmp_path / "out" / "robustness.png").stat().st_size > 10_000
     assert "| relearn | forget 5% |" in capsys.readouterr().out
-    with pytest.raises(InputError, match="robustness.json exists"):
+    with pytest.raises(InputError, match="finished robustness.json"):
         run(tmp_path, *flags)
 
 

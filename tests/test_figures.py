@@ -379,13 +379,23 @@ def test_a_missing_run_is_made_and_a_finished_one_is_not(coarse, tmp_path, monke
     assert json.loads(Path("my/tofu/builtin_tiny_preset.json").read_text())["runs"] == study["runs"]
 
 
-def test_runs_from_another_start_are_not_mixed_with_stored_ones(tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed", [1, 2])  # seed 1 is stored, and would get another run's attacks
+def test_runs_from_another_start_are_not_mixed_with_stored_ones(seed, tmp_path, monkeypatch):
     study = {"runs": [hand_made_run("npo", "forget10", 1, 0)], "retrained": []}
-    run = hand_made_run("npo", "forget10", 2, 0) | {"start_weights": "other"}
+    run = hand_made_run("npo", "forget10", seed, 0) | {"start_weights": "other"}
     (tmp_path / figures_tofu.name_of(run) / "model").mkdir(parents=True)
     monkeypatch.setattr(figures_tofu, "record", lambda folder: run)
     with pytest.raises(InputError, match="different weights .*another --out"):
         figures_tofu.add_records(study, [{}, {}, {tmp_path / figures_tofu.name_of(run): []}, {}])
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    ("--collect runs/a", "needs --out FILE.json"), ("--out new.json", "needs --collect"),
+    ("--draw-only --out nowhere", "no such study"), ("--methods kto --out new", "no such study")])
+def test_commands_without_a_study_are_refused(flags, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        figures_tofu.main(flags.split())
 
 
 def test_what_attacks_measured_is_kept_with_the_run(tmp_path):
