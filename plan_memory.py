@@ -67,7 +67,7 @@ def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[st
         # The policy's logits in float32, and three tensors of their size in the backward pass.
         "logits, or one layer at work": max(ANSWER_SHARE * V * (16 * tokens + 8 * compared),
                                             tokens * kept * s.activation_checkpointing),
-        "reference's head": 4 * V * H * (compared > 0 or s.eval_every != "never"),
+        "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and s.eval_every != "never"),
         "16-bit copies of weights": 2 * (layers * layer * (not s.lora) + V * H) * (autocast and not sharded),
         # Embedding, head and two layers are whole, with gradients that are being summed in float32.
         "gathered by FSDP": ((2 * size + 4) * root + (4 * size + 4) * layer) * sharded}
@@ -96,7 +96,7 @@ def main(argv: list | None = None):
     parser = Parser(__doc__)
     parser.add_argument("--gpus", type=positive(int), default=1, help="one process runs on each")
     parser.add_argument("--gpu-memory", default=80 * GB, help="of one GPU, such as 80G",
-                        type=lambda text: GB * positive(float)(text.removesuffix("G")))
+                        type=lambda text: GB * positive(float)(text.rstrip("GB")))
     parser.add_argument("--tokens-per-row", type=positive(int), default=128, help="of the longest rows")
     args, flags = parser.parse_known_args(argv)
     s = parse(flags)

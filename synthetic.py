@@ -349,7 +349,7 @@ def run_figures(args, instances: list):
         stem = args.out / ("synthetic_figure3" if args.figure == 3 else f"synthetic_alpha{alpha:g}")
         print(write(stem, {**plain(record, 10), "verdicts": results, "provenance": args.provenance},
                     f"Figure {args.figure}, alpha = {alpha:g}", table(last)))
-        draw_figure(stem.with_suffix(".png"), args.figure, alpha, paths, args.eval_steps)
+        draw_figure(Path(f"{stem}.png"), args.figure, alpha, paths, args.eval_steps)
 
 
 def run_grid(args, instances: list):

@@ -128,8 +128,6 @@ def parse(argv: list | None = None) -> Settings:
     s = read_settings(typed) if "resume" in typed else resolve(Settings(**typed), typed)
     if s.lora and s.parallel == "fsdp":
         raise InputError("--lora needs --parallel ddp: the frozen weights are not sharded")
-    if s.lora and not find_spec("peft"):
-        raise InputError("--lora needs the package peft: pip install peft")
     return s
 
 
@@ -147,7 +145,7 @@ def read_settings(typed: dict) -> Settings:
 
 def resolve(s: Settings, typed: dict) -> Settings:
     """Fill in what preset and loss decide. Raises InputError for settings that contradict each other."""
-    sft, objective, preset = s.loss == "sft", OBJECTIVES[s.loss], resolve_model(s.model)[0]
+    sft, objective, (preset, name, path) = s.loss == "sft", OBJECTIVES[s.loss], resolve_model(s.model)
     lr = preset.sft_lr if sft else preset.lr
     defaults = {"split": "full" if sft else "forget10", "epochs": preset.sft_epochs if sft else preset.epochs,
                 "lr": lr * LORA_LR_FACTOR if s.lora else lr,
@@ -182,6 +180,8 @@ def resolve(s: Settings, typed: dict) -> Settings:
         s.split = "own"
     elif not sft and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
+    if sft and name == "tiny" and path:  # a folder whose record says tiny learns the facts too
+        s.model = f"tiny={path}"
     if s.model == "tiny" and s.data == "builtin" and not sft and not s.retain_log:
         logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
         s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
@@ -631,6 +631,8 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
 
 def main(argv: list | None = None):
     s, begin = parse(argv), time.perf_counter()
+    if s.lora and not find_spec("peft"):
+        raise InputError("--lora needs the package peft: pip install peft")
     world = join_world(s.device, s.parallel)
     if s.resume and (Path(s.resume) / "model").is_dir():
         return world.say(f"{s.resume} is finished")

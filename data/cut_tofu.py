@@ -24,7 +24,7 @@ def main(argv: list | None = None):
     sets["full"] = sets["full"][:9 * n] + sets["full"][-n:]
     sets["forget10_perturbed"] = sets["forget10_perturbed"][-n:]
     sizes = {"full": None, "real_authors_perturbed": args.fact_rows, "world_facts_perturbed": args.fact_rows}
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in rows[:sizes.get(name, n)]]
         (args.out / f"{name}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -102,4 +102,4 @@ def test_what_lora_cannot_do_is_refused(monkeypatch):
         assert parse(flags).lr == 10 * parse(flags[2:]).lr  # adapters take a larger lr
     monkeypatch.setattr(train_npo, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install peft"):
-        parse(flags)
+        train_npo.main(flags)
