@@ -2,7 +2,7 @@
 # SmolLM2-135M-Instruct on all of real TOFU, forget10, from a start that has memorised less: two epochs of fine-tuning at lr 6e-4, and two retrained models of
 # the same recipe; then npo+rt at half of that rate, three seeds, and three other methods. Two runs at a time, a thread each. Weights as for
 # run_smollm2.sh. From the root; it goes on where it stopped:
-#     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about twelve hours on two cores, in float32
+#     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about fourteen hours on two cores, in float32
 set -euo pipefail
 export OMP_NUM_THREADS=1
 tofu=$1 base=runs/smollm2-two-epochs out=results/smollm2_two_epochs_forget10.json
@@ -30,6 +30,9 @@ wait
 run simnpo+rt_weight0.15_seed0 "${unlearn[@]}" --loss simnpo --retain-weight 0.15 &
 run npo+kl_seed0 "${unlearn[@]}" --loss npo --beta 0.05 --retain-weight 0 --kl-weight 5 &
 wait
+run npo+kl_seed1 "${unlearn[@]}" --loss npo --beta 0.05 --retain-weight 0 --kl-weight 5 --seed 1 &
+run npo+kl_seed2 "${unlearn[@]}" --loss npo --beta 0.05 --retain-weight 0 --kl-weight 5 --seed 2 &
+wait
 torchrun --nproc_per_node=2 evaluate_tofu.py --model "$base/full/model" --data "$tofu" --split forget10 --retain-log "$log" --out "$base/start.json"
 for folder in "$base"/*_seed*; do cp "$base/start.json" "$folder/eval/step_000000.json"; done
-python figures_tofu.py --out "$out" --collect "$base"/{retain90,retain90_again,npo+rt_seed{0,1,2},{ga+rt,simnpo+rt,simnpo+rt_weight0.15,npo+kl}_seed0}
+python figures_tofu.py --out "$out" --collect "$base"/{retain90,retain90_again,npo+rt_seed{0,1,2},{ga+rt,simnpo+rt,simnpo+rt_weight0.15}_seed0,npo+kl_seed{0,1,2}}
