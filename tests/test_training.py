@@ -113,6 +113,10 @@ def plan_of(small_data, flags: str = "", **fields) -> Plan:
     return Plan(s, replace(task, **fields), load_model("tiny").tokenizer, 512)
 
 
+def test_a_folder_that_is_tiny_learns_the_facts_too():
+    assert parse(["--loss", "sft", "--model", "data/tiny/untrained"]).model == "tiny=data/tiny/untrained"
+
+
 def test_steps_warm_up_and_evaluations_follow_from_epochs(small_data):
     plan = plan_of(small_data, "--epochs 3")
     assert (plan.rows, plan.steps, plan.warmup_steps) == (20, 8, 2)  # 60 rows in batches of 8
