@@ -99,9 +99,9 @@ def add_records(study: dict, waves: list[dict]):
                                        for wave, result in zip(waves, RESULTS, strict=True))
     models = [(model["split"], model["seed"]) for model in study["retrained"]]
     study["retrained"] += [m for m in map(record, trained) if (m["split"], m["seed"]) not in models]
-    names, found = set(map(name_of, study["runs"])), list(map(record, unlearned))
-    starts = {run["start_weights"] for run in study["runs"] + found}
-    study["runs"] += [run for run in found if name_of(run) not in names]
+    names, finished = set(map(name_of, study["runs"])), list(map(record, unlearned))
+    starts = {run["start_weights"] for run in study["runs"] + finished}  # of runs that the study has, too
+    study["runs"] += [run for run in finished if name_of(run) not in names]
     if len(starts) > 1:
         raise InputError(f"stored and new runs began at different weights ({' and '.join(starts)}): they "
                          "cannot be compared; give another --out")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct on all of real TOFU, forget10, from a start that has memorised less: two epochs of fine-tuning at lr 6e-4, and two retrained models of
-# the same recipe; then npo+rt at half of that rate, three seeds, and three other methods. Two runs at a time, a thread each. Weights as for
+# the same recipe; then npo+rt and npo+kl at half of that rate, three seeds each, ga+rt and simnpo+rt. Two runs at a time, a thread each. Weights as for
 # run_smollm2.sh. From the root; it goes on where it stopped:
 #     bash results/run_smollm2_two_epochs.sh TOFU_DIR FILE.gguf        # about fourteen hours on two cores, in float32
 set -euo pipefail
