@@ -164,8 +164,8 @@ def opponent(name: str, flags: list[str]) -> tuple[float, list, float]:
         steps = plain_steps(s, plan, policy, reference, 500, 2)
     elif s.method == "npo+rt":
         minimal_npo.MICRO_BATCH_SIZE = s.micro_batch_size
-        texts = ({int(key.split("/")[1]): text for key, text in plan.texts.items() if key.startswith(kind)}
-                 for kind in ("row", "retain"))
+        texts = ({int(key.split("/")[2]): text for key, text in plan.texts.items() if key.startswith(kind)}
+                 for kind in ("run/row/", "run/retain/"))
         steps = minimal_npo.unlearn(policy, reference, *texts, plan.stream, s.lr, s.beta, s.weight_decay)
     else:
         steps = plain_steps(s, plan, policy, reference, 0, s.micro_batch_size)

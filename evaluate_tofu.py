@@ -361,8 +361,7 @@ def main(argv: list | None = None):
     rows, provenance, retrained = read(args) if args.log else measure(args)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    same_rows = provenance.get("max_rows", MAX_ROWS) == MAX_ROWS  # on which the start's utility was measured
-    metrics = compute_metrics(rows, *retrained, provenance.get("start_utility") if same_rows else None)
+    metrics = compute_metrics(rows, *retrained)
     if args.out:
         write_json(args.out, {"metrics": metrics, "rows": rows, "provenance": provenance})
     for name in ("forget", "retain"):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.special import expit, gammaln, logsumexp
+from scipy.special import gammaln, logsumexp
 from scipy.stats import hmean, ks_2samp, mannwhitneyu, wilcoxon
 
 from common import InputError
@@ -136,30 +136,8 @@ def agreement(x: np.ndarray, y: np.ndarray) -> dict:
             "paired_p": 1.0 if (x == y).all() else float(wilcoxon(x, y, zero_method="zsplit").pvalue)}
 
 
-def closeness(auc: float | None, control: float | None) -> float | None:
-    """1 where a membership AUC is the retrained model's, 0 where it is off by as much as that AUC or more."""
-    if None in (auc, control) or control == 0:
-        return None
-    return max(0.0, 1 - abs(auc - control) / control)
-
-
-def open_unlearning(rows: list, metrics: dict, retrained_mia: dict, start_utility: float | None) -> dict:
-    """open-unlearning's aggregate (Dorna et al., 2025, Appendix F). Its authors have published no code for
-    it; docs/beyond.md has these formulas, and says what differs elsewhere."""
-    truths = [None if ratio is None else expit(ratio) for ratio in map(log_truth_ratio, rows)]
-    memorised = [metrics["forget"][name] for name in ("extraction_strength", "exact_memorization",
-                                                      "paraphrase_probability")] + [mean(truths)]
-    closenesses = [closeness(metrics.get("mia", {}).get(name), retrained_mia.get(name))
-                   for name in ("loss", "zlib", "min_k", "min_k_plus_plus")]
-    utility = metrics["model_utility"]
-    parts = {"memorization": mean([None if value is None else 1 - value for value in memorised], hmean),
-             "privacy": mean(closenesses, hmean),
-             "utility": utility / start_utility if utility is not None and start_utility else None}
-    return parts | {"overall": mean([*parts.values()], hmean)}
-
-
 def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout: list | None = None,
-                    others: Sequence = (), start_utility: float | None = None) -> dict:
+                    others: Sequence = ()) -> dict:
     """All metrics from row results, and from the retrained model's results on the same forget and holdout
     rows. `others` are the forget rows of more retrained models. A metric that cannot be computed is None."""
     sets = {name: set_metrics(name, rows[name]) for name in EVALUATED if rows.get(name)}
@@ -191,8 +169,6 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
             retrained_mia = mia_aucs(retrained, holdout)
         metrics["mia"] = mia_aucs(rows["forget"], rows["holdout"])
         metrics["privleak"] = privleak(metrics["mia"]["min_k"], retrained_mia.get("min_k"))
-    if "forget" in sets:
-        metrics["open_unlearning"] = open_unlearning(rows["forget"], metrics, retrained_mia, start_utility)
     return metrics
 
 
@@ -216,7 +192,6 @@ def metrics_table(metrics: dict) -> str:
         "forget_kl", "world_facts_kl", "privleak")}
     models = metrics.get("retrained", {"against": [], "among": []})
     groups = [("", overall), ("MIA AUC: ", metrics.get("mia", {})),
-              ("open-unlearning: ", metrics.get("open_unlearning", {})),
               *((f"against retrained model {k}: ", pair) for k, pair in enumerate(models["against"], 1)),
               *(("two retrained models: ", pair) for pair in models["among"])]
     return "\n".join([*(f"{name:13s}{listed(metrics[name])}" for name in EVALUATED if name in metrics),
@@ -348,6 +323,7 @@ def plot_trajectory(folder: Path, retrained: list | None):
     else:
         window.remove()
     s = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-    names = ("retain_weight", "kl_weight", "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
+    weights = [name for name in s if name.endswith("_weight") and name != "forget_weight"]
+    names = (*weights, "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")
     figure.suptitle(", ".join([s["loss"], *(f"{n.replace('_', ' ')} {s[n]}" for n in names if s.get(n))]))
     figure.savefig(folder / "trajectory.png", dpi=200)

@@ -183,7 +183,7 @@ def autocast(dtype: str, device: torch.device):
 class Loaded(NamedTuple):
     lm: nn.Module  # float32, without dropout
     tokenizer: object
-    meta: dict  # for npo.json: preset, template, system_prompt, trained_on, start_utility, start, start_hash
+    meta: dict  # for npo.json: preset, template, system_prompt, trained_on, start, start_hash
     preset: Preset
 
 
@@ -201,7 +201,7 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
     fallback = preset.template if name or not tokenizer.chat_template else "chat"
     meta = {"preset": name, "template": template or meta.get("template") or fallback,
             "system_prompt": meta["system_prompt"] if system_prompt is None else system_prompt,
-            "trained_on": meta.get("trained_on"), "start_utility": meta.get("start_utility"),
+            "trained_on": meta.get("trained_on"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
     if meta["template"] == "chat":
         tokenizer.init_kwargs["system_prompt"] = meta["system_prompt"]  # saved like its chat template

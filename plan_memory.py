@@ -49,9 +49,9 @@ def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[st
     autocast, sharded = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1
     size, share = 2 if autocast else 4, gpus if sharded else 1  # size: bytes per number in matrix products
     row_tokens, inputs = s.micro_batch_size * tokens_per_row, OBJECTIVES[s.loss].inputs
-    rows = OBJECTIVES[s.loss].needs_answers + (s.retain_weight > 0 or s.kl_weight > 0)
-    tokens = row_tokens * (rows + REFUSAL_SHARE * ("refusal_logps" in inputs))
-    compared = row_tokens * ((s.kl_weight > 0) + ("reference_logits" in inputs))  # with reference logits
+    rows = OBJECTIVES[s.loss].needs_answers + bool(s.terms)
+    tokens = row_tokens * (rows + REFUSAL_SHARE * ("policy_chosen_logps" in inputs))
+    compared = row_tokens * sum("reference_logits" in loss.inputs for loss in s.objectives().values())
     weights = trained = layers * layer + root
     if s.lora:  # two matrices per linear layer; frozen layers are kept in the precision of the products
         trained = s.lora * layers * (9 * H + 2 * K + 3 * F)

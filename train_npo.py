@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=2 train_npo.py --loss npo --retain-weight 1    # unlearn forget10; no download
     python train_npo.py --loss sft --split full                  # fine-tune (--split retain90: retrain)
 
-    minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K
+    minimise   forget_weight * L_forget + retain_weight * RT + kl_weight * K    (losses.OBJECTIVES, TERMS)
     NPO:       L_forget = -(2/beta) E log sigmoid(-beta log(pi_theta(y|x) / pi_ref(y|x)))   (losses.py, Eq. 3)
 
 From top to bottom: settings, the reference, the objective, the loop, the run folder, main. A global batch is
@@ -38,15 +38,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from common import (InputError, Parser, cause_of, environment, fingerprint, locate, positive, run_command,
                     write_json)
 from data.batches import Counts, MicroBatch, Plan, collate, deal
-from data.prompts import TEMPLATES
+from data.prompts import TEMPLATES, Encoded
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, prepare, read_retain_logs
-from losses import KL_DIRECTIONS, OBJECTIVES, kl_loss, nll_loss, token_logps
+from losses import COMPUTED, KL_DIRECTIONS, OBJECTIVES, TERMS, Objective, long_name, token_logps
 from metrics import best_step, compute_metrics, depth_note, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard)
@@ -56,12 +57,10 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoint
 # ---------------------------------------------------------------- settings
 
 @dataclass
-class Settings:
+class RunSettings:
     """One command-line flag each; the comments are the help. None: the preset's or the loss's default."""
     loss: str = "npo"  # objective on the forget rows: a name in losses.OBJECTIVES; sft fine-tunes
     forget_weight: float = 1.0  # of the forget loss
-    retain_weight: float = 0.0  # of RT, -log pi on retain rows (+rt)
-    kl_weight: float = 0.0  # of K, the divergence from the reference on retain rows (+kl)
     kl_direction: str = "policy_reference"  # K as in the paper; reference_policy: as in the authors' code
     beta: float | None = None  # inverse temperature of the loss (default: the loss's own, else the preset's)
     beta2: float | None = None  # satimp's exponent of 1 - p
@@ -69,7 +68,8 @@ class Settings:
     split: str | None = None  # forget01 to forget99; for sft full or retainNN (default: forget10; sft: full)
     data: str = "builtin"  # builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU
     forget: str | None = None  # own rows to unlearn, JSON or JSON lines with question and answer
-    retain: str | None = None  # own rows to keep; may be left out without --retain-weight and --kl-weight
+    retain: str | None = None  # own rows to keep; may be left out where no term reads them
+    min_start_probability: float = 0.02  # of own forget rows per token, else the run stops at step 0; 0: off
     model: str = "tiny"  # preset, folder, Hub id, or PRESET=PATH
     template: str | None = None  # prompt template: llama2, qa or chat (default: the model's)
     system_prompt: str | None = None  # for the template chat
@@ -97,12 +97,28 @@ class Settings:
     resume: str | None = None  # run folder to resume; its settings hold
 
     @property
-    def method(self) -> str:
-        return self.loss + "+rt" * (self.retain_weight > 0) + "+kl" * (self.kl_weight > 0)
+    def terms(self) -> dict[str, float]:
+        """Name -> weight of the terms on retain rows that this run has."""
+        weights = {name: getattr(self, f"{long_name(name)}_weight") for name in TERMS}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
-    def values(self, names) -> dict:
-        """The settings of these names. A loss's setting without a flag has the loss's default."""
-        return {name: (OBJECTIVES[self.loss].defaults | vars(self))[name] for name in names}
+    @property
+    def method(self) -> str:
+        return "+".join([self.loss, *self.terms])
+
+    def objectives(self) -> dict[str, Objective]:
+        """The objective and the terms of this run, each with the prefix of its settings' names."""
+        return {"": OBJECTIVES[self.loss]} | {f"{name}_": TERMS[name] for name in self.terms}
+
+    def values(self, objective: Objective, prefix: str = "") -> dict:
+        """The objective's settings by parameter name. One without a flag has the loss's own default."""
+        return {name: vars(self).get(prefix + name, objective.defaults.get(name))
+                for name in objective.settings}
+
+
+# Each term has a weight: --retain-weight, --kl-weight and so on.
+Settings = dataclasses.make_dataclass(
+    "Settings", [(f"{long_name(name)}_weight", float, 0.0) for name in TERMS], bases=(RunSettings,))
 
 
 CHOICES = {"loss": OBJECTIVES, "kl_direction": KL_DIRECTIONS, "template": TEMPLATES, "dtype": AUTOCAST,
@@ -115,7 +131,9 @@ CHANGEABLE = {"resume", "parallel", "device", "micro_batch_size"}  # when a run 
 def parse(argv: list | None = None) -> Settings:
     """The command line's settings; those of a resumed run come from its folder. Raises InputError."""
     parser = Parser(__doc__)
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Settings), re.M))
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(RunSettings), re.M))
+    comments |= {f"{long_name(name)}_weight": f"of the term +{name}, {term.loss.__name__} on retain rows"
+                 for name, term in TERMS.items()}
     for field in dataclasses.fields(Settings):
         flag, kind = f"--{field.name.replace('_', '-')}", str(field.type)
         if field.type is bool:
@@ -154,38 +172,49 @@ def resolve(s: Settings, typed: dict) -> Settings:
                 "gamma": 0.0, "eval_every": "end" if sft else "epoch", **objective.defaults}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items()
                                   if name in vars(s) and getattr(s, name) is None})
-    used = {*objective.settings, *(["kl_direction"] if s.kl_weight else [])}
-    if unknown := used - objective.defaults.keys() - vars(s).keys():
-        raise InputError(f"{s.loss}'s parameter {min(unknown)} needs a default, or a line in Settings")
-    all_settings = {name for loss in OBJECTIVES.values() for name in loss.settings} | {"kl_direction"}
-    if unused := (all_settings - used) & typed.keys():
-        raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
-    contradictions = {
-        "--loss sft learns its split, and has no retain or K term: leave out --retain-weight and --kl-weight":
-            sft and (s.retain_weight or s.kl_weight),
-        f"--log-to needs its package: pip install {s.log_to}": s.log_to and not find_spec(s.log_to),
-        "--forget and --retain replace --data and --split: leave those out, and --loss sft":
-            (s.forget or s.retain) and (sft or {"data", "split"} & typed.keys()),
-        "--retain-weight and --kl-weight need rows to keep: give --retain FILE":
-            s.forget and not s.retain and (s.retain_weight or s.kl_weight),
-        f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps":
-            not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every),
-        f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number of steps":
-            not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every),
-        f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}":
-            s.out and Path(s.out).exists()}
-    if sentences := [sentence for sentence, applies in contradictions.items() if applies]:
-        raise InputError(sentences[0])
-    if s.forget or s.retain:
+    refuse_contradictions(s, typed)
+    if s.forget:
         s.split = "own"
-    elif not sft and parse_split(s.split)[0] != "forget":
-        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
     if sft and name == "tiny" and path:  # a folder whose record says tiny learns the facts too
         s.model = f"tiny={path}"
     if s.model == "tiny" and s.data == "builtin" and not sft and not s.retain_log:
         logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
         s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
     return s
+
+
+def refuse_contradictions(s: Settings, typed: dict):
+    """Raises InputError for settings that exclude each other or have no effect. `typed` are the user's."""
+    used = {prefix + name for prefix, objective in s.objectives().items() for name in objective.settings}
+    every = {name for objective in OBJECTIVES.values() for name in objective.settings} | {
+        f"{key}_{name}" for key, term in TERMS.items() for name in term.settings}
+    for prefix, objective in s.objectives().items():
+        for name in objective.settings:
+            if name not in objective.defaults and prefix + name not in vars(s):
+                raise InputError(f"{prefix.strip('_') or s.loss}: a step computes no input {name}, only "
+                                 f"{', '.join(COMPUTED)}. A setting needs a default value")
+    if unused := (every - used) & typed.keys():
+        raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
+    weights = " and ".join(f"--{long_name(name)}-weight" for name in TERMS)
+    if s.loss == "sft" and s.terms:
+        raise InputError(f"--loss sft learns its split, and has no terms on retain rows: leave out {weights}")
+    if s.log_to and not find_spec(s.log_to):
+        raise InputError(f"--log-to needs its package: pip install {s.log_to}")
+    if (s.forget or s.retain) and (s.loss == "sft" or {"data", "split"} & typed.keys()):
+        raise InputError("--forget and --retain replace --data and --split: leave those out, and --loss sft")
+    if s.forget and not s.retain and s.terms:
+        raise InputError(f"{weights} need rows to keep: give --retain FILE")
+    if not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every):
+        raise InputError(f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps")
+    if s.keep == "best" and s.eval_every == "never":
+        raise InputError("--keep best needs evaluations: leave out --eval-every never")
+    if not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every):
+        raise InputError(f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number "
+                         "of steps")
+    if s.out and Path(s.out).exists():
+        raise InputError(f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}")
+    if not (s.forget or s.retain or s.loss == "sft") and parse_split(s.split)[0] != "forget":
+        raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
 
 
 # ---------------------------------------------------------------- the reference, without a model in memory
@@ -206,26 +235,33 @@ class Reference:
         """log pi_ref of each answer token, (N,), text after text."""
         return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(self.device)
 
+    def states(self, keys: list[str]) -> Tensor:
+        """Last hidden states where the answer tokens are predicted, (N, H)."""
+        return torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
+
     def logits(self, keys: list[str]) -> Tensor:
         """(N, V), from hidden states (N, H) and the head's weight (V, H)."""
-        states = torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
-        return torch.nn.functional.linear(states, self.tensors["head"], self.tensors.get("head_bias"))
+        return torch.nn.functional.linear(self.states(keys), self.tensors["head"],
+                                          self.tensors.get("head_bias"))
 
-    def inputs(self, names, texts: MicroBatch) -> dict[str, Tensor]:
-        """Those of the loss's inputs, by name, that come from the reference."""
-        sources = {"reference_logps": (self.logps, texts.rows), "reference_logits": (self.logits, texts.rows),
-                   "reference_token_logps": (self.token_logps, texts.rows),
-                   "reference_refusal_logps": (self.logps, texts.refusals)}
-        return {name: compute(keys) for name, (compute, keys) in sources.items() if name in names}
+    def inputs(self, objective: Objective, keys: list[str], refusals: list[str] = ()) -> dict[str, Tensor]:
+        """Those of the objective's inputs, by name, that come from the reference."""
+        sources = {"reference_logps": (self.logps, keys), "reference_token_logps": (self.token_logps, keys),
+                   "reference_logits": (self.logits, keys), "reference_states": (self.states, keys),
+                   "reference_rejected_logps": (self.logps, keys),
+                   "reference_chosen_logps": (self.logps, refusals)}
+        return {name: compute(of) for name, (compute, of) in sources.items() if name in objective.inputs}
 
 
 def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) -> Reference:
-    """The reference of the run's folder, made from the policy's present weights if it does not exist."""
+    """The reference of the run's folder, made from the policy's present weights if it does not exist. Raises
+    InputError for own forget rows that the start never learned."""
     file, plan, inputs = run.folder / "reference.safetensors", run.plan, run.plan.objective.inputs
-    kinds = {"row": any(name.startswith("reference") and "refusal" not in name for name in inputs),
-             "refusal": "reference_refusal_logps" in inputs or "kl_baseline" in inputs,
-             "retain": s.kl_weight > 0}
-    texts = {key: text for key, text in plan.texts.items() if kinds[key.split("/")[0]]}
+    judged = bool(s.forget) and s.min_start_probability > 0
+    kinds = {"row": plan.objective.needs_reference or judged,
+             "refusal": "reference_chosen_logps" in inputs or "kl_baseline" in inputs,
+             "retain": any(term.needs_reference for term in plan.terms)}
+    texts = {key: text for key, text in plan.texts.items() if kinds[key.split("/")[1]]}
     texts |= run.prepared.compared() if s.eval_every != "never" else {}
     if not file.exists():
         with gathered(model), autocast(s.dtype, world.device):
@@ -234,15 +270,27 @@ def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) ->
             save_file(tensors, aside := file.with_name(".reference.partial"))
             os.replace(aside, file)
         world.wait()
-    return Reference(load_file(file), world.device)
+    reference = Reference(load_file(file), world.device)
+    if judged:
+        rows = [f"run/row/{i}" for i in range(plan.rows)]
+        probability = reference.token_logps(rows).mean().exp().item()
+        if probability < s.min_start_probability:
+            raise InputError(
+                f"--model {s.model} gives the forget answers a probability of {probability:.2g} per token "
+                f"(geometric mean), below --min-start-probability {s.min_start_probability:g}. Learned "
+                "answers have 0.5 and more. These rows were never learned, or fine-tuning used another "
+                f"prompt than --template {s.template}")
+    return reference
 
 
 @torch.no_grad()
 def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world: World) -> dict[str, Tensor]:
     """Run the model once over `texts`, each process its share. All processes get all tensors."""
-    with_states = ["retain/", "forget/", "world_facts/"]  # K and the KL metrics compare logits there
-    if "reference_logits" in OBJECTIVES[s.loss].inputs:
-        with_states.append("row/")
+    with_states = ["forget/", "world_facts/"]  # the KL metrics of evaluations compare logits there
+    if OBJECTIVES[s.loss].needs_reference_states:
+        with_states.append("run/row/")
+    if any(TERMS[name].needs_reference_states for name in s.terms):
+        with_states.append("run/retain/")
     share = {}
     dealt = deal(list(texts), lambda key: len(texts[key].ids), 2 * s.micro_batch_size, world.rank, world.size)
     for keys in tqdm(filter(None, dealt), "reference", len(dealt), False, disable=world.rank > 0 or None):
@@ -266,46 +314,73 @@ def reference_pass(s: Settings, model: AnswerModel, texts: dict, pad: int, world
 
 def loss_sums(s: Settings, model: AnswerModel, plan: Plan, micro_batch: MicroBatch, counts: Counts,
               reference: Reference, kl_baseline: Tensor) -> dict[str, Tensor]:
-    """A micro-batch's part of the global batch's loss, of the loss's terms and of W. Each is a sum over rows
-    or tokens, divided by the whole batch's count, so the parts add up over micro-batches and processes."""
-    objective, row_weight, device = plan.objective, 1.0, reference.device
-    if not micro_batch.rows:  # none are left for this process, but all must run FSDP equally often
-        micro_batch, row_weight = plan.micro_batch_of(plan.stream[0][:1]), 0.0
+    """A micro-batch's part of the global batch's loss, of the loss's parts and of W. Each is a sum over rows
+    or tokens, divided by the whole batch's count, so they add up over micro-batches and processes."""
+    micro_batch, row_weight = fill_empty(micro_batch, plan)
     answers, refusals, retain = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
-    batches = [collate(texts, plan.pad, device) for texts in (answers + retain, refusals) if texts]
-    targets = torch.cat([batch.targets for batch in batches])  # of all answers, retain answers and refusals
-    _, logits = model(batches)  # where these tokens are predicted
-    logps = token_logps(logits, targets)
-    lengths = [text.answer_tokens for text in answers + retain + refusals]  # the tokens' order
-    text_logps = torch.stack([part.sum() for part in logps.split(lengths)])  # log pi_theta(y|x) of each text
-    answer_logps, _, refusal_logps = text_logps.split([len(answers), len(retain), len(refusals)])
-    n = sum(lengths[:len(answers)])  # where the retain answers' tokens begin
-    m = n + sum(text.answer_tokens for text in retain)  # and where they end
+    batches = [collate(texts, plan.pad, reference.device) for texts in (answers + retain, refusals) if texts]
+    targets = torch.cat([batch.targets for batch in batches])
+    states, logits = model(batches)  # where answer tokens are predicted: (N, H) and (N, V)
+    predicted = token_logps(logits, targets), logits, states, targets
+    forget, kept, refused = spans(answers, retain, refusals)
 
-    inputs = {"policy_logps": answer_logps, "refusal_logps": refusal_logps, "policy_token_logps": logps[:n],
-              "policy_logits": logits[:n], "targets": targets[:n], "kl_baseline": kl_baseline,
-              "answer_lengths": torch.tensor(lengths[:len(answers)], device=device),
-              **s.values(objective.settings),
-              **reference.inputs(objective.inputs, micro_batch)}
-    arguments = [inputs[name] for name in objective.inputs]
-    values = objective.loss(*arguments)  # (B,) or (n,)
-    count = counts.forget_tokens if objective.mean == "tokens" else counts.rows
+    inputs = policy_inputs(answers, forget, *predicted) | reference.inputs(
+        plan.objective, micro_batch.rows, micro_batch.refusals) | {"kl_baseline": kl_baseline}
+    if refusals:
+        inputs["policy_chosen_logps"] = policy_inputs(refusals, refused, *predicted)["policy_logps"]
+    inputs |= s.values(plan.objective)
+    values = values_of(plan.objective, inputs, answers or refusals)
+    count = counts.forget_tokens if plan.objective.mean == "tokens" else counts.rows
     sums = {"loss": s.forget_weight * values.sum() / count, "forget_loss": values.sum() / count}
-    if s.retain_weight > 0:
-        sums["retain_loss"] = nll_loss(logps[n:m]).sum() / counts.retain_tokens  # nats per token
-        sums["loss"] = sums["loss"] + s.retain_weight * sums["retain_loss"]
-    if s.kl_weight > 0:
-        token_kls = kl_loss(logits[n:m], reference.logits(micro_batch.retain), s.kl_direction)
-        sums["kl_loss"] = token_kls.sum() / counts.retain_tokens
-        sums["loss"] = sums["loss"] + s.kl_weight * sums["kl_loss"]
-    if objective.weight:
-        sums["mean_W"] = objective.weight(*arguments).detach().sum() / count
-    numbers = {"sequences": [len(micro_batch.rows)], "tokens": [len(micro_batch.rows), n, len(logps) - m]}
-    if values.dim() != 1 or len(values) not in numbers[objective.mean]:
-        raise InputError(f"{s.loss} gives {list(values.shape)} for {len(micro_batch.rows)} rows: need one "
-                         "value per sequence, or per token with mean=\"tokens\" in its line of OBJECTIVES")
+    for name, weight in s.terms.items():
+        term = TERMS[name]
+        inputs_kept = policy_inputs(retain, kept, *predicted) | reference.inputs(term, micro_batch.retain)
+        part = values_of(term, inputs_kept | s.values(term, f"{name}_"), retain).sum()
+        part = part / (counts.retain_tokens if term.mean == "tokens" else counts.rows)
+        sums["loss"] = sums["loss"] + weight * part
+        sums[f"{long_name(name)}_loss"] = part
+    if plan.objective.weight:
+        weights = plan.objective.weight(*(inputs[name] for name in plan.objective.inputs))
+        sums["mean_W"] = weights.detach().sum() / count
     return {name: row_weight * value for name, value in sums.items()}
+
+
+def fill_empty(micro_batch: MicroBatch, plan: Plan) -> tuple[MicroBatch, float]:
+    """A process without rows left runs one row with weight 0: all processes must run FSDP equally often."""
+    if micro_batch.rows:
+        return micro_batch, 1.0
+    return plan.micro_batch_of(plan.stream[0][:1]), 0.0
+
+
+def spans(*groups: list[Encoded]) -> list[slice]:
+    """Where each group's answer tokens lie among those of all groups, one group after the other."""
+    counts = [sum(text.answer_tokens for text in texts) for texts in groups]
+    ends = itertools.accumulate(counts, initial=0)
+    return [slice(*ends) for ends in itertools.pairwise(ends)]
+
+
+def policy_inputs(texts: list[Encoded], span: slice, logps: Tensor, logits: Tensor, states: Tensor,
+                  targets: Tensor) -> dict[str, Tensor]:
+    """By name in COMPUTED: what the policy predicts at the answer tokens of `texts`, which lie at `span`."""
+    if not texts:
+        return {}
+    lengths = [text.answer_tokens for text in texts]
+    sums = torch.stack([part.sum() for part in logps[span].split(lengths)])  # log pi_theta(y|x), (B,)
+    return {"policy_logps": sums, "policy_rejected_logps": sums, "policy_token_logps": logps[span],
+            "policy_logits": logits[span], "policy_states": states[span], "targets": targets[span],
+            "answer_lengths": torch.tensor(lengths, device=logps.device)}
+
+
+def values_of(objective: Objective, inputs: dict, texts: list[Encoded]) -> Tensor:
+    """The loss's values, one per text or per answer token. Raises InputError for another shape or input."""
+    if missing := set(objective.inputs) - inputs.keys():
+        raise InputError(f"{objective.loss.__name__}: {min(missing)} is not computed on these rows")
+    values = objective.loss(*(inputs[name] for name in objective.inputs))
+    if values.dim() != 1 or len(values) not in (len(texts), sum(text.answer_tokens for text in texts)):
+        raise InputError(f"{objective.loss.__name__} gives {list(values.shape)} for {len(texts)} rows: need "
+                         "one value per sequence or per answer token")
+    return values
 
 
 @torch.no_grad()
@@ -328,10 +403,13 @@ def check_start(s: Settings, plan: Plan, logged: dict):
     Raises RuntimeError otherwise, because every later number would then be against the wrong reference."""
     longest = max(text.answer_tokens for text in plan.texts.values())
     nats = 1e-3 if s.dtype == "fp32" else max(0.5, longest / 200)  # 16-bit kernels differ between batches
-    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2))), "kl_loss": (0.0, min(0.05, nats))}
+    expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2)))}
     if plan.objective.value_at_start_times_beta:
         value = plan.objective.value_at_start_times_beta / (s.beta if "beta" in plan.objective.inputs else 1)
         expected["forget_loss"] = value, max(1e-5 * value, nats)
+    for name, term in TERMS.items():
+        if term.value_at_start_times_beta == 0:
+            expected[f"{long_name(name)}_loss"] = 0.0, min(0.05, nats)
     for name, (value, allowed) in expected.items():
         if name in logged and abs(logged[name] - value) > allowed:
             raise RuntimeError(f"step 0: {name} is {logged[name]:.6g} and must be {value:.6g}: the reference "
@@ -342,7 +420,7 @@ def check_start(s: Settings, plan: Plan, logged: dict):
 def check_finite(s: Settings, plan: Plan, model: AnswerModel, step: int, world: World):
     """Raises InputError where the last update has made a model whose logits are not finite."""
     with autocast(s.dtype, world.device):
-        _, logits = model([collate([plan.texts["row/0"]], plan.pad, world.device)])
+        _, logits = model([collate([plan.texts["run/row/0"]], plan.pad, world.device)])
     if not logits.isfinite().all():
         raise InputError(f"step {step}: the update made logits that are not finite; try a smaller --lr than "
                          f"{s.lr:g}")
@@ -387,24 +465,24 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         if "kl_baseline" in plan.objective.inputs:
             kl_baseline = kto_baseline(s, model, plan, plan.micro_batch_of(items).refusals, reference, world)
 
-        totals = 0
+        totals = {}
         for micro_batch in plan.micro_batches(items, world.rank, world.size):
             with autocast(s.dtype, world.device):
                 sums = loss_sums(s, model, plan, micro_batch, counts, reference, kl_baseline)
             # FSDP averages the gradients over the processes, and they must be added.
             scaler.scale(sums["loss"] * (world.size if world.sharded else 1)).backward()
-            totals = totals + torch.stack([value.detach() for value in sums.values()])
+            totals = {name: totals.get(name, 0) + value.detach() for name, value in sums.items()}
         if not world.sharded:
             for p in parameters:  # not DDP, whose order of adding changes when a run is resumed
                 if p.grad is not None:
                     world.sum(p.grad)
-        logged = dict(zip(sums, world.sum(totals).tolist(), strict=True))
+        numbers = world.sum(torch.stack([*totals.values()])).tolist()
+        logged = dict(zip(totals, numbers, strict=True))
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)
         grad_norm = full_tensor(norm).item()
-        # fp16 may overflow: the scaler then skips the update and lowers its scale, and the batch comes again.
-        overflow = scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 1
+        overflow = overflowed(scaler, grad_norm)  # the scaler skips the update, and the batch comes again
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
             raise InputError(f"step {step + 1}: loss {logged['loss']:g}, gradient norm {grad_norm:g}; "
                              f"see {run.folder / 'checkpoints'}, and try a smaller --lr than {s.lr:g}")
@@ -418,16 +496,14 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         step += 1
         tokens_per_s = counts.tokens / (time.perf_counter() - begin)
         run.log(step, optimizer.param_groups[0]["lr"], logged, grad_norm, tokens_per_s)
-
-        stop, due = run.requests(step)
         if step in run.evaluation_steps or step == plan.steps:
             check_finite(s, plan, model, step, world)
-        if step in run.evaluation_steps:
-            run.evaluate(step, model, reference)
-        if step < plan.steps and (stop or due or step in run.evaluation_steps):
-            run.checkpoint(step, model, optimizer, scaler)
-        if stop and step < plan.steps:
-            raise KeyboardInterrupt(f"saved after step {step}/{plan.steps}: --resume {run.folder} continues")
+        run.after_step(step, model, reference, optimizer, scaler)
+
+
+def overflowed(scaler, grad_norm: float) -> bool:
+    """Whether fp16 has overflowed at a loss scale that the scaler can still lower."""
+    return scaler.is_enabled() and not math.isfinite(grad_norm) and scaler.get_scale() > 1
 
 
 # ---------------------------------------------------------------- the run folder
@@ -448,6 +524,19 @@ class Run:
     def stop(self, number: int, _):
         self.stopped = True
         signal.signal(number, signal.default_int_handler)  # a second signal ends the process at once
+
+    def after_step(self, step: int, model: AnswerModel, reference: Reference, optimizer, scaler):
+        """Evaluate and save where it is due. Raises KeyboardInterrupt after a signal, once all is saved."""
+        stop, due = self.requests(step)
+        if step in self.evaluation_steps:
+            self.evaluate(step, model, reference)
+        if step == self.plan.steps:
+            return
+        if stop or due or step in self.evaluation_steps:
+            self.checkpoint(step, model, optimizer, scaler)
+        if stop:
+            raise KeyboardInterrupt(f"saved after step {step}/{self.plan.steps}: --resume {self.folder} "
+                                    "continues")
 
     def requests(self, step: int) -> tuple[bool, bool]:
         """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
@@ -476,9 +565,7 @@ class Run:
             preset, reference = self.loaded.preset, reference if reference.tensors else None
             rows = evaluate(model, self.prepared, self.loaded.tokenizer, preset.eval_batch_size,
                             preset.max_new_tokens, reference, self.world)
-        start_utility = self.evaluations.get(0, {}).get("model_utility") if step else None
-        metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained, start_utility)
-        self.loaded.meta["start_utility"] = start_utility
+        metrics = self.evaluations[step] = compute_metrics(rows, *self.retrained)
         shown = {name: metrics[name] for name in ("forget_quality", "model_utility")} | {
             f"{name}_probability": metrics.get(name, {}).get("probability") for name in ("forget", "retain")}
         shown = {name: value for name, value in shown.items() if value is not None}
@@ -506,7 +593,12 @@ class Run:
         tensors = tensors_of(model, optimizer)
         parts = {name: 1 + k // 100 for k, name in enumerate(tensors)}  # a file is copied to the CPU whole
         writer = dcp.HuggingFaceStorageWriter(str(aside), parts, save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        try:
+            dcp.save(tensors, storage_writer=writer)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"cannot write {target} ({cause_of(error)}): after making room, continue with "
+                             f"--resume {self.folder}") from None
         if self.world.rank == 0:
             log_bytes = (self.folder / "log.jsonl").stat().st_size
             write_json(aside / "state.json", {"run": self.loaded.meta["run"], "step": step,
@@ -586,15 +678,7 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     task = load_task(s.data, s.split, s.forget, s.retain)
     loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
     lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
-    trained_on = meta["trained_on"] or {}
-    trained_with = trained_on.get("template", meta["template"])
-    other_data = trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint
-    if other_data and (s.model == "tiny" or not s.forget):
-        world.say(f"note: {s.model} was trained on {trained_on['data']}, and may not know {task.source}; "
-                  "data/README.md says how to make a start for other data")
-    if s.loss != "sft" and meta["template"] != trained_with:
-        raise InputError(f"--template {s.template}: {s.model} was trained with {trained_with}, and its "
-                         "answers to other prompts say little: leave the flag out")
+    check_training_data(s, meta, task, world)
     s.template, context = meta["template"], getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, loaded.tokenizer, context)
     check_head(model, collate(list(plan.texts.values())[:2], plan.pad), s.model)
@@ -605,28 +689,49 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     model.to(world.device)
     evaluated = task.evaluated | {"holdout": task.holdout}
     prepared = prepare(evaluated, loaded.tokenizer, s.template, context=context)
-    meta["trained_on"] = {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
-                          "data_fingerprint": task.fingerprint}
-    meta |= {"split": evaluation_split(s.split), "data_fingerprint": task.fingerprint, "start_utility": None}
-    retrained = read_retain_logs(s.retain_log, meta["split"], prepared.rows["forget"], meta)
+    record = meta | {
+        "trained_on": {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
+                       "data_fingerprint": task.fingerprint},
+        "split": evaluation_split(s.split), "data_fingerprint": task.fingerprint}
+    retrained = read_retain_logs(s.retain_log, record["split"], prepared.rows["forget"], record)
+    record["retrained_hash"] = fingerprint(retrained)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
-    meta["retrained_hash"] = fingerprint(retrained)
-    meta["run"] = fingerprint(fixed, *(meta[name] for name in ("start_hash", "trained_on", "retrained_hash")))
+    identity = [record[name] for name in ("start_hash", "trained_on", "retrained_hash")]
+    record["run"] = fingerprint(fixed, *identity)
     folder = open_folder(s, {
         "settings": dataclasses.asdict(s), "method": s.method, "rows": plan.rows, "steps": plan.steps,
-        "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **meta,
+        "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **record,
         **environment()}, world)
-    numbers = s.values(("lr", "weight_decay", *plan.objective.settings))
+    describe(s, model, plan, record, task.source, folder, world)
+    return model, Run(s, loaded._replace(meta=record), plan, prepared, retrained, folder, world)
+
+
+def check_training_data(s: Settings, meta: dict, task, world: World):
+    """Says so where the start was trained on other data. Raises InputError where it was trained with another
+    template."""
+    trained_on = meta["trained_on"] or {}
+    other_data = trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint
+    if other_data and (s.model == "tiny" or not s.forget):
+        world.say(f"note: {s.model} was trained on {trained_on['data']}, and may not know {task.source}; "
+                  "data/README.md says how to make a start for other data")
+    if s.loss != "sft" and meta["template"] != trained_on.get("template", meta["template"]):
+        raise InputError(f"--template {s.template}: {s.model} was trained with {trained_on['template']}, and "
+                         "its answers to other prompts say little: leave the flag out")
+
+
+def describe(s: Settings, model: AnswerModel, plan: Plan, record: dict, source: str, folder: Path,
+             world: World):
+    """Print what is about to run."""
+    numbers = {"lr": s.lr, "weight_decay": s.weight_decay, **s.values(plan.objective)}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    answer_tokens = sum(plan.texts[f"row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
+    answer_tokens = sum(plan.texts[f"run/row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
     longest = max(len(text.ids) for text in plan.texts.values())
-    world.say(f"{s.method} on {s.split} of {task.source}, from {meta['start']}, into {folder}\n"
+    world.say(f"{s.method} on {s.split} of {source}, from {record['start']}, into {folder}\n"
               f"{plan.rows} rows, {answer_tokens:.1f} tokens per answer, {longest} in the longest text\n"
               f"{s.epochs} epochs, batch {s.batch_size} (micro-batches of {s.micro_batch_size}): "
               f"{plan.steps} steps, the first {plan.warmup_steps} warm-up\ntemplate {s.template}, " +
               ", ".join(f"{name} {value}" for name, value in numbers.items()) +
               f"; {trained / 1e6:.2f} M parameters to train, {s.dtype}, {world.size} x {world.device.type}")
-    return model, Run(s, loaded, plan, prepared, retrained, folder, world)
 
 
 def main(argv: list | None = None):

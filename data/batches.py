@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common import InputError
 from data.prompts import Encoded, encode
-from data.tofu import ALTERNATIVE, Task
-from losses import OBJECTIVES
+from data.tofu import Task
+from losses import OBJECTIVES, TERMS
 
 ROWS, PARTNERS, REFUSALS = 0, 1, 2  # three independent random streams from one seed
 
@@ -29,8 +29,8 @@ class Item(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Keys of the texts that a process runs at once, such as "row/3", "refusal/3/17" and "retain/5". rows and
-    refusals belong to each other by position; the retain texts are other items' partners (see `deal`)."""
+    """Keys of the texts that a process runs at once, such as "run/row/3", "run/refusal/3/17", "run/retain/5".
+    rows and refusals belong to each other by position; the retain texts are other items' partners."""
     rows: list
     refusals: list
     retain: list
@@ -82,50 +82,52 @@ def deal(things: list, length, size: int, rank: int, world_size: int) -> list[li
 
 class Plan:
     """A run's texts as tokens (key, as in MicroBatch -> Encoded), and its stream: the items of each step.
-    Raises InputError for a text above `context` tokens, and for a run of one step."""
+    Raises InputError for a text above `context` tokens, and for a run that ends within its warm-up."""
 
     def __init__(self, s, task: Task, tokenizer, context: int | None):
-        self.objective, self.pad = OBJECTIVES[s.loss], tokenizer.eos_token_id
+        self.objective, self.terms = OBJECTIVES[s.loss], [TERMS[name] for name in s.terms]
         self.batch_size, self.micro_batch_size = s.batch_size, s.micro_batch_size
+        self.pad = tokenizer.eos_token_id
         rows = task.forget or task.retain
         if s.loss == "sft" and s.model.partition("=")[0] == "tiny":
             rows = rows + task.facts()
-        self.uses_partners = s.retain_weight > 0 or s.kl_weight > 0
-        n = sum(row.get(ALTERNATIVE) is not None for row in rows)
-        alternatives = self.objective.alternatives and n > 0
-        if alternatives and n < len(rows):
-            raise InputError(f"{n} of {len(rows)} rows have an {ALTERNATIVE}: give it to all, or to none")
-        refusals = [None] if alternatives else task.refusals  # None: the row's own alternative answer
-        self.stream = make_stream(len(rows), len(task.retain) * self.uses_partners,
-                                  len(refusals) * self.objective.needs_refusals, s)
+        self.stream = make_stream(len(rows), len(task.retain) if self.terms else 0,
+                                  len(task.refusals) if self.objective.needs_refusals else 0, s)
         self.rows, self.epochs, self.steps = len(rows), s.epochs, len(self.stream)
         self.warmup_steps = max(1, int(s.warmup_epochs * len(rows) / s.batch_size))
-        if self.steps == 1:
-            raise InputError(f"{len(rows)} rows, {s.epochs} epochs, batch {s.batch_size} are one step, and "
-                             "the warm-up gives it lr 0; use more --epochs or a smaller --batch-size")
-
-        pairs = {f"row/{i}": (row["question"], row["answer"]) for i, row in enumerate(rows)}
-        for item in (item for step in self.stream for item in step):
-            row = rows[item.row]
-            if self.objective.needs_refusals:
-                refusal = refusals[item.refusal] or row[ALTERNATIVE]
-                pairs[f"refusal/{item.row}/{item.refusal}"] = row["question"], refusal
-            if self.uses_partners:
-                partner = task.retain[item.partner]
-                pairs[f"retain/{item.partner}"] = partner["question"], partner["answer"]
+        if self.steps == 1 or self.warmup_steps > self.steps:
+            raise InputError(f"{len(rows)} rows, {s.epochs} epochs and batch {s.batch_size} give "
+                             f"{self.steps} step(s), and the warm-up, which begins at lr 0, takes "
+                             f"{self.warmup_steps}: use more --epochs, a smaller "
+                             "--batch-size, or fewer --warmup-epochs")
+        pairs = self.question_answer_pairs(rows, task)
         encoded = encode(tokenizer, s.template, list(pairs.values()), context)
-        self.texts = {key: text._replace(start=text.start + self.objective.skips * key.startswith("row/"))
-                      for key, text in zip(pairs, encoded, strict=True)}
+        self.texts = dict(zip(pairs, encoded, strict=True))
+        for key in [f"run/row/{i}" for i in range(len(rows))]:
+            text = self.texts[key]
+            self.texts[key] = text._replace(start=text.start + self.objective.skips)
+
+    def question_answer_pairs(self, rows: list, task: Task) -> dict[str, tuple]:
+        """Key -> (question, answer) of all rows, and of the stream's refusals and retain rows."""
+        pairs = {f"run/row/{i}": (row["question"], row["answer"]) for i, row in enumerate(rows)}
+        for item in (item for step in self.stream for item in step):
+            if self.objective.needs_refusals:
+                refusal = task.refusals[item.refusal]
+                pairs[f"run/refusal/{item.row}/{item.refusal}"] = rows[item.row]["question"], refusal
+            if self.terms:
+                partner = task.retain[item.partner]
+                pairs[f"run/retain/{item.partner}"] = partner["question"], partner["answer"]
+        return pairs
 
     def micro_batch_of(self, items: list[Item]) -> MicroBatch:
-        """The texts of these items that the objective uses."""
-        refusals = [f"refusal/{i.row}/{i.refusal}" for i in items] if self.objective.needs_refusals else []
-        retain = [f"retain/{i.partner}" for i in items] if self.uses_partners else []
-        return MicroBatch([f"row/{i.row}" for i in items], refusals, retain)
+        """The texts of these items that the objective and the terms use."""
+        refusals = [f"run/refusal/{i.row}/{i.refusal}" for i in items if self.objective.needs_refusals]
+        retain = [f"run/retain/{i.partner}" for i in items if self.terms]
+        return MicroBatch([f"run/row/{i.row}" for i in items], refusals, retain)
 
     def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
         """[answers, refusals, retain answers] that the policy reads; empty where the loss needs none."""
-        reads = self.objective.needs_answers, "refusal_logps" in self.objective.inputs, self.uses_partners
+        reads = self.objective.needs_answers, "policy_chosen_logps" in self.objective.inputs, bool(self.terms)
         return [[self.texts[key] for key in keys] if read else []
                 for keys, read in zip(micro_batch, reads, strict=True)]
 
@@ -134,11 +136,12 @@ class Plan:
         each other: the losses are sums over the batch, so a partner need not run beside its row. The longest
         texts come first, before gradients take memory."""
         share = self.micro_batch_size, rank, world_size
-        dealt = deal(items, lambda item: len(self.texts[f"row/{item.row}"].ids), *share)
-        rows = [self.micro_batch_of(batch) for batch in dealt]
-        partners = self.micro_batch_of(items).retain
-        retain = deal(partners, lambda key: len(self.texts[key].ids), *share) or [[]] * len(rows)
-        return [batch._replace(retain=keys) for batch, keys in zip(rows, retain, strict=True)][::-1]
+        dealt = deal(items, lambda item: len(self.texts[f"run/row/{item.row}"].ids), *share)
+        batches = [self.micro_batch_of(batch) for batch in dealt]
+        if self.terms:
+            partners = deal(self.micro_batch_of(items).retain, lambda key: len(self.texts[key].ids), *share)
+            batches = [batch._replace(retain=keys) for batch, keys in zip(batches, partners, strict=True)]
+        return batches[::-1]
 
     def counts(self, items: list[Item]) -> Counts:
         answers, refusals, retain = groups = self.read_by_policy(self.micro_batch_of(items))

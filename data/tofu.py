@@ -16,7 +16,6 @@ BUILTIN = Path(__file__).with_name("builtin")
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like those of forget10_perturbed that no model is trained on; optional
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
-ALTERNATIVE = "alternative_answer"  # DPO's chosen answer in place of a refusal: in all forget rows or in none
 TINY_FACT_REPEATS = 4  # the tiny model sees each real-author and world-fact row this often per epoch
 
 

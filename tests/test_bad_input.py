@@ -26,7 +26,7 @@ TRAIN = [
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
     ("--epochs 0", "must be positive"), ("--retain-weight -1", "not negative"),
-    ("--loss sft --kl-weight 1", "no retain or K term"), ("--checkpoint-every soon", "need minutes"),
+    ("--loss sft --kl-weight 1", "has no terms on retain rows"), ("--checkpoint-every soon", "need minutes"),
     ("--eval-every 0", "need epoch, end, never"), ("--loss ga --beta 0.2", "--beta has no effect on ga"),
     ("--loss ceu --beta 1", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect on npo"),
     ("--beta2 1", "--beta2 has no effect on npo"),
@@ -43,7 +43,7 @@ TRAIN = [
     ("--retain-log nowhere.json", "cannot read the log nowhere.json"),
     ("--retain-log DATA/full.json", "cannot read the log"), ("--resume nowhere", "needs a run's folder"),
     ("--resume MODEL", "needs a run's folder"), ("--resume nowhere --lr 1e-3", "leave out --lr"),
-    ("--model MODEL --data DATA --epochs 1", "are one step"), ("--out taken", "taken exists"),
+    ("--model MODEL --data DATA --epochs 1", "give 1 step"), ("--out taken", "taken exists"),
     ("--lora 8 --parallel fsdp", "--lora needs --parallel ddp"),
 ] + ([] if torch.cuda.is_available() else [("--device cuda", "has no such device")])
 EVALUATE = [
@@ -116,7 +116,6 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
     assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
     assert "forget.json row 2: question must be a non-empty text" in refusal("a")
     assert "row 2: perturbed_answer must be a list" in refusal(rows[3] | {"perturbed_answer": "Dee."})
-    assert "1 of 3 rows have an alternative" in refusal(rows[3] | {"alternative_answer": "No."}, loss="dpo")
     assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
 
 

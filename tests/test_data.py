@@ -100,7 +100,9 @@ def test_own_rows_may_come_without_rows_to_keep(tmp_path, forked, small_model):
     assert (task.source, task.forget, task.retain) == ("own.jsonl", rows, [])
     assert task.evaluated == {"forget": rows} and len(task.refusals) == 100
     flags = ["--model", small_model, "--forget", tmp_path / "own.jsonl", "--epochs", 2, "--batch-size", 2]
-    forked("train_npo.py", *flags, "--loss", "dpo", "--out", "run")
+    refused = forked("train_npo.py", *flags, "--out", "unlearned", status=2)  # a model with random weights
+    assert refused.returncode == 2 and "below --min-start-probability 0.02" in refused.stderr
+    forked("train_npo.py", *flags, "--loss", "dpo", "--min-start-probability", 0, "--out", "run")
     record = json.loads((tmp_path / "run" / "model" / "npo.json").read_text())
     assert record["trained_on"]["split"] == "own" and str(tmp_path) not in json.dumps(record["trained_on"])
     forked("evaluate_tofu.py", "--model", "run/model", "--forget", "own.jsonl", "--out", "log.json")

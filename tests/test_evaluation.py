@@ -19,7 +19,7 @@ from data.tofu import load_task
 from evaluate_tofu import (ResidentReference, evaluate, generate, prepare, read_log, read_retain_log,
                            rouge_l_recall, score, token_measures)
 from metrics import (KL_SETS, agreement, auc, compute_metrics, depth_note, ks_log10_p, log_truth_ratio,
-                     log_truth_ratios, metrics_table, mia_aucs, open_unlearning, pass_window, plot_trajectory,
+                     log_truth_ratios, metrics_table, mia_aucs, pass_window, plot_trajectory,
                      plot_truth_ratios, privleak, probability_among_options, truth_ratio)
 from model import AnswerModel, load_model
 
@@ -553,26 +553,6 @@ def test_agreement_is_paired_by_row():
     assert shifted["correlation"] == pytest.approx(1) == -agreement(x, -x)["correlation"]
     assert agreement(x, x)["paired_p"] == agreement(x[:1], x[:1])["paired_p"] == 1
     assert agreement(x, 0 * x)["correlation"] is None
-
-
-def test_open_unlearnings_aggregate_by_hand():
-    forget = [row | {"extraction_strength": 0.25, "exact_memorization": 0.5, "min_k": 1.0 + i,
-                     "min_k_plus_plus": 1.0 + i, "paraphrased_nll": -math.log(0.2), "paraphrased_tokens": 1,
-                     "perturbed_nll": [-math.log(0.2)], "perturbed_tokens": [1], "answer": "one"}
-              for i, row in enumerate(rows_with([0.0, 0.0]))]
-    metrics = compute_metrics({"forget": forget})
-    names = ("memorization", "privacy", "utility", "overall")
-    assert tuple(metrics["open_unlearning"]) == names
-    parts = (1 - 0.25, 1 - 0.5, 1 - 0.2, 1 - 0.5)  # sigmoid(log R) = 1/2 at R = 1
-    assert metrics["open_unlearning"]["memorization"] == pytest.approx(4 / sum(1 / part for part in parts))
-    assert [metrics["open_unlearning"][name] for name in names[1:]] == [None] * 3
-    mia = dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"), 0.75)
-    whole = open_unlearning(forget, metrics | {"mia": mia, "model_utility": 0.4},
-                            dict.fromkeys(mia, 0.5), start_utility=0.8)
-    assert whole["privacy"] == pytest.approx(0.5) and whole["utility"] == 0.5  # 1 - |0.75 - 0.5| / 0.5
-    assert whole["overall"] == pytest.approx(3 / (2 / 0.5 + 1 / whole["memorization"]))
-    far = open_unlearning(forget, metrics | {"mia": dict.fromkeys(mia, 1.0)}, dict.fromkeys(mia, 0.4), None)
-    assert far["privacy"] == 0 and far["utility"] is far["overall"] is None
 
 
 def test_the_note_on_depth_says_what_beta_the_retrained_model_would_need():

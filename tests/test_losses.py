@@ -211,8 +211,9 @@ def test_wrong_arguments_are_refused(message, loss):
 TABLE = {
     "sft": ("policy_logps", {}, True, False),
     "ga": ("policy_logps", {}, True, False),
-    "idk": ("refusal_logps", {}, False, True),
-    "dpo": ("refusal_logps policy_logps reference_refusal_logps reference_logps beta", {}, True, True),
+    "idk": ("policy_chosen_logps", {}, False, True),
+    "dpo": ("policy_chosen_logps policy_rejected_logps reference_chosen_logps reference_rejected_logps beta",
+            {}, True, True),
     "kto": ("policy_logps reference_logps kl_baseline beta", {}, True, True),
     "npo": ("policy_logps reference_logps beta", {}, True, False),
     "simnpo": ("policy_logps answer_lengths beta gamma", {"beta": 2.5, "gamma": 0.0}, True, False),
@@ -238,7 +239,7 @@ def test_what_the_records_say_beside_the_loss():
 
     assert names("mean", "sequences") == {"dpo", "kto", "npo", "simnpo"}
     assert names("mean", "tokens") == TABLE.keys() - names("mean", "sequences")
-    assert names("alternatives", True) == {"dpo"} and names("weight", npo_weight) == {"npo", "tnpo"}
+    assert names("weight", npo_weight) == {"npo", "tnpo"}
     assert names("skips", 1) == {"ceu"} and names("skips", 0) == TABLE.keys() - {"ceu"}
     starts = {name: OBJECTIVES[name].value_at_start_times_beta for name in TABLE}
     assert {name: value for name, value in starts.items() if value is not None} == {

@@ -31,17 +31,14 @@ class Step:
     """The first global batch of a run (5 rows, in micro-batches of 2) with a policy that has left its
     reference: as the trainer computes it, and as text for the formulas below."""
 
-    def __init__(self, method: str, direction: str = "policy_reference", toward_refusals: int = 1,
-                 alternatives: bool = False):
+    def __init__(self, method: str, direction: str = "policy_reference", toward_refusals: int = 1):
         self.s = s = Settings(
             loss=method.split("+")[0], forget_weight=WEIGHTS["forget_loss"],
             retain_weight=WEIGHTS["retain_loss"] * ("+rt" in method),
             kl_weight=WEIGHTS["kl_loss"] * ("+kl" in method), kl_direction=direction, beta=BETA, beta2=BETA2,
             gamma=GAMMA, model="start", template="llama2", epochs=2, batch_size=5, micro_batch_size=2)
         task = load_data("builtin", "retain90" if s.loss == "sft" else "forget10")
-        forget = [row | {"alternative_answer": f"Perhaps {row['answer'][::-1]}"} if alternatives else row
-                  for row in task.forget[:5]]
-        task = dataclasses.replace(task, forget=forget, retain=task.retain[:5])
+        task = dataclasses.replace(task, forget=task.forget[:5], retain=task.retain[:5])
         torch.manual_seed(0)
         lm = LlamaForCausalLM(LlamaConfig(vocab_size=2048, hidden_size=32, intermediate_size=64,
                                           num_hidden_layers=1, num_attention_heads=4)).eval()
@@ -51,9 +48,7 @@ class Step:
         self.reference_lm, self.reference = copy.deepcopy(lm), Reference(tensors, ALONE.device)
         self.items, rows = self.plan.stream[0], task.forget or task.retain
         self.answers = [(rows[item.row]["question"], rows[item.row]["answer"]) for item in self.items]
-        self.refusals = [(rows[item.row]["question"], rows[item.row]["alternative_answer"]
-                          if alternatives and s.loss == "dpo" else task.refusals[item.refusal])
-                         for item in self.items]
+        self.refusals = [(rows[item.row]["question"], task.refusals[item.refusal]) for item in self.items]
         self.kept = [(task.retain[item.partner]["question"], task.retain[item.partner]["answer"])
                      for item in self.items]
         self.move(toward_refusals)
@@ -170,12 +165,6 @@ def test_loss_and_gradient_follow_the_methods_formula(method, direction):
     assert_as_expected(Step(method, direction))
 
 
-@pytest.mark.parametrize("loss", ("dpo", "kto"))
-def test_dpos_chosen_answer_is_the_rows_alternative_answer(loss):
-    """AltPO: DPO with each row's other answer in place of a refusal. KTO keeps its refusals."""
-    assert_as_expected(Step(loss, alternatives=True))
-
-
 def test_the_mean_weight_is_equation_5s():
     """W = 2 pi_theta^beta / (pi_theta^beta + pi_ref^beta), a mean over sequences."""
     step = Step("npo")
@@ -199,16 +188,15 @@ def mean_of_all(policy_logps):
 
 def test_a_loss_that_returns_another_number_of_values_is_refused():
     step = Step("ga")
-    per_token = Objective(lambda policy_token_logps: policy_token_logps)  # without mean="tokens"
-    for objective in (Objective(mean_of_all), Objective(mean_of_all, mean="tokens"), per_token):
+    for objective in (Objective(mean_of_all), Objective(mean_of_all, mean="tokens")):
         step.plan.objective = objective
-        with pytest.raises(InputError, match="need one value per sequence, or per token with mean="):
+        with pytest.raises(InputError, match="need one value per sequence or per answer token"):
             step.computed()
 
 
 def test_a_parameter_that_nothing_sets_is_refused(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "floored", Objective(lambda policy_logps, floor: policy_logps - floor))
-    with pytest.raises(InputError, match="floored's parameter floor needs a default, or a line in Settings"):
+    with pytest.raises(InputError, match="floored: a step computes no input floor, .* needs a default"):
         parse(["--loss", "floored"])
 
 

@@ -68,17 +68,19 @@ def applied(diff: str, lines: list[str]) -> list[str]:
     return lines
 
 
-def test_the_diff_adds_an_objective_that_trains(forked, small_model, small_data, tmp_path):
+def test_the_diff_adds_an_objective_and_a_term_that_train(forked, small_model, small_data, tmp_path):
     """Applied as printed to a copy of losses.py; no other file is changed."""
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     copy = shutil.copytree(ROOT, tmp_path / "copy",
                            ignore=shutil.ignore_patterns(".*", "runs", "results", "tests"))
     lines = (copy / "losses.py").read_text().splitlines()
     (copy / "losses.py").write_text("\n".join(applied(diff, lines)) + "\n")
-    done = forked(copy / "train_npo.py", "--loss", "squared", "--retain-weight", 1, "--model", small_model,
+    done = forked(copy / "train_npo.py", "--loss", "squared", "--l2-weight", 1, "--model", small_model,
                   "--data", small_data, "--epochs", 2, "--batch-size", 8, "--eval-every", "never",
                   "--out", "run")
-    assert "squared+rt" in done.stdout and (tmp_path / "run" / "model").is_dir()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert "squared+l2" in done.stdout and (tmp_path / "run" / "model").is_dir()
+    assert lines[0]["l2_loss"] < 1e-10 < 1e-6 < lines[-1]["l2_loss"]
 
 
 LECTURE = (ROOT / "docs" / "lecture.md").read_text()
