@@ -4,12 +4,14 @@
 
 Each check measures with the functions of `losses.py` (by autograd) and predicts with the formulas below, so a
 mistake in a loss turns a verdict. Theorem 2 is checked in its regime (n_f <= d, nearly orthogonal rows,
-bounded norms, eta <= 1), up to a million steps.
+bounded norms, eta <= 1), up to a million steps. The critical retain weight (part 5) is ours and not the
+paper's: docs/critical_weight.md has its proof.
 
 Below Eq. 3 the paper prints both gradients with a minus sign. With L_GA = E log pi_theta (Eq. 1) they are
 +E grad log pi and +E W grad log pi. Theorem 2's constants are not in the paper; they are derived here.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from scipy.linalg import block_diag
+from scipy.optimize import linprog
 from tqdm import tqdm
 
 import losses
@@ -117,6 +120,24 @@ def proposition1(generator) -> list:
 
 
 # -------------------------------------------------------------------------------------------- 2. Equation 5
+def two_rates() -> dict:
+    """One answer that loses u nats at the rate du/dt = eta W, W = 2/(1 + e^(beta u)). The integral is beta u
+    + e^(beta u) - 1 = 2 beta eta t. So u is eta t at first, as for gradient ascent, and (1/beta) log(2 beta
+    eta t) late. W is measured on `npo_loss`, by autograd."""
+    eta, gaps = 0.5, []
+    for beta in BETAS:
+        def rate(t, u, beta=beta):
+            policy_logps = torch.tensor(-u, dtype=DTYPE, requires_grad=True)
+            loss = losses.npo_loss(policy_logps, torch.zeros_like(policy_logps), beta)
+            return eta * gradient(loss, policy_logps).numpy()
+
+        t = np.geomspace(0.01, 1e4, 50)
+        u = solve_ivp(rate, (0, t[-1]), [0.0], "LSODA", t, rtol=1e-10, atol=1e-12).y[0]
+        gaps.append(np.max(np.abs((beta * u + np.expm1(beta * u)) / (2 * beta * eta * t) - 1)))
+    return verdict("Two rates: beta u + e^(beta u) - 1 = 2 beta eta t for one answer's lost nats u",
+                   np.max(gaps) < 1e-6, largest_relative_gap=np.max(gaps))
+
+
 def equation5(generator) -> tuple[list, list]:
     """NPO's gradient is GA's times W, and its loss is bounded below. Returns verdicts and panels."""
     weights, curves = {"GA": ([-15, 15], [1, 1])}, {"GA": ([-15, 15], [-15, 15])}
@@ -269,6 +290,81 @@ def softmax_example(generator) -> dict:
                    np.max([*gaps.values()]) < 1e-9, largest_relative_gap=gaps)
 
 
+# ---------------------------------------------------------------------------- 5. the critical retain weight
+def critical_retain_weight(forget_inputs: np.ndarray, retain_inputs: np.ndarray) -> float:
+    """The smallest retain weight for which ga+rt is bounded below in a logistic model, or infinity.
+
+    forget_inputs (n_f, d) and retain_inputs (n_r, d) are signed: margins are inputs times theta, and log pi =
+    log sigmoid(margin). Along a ray t v, L/t -> alpha mean_r (-v.x_r)_+ - mean_f (-v.x_f)_+. So ga+rt is
+    unbounded for alpha below alpha* = sup_v mean_f (-v.x_f)_+ / mean_r (-v.x_r)_+, and bounded from there on
+    (docs/critical_weight.md). For each set of forget inputs that v makes negative, the supremum is a linear
+    program in v and the retain inputs' positive parts: 2^n_f - 1 programs. Raises ValueError for n_f > 16.
+    """
+    (n_f, d), n_r = forget_inputs.shape, len(retain_inputs)
+    if n_f > 16:
+        raise ValueError(f"{n_f} forget inputs need 2^{n_f} linear programs: at most 16 inputs")
+    # (-v.x_r)_+ <= slack_r, and the mean of the slacks is at most 1
+    A = np.block([[-retain_inputs, -np.eye(n_r)], [np.zeros((1, d)), np.full((1, n_r), 1 / n_r)]])
+    b, bounds, largest = np.r_[np.zeros(n_r), 1.0], [(None, None)] * d + [(0, None)] * n_r, 0.0
+    for size in range(1, n_f + 1):  # single inputs first: an infinite weight is found there
+        for negative in itertools.combinations(range(n_f), size):
+            cost = np.r_[forget_inputs[list(negative)].sum(0) / n_f, np.zeros(n_r)]
+            result = linprog(cost, A, b, bounds=bounds)
+            if not result.success:  # v = 0 is feasible, so the program is unbounded
+                return math.inf
+            largest = max(largest, -result.fun)
+    return largest
+
+
+RETAIN_STEPS, RETAIN_LR = 4000, 1.0
+
+
+def retain_instances(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Signed forget and retain inputs of three kinds of instances."""
+    rng = np.random.default_rng([seed, 5])
+    forget, retain = rng.standard_normal((4, 6)), rng.standard_normal((40, 6))
+    half = np.abs(retain[:, :1])  # the first coordinate of every retain input is positive
+    return {"finite": (forget, retain),
+            "outside the cone": (np.c_[-np.abs(forget[:, :1]), forget[:, 1:]], np.c_[half, retain[:, 1:]]),
+            "n_f + n_r <= d": (rng.standard_normal((4, 20)), rng.standard_normal((8, 20)))}
+
+
+def norms_of_descent(forget: np.ndarray, retain: np.ndarray, loss: str, weights: np.ndarray) -> np.ndarray:
+    """|theta| after RETAIN_STEPS and twice as many steps from 0, for each retain weight: (2, weights)."""
+    forget, retain, weights = map(torch.from_numpy, (forget, retain, weights))
+    theta, norms = torch.zeros(len(weights), forget.shape[1], dtype=DTYPE), []
+    start = torch.full((len(weights), len(forget)), math.log(0.5), dtype=DTYPE)  # log pi_ref at theta = 0
+    lr = RETAIN_LR / (1 + weights[:, None])
+    for step in range(1, 2 * RETAIN_STEPS + 1):
+        theta.requires_grad_()
+        logps = F.logsigmoid(theta @ forget.T)
+        forget_loss = losses.ga_loss(logps) if loss == "ga" else losses.npo_loss(logps, start, 1.0)
+        rt = losses.nll_loss(F.logsigmoid(theta @ retain.T))
+        theta = theta.detach() - lr * gradient(forget_loss.mean(1) + weights * rt.mean(1), theta)
+        if step % RETAIN_STEPS == 0:
+            norms.append(theta.norm(dim=1).numpy())
+    return np.stack(norms)
+
+
+def retain_weight(seed: int) -> dict:
+    """ga+rt runs away below the critical weight and rests above it; npo+rt rests at every weight above 0."""
+    holds, numbers = True, {}
+    for name, (forget, retain) in retain_instances(seed).items():
+        critical = critical_retain_weight(forget, retain)
+        weights = np.array([0.5, 0.9, 1.1, 2.0]) * (critical if math.isfinite(critical) else 1.0)
+        growth = {}
+        for loss in ("ga", "npo"):
+            first, second = norms_of_descent(forget, retain, loss, weights)
+            growth[loss] = second / first  # 2 along a ray, 1 at rest
+        runs_away = growth["ga"] > 1.5
+        holds &= (np.array_equal(runs_away, weights < critical) and (growth["npo"] < 1.5).all()
+                  and math.isfinite(critical) == (name == "finite"))
+        numbers[name] = {"critical_weight": critical, "weights": weights,
+                         **{f"{loss}_growth": values for loss, values in growth.items()}}
+    return verdict("Critical retain weight: ga+rt runs away below it and rests above it; npo+rt always rests",
+                   bool(holds), **numbers)
+
+
 # ------------------------------------------------------------------------------------------ the command
 def check(seed: int) -> tuple[list, dict]:
     """The verdicts of all items, and pictures {name: (title, panels)}."""
@@ -276,7 +372,7 @@ def check(seed: int) -> tuple[list, dict]:
     first = proposition1(generator)
     second, weights = equation5(generator)
     third, distances = theorem2(seed)
-    return [*first, *second, *third, softmax_example(generator)], {
+    return [*first, *second, two_rates(), *third, softmax_example(generator), retain_weight(seed)], {
         "equation5": ("NPO's gradient and loss vanish as the answer is unlearned; GA's do not", weights),
         "divergence_rates": ("Gradient ascent diverges linearly, NPO logarithmically", distances)}
 

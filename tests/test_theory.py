@@ -77,7 +77,7 @@ def test_a_wrong_weight_turns_equation_5(monkeypatch):
 def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())  # drawn, but not rendered
     assert theory_check.main(["--out", str(tmp_path)]) == 0
-    assert "8 of 8 hold" in capsys.readouterr().out
+    assert "10 of 10 hold" in capsys.readouterr().out
     record = json.loads((tmp_path / "theory_check.json").read_text())
     assert {"verdicts", "provenance"} == set(record) and record["provenance"]["command"]
     assert {"claim", "holds", "numbers"} == set(record["verdicts"][0])
@@ -138,3 +138,36 @@ def test_bad_settings_are_refused_with_one_sentence(flags, capsys, tmp_path):
     with pytest.raises(InputError) as refusal:
         theory_check.main(flags.format(here=tmp_path).split())
     assert capsys.readouterr().out == "" and "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- the critical retain weight
+
+@pytest.mark.parametrize("forget,retain,weight", [
+    ([[1.0]], [[2.0]], 0.5), ([[-1.0]], [[2.0]], np.inf), ([[1.0], [-1.0]], [[1.0], [-1.0]], 1.0),
+    ([[1.0, 0.0]], [[0.0, 1.0]], np.inf), ([[1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]], 2.0)])
+def test_the_critical_weight_of_small_instances_by_hand(forget, retain, weight):
+    assert theory_check.critical_retain_weight(np.array(forget), np.array(retain)) == pytest.approx(weight)
+
+
+def test_no_direction_has_a_larger_ratio_than_the_critical_weight():
+    forget, retain = theory_check.retain_instances(3)["finite"]
+    v = np.random.default_rng(0).standard_normal((200_000, forget.shape[1]))
+    ratios = np.maximum(0, -v @ forget.T).mean(1) / np.maximum(0, -v @ retain.T).mean(1)
+    critical = theory_check.critical_retain_weight(forget, retain)
+    assert 0.9 * critical < ratios.max() <= critical * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name,mistake", [
+    ("nll_loss", lambda logps: -logps * logps.shape[1]),  # RT without its 1/n_r
+    ("npo_loss", lambda policy, reference, beta: policy - reference)])  # gradient ascent
+def test_a_mistake_in_rt_or_in_npo_turns_the_critical_weights_verdict(monkeypatch, name, mistake):
+    monkeypatch.setattr(theory_check, "RETAIN_STEPS", 2000)
+    assert theory_check.retain_weight(0)["holds"]
+    monkeypatch.setattr(losses, name, mistake)
+    assert not theory_check.retain_weight(0)["holds"]
+
+
+def test_a_loss_without_its_factor_two_turns_the_two_rates(monkeypatch):
+    assert theory_check.two_rates()["holds"]
+    monkeypatch.setattr(losses, "npo_loss", without_the_two)
+    assert not theory_check.two_rates()["holds"]
