@@ -1,6 +1,7 @@
 """What all commands share: errors of one sentence, flags, whole JSON files, provenance."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -54,6 +55,10 @@ def run_command(main):
         sentence, status = str(error), 2
     except KeyboardInterrupt as error:
         sentence, status = str(error) or "interrupted", 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sentence, status = f"no space left on the disk ({cause_of(error)}): make room and run it again", 2
     sys.stdout.flush()
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
     os._exit(status)  # other processes may wait in a collective that never ends; torchrun stops them
@@ -76,6 +81,7 @@ def write_json(path, content: dict):
             os.fsync(file.fileno())  # after a power cut a renamed file would otherwise be empty
         os.replace(file.name, path)
     except OSError as error:
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
         raise InputError(f"cannot write {path} ({cause_of(error)})") from None
 
 
@@ -91,11 +97,12 @@ def environment() -> dict:
             return ""
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
+    ours = git("rev-parse", "--show-toplevel") == str(ROOT)  # and not a repository around this folder
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno", "--", "*.py")
     size = os.environ.get("LOCAL_WORLD_SIZE")
     return {"versions": {"python": sys.version.split()[0], "torch": version("torch"),
                          "transformers": version("transformers")},
-            "commit": commit + "+changes" * bool(changes) or None,
+            "commit": commit + "+changes" * bool(changes) if ours else None,
             "command": f"torchrun --nproc_per_node={size} " * bool(size) + shlex.join(
                 [Path(sys.argv[0]).name, *sys.argv[1:]]),
             "time": datetime.now(UTC).isoformat(timespec="seconds")}

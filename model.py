@@ -166,11 +166,17 @@ class AnswerModel(nn.Module):
 
 @torch.no_grad()
 def check_head(model: AnswerModel, batch: TokenBatch, name: str):
-    """Raises InputError for a model that changes its logits behind the LM head (scales or caps them)."""
-    logits = model.lm(input_ids=batch.ids, use_cache=False).logits[batch.lines, batch.columns]
-    if (model([batch])[1] - logits).abs().max() > 1e-5 * logits.abs().max():
-        raise InputError(f"--model {name}: {type(model.lm).__name__} changes its logits behind the head, so "
-                         "our log-probabilities would be wrong: take another model")
+    """Raises InputError for a model whose logits are not finite, are changed behind the LM head (scaled or
+    capped), or are others in training mode (noise)."""
+    expected = model.lm(input_ids=batch.ids, use_cache=False).logits[batch.lines, batch.columns]
+    model.lm.train()
+    in_training = model([batch])[1]
+    model.lm.eval()
+    for logits, does in ((model([batch])[1], "changes its logits behind the head"),
+                         (in_training, "has other logits in training mode than in evaluation mode")):
+        if not (logits - expected).abs().max() <= 1e-5 * expected.abs().max():  # true also for nan
+            raise InputError(f"--model {name}: {type(model.lm).__name__} {does}, or its logits are "
+                             "not finite. Our log-probabilities would be wrong: take another model")
 
 
 def autocast(dtype: str, device: torch.device):
@@ -214,9 +220,10 @@ def read_model(source, flag: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        # Without dropout the policy is the reference at step 0, and a resumed run needs no random state.
-        vars(config).update({key: 0.0 for key, value in vars(config).items()
-                             if "drop" in key and isinstance(value, float)})
+        # Without noise the policy is the reference at step 0, and a resumed run needs no random state.
+        noise = [key for key, value in vars(config).items()
+                 if isinstance(value, float) and ("drop" in key or "jitter" in key)]
+        vars(config).update(dict.fromkeys(noise, 0.0))
         if getattr(config, "quantization_config", None):
             raise InputError("its weights are quantised: take the unquantised model")
         lm, info = AutoModelForCausalLM.from_pretrained(

@@ -714,6 +714,8 @@ def check_training_data(s: Settings, meta: dict, task, world: World):
     if other_data and (s.model == "tiny" or not s.forget):
         world.say(f"note: {s.model} was trained on {trained_on['data']}, and may not know {task.source}; "
                   "data/README.md says how to make a start for other data")
+    if s.system_prompt and meta["template"] != "chat":
+        raise InputError(f"--system-prompt is for the template chat alone, and this is {meta['template']}")
     if s.loss != "sft" and meta["template"] != trained_on.get("template", meta["template"]):
         raise InputError(f"--template {s.template}: {s.model} was trained with {trained_on['template']}, and "
                          "its answers to other prompts say little: leave the flag out")

@@ -7,6 +7,7 @@ rows.
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +147,12 @@ def read_rows(path: Path) -> list:
     return rows
 
 
+def normalised(row: dict) -> tuple:
+    """Question and answer without differences of Unicode form, case and white space."""
+    return tuple(" ".join(unicodedata.normalize("NFKC", row[key]).casefold().split())
+                 for key in ("question", "answer"))
+
+
 def own_task(forget_file: str | None, retain_file: str | None) -> Task:
     """The user's own rows. Without a retain file only objectives without a retain or K term can be used."""
     if not forget_file:
@@ -153,8 +160,8 @@ def own_task(forget_file: str | None, retain_file: str | None) -> Task:
     sets = {"forget": read_rows(Path(forget_file))}
     if retain_file:
         sets["retain"] = read_rows(Path(retain_file))
-    retained = {(row["question"], row["answer"]) for row in sets.get("retain", [])}
-    if in_both := [row["question"] for row in sets["forget"] if (row["question"], row["answer"]) in retained]:
+    retained = {normalised(row) for row in sets.get("retain", [])}
+    if in_both := [row["question"] for row in sets["forget"] if normalised(row) in retained]:
         raise InputError(f"{len(in_both)} rows are in --forget and in --retain, such as "
                          f"{min(in_both)[:200]!r}: take them out of one file")
     names = ", ".join(Path(path).name for path in (forget_file, retain_file) if path)

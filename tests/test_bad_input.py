@@ -1,18 +1,21 @@
 """What cannot be used is refused before anything is written, with one sentence and exit status 2."""
 
+import errno
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import evaluate_tofu
 import train_npo
-from common import InputError, write_json
+from common import InputError, run_command, write_json
 from data.make_tiny import DIMS, make_tiny
 from data.tofu import BUILTIN
-from model import ALONE
+from model import ALONE, read_model
 from train_npo import begin_run, parse
 
 # The flags after `train_npo.py`, and words of the sentence. MODEL and DATA stand for a small model's and a
@@ -21,7 +24,8 @@ TRAIN = [
     ("--loss sfd", "invalid choice"), ("--unknown 1", "unrecognized"), ("--ret 1", "unrecognized"),
     ("--split forget0", "unknown split"), ("--split forget100", "unknown split"),
     ("--split full", "needs a forget split"), ("--split retain90", "needs a forget split"),
-    ("--template alpaca", "invalid choice"), ("--template qa", "was trained with llama2"),
+    ("--template alpaca", "invalid choice"), ("--model MODEL --data DATA --system-prompt foo", "chat alone"),
+    ("--template qa", "was trained with llama2"),
     ("--kl-direction both", "invalid choice"), ("--epochs 1.5", "invalid int"),
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
@@ -114,6 +118,7 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
         forget.write_text(json.dumps(content))
         return refused(forget=forget, retain=good, **flags)
     assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
+    assert "1 rows are in" in refusal({"question": " Who is\u00a0BO? ", "answer": "bo."})
     assert "forget.json row 2: question must be a non-empty text" in refusal("a")
     assert "row 2: perturbed_answer must be a list" in refusal(rows[3] | {"perturbed_answer": "Dee."})
     assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
@@ -165,3 +170,31 @@ def test_commands_work_without_git(forked, small_model, small_data, tmp_path, mo
     forked("train_npo.py", "--model", small_model, "--data", small_data, "--epochs", 2,
            "--eval-every", "never", "--out", "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] is None
+
+
+def test_a_start_with_a_nan_is_refused(small_model, tmp_path, refused):
+    lm = AutoModelForCausalLM.from_pretrained(small_model)
+    lm.model.norm.weight.data[0] = math.nan
+    folder = shutil.copytree(small_model, tmp_path / "nan")
+    lm.save_pretrained(folder)
+    assert "logits are not finite" in refused(model=folder)
+
+
+def test_router_noise_is_off_and_other_noise_is_refused(small_model, tmp_path, refused, monkeypatch):
+    lm = AutoModelForCausalLM.from_pretrained(small_model)
+    lm.config.router_jitter_noise = 0.01
+    folder = shutil.copytree(small_model, tmp_path / "noise")
+    lm.save_pretrained(folder)
+    assert read_model(folder, "noise")[0].config.router_jitter_noise == 0
+    head = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: head(self, x) + 0.01 * self.training)
+    assert "other logits in training mode" in refused(model=small_model)
+
+
+def test_a_full_disk_ends_in_a_sentence(monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        run_command(full)
+    assert "make room" in capsys.readouterr().err
