@@ -115,6 +115,11 @@ def collect(folders: list, path: Path):
     if folders:
         models, runs = ([entry for entry in map(record, folders) if (entry["method"] == "sft") is is_model]
                         for is_model in (True, False))
+        for split, named in columns_of_single(runs).items():
+            for name, seeds in named.items():
+                if len({tuple(run["steps"]) for run in seeds}) > 1:
+                    raise InputError(f"the seeds of {name} on {split} were evaluated at different steps: "
+                                     "give all of them the same --eval-every")
         write_json(path, {"runs": runs, "retrained": models, "provenance": environment()})
     study = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(single_runs_page(study), encoding="utf-8")
@@ -148,7 +153,8 @@ def build_parser() -> Parser:
     add("--choices", choices=("preset", "tuned"), default="preset",
         help="lr and beta of the preset for all methods (default), or tuned for each method")
     add("--data", default="builtin", help="builtin, a folder with TOFU's files, or a Hub id")
-    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD", help="only these")
+    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
+        help="only these methods of the study; runs of another method: --collect")
     add("--plan", action="store_true", help="print the command lines of missing runs")
     add("--draw-only", action="store_true", help="draw and judge what is stored")
     add("--collect", nargs="+", type=Path, metavar="FOLDER", help="finished runs; their records go to --out")

@@ -9,6 +9,7 @@ green band, and "keeps the rest" if at least 80% of the start's utility is left.
 import math
 import statistics
 import textwrap
+import zlib
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -87,7 +88,8 @@ def subtitle_of(study: dict, columns: dict) -> str:
 
 def style(name: str) -> dict:
     loss, _, term = name.split(" ")[0].partition("+")
-    return {"color": COLORS.get(loss, "tab:brown"), "linestyle": LINES.get(term, "-."),
+    other = f"C{zlib.crc32(loss.encode()) % 10}"  # an objective of one's own keeps its colour in all pictures
+    return {"color": COLORS.get(loss, other), "linestyle": LINES.get(term, "-."),
             "marker": MARKERS.get(term, "D")}
 
 

@@ -424,6 +424,11 @@ def test_single_runs_are_collected_from_their_folders(coarse, run, retain_log, t
     assert sum(entry["answers"]["forget"][kind] for kind in records.KINDS) == 20
     page = (tmp_path / "single.md").read_text()
     assert "| npo+rt | 1 | 0.001 | 0.1 | 1 |" in page and (tmp_path / "single.png").exists()
+    fewer = shutil.copytree(folder, tmp_path / "fewer")
+    (fewer / "eval" / "step_000003.json").unlink()
+    with pytest.raises(InputError, match="--eval-every"):
+        figures_tofu.main(["--collect", str(folder), str(fewer), "--out", str(tmp_path / "two.json")])
+    assert not (tmp_path / "two.json").exists()
     path = folder / "eval" / "step_000000.json"
     unjudged = path.read_text().replace('"forget_quality_log10": ', '"forget_quality_log10": null, "x": ')
     path.write_text(unjudged)
