@@ -3,8 +3,8 @@
     python docs/unlearn/make_data.py                     # writes docs/unlearn/data.js
     python docs/unlearn/make_data.py --out other.js
 
-The page has no tokenizer. So rows come as ids, and a table gives the text of every id. The weights are rounded
-to float16 (2 bytes each, in base64), which changes the model's logits by about 1e-3. The rows are of the
+The page has no tokenizer. So rows come as ids, and a table gives the text of every id. The weights are
+rounded to float16 (2 bytes each, in base64), which changes the model's logits by about 1e-3. The rows are of the
 built-in task: the first authors of forget10, the first authors of its retain set, and retain authors whose
 rows the page never trains on ("unseen" by the retain term: the model was fine-tuned on them all).
 """
@@ -42,7 +42,7 @@ def weights_record() -> dict:
 
 
 def row_records(tokenizer, rows: list) -> list:
-    """[{ids, start, question, answer}]: ids[start:] are the answer's tokens with the end-of-sequence token."""
+    """[{ids, start, question, answer}]: ids[start:] are the answer's tokens, end-of-sequence included."""
     texts = encode(tokenizer, TEMPLATE, [(row["question"], row["answer"]) for row in rows])
     return [{"ids": text.ids, "start": text.start, "question": row["question"], "answer": row["answer"]}
             for row, text in zip(rows, texts, strict=True)]
