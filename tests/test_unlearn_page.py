@@ -13,13 +13,18 @@ from transformers import AutoModelForCausalLM
 
 import losses
 import minimal_npo
+import synthetic
 from conftest import ROOT
 from data.prompts import Encoded
+from data.synthetic_instances import fresh_instance
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
 LR, BETA, STEPS, ROWS = 1e-3, 0.5, 10, 4
 OBJECTIVES = [{"loss": "ga"}, {"loss": "npo", "beta": BETA}, {"loss": "npo", "beta": BETA, "retainWeight": 1}]
+METHODS = [synthetic.Method("ga", 0.005), synthetic.Method("npo", 0.05, 0.5),
+           synthetic.Method("npo+rt", 0.05, 2.0)]
+PATH_STEPS = 60
 Item = namedtuple("Item", "row partner")
 
 
@@ -49,7 +54,15 @@ def stream() -> list:
 
 
 @pytest.fixture(scope="module")
-def page(rows, stream, start, tmp_path_factory) -> dict:
+def instance() -> dict:
+    """Section 4's instance with models that were trained for 500 steps."""
+    drawn = fresh_instance(0, 0)
+    reference, retrained = synthetic.reference_and_retrained(drawn, 1, 500)
+    return {"drawn": drawn, "models": np.stack([reference, retrained]), "alpha": 1}
+
+
+@pytest.fixture(scope="module")
+def page(rows, stream, start, instance, tmp_path_factory) -> dict:
     folder, ids = tmp_path_factory.mktemp("page"), ("ids", "start")
     texts = [{"ids": row["ids"], "places": list(range(len(row["ids"])))} for row in rows["forget"][:6]]
     short = {name: [{key: row[key] for key in ids} for row in part] for name, part in rows.items()}
@@ -62,6 +75,11 @@ def page(rows, stream, start, tmp_path_factory) -> dict:
         steps.append({"forget": [short["forget"][i.row] for i in items],
                       "retain": [short["retain"][i.partner] for i in items], "lr": lr})
     content = {"texts": texts, "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
+               "instance": {
+                   **{name: values.tolist() for name, values in instance["drawn"]._asdict().items()}, "alpha": 1,
+                   **dict(zip(("reference", "retrained"), instance["models"].tolist(), strict=True))},
+               "methods": [{"loss": m.loss, "beta": m.beta, "lr": m.lr, "retainWeight": int(m.retain == "rt"),
+                            "steps": PATH_STEPS} for m in METHODS],
                "newTokens": 20, "objectives": OBJECTIVES, "steps": steps,
                "batch": {"forget": short["forget"][:ROWS], "retain": short["retain"][:ROWS],
                          "referenceLogps": reference.tolist()}}
@@ -124,3 +142,11 @@ def test_greedy_answers_are_the_same(page, start):
         mask = torch.ones_like(ids)
         expected = start.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
         assert answer == expected[0, len(prompt):].tolist()
+
+
+def test_section_4s_paths_equal_synthetic_py(page, instance):
+    problem = synthetic.Problem([instance["drawn"]], 1, [instance["models"]])
+    [paths] = problem.unlearn(METHODS, list(range(PATH_STEPS + 1)))
+    for path, (forget, retain) in zip(page["paths"], paths, strict=True):
+        assert path["forgetDistance"] == pytest.approx(forget, rel=1e-6)
+        assert path["retainDistance"] == pytest.approx(retain, rel=1e-6)

@@ -2,6 +2,7 @@
 "use strict";
 const fs = require("fs"), page = "../docs/unlearn/";
 const DATA = require(page + "data.js"), model = require(page + "model.js"), unlearn = require(page + "unlearn.js");
+const section4 = require(page + "section4.js");
 
 const input = JSON.parse(fs.readFileSync(process.argv[2], "utf8")), start = model.loadWeights(DATA);
 const plain = record => Object.fromEntries(Object.entries(record).map(([name, x]) => [name, Array.from(x)]));
@@ -20,4 +21,6 @@ output.steps = input.steps.map(({forget, retain, lr}) => {
 });
 output.secondsPerStep = (Date.now() - begin) / 1000 / input.steps.length;
 output.trained = plain(trained);
+const instance = section4.makeInstance(input.instance);
+output.paths = input.methods.map(method => section4.pathOf(instance, method));
 fs.writeFileSync(process.argv[3], JSON.stringify(output));

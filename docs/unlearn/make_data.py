@@ -4,9 +4,9 @@
     python docs/unlearn/make_data.py --out other.js
 
 The page has no tokenizer. So rows come as ids, and a table gives the text of every id. The weights are
-rounded to float16 (2 bytes each, in base64), which changes the model's logits by about 1e-3. The rows are of the
-built-in task: the first authors of forget10, the first authors of its retain set, and retain authors whose
-rows the page never trains on ("unseen" by the retain term: the model was fine-tuned on them all).
+rounded to float16 (2 bytes each, in base64), which changes the model's logits by about 1e-3. The rows are
+of the built-in task: the first authors of forget10, the first authors of its retain set, and retain authors
+whose rows the page never trains on ("unseen" by the retain term; the model was fine-tuned on them all).
 """
 
 import argparse
