@@ -76,7 +76,8 @@ def page(rows, stream, start, instance, tmp_path_factory) -> dict:
                       "retain": [short["retain"][i.partner] for i in items], "lr": lr})
     content = {"texts": texts, "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
                "instance": {
-                   "alpha": 1, **{name: values.tolist() for name, values in instance["drawn"]._asdict().items()},
+                   "alpha": 1,
+                   **{name: values.tolist() for name, values in instance["drawn"]._asdict().items()},
                    **dict(zip(("reference", "retrained"), instance["models"].tolist(), strict=True))},
                "methods": [{"loss": m.loss, "beta": m.beta, "lr": m.lr, "retainWeight": int(m.retain == "rt"),
                             "steps": PATH_STEPS} for m in METHODS],
