@@ -6,10 +6,10 @@
 Ours is the command `train_npo.py`, timed from outside by the lines that it prints. The opponents are plain
 loops in float32 with the same attention, threads and optimizer:
 
-    A   as the authors do it: every row padded to 500 tokens, a policy and a resident reference run forward in
-        each step, logits at all places, retain rows in a second forward pass, 2 rows at a time
-    B   as a framework does it: the same, padded to the longest row of a micro-batch of our size. For npo+rt
-        it is `minimal_npo.unlearn`
+    B   as a framework does it: `minimal_npo.unlearn`, which runs a policy and a resident reference forward in
+        each step, takes logits at all places, and retain rows in a second forward pass. Its micro-batches
+        have our size. For fine-tuning it is a loop of its own
+    A   as the authors do it: B with every row padded to 500 tokens, 2 rows at a time
     B'  an evaluation with 8 texts at a time, answers by the library's `generate`
     S   the synthetic experiment with one method and one instance at a time, in one thread
 
@@ -44,13 +44,11 @@ from data.batches import Plan
 from data.synthetic_instances import PUBLISHED_SEEDS, published_instance
 from data.tofu import load_task
 from evaluate_tofu import Prepared, evaluate, prepare, rouge_l_recall
-from losses import dpo_loss, kl_loss, npo_loss
 from model import AnswerModel, load_model
 from study.report import table
 from train_npo import adamw, lr_factor, parse
 
-METHODS = {"npo+rt": "--loss npo --retain-weight 1", "npo+kl": "--loss npo --kl-weight 1",
-           "dpo+rt": "--loss dpo --retain-weight 1", "sft": "--loss sft --split retain01"}
+METHODS = {"npo+rt": "--loss npo --retain-weight 1", "sft": "--loss sft --split retain01"}
 TOLERANCE, STRIDE = 1e-4, 7  # B' takes every seventh row
 KIB = 1024 / 1e9  # GB; Linux counts a process's peak in KiB
 
@@ -105,45 +103,25 @@ def train(flags: list[str], out: Path) -> tuple[float, list, float]:
     return (end - begin) / (config["rows"] * config["settings"]["epochs"]), losses, usage.ru_maxrss * KIB
 
 
-def answers(lm, texts: list, width: int = 0) -> tuple:
-    """(log pi(y|x), (B,); logits at all places, (B, T - 1, V); the tokens there, -100 outside the answers).
-    Texts are padded to `width` tokens, or to the longest."""
+def answer_logps(lm, texts: list, width: int = 0) -> torch.Tensor:
+    """log pi(y|x), (B, 1). Texts are padded to `width` tokens, or to the longest."""
     width = max(width, *(len(text.ids) for text in texts))
     ids, mask, labels = (torch.tensor([line + [filler] * (width - len(line)) for line in lines])
                          for filler, lines in ((0, [text.ids for text in texts]),
                                                (0, [[1] * len(text.ids) for text in texts]),
                                                (-100, [[-100] * t.start + t.ids[t.start:] for t in texts])))
     logits, labels = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], labels[:, 1:]
-    return -F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100).sum(-1), logits, labels
+    return -F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=-100).sum(-1, keepdim=True)
 
 
-def plain_loss(s, policy, reference, groups: list, counts, width: int) -> torch.Tensor:
-    """A micro-batch's part of the batch's loss. groups: its forget rows, refusals and retain rows."""
-    (forget, refusals, retain), frozen = groups, torch.no_grad()(answers)
-    logps = answers(policy, forget, width)[0]
-    if s.loss == "sft":
-        return -logps.sum() / counts.forget_tokens
-    pairs = [logps, frozen(reference, forget, width)[0]]
-    if s.loss == "dpo":
-        pairs = [answers(policy, refusals, width)[0], logps, frozen(reference, refusals, width)[0], pairs[1]]
-    loss = (dpo_loss if s.loss == "dpo" else npo_loss)(*pairs, s.beta).sum() / counts.rows
-    logps, logits, labels = answers(policy, retain, width)
-    if s.retain_weight > 0:
-        return loss - logps.sum() / counts.retain_tokens
-    reference_logits = frozen(reference, retain, width)[1]
-    kl = kl_loss(logits[labels >= 0], reference_logits[labels >= 0], s.kl_direction)
-    return loss + kl.sum() / counts.retain_tokens
-
-
-def plain_steps(s, plan: Plan, policy, reference, width: int, at_once: int):
-    """Train `policy`, one update per batch of the stream. Yields each step's (loss, None)."""
+def fine_tune(s, plan: Plan, policy, width: int, at_once: int):
+    """Train `policy` on the stream's rows. Yields each step's (loss, None), as the page does."""
     optimizer = adamw(policy, s)
     for step, items in enumerate(plan.stream):
-        counts, total = plan.counts(items), 0.0
+        tokens, total = plan.counts(items).forget_tokens, 0.0
         for at in range(0, len(items), at_once):
-            micro_batch = plan.micro_batch_of(items[at:at + at_once])
-            groups = [list(map(plan.texts.get, keys)) for keys in micro_batch]
-            loss = plain_loss(s, policy, reference, groups, counts, width)
+            texts = [plan.texts[f"run/row/{item.row}"] for item in items[at:at + at_once]]
+            loss = -answer_logps(policy, texts, width).sum() / tokens
             loss.backward()
             total += loss.item()
         for group in optimizer.param_groups:
@@ -154,21 +132,22 @@ def plain_steps(s, plan: Plan, policy, reference, width: int, at_once: int):
 
 
 def opponent(name: str, flags: list[str]) -> tuple[float, list, float]:
-    """A or B on train_npo.py's batches: (seconds per row, losses, peak memory in GB)."""
+    """A or B on train_npo.py's batches, in a process of its own: (seconds per row, losses, peak memory in
+    GB)."""
     s = parse(flags)
     reference, tokenizer, meta, _ = load_model(s.model, base=s.loss == "sft")
     s.template, policy = meta["template"], copy.deepcopy(reference)
-    plan = Plan(s, load_task(s.data, s.split), tokenizer, None)
+    plan, width, at_once = Plan(s, load_task(s.data, s.split), tokenizer, None), 0, s.micro_batch_size
     if name == "A":
-        plan.stream = [items[:4] for items in plan.stream[:4]]
-        steps = plain_steps(s, plan, policy, reference, 500, 2)
-    elif s.method == "npo+rt":
-        minimal_npo.MICRO_BATCH_SIZE = s.micro_batch_size
+        plan.stream, width, at_once = [items[:4] for items in plan.stream[:4]], 500, 2
+        minimal_npo.answer_logps = partial(answer_logps, width=width)
+    if s.loss == "sft":
+        steps = fine_tune(s, plan, policy, width, at_once)
+    else:
+        minimal_npo.MICRO_BATCH_SIZE = at_once
         texts = ({int(key.split("/")[2]): text for key, text in plan.texts.items() if key.startswith(kind)}
                  for kind in ("run/row/", "run/retain/"))
         steps = minimal_npo.unlearn(policy, reference, *texts, plan.stream, s.lr, s.beta, s.weight_decay)
-    else:
-        steps = plain_steps(s, plan, policy, reference, 0, s.micro_batch_size)
     values, seconds = timed(list, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
     return seconds / sum(map(len, plan.stream)), [loss for loss, _ in values], peak
@@ -194,7 +173,7 @@ def plain_evaluation(lm, tokenizer, prepared: Prepared, keys: list, max_new_toke
     nlls, end, tokenizer.pad_token = [], tokenizer.eos_token_id, tokenizer.eos_token
     texts = [text for key, text in prepared.texts.items() if key.rpartition("/")[0] in keys]
     for at in range(0, len(texts), 8):
-        nlls += (-answers(lm, texts[at:at + 8])[0]).tolist()
+        nlls += (-answer_logps(lm, texts[at:at + 8])[:, 0]).tolist()
     for at in range(0, len(keys), 8):
         batch = tokenizer.pad({"input_ids": [prepared.prompts[key] for key in keys[at:at + 8]]},
                               padding_side="left", return_tensors="pt")

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -65,8 +66,8 @@ def run_command(main):
 
 
 def cause_of(error: Exception) -> str:
-    """The kind of an error and the first 300 characters of its message, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """The kind of an error and the first words of its message, at most 300 characters on one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 300, placeholder=' ..')}"
 
 
 def write_json(path, content: dict):

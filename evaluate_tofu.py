@@ -233,6 +233,9 @@ def read_retain_log(path: str | None, split: str, forget_rows: list, source: dic
         return None, None
     rows, provenance = read_log(path)
     trained = provenance.get("trained_on") or {}
+    if trained.get("loss", "sft") != "sft":
+        raise InputError(f"{path} is of an unlearned model ({trained['loss']}): need one that was fine-tuned "
+                         "without the forget rows")
     if split != "own" and trained.get("split") not in (None, complement(split)):
         raise InputError(f"{path} is of a model trained on {trained['split']}; --split {split} needs one "
                          f"trained on {complement(split)}")
@@ -330,11 +333,13 @@ def measure(args) -> tuple[dict, dict, tuple]:
                   "max_rows": args.max_rows, "dtype": args.dtype}
     retrained = read_retain_logs(args.retain_log, split, prepared.rows["forget"], provenance)
     model, reference = AnswerModel(loaded.lm), None
-    check_head(model, collate([*prepared.texts.values()][:2], pad), args.model)
+    check_head(model, [*prepared.texts.values()], pad, args.model)
     store_linear(loaded.lm, AUTOCAST[args.dtype])
     model.to(world.device)
     if args.reference:
-        resident = load_model(args.reference).lm
+        resident, tokenizer, *_ = load_model(args.reference)
+        if tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise InputError(f"--reference {args.reference} has another tokenizer than --model {args.model}")
         store_linear(resident, AUTOCAST[args.dtype])
         reference = ResidentReference(AnswerModel(resident.to(world.device)), {
             key: collate([text], pad, world.device) for key, text in prepared.compared().items()})
@@ -346,6 +351,10 @@ def measure(args) -> tuple[dict, dict, tuple]:
 
 def read(args) -> tuple[dict, dict, tuple]:
     """(rows, provenance, the retrained model's rows) of --log."""
+    for name in ("data", "forget", "retain", "reference", "template", "system_prompt", "max_rows",
+                 "max_new_tokens", "batch_size", "dtype", "device"):
+        if getattr(args, name) != build_parser().get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} has no effect with --log: leave it out")
     rows, provenance = read_log(args.log)
     split = args.split or provenance.get("split") or "forget10"
     logged, n = provenance.get("split", split), len(rows["forget"])

@@ -24,8 +24,8 @@ from pathlib import Path
 from common import ROOT, InputError, Parser, environment, positive, run_command, write_json
 from data.tofu import complement, load_task, slice_rows
 from study.pages import page, single_runs_page
-from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_single, draw_depth,
-                            draw_evolution, draw_window, has_beta, has_depth, picture_of, with_ratios)
+from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_single, draw_evolution,
+                            has_beta, picture_of)
 from study.records import attacks, record
 from study.verdicts import settings_of, verdicts
 
@@ -123,12 +123,8 @@ def collect(folders: list, path: Path):
         write_json(path, {"runs": runs, "retrained": models, "provenance": environment()})
     study = json.loads(path.read_text(encoding="utf-8"))
     path.with_suffix(".md").write_text(single_runs_page(study), encoding="utf-8")
-    if all(map(has_depth, study["runs"])) and len({run["beta"] for run in study["runs"]}) > 3:
-        return draw_depth(study["runs"], path.with_suffix(".png"))
     if len(columns := columns_of_single(study["runs"])) == 1:  # more splits are a table
         draw_evolution(study, path.with_suffix(".png"), columns)
-        if window := with_ratios(study, columns):
-            draw_window(study, path.with_name(f"{path.stem}_window.png"), window)
 
 
 def draw(out: Path, stems: list, figures: list):

@@ -17,7 +17,6 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -33,8 +32,6 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 KL_SETS = ("forget", "world_facts")
 PASSES = 0.05  # a model passes when its forget quality is above
 COLORS = {"model utility": "tab:blue", "retain probability": "tab:green", "forget probability": "tab:red"}
-DEPTH = (4.5, 5, 7)  # beta times the nats that npo+rt usually takes from an answer (docs/study.md)
-RESAMPLES, GRID = 9, 25  # of the pass window: draws of the retrained model's rows, and points on each axis
 
 
 def log_truth_ratio(row: dict) -> float | None:
@@ -216,19 +213,6 @@ def plot_truth_ratios(rows: list, retrained: list | None, path: str):
     figure.savefig(path, dpi=200)
 
 
-def pass_window(retrained: np.ndarray, means: np.ndarray, sds: np.ndarray) -> np.ndarray:
-    """log10 forget quality, (sds, means), of models whose log R has these means and standard deviations and
-    the shape of the retrained model's, (n,): the median over resampled rows."""
-    n, ordered = len(retrained), np.sort(retrained)
-    drawn = np.sort(retrained[np.random.default_rng(0).integers(n, size=(RESAMPLES, n))])
-    shapes = (drawn - drawn.mean(1, keepdims=True)) / drawn.std(1, keepdims=True)
-    values = means[:, None, None] + sds[:, None, None, None] * shapes  # (sds, means, RESAMPLES, n)
-    rank = np.arange(1, n + 1)  # the KS statistic is the largest gap between the two cumulative curves
-    gaps = np.maximum(rank - np.searchsorted(ordered, values, "right"),
-                      np.searchsorted(ordered, values, "left") - rank + 1).max(-1) / n
-    return np.vectorize(partial(ks_log10_p, n))(np.median(gaps, axis=-1))
-
-
 def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
     """log10 forget quality on a square-root scale, down to `lowest`, with the band of p-values above 0.05,
     and within it the range that retrained models have among each other (`floor`, their agreements)."""
@@ -246,40 +230,14 @@ def quality_axis(axes, lowest: float, axis: str = "y", floor: list = ()):
         span(math.log10(min(pair["ks_p"] for pair in floor)), 0, color="tab:green", alpha=0.2, linewidth=0)
 
 
-def draw_window_panel(axes, retrained: np.ndarray, curves: dict, look):
-    """The mean and the standard deviation of log R over the forget rows: where a model passes (shaded), the
-    retrained model's own (star), and for each name in `curves` those of its evaluations, (means, sds)."""
-    mean, sd = retrained.mean(), retrained.std()
-    furthest = np.abs(np.hstack([*curves.values()]) - [[mean], [sd]]).max(1)
-    width, height = np.clip(1.2 * furthest, 0.8 * sd, 5 * sd)  # a collapse leaves the panel
-    means, sds = np.linspace(mean - width, mean + width, GRID), np.linspace(0.02, sd + height, GRID)
-    axes.contourf(means, sds, pass_window(retrained, means, sds), [math.log10(PASSES), 0.01],
-                  colors=["tab:green"], alpha=0.25)
-    axes.plot(mean, sd, "*", color="green", markersize=12)
-    for name, (x, y) in curves.items():
-        axes.plot(x, y, **look(name) | {"marker": ".", "linewidth": 1})
-    axes.set(xlim=means[[0, -1]], ylim=sds[[0, -1]], xlabel="mean of log R (star: retrained model)",
-             ylabel="standard deviation of log R")
-
-
 def answer_nats(rows: list) -> float:
     """-log pi of an answer: mean over rows, in nats."""
     return float(np.mean([row["answer_nll"] for row in rows]))
 
 
-def depth_note(beta: float, start: list, retrained: list | None) -> str:
-    """How deep npo+rt will go from the `start` rows, and the beta for the retrained model's depth."""
-    low, _, high = (nats / beta for nats in DEPTH)
-    note = f"npo+rt usually takes {low:.2g} to {high:.2g} nats from an answer at beta {beta:g}"
-    missing = answer_nats(retrained) - answer_nats(start) if retrained else 0
-    if missing > 0:
-        note += f"; the retrained model lacks {missing:.2g}, which would be beta {DEPTH[1] / missing:.2g}"
-    return note
-
-
 def plot_trajectory(folder: Path, retrained: list | None):
-    """trajectory.png of a run: whether it has forgotten, what it has kept, W (or the forget loss), how deep
-    the forget answers have fallen, and where log R lies beside that of the `retrained` rows."""
+    """trajectory.png of a run: whether it has forgotten, what it has kept, W (or the forget loss), and how
+    deep the forget answers have fallen, beside the `retrained` rows."""
     from losses import OBJECTIVES  # imported here because it imports PyTorch, and a study's pictures do not
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = {int(file.stem[5:]): json.loads(file.read_text(encoding="utf-8"))
@@ -296,8 +254,8 @@ def plot_trajectory(folder: Path, retrained: list | None):
               "How fast?": ([line["step"] for line in log],
                             {weight.replace("_", " "): [line[weight] for line in log]}),
               "How deep?": (steps, {"forget answers": list(map(answer_nats, rows))})}
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    quality, kept, fast, deep, window = figure.subplot_mosaic("AABBCC;DDDEEE").values()
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    quality, kept, fast, deep = figure.subplots(2, 2).flat
     for axes, (title, (x, curves)) in zip((quality, kept, fast, deep), panels.items(), strict=True):
         at = -math.inf  # the height of the last label: labels of close lines are moved apart
         for name, values in sorted(curves.items(), key=lambda curve: curve[1][-1] or 0):
@@ -315,13 +273,6 @@ def plot_trajectory(folder: Path, retrained: list | None):
         quality.set_ylabel("forget quality, p-value (shaded: indistinguishable\nfrom the retrained model)")
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
-        window.set_title("By what does it miss?\n(shaded: passes, if log R has the retrained model's shape)")
-        x, y = ([m[f"log_truth_ratio_{key}"] for m in metrics] for key in ("mean", "sd"))
-        draw_window_panel(window, log_truth_ratios(retrained), {"": (x, y)}, lambda name: {"color": "black"})
-        window.annotate(" start", (x[0], y[0]), annotation_clip=True)
-        window.annotate(" end", (x[-1], y[-1]), annotation_clip=True)
-    else:
-        window.remove()
     s = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     weights = [name for name in s if name.endswith("_weight") and name != "forget_weight"]
     names = (*weights, "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")

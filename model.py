@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from common import InputError, cause_of, locate
-from data.batches import TokenBatch
+from data.batches import TokenBatch, collate
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -165,9 +165,14 @@ class AnswerModel(nn.Module):
 
 
 @torch.no_grad()
-def check_head(model: AnswerModel, batch: TokenBatch, name: str):
-    """Raises InputError for a model whose logits are not finite, are changed behind the LM head (scaled or
-    capped), or are others in training mode (noise)."""
+def check_head(model: AnswerModel, texts: list, pad: int, name: str):
+    """Raises InputError for `texts` with tokens that the model lacks, and for a model whose logits are not
+    finite, are changed behind the LM head (scaled or capped), or are others in training mode (noise)."""
+    largest, rows = max(max(text.ids) for text in texts), model.lm.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise InputError(f"--model {name}: its tokenizer writes token {largest}, and its embedding has "
+                         f"{rows} rows: resize the embedding, and fine-tune it")
+    batch = collate(texts[:2], pad)
     expected = model.lm(input_ids=batch.ids, use_cache=False).logits[batch.lines, batch.columns]
     model.lm.train()
     in_training = model([batch])[1]
@@ -218,8 +223,8 @@ def read_model(source, flag: str):
     """(language model, tokenizer) from a folder or a Hub id. Raises InputError."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # Without noise the policy is the reference at step 0, and a resumed run needs no random state.
         noise = [key for key, value in vars(config).items()
                  if isinstance(value, float) and ("drop" in key or "jitter" in key)]

@@ -48,7 +48,7 @@ from data.prompts import TEMPLATES, Encoded
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, prepare, read_retain_logs
 from losses import COMPUTED, KL_DIRECTIONS, OBJECTIVES, TERMS, Objective, long_name, token_logps
-from metrics import best_step, compute_metrics, depth_note, plot_trajectory
+from metrics import best_step, compute_metrics, plot_trajectory
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard)
 
@@ -578,8 +578,6 @@ class Run:
         if self.s.keep == "best" and step == best_step(self.evaluations):
             save_model(model, self.loaded.tokenizer, self.folder / "best", self.loaded.meta | {"step": step},
                        self.world)
-        if step == 0 and self.s.method == "npo+rt" and not self.s.forget:  # measured on splits alone
-            self.world.say(depth_note(self.s.beta, rows["forget"], self.retrained[0]))
         self.world.say(f"after step {step}: " + ", ".join(
             f"{name.replace('_', ' ')} {value:.3g}" for name, value in shown.items()))
 
@@ -681,14 +679,14 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     check_training_data(s, meta, task, world)
     s.template, context = meta["template"], getattr(lm.config, "max_position_embeddings", None)
     plan = Plan(s, task, loaded.tokenizer, context)
-    check_head(model, collate(list(plan.texts.values())[:2], plan.pad), s.model)
+    prepared = prepare(task.evaluated | {"holdout": task.holdout}, loaded.tokenizer, s.template,
+                       context=context)
+    check_head(model, [*plan.texts.values(), *prepared.texts.values()], plan.pad, s.model)
     if s.lora:
         add_adapters(lm, s.lora, s.seed, AUTOCAST[s.dtype])
     if world.sharded:
         shard(model, AUTOCAST[s.dtype], world)
     model.to(world.device)
-    evaluated = task.evaluated | {"holdout": task.holdout}
-    prepared = prepare(evaluated, loaded.tokenizer, s.template, context=context)
     record = meta | {
         "trained_on": {"split": s.split, "loss": s.method, "data": task.source, "template": s.template,
                        "data_fingerprint": task.fingerprint},

@@ -88,6 +88,8 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
     forget = slice_rows(full, split) if split.startswith("forget") else []
     retain = slice_rows(full, complement(split) if forget else split)
+    if {row["question"] for row in evaluated["retain"]} & {row["question"] for row in perturbed}:
+        raise InputError(f"{data}: retain_perturbed.json has questions of forget10_perturbed.json")
     source = Path(data).resolve().name if Path(data).is_dir() else data  # records keep no path of a machine
     return Task(source, forget, retain, evaluated, refusals, sets.get(HOLDOUT, []),
                 fingerprint({name: sets[name] for name in SETS}, refusals))
@@ -142,8 +144,11 @@ def read_rows(path: Path) -> list:
             text = row.get(field) if isinstance(row, dict) else None
             if not (isinstance(text, str) and text.strip()):
                 raise InputError(f"{path} row {number}: {field} must be a non-empty text, got {row!r}"[:500])
-        if not isinstance(row.get("perturbed_answer") or [], list):
-            raise InputError(f"{path} row {number}: perturbed_answer must be a list of texts")
+        others = row.get("perturbed_answer") or []
+        others = [*others, row.get("paraphrased_answer") or "none"] if isinstance(others, list) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in others):
+            raise InputError(f"{path} row {number}: perturbed_answer must be a list of texts, and "
+                             "paraphrased_answer a text")
     return rows
 
 

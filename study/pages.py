@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.tofu import evaluation_split
 from study.pictures import (FIGURES, agreements, attacked, best_later, columns_of, columns_of_single,
-                            has_beta, has_depth, nats_lost, picture_of, values)
+                            has_beta, picture_of, values)
 from study.records import KINDS
 from study.report import table
 from study.verdicts import ELSEWHERE, deciding, kept_utility, last, peak, peak_at, rate, verdicts
@@ -19,16 +19,13 @@ standard deviation over seeds. A forget quality of 0.05 is -1.30 in log10. docs/
 what lies beyond the paper."""
 PEAKS = {"peak log10 forget quality": "peak", "utility there / start": "kept there", "at epoch": "epoch",
          "last log10 forget quality": "last", "utility / start": "kept"}
-DEPTH = {"nats lost per forget answer": "lost", "by W": "lost by W"}
 COLUMNS = {  # figure -> title of a column -> number of a record
     **dict.fromkeys(("5", "9", "retain-weight", "beyond10"), PEAKS),
     "7": {f"{kind} %": kind for kind in (*KINDS, "elsewhere: true", "elsewhere: refusal")},
     "objectives": {"best log10 forget quality at 90% of the utility": "best",
                    "last log10 forget quality": "last", "utility / start": "kept",
                    "extraction strength": "forget_extraction_strength", "AUC min-k": "mia",
-                   "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak",
-                   **{f"open-unlearning: {part}": part for part in (
-                       "memorization", "privacy", "utility", "overall")}},
+                   "paraphrase probability": "forget_paraphrase_probability", "PrivLeak": "privleak"},
     "attacks": {"before": "before", "relearned": "forget 100%", "after retain rows": "retain",
                 "8 bits": "int8", "4 bits": "int4", "NF4": "nf4", "paraphrased": "paraphrased question",
                 "answer begun": "prefix", "few-shot": "few-shot", "leak@1": "1", "leak@64": "64"}}
@@ -37,10 +34,9 @@ COLUMNS = {  # figure -> title of a column -> number of a record
 def with_numbers(run: dict) -> dict:
     """A run's record with its numbers at the peak and at the end."""
     at = peak_at(run)
-    if has_depth(run):
-        run = run | dict(zip(DEPTH.values(), nats_lost(run), strict=True))
+    lost = [nats - run["forget_nll"][0] for nats in run.get("forget_nll", [])]  # of a forget answer, nats
     return {**run, "peak": peak(run), "kept there": kept_utility(run, at), "last": last(run),
-            "kept": kept_utility(run), "best": best_later(run),
+            "kept": kept_utility(run), "best": best_later(run), "lost": lost or None,
             "epoch": run["steps"][at] / run["steps"][-1] * run["epochs"]}
 
 
@@ -111,7 +107,7 @@ def section(study: dict, name: str, figure: str) -> list[str]:
             {"(start)": start, "(retrained)": retrained} | models).items() if records}
     parts = [f"### {title}"] + [f"![{title}](tofu/{picture_of(Path(name), figure)})"] * bool(draw)
     parts += [models_table(models, COLUMNS[figure])] if figure in COLUMNS else []
-    return parts + [samples_tables(models)] * (figure == "7") + [floor_table(study)] * (figure == "window")
+    return parts + [samples_tables(models)] * (figure == "7") + [floor_table(study)] * (figure == "overview")
 
 
 def page(studies: dict) -> str:
@@ -130,5 +126,5 @@ def single_runs_page(study: dict) -> str:
     """A row for each run, with the settings in which the runs differ in its name; samples of the answers."""
     models = by_name(columns_of_single(study["runs"], shared=()))
     retrained = {f"retrained, {model['split']}": [model] for model in study["retrained"]}
-    columns = PEAKS | (DEPTH if any("lost" in runs[0] for runs in models.values()) else {})
+    columns = PEAKS | {"nats lost per forget answer": "lost"}
     return f"{models_table(models, columns)}\n\n{samples_tables(models | retrained)}\n"

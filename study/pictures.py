@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import metrics
 from data.tofu import complement
-from study.verdicts import LINE, PRESERVED, best_at_utility, chosen_runs, kept_utility, last, peak, peak_at
+from study.verdicts import LINE, PRESERVED, best_at_utility, chosen_runs, kept_utility, peak, peak_at
 
 METHODS = ("ga", "ga+rt", "ga+kl", "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt", "npo", "npo+rt",
            "npo+kl", "simnpo", "simnpo+rt")
@@ -109,17 +109,11 @@ def save(figure, path: Path, title: str, subtitle: str, note: str = BAND) -> Pat
     return path
 
 
-def retrained_ratios(study: dict, split: str, seed: int = 0) -> list[np.ndarray]:
-    """log R of the forget rows in each retrained model of a split, where a study has them; `seed`'s first."""
-    models = [model for model in study.get("retrained", [])
-              if model["split"] == complement(split) and "log_truth_ratios" in model]
-    return [np.array(model["log_truth_ratios"]) for model in sorted(models, key=lambda m: m["seed"] != seed)]
-
-
 def agreements(study: dict, split: str) -> list[dict]:
-    """How far retrained models differ from each other: a record for each pair."""
-    return [metrics.agreement(*pair) for pair in combinations(retrained_ratios(study, split), 2)
-            if len(pair[0]) == len(pair[1])]
+    """How far retrained models differ from each other in log R: a record for each pair."""
+    ratios = [np.array(model["log_truth_ratios"]) for model in study.get("retrained", [])
+              if model["split"] == complement(split) and "log_truth_ratios" in model]
+    return [metrics.agreement(x, y) for x, y in combinations(ratios, 2) if len(x) == len(y)]
 
 
 def name_points(axes, points: dict, title: str):
@@ -206,65 +200,6 @@ def draw_points(study: dict, path: Path, columns: dict, keys: tuple = (QUALITY,)
     return save(figure, path, title, subtitle_of(study, columns))
 
 
-def with_ratios(study: dict, columns: dict) -> dict:
-    """The columns whose pass window can be drawn: old records lack log R."""
-    kept = {}
-    for split, named in columns.items():
-        for name, runs in named.items():
-            if retrained_ratios(study, split) and all(
-                    None not in run.get("log_truth_ratio_mean", [None]) for run in runs):
-                kept.setdefault(split, {})[name] = runs
-    return kept
-
-
-def draw_window(study: dict, path: Path, columns: dict) -> Path:
-    """Mean and standard deviation of log R over the run, and the region in which a model passes."""
-    figure, panels = canvas(1, len(columns), 5.5)
-    for axes, (split, named) in zip(panels[0], columns.items(), strict=True):
-        curves = {name: np.mean([[run["log_truth_ratio_mean"], run["log_truth_ratio_sd"]] for run in runs], 0)
-                  for name, runs in named.items()}
-        seed = next(iter(named.values()))[0]["seed"]
-        metrics.draw_window_panel(axes, retrained_ratios(study, split, seed)[0], curves, style)
-        limits = np.transpose([axes.get_xlim(), axes.get_ylim()])  # a collapsed model lies outside
-        name_points(axes, {name: np.clip(curve[:, -1], *limits) for name, curve in curves.items()}, split)
-    winners = [name for name, runs in named.items() if statistics.mean(map(last, runs)) > LINE]
-    title = f"{join(winners)} pass{'es' * (len(winners) < 2)}" + (
-        "; the others miss by mean or spread of log R" * (0 < len(winners) < len(named)))
-    return save(figure, path, title, subtitle_of(study, columns),
-                "green: where a model passes; star: retrained; all curves begin at the start, on the right")
-
-
-def has_depth(run: dict) -> bool:
-    """W is a mean over answers, is known at the end, and the run was measured from its start."""
-    return run["method"] == "npo+rt" and run["steps"][0] == 0 and bool(run.get("mean_W", [None])[-1])
-
-
-def nats_lost(run: dict) -> tuple[float, float]:
-    """Nats that a forget answer has lost at the end: measured as a mean over rows, and ln(2/W - 1)/beta from
-    the mean of Equation 5's W over the run's last steps."""
-    return run["forget_nll"][-1] - run["forget_nll"][0], math.log(2 / run["mean_W"][-1] - 1) / run["beta"]
-
-
-def draw_depth(runs: list, path: Path) -> Path:
-    """Nats lost against beta, for npo+rt runs of which each changes one setting."""
-    figure, [[axes]] = canvas(1, 1, 6)
-    betas, (low, usual, high) = np.array(sorted({run["beta"] for run in runs})), metrics.DEPTH
-    axes.fill_between(betas, low / betas, high / betas, color="tab:green", alpha=0.15)
-    axes.plot(betas, usual / betas, color="green", linewidth=1)
-    lost = np.array([nats_lost(run) for run in runs])
-    for marker, nats, label in zip("ox", lost.T, ("measured", "from W at the end"), strict=True):
-        axes.plot([run["beta"] for run in runs], nats, marker, color="black", fillstyle="none", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="β", ylabel="nats that a forget answer has lost")
-    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
-    axes.set_yticks([3, 5, 10, 20, 50], ["3", "5", "10", "20", "50"])
-    axes.minorticks_off()
-    axes.legend()
-    products = [run["beta"] * nats for run, nats in zip(runs, lost[:, 0], strict=True)]
-    title = f"npo+rt takes {min(products):.1f}/β to {max(products):.1f}/β nats from a forget answer"
-    subtitle = f"{len(runs)} runs; each changes one of β, learning rate, retain weight and epochs"
-    return save(figure, path, title, subtitle, f"green: {usual}/β, from {low}/β to {high}/β")
-
-
 def best_later(run: dict) -> float | None:
     """The best log10 forget quality with 90% of the utility after the start."""
     best = best_at_utility(run, 0.9, first=1)
@@ -273,7 +208,6 @@ def best_later(run: dict) -> float | None:
 
 def values(records: list, key: str) -> list:
     """A number of each record, or the last of a curve (`mia`: the AUC of min-k), where it was measured."""
-    records = [record.get("open_unlearning", {}) | record for record in records]
     numbers = [record.get(key, {}).get("min_k") if key == "mia" else record.get(key) for record in records]
     numbers = [number[-1] if isinstance(number, list) else number for number in numbers]
     return [number for number in numbers if number is not None]
@@ -289,8 +223,6 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
     lowest = min((min(seeds) for seeds in best.values() if seeds), default=-4)
     keys = {"best forget quality with\n90% of the utility": "", "PrivLeak\nat the end": "privleak",
             "extraction strength\nat the end": "forget_extraction_strength"}
-    if any(values(runs, "overall") for runs in named.values()):
-        keys["open-unlearning's aggregate\nat the end"] = "overall"
     figure, panels = canvas(1, len(keys), 1.6 + 0.32 * len(named), sharey=True)
     for axes, (title, key) in zip(panels[0], keys.items(), strict=True):
         for place, name in enumerate(order):
@@ -299,7 +231,7 @@ def draw_objectives(study: dict, path: Path, columns: dict) -> Path:
                 bars(axes, seeds, [place], {"color": color, "marker": "o"})
             elif not key:
                 axes.text(lowest, place, "never after the start", color=color, fontsize=8, va="center")
-        if key and key != "overall":
+        if key:
             models = [model for model in study["retrained"] if model["split"] == "retain90"]
             control = 0 if key == "privleak" else statistics.mean(values(models, key))
             axes.axvline(control, color="green", linewidth=1)
@@ -366,8 +298,6 @@ FIGURES = {
                       "npo+rt@2", "npo+rt@5"), partial(draw_points, keys=(QUALITY, UTILITY))),
     "beyond10": ("Beyond 10%: as Figure 5", ("forget20", "forget30"),
                  ("npo", "npo+rt", "ga+rt", "dpo+rt", "idk+rt"), draw_points),
-    "window": ("By what a run misses: mean and spread of log R", FORGET10,
-               ("ga", "ga+rt", "idk+rt", "dpo+rt", "kto+rt", "npo", "npo+rt", "simnpo+rt"), draw_window),
     "objectives": ("Beyond the paper: newer objectives, sharper metrics", FORGET10, WITH_RT,
                    draw_objectives),
     "attacks": ("Beyond the paper: extraction strength before and after each attack", FORGET10, WITH_RT,
@@ -384,7 +314,7 @@ def columns_of(study: dict, figure: str) -> dict:
         if runs:
             label = name.replace("@tuned", " tuned").replace("@", " weight ")
             columns.setdefault(split, {})[label] = runs
-    return with_ratios(study, columns) if figure == "window" else columns
+    return columns
 
 
 def columns_of_single(runs: list, shared: tuple = ("seed",)) -> dict:

@@ -126,7 +126,7 @@ def record(folder: Path) -> dict:
     answers, samples = answers_of(settings["data"], split, rows[-1])
     measured = {**curves, "answers": answers,
                 "mia": {"min_k": [values.get("mia", {}).get("min_k") for values in metrics]},
-                "open_unlearning": metrics[-1].get("open_unlearning", {}), "samples": samples}
+                "samples": samples}
     if settings["loss"] == "sft":
         measured["log_truth_ratios"] = list(map(log_truth_ratio, rows[-1]["forget"]))
     else:

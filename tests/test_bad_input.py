@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_tofu
 import train_npo
-from common import InputError, run_command, write_json
+from common import ROOT, InputError, run_command, write_json
 from data.make_tiny import DIMS, make_tiny
 from data.tofu import BUILTIN
 from model import ALONE, read_model
@@ -58,7 +58,9 @@ EVALUATE = [
     ("--model MODEL --retain b --data DATA", "--retain needs --forget"),
     ("--model MODEL --forget a.json --data DATA", "leave those out"),
     ("--model MODEL --data DATA --retain-log DATA/full.json", "cannot read the log"),
-    ("--model MODEL --data DATA --reference nowhere", "need a preset")]
+    ("--model MODEL --data DATA --reference nowhere", "need a preset"),
+    ("--log x --max-rows 5", "--max-rows has no effect with --log"),
+    ("--log x --reference MODEL", "--reference has no effect with --log")]
 
 
 @pytest.mark.parametrize("script,flags,sentence", [(train_npo, *case) for case in TRAIN]
@@ -120,7 +122,8 @@ def test_own_rows_with_a_flaw(tmp_path, refused):
     assert "1 rows are in --forget and in --retain, such as 'Who is Bo?'" in refusal(rows[1])
     assert "1 rows are in" in refusal({"question": " Who is\u00a0BO? ", "answer": "bo."})
     assert "forget.json row 2: question must be a non-empty text" in refusal("a")
-    assert "row 2: perturbed_answer must be a list" in refusal(rows[3] | {"perturbed_answer": "Dee."})
+    for field in ({"perturbed_answer": "Dee."}, {"perturbed_answer": [1]}, {"paraphrased_answer": 5}):
+        assert "row 2: perturbed_answer must be a list of texts, and para" in refusal(rows[3] | field)
     assert "context is 512" in refusal({"question": "why " * 600, "answer": "b"}, batch_size=2)
 
 
@@ -132,6 +135,13 @@ def test_model_folders_that_cannot_be_used(small_model, small_data, tmp_path, re
     large = shutil.copytree(small_model, tmp_path / "large")
     other.save_pretrained(large)
     assert "embedding has rows" in refused(model=large)
+    added = AutoTokenizer.from_pretrained(small_model)
+    added.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    added.chat_template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    added.save_pretrained(unready := shutil.copytree(small_model, tmp_path / "added"))
+    assert "its tokenizer writes token 2048" in refused(model=unready, template="chat")
+    (unready / "config.json").unlink()
+    assert "config.json" in refused(model=unready)
     (tmp_path / "run" / "model").mkdir(parents=True)
     assert f"the model is in {tmp_path / 'run'}/model" in refused(model=tmp_path / "run")
     plain = shutil.copytree(small_model, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja"))
@@ -143,6 +153,23 @@ def test_rows_that_the_tiny_model_may_not_know_are_noted(small_data, tmp_path, c
     for flag, rows in (("--data", small_data), ("--forget", tmp_path / "a.json"), ("--data", BUILTIN)):
         begin_run(parse([flag, str(rows), "--batch-size", "1", "--out", f"{tmp_path}/a{rows.name}"]), ALONE)
         assert ("may not know" in capsys.readouterr().out) == (rows != BUILTIN)
+
+
+def test_logs_and_references_of_the_wrong_kind(small_model, small_data, tmp_path, refused):
+    data = shutil.copytree(small_data, tmp_path / "data")
+    shutil.copy(data / "forget10_perturbed.json", data / "retain_perturbed.json")
+    assert "retain_perturbed.json has questions of forget10" in refused(data=data)
+    log = json.loads((ROOT / "data/tiny/retrained_forget10.json").read_text())
+    log["provenance"]["trained_on"]["loss"] = "npo+rt"
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    assert "of an unlearned model (npo+rt)" in refused(retain_log=tmp_path / "log.json")
+    other = shutil.copytree(small_model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["Ulmer"])
+    tokenizer.save_pretrained(other)
+    flags = ["--model", str(small_model), "--data", str(small_data), "--reference", str(other)]
+    with pytest.raises(InputError, match="another tokenizer"):
+        evaluate_tofu.main(flags)
 
 
 @pytest.mark.parametrize("number", (math.nan, math.inf))

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from scipy.stats import ks_2samp
 
 import evaluate_tofu
-import metrics
 from common import InputError, write_json
 from conftest import ROOT
 from data.batches import collate
 from data.tofu import load_task
 from evaluate_tofu import (ResidentReference, evaluate, generate, prepare, read_log, read_retain_log,
                            rouge_l_recall, score, token_measures)
-from metrics import (KL_SETS, agreement, auc, compute_metrics, depth_note, ks_log10_p, log_truth_ratio,
-                     log_truth_ratios, metrics_table, mia_aucs, pass_window, plot_trajectory,
+from metrics import (KL_SETS, agreement, auc, compute_metrics, ks_log10_p, log_truth_ratio,
+                     log_truth_ratios, metrics_table, mia_aucs, plot_trajectory,
                      plot_truth_ratios, privleak, probability_among_options, truth_ratio)
 from model import AnswerModel, load_model
 
@@ -506,30 +505,7 @@ def test_the_trajectory_of_a_run_is_drawn(tmp_path):
     assert 5000 < sizes[0] and 5000 < sizes[1] < sizes[2]
 
 
-# ---------------------------------------------------------------- several retrained models, the aggregate
-
-def test_the_pass_window_holds_the_retrained_model_and_not_the_start():
-    rows, _ = read_log(str(ROOT / "data" / "tiny" / "retrained_forget10.json"))
-    ratios = log_truth_ratios(rows["forget"])
-    means, sds = ratios.mean() + np.array([-0.5, 0.0, 0.5]), ratios.std() * np.array([0.3, 1.0, 3.0])
-    quality = pass_window(ratios, means, sds)
-    assert quality.shape == (3, 3) and quality[1, 1] > math.log10(0.5)
-    assert (np.delete(quality.ravel(), 4) < math.log10(0.05)).all()  # by its mean, or by its spread
-    shifted = ratios[np.random.default_rng(1).integers(300, size=300)] + 0.5
-    shifted += ratios.mean() + 0.5 - shifted.mean()
-    assert quality[1, 2] == pytest.approx(math.log10(ks_2samp(shifted, ratios).pvalue), abs=3)
-
-
-def test_the_pass_window_is_the_ks_test_of_its_resampled_rows(monkeypatch):
-    monkeypatch.setattr(metrics, "RESAMPLES", 1)
-    ratios = np.random.default_rng(1).normal(0.1, 0.6, size=40)
-    means, sds = np.array([-0.2, 0.1, 0.5]), np.array([0.3, 0.6, 1.5])
-    drawn = ratios[np.random.default_rng(0).integers(40, size=40)]
-    shape = (drawn - drawn.mean()) / drawn.std()
-    expected = [[ks_log10_p(40, ks_2samp(mean + sd * shape, ratios).statistic) for mean in means]
-                for sd in sds]
-    assert pass_window(ratios, means, sds) == pytest.approx(np.array(expected), abs=1e-12)
-
+# ---------------------------------------------------------------- several retrained models
 
 def test_several_retrained_models_are_compared_as_single_ones_are():
     rng = np.random.default_rng(0)
@@ -553,10 +529,3 @@ def test_agreement_is_paired_by_row():
     assert shifted["correlation"] == pytest.approx(1) == -agreement(x, -x)["correlation"]
     assert agreement(x, x)["paired_p"] == agreement(x[:1], x[:1])["paired_p"] == 1
     assert agreement(x, 0 * x)["correlation"] is None
-
-
-def test_the_note_on_depth_says_what_beta_the_retrained_model_would_need():
-    start, retrained = ([row | {"answer_nll": nats} for row in rows_with([0.0])] for nats in (1.5, 9.5))
-    assert depth_note(0.5, start, None) == "npo+rt usually takes 9 to 14 nats from an answer at beta 0.5"
-    assert depth_note(0.5, start, retrained).endswith("lacks 8, which would be beta 0.62")
-    assert "retrained" not in depth_note(0.5, retrained, start)  # already deeper

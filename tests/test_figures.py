@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import figures_tofu
 import train_npo
 from common import InputError
 from conftest import ROOT
-from losses import npo_weight
 from study import pages, pictures, records, verdicts
 
 METHODS = pictures.METHODS
@@ -436,15 +434,6 @@ def test_single_runs_are_collected_from_their_folders(coarse, run, retain_log, t
         records.record(folder)
     with pytest.raises(InputError, match="no finished run"):
         records.record(tmp_path)
-
-
-def test_the_depth_from_w_is_equation_5_solved(coarse, tmp_path):
-    runs = []
-    for beta, lost in ((0.1, 48.0), (0.25, 20.0), (0.5, 11.0), (2.0, 3.0)):
-        w = npo_weight(torch.tensor(-lost - 1.5, dtype=torch.float64), torch.tensor(-1.5), beta).item()
-        runs.append({"beta": beta, "mean_W": [None, 1.0, w], "forget_nll": [1.5, 2.0, 1.5 + lost]})
-        assert pictures.nats_lost(runs[-1]) == pytest.approx((lost, lost))
-    assert pictures.draw_depth(runs, tmp_path / "depth.png").stat().st_size > 3000
 
 
 @pytest.mark.slow
