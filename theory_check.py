@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from scipy.linalg import block_diag
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 import losses
 from common import Parser, environment, positive, run_command
+from data.synthetic_instances import PUBLISHED_SEEDS, published_instance
 from study.report import draw, make_folder, verdict, write
 
 # Shapes: C configurations (problems of Theorem 2), n samples in all of them together, E recorded times.
@@ -291,32 +293,66 @@ def softmax_example(generator) -> dict:
 
 
 # ---------------------------------------------------------------------------- 5. the critical retain weight
+class RetainProgram:
+    """max -sum over S of v.x_f / n_f under mean_r (-v.x_r)_+ <= 1, for a set S of forget inputs: a linear
+    program in v and a slack for each retain input. Inputs are signed, (n_f, d) and (n_r, d)."""
+
+    def __init__(self, forget_inputs: np.ndarray, retain_inputs: np.ndarray):
+        n_r, d = retain_inputs.shape
+        self.forget, self.d = forget_inputs, d
+        A = np.block([[-retain_inputs, -np.eye(n_r)], [np.zeros((1, d)), np.full((1, n_r), 1 / n_r)]])
+        self.constraints = csr_matrix(A), np.r_[np.zeros(n_r), 1.0]
+        self.bounds = [(None, None)] * d + [(0, None)] * n_r
+
+    def solve(self, S) -> tuple[float, np.ndarray | None]:
+        """(value, v). The value is infinite, without a v, where the program is unbounded."""
+        cost = np.zeros(len(self.bounds))
+        cost[:self.d] = self.forget[S].sum(0) / len(self.forget)
+        result = linprog(cost, *self.constraints, bounds=self.bounds)
+        return (-result.fun, result.x[:self.d]) if result.success else (math.inf, None)  # v = 0 is feasible
+
+
 def critical_retain_weight(forget_inputs: np.ndarray, retain_inputs: np.ndarray) -> float:
     """The smallest retain weight for which ga+rt is bounded below in a logistic model, or infinity.
 
     forget_inputs (n_f, d) and retain_inputs (n_r, d) are signed: margins are inputs times theta, and log pi =
     log sigmoid(margin). Along a ray t v, L/t -> alpha mean_r (-v.x_r)_+ - mean_f (-v.x_f)_+. So ga+rt is
     unbounded for alpha below alpha* = sup_v mean_f (-v.x_f)_+ / mean_r (-v.x_r)_+, and bounded from there on
-    (docs/critical_weight.md). For each set of forget inputs that v makes negative, the supremum is a linear
-    program in v and the retain inputs' positive parts: 2^n_f - 1 programs. Raises ValueError for n_f > 16.
+    (docs/critical_weight.md). The supremum is the largest of 2^n_f - 1 linear programs, one for each set of
+    forget inputs. Raises ValueError for n_f > 16.
     """
-    (n_f, d), n_r = forget_inputs.shape, len(retain_inputs)
+    n_f, program = len(forget_inputs), RetainProgram(forget_inputs, retain_inputs)
     if n_f > 16:
         raise ValueError(f"{n_f} forget inputs need 2^{n_f} linear programs: at most 16 inputs")
-    # (-v.x_r)_+ <= slack_r, and the mean of the slacks is at most 1
-    A = np.block([[-retain_inputs, -np.eye(n_r)], [np.zeros((1, d)), np.full((1, n_r), 1 / n_r)]])
-    b, bounds, largest = np.r_[np.zeros(n_r), 1.0], [(None, None)] * d + [(0, None)] * n_r, 0.0
-    for size in range(1, n_f + 1):  # single inputs first: an infinite weight is found there
-        for negative in itertools.combinations(range(n_f), size):
-            cost = np.r_[forget_inputs[list(negative)].sum(0) / n_f, np.zeros(n_r)]
-            result = linprog(cost, A, b, bounds=bounds)
-            if not result.success:  # v = 0 is feasible, so the program is unbounded
-                return math.inf
-            largest = max(largest, -result.fun)
-    return largest
+    sets = itertools.product((False, True), repeat=n_f)
+    return max(program.solve(np.array(S))[0] for S in sets)  # the empty set gives 0
 
 
-RETAIN_STEPS, RETAIN_LR = 4000, 1.0
+def critical_weight_bound(forget_inputs: np.ndarray, retain_inputs: np.ndarray) -> float:
+    """A lower bound of the critical weight for any n_f: S becomes the set that the last v makes negative,
+    until it stays. Each turn raises the value."""
+    program, v, last = RetainProgram(forget_inputs, retain_inputs), -forget_inputs.mean(0), -1.0
+    while True:
+        value, v = program.solve(forget_inputs @ v < 0)
+        if value == math.inf or value <= last * (1 + 1e-9):
+            return value
+        last = value
+
+
+def section4_weights() -> dict:
+    """Figure 4's ga+rt has retain weight 1. It is below the critical weight in all published instances."""
+    bounds = {}
+    for alpha in (1, 0):
+        for instance in map(published_instance, PUBLISHED_SEEDS):
+            signs = (2 * y[:, None] - 1 for y in (instance.y_forget, instance.y_retain))
+            features = map(instance.features, (instance.x_forget + alpha, instance.x_retain - alpha))
+            forget, retain = map(np.multiply, signs, features)
+            bounds.setdefault(f"alpha={alpha}", []).append(critical_weight_bound(forget, retain))
+    return verdict("Section 4: Figure 4's retain weight, 1, is below the critical one: ga+rt is unbounded",
+                   min(map(min, bounds.values())) > 1, lower_bounds_of_the_critical_weight=bounds)
+
+
+RETAIN_STEPS, RETAIN_LR, LEVEL_BETAS = 4000, 1.0, (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def retain_instances(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -365,6 +401,27 @@ def retain_weight(seed: int) -> dict:
                    bool(holds), **numbers)
 
 
+def level(seed: int) -> dict:
+    """Where npo+rt rests, W g_f = alpha g_r: nats u that a forget answer has lost there, in the instance with
+    a finite critical weight, alpha 1. If W did not depend on beta, beta u would not either."""
+    forget, retain = map(torch.from_numpy, retain_instances(seed)["finite"])
+    start, products, weights = torch.full((len(forget),), math.log(0.5), dtype=DTYPE), {}, {}
+    for beta in LEVEL_BETAS:
+        def objective(theta, beta=beta):
+            theta = torch.from_numpy(theta).requires_grad_()
+            npo = losses.npo_loss(F.logsigmoid(forget @ theta), start, beta).mean()
+            loss = npo + losses.nll_loss(F.logsigmoid(retain @ theta)).mean()
+            return loss.item(), gradient(loss, theta).numpy()
+
+        theta = torch.from_numpy(minimize(objective, np.zeros(forget.shape[1]), jac=True, tol=1e-8).x)
+        logps = F.logsigmoid(forget @ theta)
+        products[f"beta={beta:g}"] = beta * (start - logps).mean().item()
+        weights[f"beta={beta:g}"] = losses.npo_weight(logps, start, beta).mean().item()
+    values = [*products.values()]
+    return verdict("Level of npo+rt: beta u at rest changes by less than a factor of 2 over beta 0.25 to 4",
+                   max(values) < 2 * min(values), beta_times_nats=products, mean_W=weights)
+
+
 # ------------------------------------------------------------------------------------------ the command
 def check(seed: int) -> tuple[list, dict]:
     """The verdicts of all items, and pictures {name: (title, panels)}."""
@@ -372,7 +429,8 @@ def check(seed: int) -> tuple[list, dict]:
     first = proposition1(generator)
     second, weights = equation5(generator)
     third, distances = theorem2(seed)
-    return [*first, *second, two_rates(), *third, softmax_example(generator), retain_weight(seed)], {
+    return [*first, *second, two_rates(), *third, softmax_example(generator), retain_weight(seed),
+            section4_weights(), level(seed)], {
         "equation5": ("NPO's gradient and loss vanish as the answer is unlearned; GA's do not", weights),
         "divergence_rates": ("Gradient ascent diverges linearly, NPO logarithmically", distances)}
 

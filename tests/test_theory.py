@@ -1,6 +1,7 @@
 """Section 3's checks: they hold, their formulas are right, and a deliberate mistake turns a verdict."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 import losses
 import theory_check
 from common import InputError
+from data.synthetic_instances import published_instance
 
 
 @pytest.fixture
@@ -18,6 +20,11 @@ def small(monkeypatch):
     """The same checks with fewer steps and configurations, in a second."""
     monkeypatch.setattr(theory_check, "EXACT", 300)
     monkeypatch.setattr(theory_check, "LAST", 200_000)
+    monkeypatch.setattr(theory_check, "RETAIN_STEPS", 2000)
+    instance = published_instance(1000)
+    fewer = instance._replace(x_retain=instance.x_retain[:300], y_retain=instance.y_retain[:300])
+    monkeypatch.setattr(theory_check, "PUBLISHED_SEEDS", (1000,))
+    monkeypatch.setattr(theory_check, "published_instance", {1000: fewer}.get)
     monkeypatch.setattr(theory_check, "SWEEPS", {"n_f": (4, 8, 16), "eta": (0.25, 0.5, 1.0),
                                                  "beta": theory_check.BETAS, "d": (64, 128)})
 
@@ -77,7 +84,7 @@ def test_a_wrong_weight_turns_equation_5(monkeypatch):
 def test_every_item_holds_and_the_exit_status_says_so(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: path.touch())  # drawn, but not rendered
     assert theory_check.main(["--out", str(tmp_path)]) == 0
-    assert "10 of 10 hold" in capsys.readouterr().out
+    assert "12 of 12 hold" in capsys.readouterr().out
     record = json.loads((tmp_path / "theory_check.json").read_text())
     assert {"verdicts", "provenance"} == set(record) and record["provenance"]["command"]
     assert {"claim", "holds", "numbers"} == set(record["verdicts"][0])
@@ -155,6 +162,22 @@ def test_no_direction_has_a_larger_ratio_than_the_critical_weight():
     ratios = np.maximum(0, -v @ forget.T).mean(1) / np.maximum(0, -v @ retain.T).mean(1)
     critical = theory_check.critical_retain_weight(forget, retain)
     assert 0.9 * critical < ratios.max() <= critical * (1 + 1e-9)
+
+
+def test_the_bound_is_the_critical_weight_or_below_it():
+    for seed in range(3):
+        forget, retain = theory_check.retain_instances(seed)["finite"]
+        critical, bound = (weight(forget, retain) for weight in (
+            theory_check.critical_retain_weight, theory_check.critical_weight_bound))
+        assert 0.5 * critical < bound <= critical * (1 + 1e-9)
+    assert theory_check.critical_weight_bound(*theory_check.retain_instances(0)["n_f + n_r <= d"]) == math.inf
+
+
+def test_a_weight_that_ignores_beta_turns_the_level(monkeypatch):
+    assert theory_check.level(0)["holds"]
+    npo_loss = losses.npo_loss
+    monkeypatch.setattr(losses, "npo_loss", lambda policy, reference, beta: npo_loss(policy, reference, 1.0))
+    assert not theory_check.level(0)["holds"]
 
 
 @pytest.mark.parametrize("name,mistake", [
