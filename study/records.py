@@ -26,6 +26,7 @@ from study.report import plain
 KINDS = ("true", "other fact", "refusal", "repetitive", "garbled", "empty")
 CURVES = ("forget_quality_log10", "log_truth_ratio_mean", "log_truth_ratio_sd", "model_utility", "forget_kl",
           "world_facts_kl", "privleak")
+LOGGED = ("mean_W", "forget_loss", "retain_loss", "grad_norm")
 FORGET_CURVES = ("extraction_strength", "paraphrase_probability")
 WITHOUT_EFFECT = ("retain_log", "micro_batch_size", "device", "parallel", "activation_checkpointing",
                   "compile", "eval_every", "checkpoint_every", "keep", "log_to", "out", "resume")
@@ -100,11 +101,6 @@ def answers_of(data: str, split: str, results: dict) -> tuple[dict, list]:
 
 # ---------------------------------------------------------------- from run folders to records
 
-def mean_weight(log: list, after: int, until: int) -> float | None:
-    weights = [line["mean_W"] for line in log if after < line["step"] <= until and "mean_W" in line]
-    return statistics.mean(weights) if weights else None
-
-
 def record(folder: Path) -> dict:
     """Settings and provenance of a finished run, its curves over the evaluations (None where a metric was not
     measured), and its last answers. Raises InputError."""
@@ -120,9 +116,12 @@ def record(folder: Path) -> dict:
     curves |= {f"forget_{key}": [values["forget"].get(key) for values in metrics] for key in FORGET_CURVES}
     split, rows = evaluation_split(settings["split"]), [evaluation["rows"] for evaluation in evaluations]
     steps = [evaluation["provenance"].get("step", 0) for evaluation in evaluations]  # 0: evaluate_tofu.py's
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    log = {line["step"]: line for line in log}
     curves["forget_nll"] = [answer_nats(sets["forget"]) for sets in rows]  # nats per answer
-    curves["mean_W"] = [mean_weight(log, step - steps[-1] / 10, step) for step in steps]  # a tenth of the run
+    curves |= {f"{name}_probability": [values.get(name, {}).get("probability") for values in metrics]
+               for name in ("forget", "retain")}
+    curves |= {key: [log.get(step, {}).get(key) for step in steps] for key in LOGGED}  # of that step
     answers, samples = answers_of(settings["data"], split, rows[-1])
     measured = {**curves, "answers": answers,
                 "mia": {"min_k": [values.get("mia", {}).get("min_k") for values in metrics]},
