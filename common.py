@@ -15,6 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent  # of the repository
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and with these transformers' own
 
 
 def locate(path: str) -> Path:

@@ -23,10 +23,6 @@ from torch.distributed.tensor import DTensor
 from common import InputError, cause_of, locate
 from data.batches import TokenBatch, collate
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # and with these transformers' own
-
 AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ASSISTANT = "You are a helpful assistant."
 
