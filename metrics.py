@@ -203,11 +203,17 @@ def plot_truth_ratios(rows: list, retrained: list | None, path: str):
         raise InputError("--plot draws the truth ratio: it needs perturbed answers in every forget row")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for sample, label in ((rows, "this model"), (retrained, "retrained model")):
-        if sample is not None:
-            axes.ecdf(np.exp(log_truth_ratios(sample)), label=label)
+    samples = {"this model": rows} | ({"retrained model": retrained} if retrained else {})
+    ratios = {name: log_truth_ratios(sample) for name, sample in samples.items()}
+    for name, values in ratios.items():
+        axes.ecdf(np.exp(values), label=name)
     axes.set(xscale="log", xlabel="truth ratio R (above 1: the truth is likelier than the falsehoods)",
-             ylabel="share of forget rows below", title="Forget quality compares these two distributions")
+             ylabel="share of forget rows below")
+    if retrained:
+        test = ks_2samp(*ratios.values())
+        shares = [np.mean(values <= test.statistic_location) for values in ratios.values()]
+        axes.vlines(np.exp(test.statistic_location), min(shares), max(shares), color="tab:red")
+        axes.set_title(f"Largest gap {test.statistic:.3f} of {len(rows)} rows, p = {test.pvalue:.2g}")
     axes.legend(loc="upper left")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200)
@@ -270,7 +276,7 @@ def plot_trajectory(folder: Path, retrained: list | None):
     deep.set_ylabel("-log π of an answer, nats, mean over forget rows")
     if retrained:
         quality_axis(quality, min(forgotten["forget quality"]), floor=metrics[-1]["retrained"]["among"])
-        quality.set_ylabel("forget quality, p-value (shaded: indistinguishable\nfrom the retrained model)")
+        quality.set_ylabel("forget quality, p-value\n(shaded: not told from a retrained model)")
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
     s = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]

@@ -41,6 +41,8 @@ SWEEPS = {"n_f": (2, 4, 8, 16, 32, 64), "eta": (0.05, 0.1, 0.25, 0.5, 1.0), "bet
           "d": (64, 128, 256, 512)}
 B_THETA, NORMS, C_0 = 1.0, (0.8, 1.2), 0.1  # |theta_init|, the range of |x_i|, and n_f * max |<x_i, x_j>|
 LOG_RATIO = "log $\\pi_\\theta/\\pi_{ref}$"
+STYLES = {"GA": {"color": "tab:red"}, **{f"_{b:g}": {"color": "0.3", "linestyle": "--"} for b in BETAS},
+          **{f"W = {w:g}": {"color": "black", "linestyle": "", "marker": "o"} for w in (0.01, 0.5)}}
 
 
 # --------------------------------------------------------------------------------- what the theory predicts
@@ -142,7 +144,7 @@ def two_rates() -> dict:
 
 def equation5(generator) -> tuple[list, list]:
     """NPO's gradient is GA's times W, and its loss is bounded below. Returns verdicts and panels."""
-    weights, curves = {"GA": ([-15, 15], [1, 1])}, {"GA": ([-15, 15], [-15, 15])}
+    weights, curves = {}, {}
     reference_logps, gaps, least = -torch.rand(401, generator=generator, dtype=DTYPE) * 20, [], []
     far = torch.linspace(-1e4, 0, 101, dtype=DTYPE)
     for beta in BETAS:
@@ -153,17 +155,20 @@ def equation5(generator) -> tuple[list, list]:
         for weight in (measured, losses.npo_weight(policy_logps, reference_logps, beta)):
             gaps.append((weight / npo_weight(log_ratio, beta) - 1).abs().max().item())
         least.append(losses.npo_loss(far, torch.zeros_like(far), beta).min().item() + 0.0)  # -0.0 is 0
-        shown, name = log_ratio.abs() <= 15, f"NPO, $\\beta$ = {beta:g}"
+        shown, name = (log_ratio >= -15) & (log_ratio <= 2), f"NPO, $\\beta$ = {beta:g}"
         weights[name], curves[name] = ((log_ratio[shown], y.detach()[shown]) for y in (measured, loss))
     ga = losses.ga_loss(far).min().item()
+    weights["GA"], curves["GA"] = ([-15, 2], [1, 1]), ([-15, 2], [-15, 2])
+    for w in (0.01, 0.5):
+        weights[f"W = {w:g}"] = [-math.log(2 / w - 1) / beta for beta in BETAS], [w] * len(BETAS)
     return [
         verdict("Equation 5: NPO's gradient is gradient ascent's times W = 2 pi^beta/(pi^beta + pi_ref^beta)",
                 np.max(gaps) < 1e-10, largest_relative_gap=np.max(gaps)),
         verdict("Equation 3: NPO's loss is bounded below by 0; gradient ascent's is not",
                 0 <= np.min(least) < 1e-6 and ga == far.min(),
                 least_npo_loss=np.min(least), least_ga_loss=ga),
-    ], [({"title": "gradient over GA's gradient: W", "xlabel": LOG_RATIO}, weights),
-        ({"title": "loss, nats", "xlabel": LOG_RATIO, "ylim": (-16, 32)}, curves)]
+    ], [({"title": "gradient over GA's gradient: W", "xlabel": LOG_RATIO, "xlim": (-15, 4.5)}, weights),
+        ({"title": "loss, nats", "xlabel": LOG_RATIO, "xlim": (-15, 4.5)}, curves)]
 
 
 # --------------------------------------------------------------------------------------------- 3. Theorem 2
@@ -263,11 +268,11 @@ def theorem2(seed: int) -> tuple[list, list]:
 
     over_beta = np.flatnonzero(sweep == "beta")
     curves = {f"NPO, $\\beta$ = {beta[at]:g}": (times, npo[:, at]) for at in over_beta}
-    axes = {"xlabel": "t", "ylabel": "|$\\theta^{(t)} - \\theta_{init}|$ in $X^TX$", "xscale": "log"}
-    return verdicts, [
-        ({**axes, "title": "NPO's distance is straight in log t"}, curves),
-        ({**axes, "title": "GA's distance is proportional to t", "yscale": "log"},
-         {**curves, "GA": (times, ga[:, over_beta[0]])})]
+    curves["GA"], formula = (times, ga[:, over_beta[0]]), times[times >= EXACT]
+    for at in over_beta:
+        curves[f"_{beta[at]:g}"] = formula, npo_tail(*grams[at], eta[at], beta[at], formula)
+    axes = {"xlabel": "steps t", "ylabel": "size of $X(\\theta^{(t)} - \\theta_{init})$", "yscale": "log"}
+    return verdicts, [({**axes, "title": "dashed: the derived late distance", "xscale": "log"}, curves)]
 
 
 # ---------------------------------------------------------------------------- 4. the linear-softmax example
@@ -446,7 +451,7 @@ def main(argv: list | None = None) -> int:
     record = {"verdicts": verdicts, "provenance": {**environment(), "seed": args.seed}}
     print(write(args.out / "theory_check", record, "Section 3, checked"))
     for name, (title, panels) in pictures.items():
-        draw(args.out / f"{name}.png", title, panels, {"GA": {"color": "tab:red"}})
+        draw(args.out / f"{name}.png", title, panels, STYLES)
     print(f"{sum(result['holds'] for result in verdicts)} of {len(verdicts)} hold; written: {args.out}")
     return 0 if all(result["holds"] for result in verdicts) else 1
 

@@ -34,7 +34,7 @@ PANELS = {QUALITY: ("Forgotten?", "forget quality (p-value)"),  # metric -> titl
           "forget_kl": ("divergence on the forget set", "KL to the start, nats per token"),
           "world_facts_kl": ("divergence on world facts", "KL to the start, nats per token")}
 DPI = 200
-BAND = "green: indistinguishable from retrained (p > 0.05)"
+BAND = "green: this test does not tell it from a retrained model (p > 0.05)"
 ATTACKS = {"relearn: an epoch\non forget rows": ("before", "forget 100%"),  # panel -> state before and after
            "relearn: as long\non retain rows": ("before", "retain"),
            "round weights\nto 4 bits": ("before", "int4"),

@@ -68,23 +68,28 @@ def write(stem: Path, record: dict, title: str, *paragraphs: str) -> str:
 
 
 def name_lines(axis, curves: dict):
-    """Write each curve's name beside its last point. Names that would overlap move apart vertically."""
+    """Write each curve's name beside its last point; of "_NAME" nothing. Names that would overlap move apart
+    vertically."""
     axis.get_ylim()  # fixes the limits, which the transformation needs
     to_panel = axis.transData + axis.transAxes.inverted()
+    colors = {name: line.get_color() for name, line in zip(curves, axis.lines, strict=True)}
+    curves = {name: curve for name, curve in curves.items() if not name.startswith("_")}
     ends = [to_panel.transform((x[-1], y[-1])) for x, y, *_ in curves.values()]
     order = sorted(range(len(ends)), key=lambda place: ends[place][1])
     gaps = 0.055 * np.arange(len(ends))  # in heights of the panel
     heights = np.maximum.accumulate([ends[place][1] for place in order] - gaps) + gaps
     for height, place in zip(np.minimum(heights, 1 - gaps[::-1]), order, strict=True):  # not above the panel
-        axis.text(ends[place][0] + 0.02, height, [*curves][place], color=axis.lines[place].get_color(),
-                  transform=axis.transAxes, va="center", fontsize=8)
+        name = [*curves][place]
+        axis.text(ends[place][0] + 0.02, height, name, color=colors[name], transform=axis.transAxes,
+                  va="center", fontsize=8)
 
 
 def draw(path: Path, title: str, panels: list, styles: dict):
     """A row of panels under a title that states the message. A panel is (settings of axes, {name: (x, y)}),
     and the edges of a band may follow y. `styles` is {name: settings of its line}."""
-    figure = Figure(figsize=(5 * len(panels), 4.6), layout="constrained")
-    for axis, (settings, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    figure = Figure(figsize=(max(7, 5 * len(panels)), 4.6), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (settings, curves) in zip(all_axes, panels, strict=True):
         for place, (name, (x, y, *edges)) in enumerate(curves.items()):
             style = {"color": colormaps["viridis"](place / 6), **styles.get(name, {})}
             axis.plot(x, y, **style)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-LINE = math.log10(0.05)  # above this log10 forget quality a model is indistinguishable from the retrained one
+LINE = math.log10(0.05)  # above it the test does not tell a model from a retrained one
 NPO_BASED, GA_BASED = ("npo", "npo+rt", "npo+kl"), ("ga", "ga+rt", "ga+kl")
 BASELINES = (*GA_BASED, "idk+rt", "dpo", "dpo+rt", "dpo+kl", "kto", "kto+rt")
 ELSEWHERE = ("retain", "real_authors", "world_facts")
