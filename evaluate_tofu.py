@@ -287,7 +287,7 @@ def build_parser() -> Parser:
     add("--reference", help="the model before unlearning, given like --model: adds the KL metrics")
     add("--split", help="forget split (default: from the model's or the log's record, else forget10)")
     add("--data", help="builtin (default), a folder with TOFU's files, or a Hub id")
-    add("--forget", help="own forget rows, JSON or JSON lines with question and answer, in place of --data")
+    add("--forget", help="own forget rows (JSON, CSV or Parquet), in place of --data")
     add("--retain", help="own retain rows, with --forget")
     add("--template", choices=TEMPLATES, help="prompt template (default: the one saved with the model)")
     add("--system-prompt", help="for the template chat (default: the one saved with the model)")

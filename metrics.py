@@ -114,6 +114,35 @@ def mia_aucs(forget_rows: list, holdout_rows: list) -> dict:
     return {name: auc([row[name] for row in members], [row[name] for row in unseen]) for name in members[0]}
 
 
+def auc_interval(members: np.ndarray, unseen: np.ndarray) -> dict:
+    """The AUC with its 95% interval, by the variance of DeLong et al. (1988); at least two rows each."""
+    wins = (unseen[:, None] > members) + 0.5 * (unseen[:, None] == members)  # (unseen, members)
+    variance = wins.mean(0).var(ddof=1) / len(members) + wins.mean(1).var(ddof=1) / len(unseen)
+    low, high = (float(wins.mean() + sign * 1.96 * math.sqrt(variance)) for sign in (-1, 1))
+    return {"auc": float(wins.mean()), "interval": [max(0.0, low), min(1.0, high)]}
+
+
+def unseen_metrics(forget_rows: list, unseen_rows: list) -> dict:
+    """Forget rows beside unseen rows: their losses per token, the unseen rows' probability, and the AUC."""
+    forget, unseen = (np.array([row["answer_nll"] / row["answer_tokens"] for row in rows])
+                      for rows in (forget_rows, unseen_rows))
+    return {"forget_loss": float(forget.mean()), "unseen_loss": float(unseen.mean()),
+            "probability": float(np.exp(-unseen).mean()), "rows": [len(forget), len(unseen)],
+            **(auc_interval(forget, unseen) if min(len(forget), len(unseen)) > 1 else {})}
+
+
+def unseen_verdict(measured: dict) -> str:
+    """What an attacker who sees losses alone can tell, in words. AUC: 1 memorised, 1/2 like unseen rows."""
+    auc, (low, high), (n_forget, n_unseen) = measured["auc"], measured["interval"], measured["rows"]
+    if low > 0.5:
+        return f"not forgotten: an attacker tells the rows from unseen ones in {100 * auc:.0f} of 100 pairs"
+    if high < 0.5:
+        return (f"forgotten too far: AUC {auc:.2f}, an attacker finds the forgotten rows in "
+                f"{100 - 100 * auc:.0f} of 100 pairs")
+    return (f"this test does not tell them apart: AUC {auc:.2f} on {n_forget} and {n_unseen} rows, 95% "
+            f"interval {low:.2f} to {high:.2f}")
+
+
 def privleak(min_k_auc: float | None, retrained_auc: float | None) -> float | None:
     """100 ((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained), per cent (MUSE, Shi et al., 2025)."""
     if None in (min_k_auc, retrained_auc) or retrained_auc == 1:
@@ -165,14 +194,18 @@ def compute_metrics(rows: dict, retrained: list | None = None, retrained_holdout
         if retrained and [row["answer"] for row in holdout] == [row["answer"] for row in rows["holdout"]]:
             retrained_mia = mia_aucs(retrained, holdout)
         metrics["mia"] = mia_aucs(rows["forget"], rows["holdout"])
+        metrics["unseen"] = unseen_metrics(rows["forget"], rows["holdout"])
         metrics["privleak"] = privleak(metrics["mia"]["min_k"], retrained_mia.get("min_k"))
     return metrics
 
 
 def best_step(evaluations: dict) -> int | None:
-    """The best forget quality's step, or without a retain log that of retain minus forget probability."""
+    """The best forget quality's step. Without a retain log: the step whose forget rows are nearest to the
+    unseen rows at the start, or without these that of the largest retain minus forget probability."""
     def merit(step: int) -> float:
         quality, retain = evaluations[step]["forget_quality_log10"], evaluations[step].get("retain")
+        if quality is None and "unseen" in evaluations.get(0, {}):
+            return -abs(evaluations[step]["unseen"]["forget_loss"] - evaluations[0]["unseen"]["unseen_loss"])
         difference = (retain["probability"] if retain else 0) - evaluations[step]["forget"]["probability"]
         return difference if quality is None else quality
     return max((step for step in evaluations if step > 0), key=merit, default=None)
@@ -279,6 +312,10 @@ def plot_trajectory(folder: Path, retrained: list | None):
         quality.set_ylabel("forget quality, p-value\n(shaded: not told from a retrained model)")
         deep.axhline(answer_nats(retrained), color="green")
         deep.annotate("retrained model", (0, answer_nats(retrained)), va="bottom", color="green")
+    elif "unseen" in metrics[0]:
+        target = metrics[0]["unseen"]["probability"]
+        quality.axhline(target, color="green")
+        quality.annotate("unseen rows at the start", (0, target), va="bottom", color="green")
     s = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
     weights = [name for name in s if name.endswith("_weight") and name != "forget_weight"]
     names = (*weights, "split", "lr", *OBJECTIVES[s["loss"]].settings, "epochs", "seed")

@@ -48,7 +48,7 @@ from data.prompts import TEMPLATES, Encoded
 from data.tofu import evaluation_split, load_task, parse_split
 from evaluate_tofu import Prepared, evaluate, prepare, read_retain_logs
 from losses import COMPUTED, KL_DIRECTIONS, OBJECTIVES, TERMS, Objective, long_name, token_logps
-from metrics import best_step, compute_metrics, plot_trajectory
+from metrics import best_step, compute_metrics, plot_trajectory, unseen_verdict
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
                    full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard)
 
@@ -67,8 +67,9 @@ class RunSettings:
     gamma: float | None = None  # simnpo's margin, nats (default 0)
     split: str | None = None  # forget01 to forget99; for sft full or retainNN (default: forget10; sft: full)
     data: str = "builtin"  # builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU
-    forget: str | None = None  # own rows to unlearn, JSON or JSON lines with question and answer
+    forget: str | None = None  # own rows to unlearn: JSON, CSV or Parquet; docs/own_data_and_models.md
     retain: str | None = None  # own rows to keep; may be left out where no term reads them
+    unseen: str | None = None  # own rows like the forget rows that the model never saw: the run's target
     min_start_probability: float = 0.02  # of own forget rows per token, else the run stops at step 0; 0: off
     model: str = "tiny"  # preset, folder, Hub id, or PRESET=PATH
     template: str | None = None  # prompt template: llama2, qa or chat (default: the model's)
@@ -200,8 +201,11 @@ def refuse_contradictions(s: Settings, typed: dict):
         raise InputError(f"--loss sft learns its split, and has no terms on retain rows: leave out {weights}")
     if s.log_to and not find_spec(s.log_to):
         raise InputError(f"--log-to needs its package: pip install {s.log_to}")
-    if (s.forget or s.retain) and (s.loss == "sft" or {"data", "split"} & typed.keys()):
+    own = s.forget or s.retain or s.unseen
+    if own and (s.loss == "sft" or {"data", "split"} & typed.keys()):
         raise InputError("--forget and --retain replace --data and --split: leave those out, and --loss sft")
+    if s.unseen and s.eval_every == "never":
+        raise InputError("--unseen is compared in evaluations: leave out --eval-every never")
     if s.forget and not s.retain and s.terms:
         raise InputError(f"{weights} need rows to keep: give --retain FILE")
     if not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every):
@@ -213,7 +217,7 @@ def refuse_contradictions(s: Settings, typed: dict):
                          "of steps")
     if s.out and Path(s.out).exists():
         raise InputError(f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}")
-    if not (s.forget or s.retain or s.loss == "sft") and parse_split(s.split)[0] != "forget":
+    if not (own or s.loss == "sft") and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
 
 
@@ -453,7 +457,7 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
     optimizer, scaler = adamw(model, s), torch.amp.GradScaler(world.device.type, enabled=s.dtype == "fp16")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step = run.restore(model, optimizer, scaler)
-    if step == 0 and s.loss != "sft" and s.eval_every not in ("never", "end"):
+    if step == 0 and s.loss != "sft" and (s.eval_every not in ("never", "end") or s.unseen):
         run.evaluate(0, model, reference)
 
     while step < plan.steps:
@@ -569,6 +573,9 @@ class Run:
         shown = {name: metrics[name] for name in ("forget_quality", "model_utility")} | {
             f"{name}_probability": metrics.get(name, {}).get("probability") for name in ("forget", "retain")}
         shown = {name: value for name, value in shown.items() if value is not None}
+        if self.s.unseen:
+            shown |= {"unseen_probability_at_the_start": self.evaluations[0]["unseen"]["probability"],
+                      "AUC": metrics["unseen"]["auc"]}
         if self.world.rank == 0:
             provenance = {**self.loaded.meta, "step": step, **environment()}
             write_json(self.folder / "eval" / f"step_{step:06d}.json",
@@ -673,7 +680,7 @@ def open_folder(s: Settings, config: dict, world: World) -> Path:
 
 def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     """Read all inputs, then open the run's folder. Raises InputError before anything is written."""
-    task = load_task(s.data, s.split, s.forget, s.retain)
+    task = load_task(s.data, s.split, s.forget, s.retain, s.unseen)
     loaded = load_model(s.model, s.template, s.system_prompt, base=s.loss == "sft")
     lm, meta, model = loaded.lm, loaded.meta, AnswerModel(loaded.lm)
     check_training_data(s, meta, task, world)
@@ -750,6 +757,8 @@ def main(argv: list | None = None):
         plot_trajectory(run.folder, run.retrained[0])
     save_model(model, run.loaded.tokenizer, run.folder / "model", run.loaded.meta, world)
     world.say(f"{run.folder / 'model'}: written after {time.perf_counter() - begin:.0f} s")
+    if s.unseen:
+        world.say(unseen_verdict(run.evaluations[run.plan.steps]["unseen"]))
     if world.size > 1:
         dist.destroy_process_group()
 

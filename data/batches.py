@@ -170,6 +170,6 @@ def collate(encoded: list[Encoded], pad: int, device="cpu") -> TokenBatch:
     batch = TokenBatch(
         ids=torch.tensor([e.ids + [pad] * (width - len(e.ids)) for e in encoded]),
         lines=torch.tensor([line for line, e in enumerate(encoded) for _ in range(e.answer_tokens)]),
-        columns=torch.tensor([column for e in encoded for column in range(e.start - 1, len(e.ids) - 1)]),
-        targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]))
+        columns=torch.tensor([place - 1 for e in encoded for place in e.places]),
+        targets=torch.tensor([e.ids[place] for e in encoded for place in e.places]))
     return TokenBatch(*(x.to(device) for x in batch))

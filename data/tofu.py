@@ -5,18 +5,25 @@ rows for evaluation, which have paraphrased and perturbed answers, are its last 
 rows.
 """
 
+import csv
 import json
 import re
 import unicodedata
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from common import InputError, cause_of, fingerprint
+from data.prompts import Chat, Document, Prompt
 
 BUILTIN = Path(__file__).with_name("builtin")
 SETS = ("full", "forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 HOLDOUT = "holdout10"  # rows like those of forget10_perturbed that no model is trained on; optional
 EVALUATED = ("forget", "retain", "real_authors", "world_facts")
+KINDS = {"question": ("question", "answer"), "prompt": ("prompt", "completion"), "messages": ("messages",),
+         "text": ("text",)}  # of rows, by a field that tells them
+NEEDED = dict.fromkeys(("question", "answer", "prompt", "completion", "text"), "a non-empty text") | {
+    "messages": "at least two turns with role and content, the last one the assistant's"}
 TINY_FACT_REPEATS = 4  # the tiny model sees each real-author and world-fact row this often per epoch
 
 
@@ -71,10 +78,11 @@ def slice_rows(rows: list, split: str) -> list:
     return rows[-n_forget:] if kind == "forget" else rows[:-n_forget]
 
 
-def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None) -> Task:
+def load_task(data: str, split: str, forget_file: str | None = None, retain_file: str | None = None,
+              unseen_file: str | None = None) -> Task:
     """The rows of `data` (builtin, a folder, a Hub id), or of the user's own files. Raises InputError."""
-    if forget_file or retain_file:
-        return own_task(forget_file, retain_file)
+    if forget_file or retain_file or unseen_file:
+        return own_task({"forget": forget_file, "retain": retain_file, "unseen": unseen_file})
     sets, refusals = load_sets(data)
     full, judged = sets["full"], evaluation_split(split)
     # No row before the last 10% has perturbed answers, so a larger split is judged on the last 10%.
@@ -123,11 +131,17 @@ def read_refusals(folder: Path) -> list:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def read_rows(path: Path) -> list:
-    """The rows of a JSON-lines file or of a JSON list. Raises InputError with file and line or row."""
+def read_file(path: Path) -> list:
+    """The rows of a file: CSV, Parquet, JSON lines or a JSON list. Raises InputError with file and line."""
     try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet  # imported here because the import takes half a second
+            return parquet.read_table(path).to_pylist()
+        if path.suffix == ".csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                return list(csv.DictReader(file))
         text, rows = path.read_text(encoding="utf-8-sig"), []  # Windows begins files with a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also bytes that are not UTF-8, and pyarrow's
         raise InputError(f"cannot read {path} ({cause_of(error)}): need an existing file in UTF-8") from None
     is_list = text.lstrip().startswith("[")
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
@@ -136,20 +150,56 @@ def read_rows(path: Path) -> list:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise InputError(f"{path} line {number}: not JSON ({error}); need one object") from None
-    rows = rows[0] if is_list else rows
-    if not rows:
+    return rows[0] if is_list else rows
+
+
+def read_rows(path: Path) -> list:
+    """The file's rows, each with question and answer. Raises InputError with file and row."""
+    if not (rows := read_file(path)):
         raise InputError(f"{path} has no rows: write one object with question and answer per line")
+    kind = next((kind for kind in KINDS if isinstance(rows[0], dict) and kind in rows[0]), "question")
     for number, row in enumerate(rows, 1):
-        for field in ("question", "answer"):
+        for field in KINDS[kind]:
             text = row.get(field) if isinstance(row, dict) else None
-            if not (isinstance(text, str) and text.strip()):
-                raise InputError(f"{path} row {number}: {field} must be a non-empty text, got {row!r}"[:500])
+            if not (is_chat if field == "messages" else is_text)(text):
+                raise InputError(f"{path} row {number}: {field} must be {NEEDED[field]}, got {row!r}"[:500] +
+                                 "; a row has question and answer, prompt and completion, messages, or text")
         others = row.get("perturbed_answer") or []
         others = [*others, row.get("paraphrased_answer") or "none"] if isinstance(others, list) else [None]
-        if not all(isinstance(text, str) and text.strip() for text in others):
+        if not all(map(is_text, others)):
             raise InputError(f"{path} row {number}: perturbed_answer must be a list of texts, and "
                              "paraphrased_answer a text")
-    return rows
+    return [with_question(row, kind) for row in rows]
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_chat(messages) -> bool:
+    """Whether these are at least two turns with a text each, the last one the assistant's."""
+    turns = isinstance(messages, list) and len(messages) > 1 and all(
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in messages)
+    return turns and messages[-1]["role"] == "assistant"
+
+
+def with_question(row: dict, kind: str) -> dict:
+    """The row with a question, whose class says how its prompt is made, and its answer."""
+    if kind == "question":
+        return row
+    if kind == "messages":
+        *before, last = row["messages"]
+        question, answer = Chat(before[-1]["content"]), last["content"]
+        question.messages = before
+    elif kind == "prompt":
+        question, answer = Prompt(row["prompt"]), row["completion"]
+    else:
+        text = row["text"]
+        cut = text.rfind(" ", 0, len(text) // 4 + 1)  # an evaluation continues the first quarter
+        cut = cut if cut > 0 else max(1, len(text) // 4)
+        question, answer = Document(text[:cut]), text[cut:]
+    question.rest = answer
+    return row | {"question": question, "answer": answer}
 
 
 def normalised(row: dict) -> tuple:
@@ -158,17 +208,21 @@ def normalised(row: dict) -> tuple:
                  for key in ("question", "answer"))
 
 
-def own_task(forget_file: str | None, retain_file: str | None) -> Task:
+def own_task(files: dict) -> Task:
     """The user's own rows. Without a retain file only objectives without a retain or K term can be used."""
-    if not forget_file:
-        raise InputError("--retain needs --forget: give the file with the rows to unlearn")
-    sets = {"forget": read_rows(Path(forget_file))}
-    if retain_file:
-        sets["retain"] = read_rows(Path(retain_file))
-    retained = {normalised(row) for row in sets.get("retain", [])}
-    if in_both := [row["question"] for row in sets["forget"] if normalised(row) in retained]:
-        raise InputError(f"{len(in_both)} rows are in --forget and in --retain, such as "
-                         f"{min(in_both)[:200]!r}: take them out of one file")
-    names = ", ".join(Path(path).name for path in (forget_file, retain_file) if path)
-    return Task(names, sets["forget"], sets.get("retain", []), sets, read_refusals(BUILTIN), [],
+    files = {name: Path(path) for name, path in files.items() if path}
+    if "forget" not in files:
+        raise InputError(f"--{min(files)} needs --forget: give the file with the rows to unlearn")
+    sets = {name: read_rows(path) for name, path in files.items()}
+    if len({type(rows[0]["question"]) for rows in sets.values()}) > 1:
+        raise InputError("the files have rows of different kinds: write all rows in one way")
+    for one, other in combinations(sets, 2):
+        texts = {*map(normalised, sets[other])}
+        if in_both := [row["question"] for row in sets[one] if normalised(row) in texts]:
+            raise InputError(f"{len(in_both)} rows are in --{one} and in --{other}, such as "
+                             f"{min(in_both)[:200]!r}: take them out of one file")
+    if "unseen" in sets and min(len(sets["forget"]), len(sets["unseen"])) < 2:
+        raise InputError("--unseen compares rows: give at least two, and two to forget")
+    unseen, names = sets.pop("unseen", []), ", ".join(path.name for path in files.values())
+    return Task(names, sets["forget"], sets.get("retain", []), sets, read_refusals(BUILTIN), unseen,
                 fingerprint(sets))
