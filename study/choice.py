@@ -47,7 +47,8 @@ def summary(choices: list) -> list[dict]:
             row |= {f"log10 forget quality, {name}": f"{statistics.mean(quality):.2f}",
                     f"passes, {name}": sum(q > -1.301 for q in quality)}
         for key in ("utility", "auc"):
-            row[f"{key}, by unseen rows"] = f"{statistics.mean(run['by unseen rows'][key] for run in runs):.2f}"
+            mean = statistics.mean(run["by unseen rows"][key] for run in runs)
+            row[f"{key}, by unseen rows"] = f"{mean:.2f}"
         rows.append(row)
     return rows
 

@@ -244,3 +244,14 @@ def test_what_the_records_say_beside_the_loss():
     starts = {name: OBJECTIVES[name].value_at_start_times_beta for name in TABLE}
     assert {name: value for name, value in starts.items() if value is not None} == {
         "dpo": math.log(2), "kto": 2 * math.log(2), "npo": 2 * math.log(2)}
+
+
+@pytest.mark.parametrize("loss", [npo_loss, npo_weight, tnpo_loss])
+def test_beta_may_be_a_tensor_that_broadcasts(loss):
+    policy, reference = torch.tensor([-1.0, -5.0, -9.0]), torch.tensor([-2.0, -3.0, -1.0])
+    betas = torch.tensor([0.1, 0.5, 2.0])
+    one_by_one = [loss(policy[i:i + 1], reference[i:i + 1], beta.item()) for i, beta in enumerate(betas)]
+    assert_close(loss(policy, reference, betas), torch.cat(one_by_one))
+    for wrong in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="beta must be"):
+            loss(policy, reference, torch.tensor([0.1, wrong, 2.0]))

@@ -206,3 +206,13 @@ def test_a_losss_own_settings_win_over_the_presets_and_a_flag_over_both(name):
     for setting in OBJECTIVES[name].settings:
         assert getattr(parse(["--loss", name]), setting) == settings[setting]
         assert getattr(parse(["--loss", name, f"--{setting}", "0.7"]), setting) == 0.7
+
+
+def test_values_per_token_may_be_summed_per_sequence(monkeypatch):
+    """(N,) with mean="sequences" is divided by the rows, and with mean="tokens" by the answer tokens."""
+    parts, record = {}, OBJECTIVES["tnpo"]._replace(weight=None)
+    for mean in ("sequences", "tokens"):
+        monkeypatch.setitem(OBJECTIVES, "tnpo", record._replace(mean=mean))
+        step = Step("tnpo")
+        parts[mean], tokens = step.computed()[0]["forget_loss"], step.plan.counts(step.items).forget_tokens
+    assert float(parts["sequences"]) * 5 == pytest.approx(float(parts["tokens"]) * tokens, rel=1e-5)

@@ -1,6 +1,7 @@
 """One process, three with ddp and two with FSDP end at the same weights. A run that is killed (SIGKILL) and
 resumed ends as one that was never interrupted."""
 
+import errno
 import json
 import os
 import shutil
@@ -167,6 +168,21 @@ def test_a_signal_saves_after_the_step_and_names_the_command_that_continues(run,
 
 
 # ---------------------------------------------------------------- what is refused
+
+def test_a_full_disk_at_a_checkpoint_leaves_no_half_and_the_run_goes_on(run, resume, monkeypatch):
+    flags = "--retain-weight 1 --checkpoint-every 2"
+    expected, save, count = run(flags, out="expected"), train_npo.dcp.save, iter((1, 2, 3, 4))
+
+    def full_at_the_second(*args, **kwargs):
+        save(*args, **kwargs)
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="after making room, continue with"):
+        patch.setattr(train_npo.dcp, "save", full_at_the_second)
+        run(flags, out="full")
+    assert [path.name for path in Path("full/checkpoints").iterdir()] == ["step_000002"]
+    assert_same_run(expected, resume(Path("full")))
+
 
 def test_a_finished_run_is_finished(runs, capsys):
     train_npo.main(["--resume", str(runs / "alone")])
