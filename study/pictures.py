@@ -61,10 +61,10 @@ def message(columns: dict, at=lambda run: -1, when: str = "") -> str:
     texts = {split: join(names) if len(names) < 6 else f"{len(names)} of {len(columns[split])} methods"
              for split, names in winners.items()}
     if len(texts) > 1:
-        return f"Who forgets and keeps the rest{when}? {'; '.join(map(': '.join, texts.items()))}"
+        return f"Who forgets and keeps 80% of the utility{when}? {'; '.join(map(': '.join, texts.items()))}"
     [(split, text)] = texts.items()
     s = "s" * (len(winners[split]) < 2)
-    return f"{text} forget{s} and keep{s} the rest{when}"
+    return f"{text} forget{s} and keep{s} at least 80% of the utility{when}"
 
 
 def subtitle_of(study: dict, columns: dict) -> str:

@@ -276,7 +276,8 @@ def test_a_title_says_who_forgets_and_keeps_the_rest():
     study = hand_made_study()
     worse = hand_made_study(change=setting("forget10", "npo+rt", model_utility=[0.6] + [0.4] * 5))
     titles = [pictures.message(pictures.columns_of(*of)) for of in ((study, "overview"), (worse, "overview"))]
-    assert titles == [f"{who} forgets and keeps the rest" for who in ("npo+rt", "no method")]
+    assert titles == [f"{who} forgets and keeps at least 80% of the utility"
+                      for who in ("npo+rt", "no method")]
     assert "? forget50: npo+rt tuned; forget90: npo" in pictures.message(pictures.columns_of(study, "9"))
 
 
