@@ -128,4 +128,4 @@ function pathOf(instance, {loss, beta = 1, lr, retainWeight = 0, steps}) {
   }
 }
 
-if (typeof module === "object") module.exports = {makeInstance, pathOf, descend, distance};
+if (typeof module === "object") module.exports = {draw, makeInstance, pathOf, descend, distance};
