@@ -50,6 +50,7 @@ FORGET_ROWS, RETAIN_ROWS, UNSEEN_ROWS = 40, 120, 40
 MEASURED = 12  # of each set: the rows whose probability the live page measures after every step
 STEPS = (0, 4, 8, *range(10, 31, 2), 36, 42, 50, 62, 76, 88, 100, 112, 125)
 QUESTIONS = {"forget": (0, 10, 16, 29, 42, 58), "retain": (0, 4, 13, 22, 30, 36)}  # whose answers are shown
+CHARACTERS = 120  # of an answer: a collapsed model repeats itself for much longer
 ALPHAS, SEED, LP_STARTS = (0.0, 0.25, 0.5, 0.75, 1.0), 0, 6  # of Section 4's instances
 CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
           "vocab_size", "rms_norm_eps", "bos_token_id", "eos_token_id")
@@ -113,7 +114,7 @@ def run_record(folder: Path) -> dict:
             "probability": {name: rounded([m[name]["probability"] for m in metrics], 4)
                             for name in QUESTIONS},
             "W": rounded([line["mean_W"] for line in log], 5) if "mean_W" in log[0] else None,
-            "answers": {name: [[one[name][i]["generation"] for i in places] for one in rows]
+            "answers": {name: [[one[name][i]["generation"][:CHARACTERS] for i in places] for one in rows]
                         for name, places in QUESTIONS.items()}}
 
 
