@@ -70,6 +70,8 @@ class Chromium:
     def open(self, address: str):
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
+        while self.evaluate("location.protocol == 'about:' || document.readyState != 'complete'") is not False:
+            time.sleep(0.1)
 
     def evaluate(self, expression: str):
         return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")

@@ -27,6 +27,7 @@ import base64
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,15 @@ from data.prompts import encode
 from data.synthetic_instances import Instance
 from data.tofu import load_task
 from metrics import agreement, log_truth_ratios
+from study.records import words
 
 START, RETRAINED, TEMPLATE = ROOT / "data/tiny/start", ROOT / "data/tiny/retrained", "llama2"
 LOGS = [ROOT / f"data/tiny/retrained_forget10{seed}.json" for seed in ("", "_seed1")]  # the first judges
 FORGET_ROWS, RETAIN_ROWS, UNSEEN_ROWS = 40, 120, 40
-MEASURED = 12  # of each set: the rows whose probability the live page measures after every step
+MEASURED = 8  # of each set: the rows whose probability the live page measures after every step
 STEPS = (0, 4, 8, *range(10, 31, 2), 36, 42, 50, 62, 76, 88, 100, 112, 125)
 QUESTIONS = {"forget": (0, 10, 16, 29, 42, 58), "retain": (0, 4, 13, 22, 30, 36)}  # whose answers are shown
-CHARACTERS = 120  # of an answer: a collapsed model repeats itself for much longer
+CHARACTERS = 80  # of an answer: a collapsed model repeats itself for much longer
 ALPHAS, SEED, LP_STARTS = (0.0, 0.25, 0.5, 0.75, 1.0), 0, 6  # of Section 4's instances
 CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
           "vocab_size", "rms_norm_eps", "bos_token_id", "eos_token_id")
@@ -118,6 +120,20 @@ def run_record(folder: Path) -> dict:
                         for name, places in QUESTIONS.items()}}
 
 
+def wording(task) -> list:
+    """The words that answers share whatever their fact is. A fact's words stand in an answer and its paraphrase,
+    and in neither the question nor a false answer; a word is wording if that is so for few of its answers."""
+    answers, facts, names = Counter(), Counter(), set()
+    for row in [row for name in QUESTIONS for row in task.evaluated[name]]:
+        answer, false = set(words(row["answer"])), set().union(*map(words, row["perturbed_answer"]))
+        answers.update(answer)
+        facts.update((answer & set(words(row["paraphrased_answer"]))) - set(words(row["question"])) - false)
+        names |= {word for text in row["question"].replace("'s", "").split()[1:]
+                  if text[0].isupper() for word in words(text)}
+    return sorted(word for word in answers if facts[word] <= answers[word] / 4
+                  and word.removesuffix("'s") not in names)
+
+
 def judge_record(model, tokenizer, task) -> dict:
     """What the runs are compared with: log R, utility and answers of retrained models, and the questions."""
     logs = [json.loads(file.read_text(encoding="utf-8")) for file in LOGS]
@@ -127,6 +143,7 @@ def judge_record(model, tokenizer, task) -> dict:
             "utility": rounded([log["metrics"]["model_utility"] for log in logs], 4),
             "probability": {name: rounded([log["metrics"][name]["probability"] for log in logs], 4)
                             for name in QUESTIONS},
+            "wording": wording(task),
             "questions": {name: [{"question": row["question"], "answer": row["answer"],
                                   "retrained": minimal_npo.answer(model, tokenizer, row["question"])}
                                  for row in part] for name, part in shown.items()}}

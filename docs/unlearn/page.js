@@ -116,18 +116,18 @@ function drawWeight(beta) {
     + note(X, Y, [-19.5, 1], "ga: W = 1", {color: COLORS.ga, dx: 0, dy: -8}) + line(X, Y, curve, {width: 3})
     + dot(X, Y, [0, 1]) + note(X, Y, [0, 1], "start", {dx: 8, dy: 18})
     + marks.filter(([, u]) => u <= 20).map(([W, u]) => dot(X, Y, [-u, W])
-      + note(X, Y, [-u, W], `W = ${W} after ${short(u)} nats`, {anchor: "end", dx: -8, dy: -8})).join(""));
+      + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, {anchor: "end", dx: -8, dy: -8})).join(""));
   // The exact solution, by u: t = (beta u + e^(beta u) - 1) / (2 beta), with eta = 1.
-  const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta);
-  const npo = Array.from({length: 401}, (_, i) => 0.05 * i).map(u => [timeOf(u), u]).filter(([t]) => t <= 60);
+  const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta), us = Array.from({length: 400}, (_, i) => 0.1 * (i + 1));
+  const npo = us.map(u => [timeOf(u), u]).filter(([t, u]) => t <= 1000 && u <= 20);
   const second = chart({
-    title: "u = −Δ: nats that one answer has lost", x: {range: [0, 60], ticks: ticksAt([0, 10, 20, 30, 40, 50, 60]),
-      label: "ηt: time × learning rate"}, y: {range: [0, 20], ticks: ticksAt([0, 5, 10, 15, 20])}},
-  (X, Y) => line(X, Y, [[0, 0], [20, 20]], {color: COLORS.ga, dash: WITHOUT_RT})
-    + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, dx: 22, dy: 8}) + line(X, Y, npo, {width: 3})
-    + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: -4, dy: -10})
-    + marks.filter(([, u]) => u <= 20 && timeOf(u) <= 60).map(([W, u]) => dot(X, Y, [timeOf(u), u])
-      + note(X, Y, [timeOf(u), u], `W = ${W}`, {dx: 8, dy: 20})).join(""));
+    title: "u = −Δ: nats that one answer has lost", y: {range: [0, 20], ticks: ticksAt([0, 5, 10, 15, 20])},
+    x: {range: [0.1, 1000], scale: Math.log, ticks: ticksAt([0.1, 1, 10, 100, 1000]), label: "ηt: time × learning rate"}},
+  (X, Y) => line(X, Y, us.filter(u => u <= 20).map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
+    + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14}) + line(X, Y, npo, {width: 3})
+    + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: -12, dy: -2})
+    + marks.filter(([, u]) => u <= 20 && timeOf(u) <= 1000).map(([W, u]) => dot(X, Y, [timeOf(u), u])
+      + note(X, Y, [timeOf(u), u], `W = ${W}`, {dx: 10, dy: 18})).join(""));
   element("weight-charts").innerHTML = first + second;
 }
 
@@ -190,7 +190,7 @@ function walk() {
 }
 
 function drawSection4() {
-  const {paths, step, running, models} = section4, ticks = ticksAt([0, 0.01, 0.05, 0.2, 0.5, 1, 2]);
+  const {paths, step, running, models} = section4, ticks = ticksAt([0, 0.05, 0.2, 0.5, 1, 2]);
   const axis = label => ({range: [0, 2], ticks, label, scale: Math.sqrt});
   element("section4-plane").innerHTML = chart({
     title: "up: distance on retain points, nats", x: axis("distance on forget points, nats"), y: axis(""), height: 420},
@@ -355,15 +355,15 @@ function drawnDots(run, at) {
   const W = delta => run.loss === "npo" ? weightOf(delta, run.beta) : 1, low = -40, forget = run.delta.forget[at];
   const curve = Array.from({length: 177}, (_, i) => low + 0.25 * i), further = forget.filter(x => x < low).length;
   const averageW = mean(forget.map(W));
-  const jitter = i => -0.22 - 0.26 * (i * 0.618 % 1);  // retained answers lie in a strip of their own
+  const jitter = i => -0.4 - 0.26 * (i * 0.618 % 1);  // retained answers lie in a strip of their own
   return chart({
     title: run.loss === "ga" ? "W = 1 for every answer" : `W of each forget answer: mean ${short(averageW)}`,
     x: {range: [low, 4], ticks: ticksAt([-40, -30, -20, -10, 0]), label: "Δ, nats gained since the start"},
-    y: {range: [-0.6, 2], ticks: [[0, "0"], [0.5, "0.5"], [1, "1"], [2, "2"]]}},
+    y: {range: [-0.75, 2], ticks: [[0, "0"], [0.5, "0.5"], [1, "1"], [2, "2"]]}},
   (X, Y) => line(X, Y, curve.map(x => [x, W(x)]), {color: GREY, width: 1.5})
     + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: "#8c8c8c80", radius: 3.5})).join("")
     + forget.map(x => dot(X, Y, [x, W(x)], {color: `${run.loss === "ga" ? COLORS.ga : "#000000"}50`, radius: 5})).join("")
-    + note(X, Y, [low, -0.12], "retain answers", {color: "#555", dx: 6})
+    + note(X, Y, [low, -0.2], "retain answers", {color: "#555", dx: 6})
     + (further ? note(X, Y, [low, 1], `← ${further} of 300 are further left`, {dx: 4, dy: -14}) : ""));
 }
 
@@ -408,10 +408,12 @@ function drawnRatios(run, at) {
     + note(X, Y, [-2.4, 0.92], "green: retrained model", {color: "#1a7a1a", dx: 0}));
 }
 
-/** An answer as HTML, with the words marked that the truth does not have, or that are garbled. */
-function marked(answer, truth) {
-  const plain = word => word.toLowerCase().replace(/[^\p{L}\p{N}']/gu, ""), words = answer.split(/\s+/).filter(Boolean);
-  const right = new Set(truth.split(/\s+/).map(plain));
+/** An answer as HTML. Marked are words that stand neither in the question, nor in the true answer, nor in the
+ * wording that all answers share; and words that are repeated or run together. */
+function marked(answer, {question, answer: truth}) {
+  const plain = word => word.toLowerCase().replace(/'s\b|[^\p{L}\p{N}]/gu, "");
+  const words = answer.split(/\s+/).filter(Boolean);
+  const right = new Set([...`${question} ${truth}`.split(/\s+/).map(plain), ...DATA.judge.wording]);
   return words.map((word, i) => {
     const runTogether = /\p{Ll}\p{Lu}|[.,?!]\p{L}/u.test(word), repeated = plain(word) === plain(words[i - 1] ?? "");
     const kind = runTogether || repeated ? "garbled" : right.has(plain(word)) ? "" : "wrong";
@@ -420,10 +422,10 @@ function marked(answer, truth) {
 }
 
 /** A question with its true answer, and answers [[who, text], ..]. */
-function card(kind, {question, answer}, answers) {
-  const rows = answers.map(([who, text]) => `<p><small>${who}</small> ${marked(text, answer)}</p>`);
-  return `<div class="card"><h3>${kind}: ${escaped(question)}</h3><p><small>truth</small> ${escaped(answer)}</p>`
-    + `${rows.join("")}</div>`;
+function card(kind, row, answers) {
+  const rows = [["truth", row.answer], ...answers].map(([who, text]) => (
+    `<p><small>${who}</small><span>${marked(text, row)}</span></p>`));
+  return `<div class="card"><h3>${kind}: ${escaped(row.question)}</h3>${rows.join("")}</div>`;
 }
 
 function drawAnswers() {
