@@ -39,8 +39,9 @@ class Chromium:
             os.dup2(b, 4)
 
         self.process = subprocess.Popen(
-            [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-             "--disable-background-networking", f"--user-data-dir={folder}", "about:blank"],
+            [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu",
+             "--remote-debugging-pipe", "--disable-background-networking",
+             f"--user-data-dir={folder}", "about:blank"],
             preexec_fn=connect, close_fds=False, stderr=subprocess.DEVNULL)
         self.events, self.number, self.rest, self.session = [], 0, b"", {}
         [target] = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
@@ -70,7 +71,8 @@ class Chromium:
     def open(self, address: str):
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
-        while self.evaluate("location.protocol == 'about:' || document.readyState != 'complete'") is not False:
+        ready = "location.protocol == 'file:' && document.readyState == 'complete'"
+        while self.evaluate(ready) is not True:
             time.sleep(0.1)
 
     def evaluate(self, expression: str):
@@ -105,8 +107,8 @@ class Firefox:
         folder.mkdir()
         (folder / "user.js").write_text(f'user_pref("marionette.port", {port});\n')
         self.process = subprocess.Popen(
-            [shutil.which("firefox-esr") or shutil.which("firefox"), "--headless", "--marionette", "--no-remote",
-             "--profile", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [shutil.which("firefox-esr") or shutil.which("firefox"), "--headless", "--marionette",
+             "--no-remote", "--profile", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.number, end = 0, time.monotonic() + 60
         while True:
             try:

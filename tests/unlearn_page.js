@@ -1,8 +1,8 @@
-// Reads the page's functions under node: `node unlearn_page.js INPUT.json OUTPUT.json`, see test_unlearn_page.py.
+// Calls the page's functions: `node unlearn_page.js INPUT.json OUTPUT.json`, see test_unlearn_page.py.
 "use strict";
 const fs = require("fs"), page = "../docs/unlearn/";
-const DATA = require(page + "data.js"), model = require(page + "model.js"), unlearn = require(page + "unlearn.js");
-const section4 = require(page + "section4.js");
+const [DATA, model, unlearn, section4, {ksTest}] = ["data", "model", "unlearn", "section4", "kstest"].map(
+  name => require(`${page}${name}.js`));
 
 const input = JSON.parse(fs.readFileSync(process.argv[2], "utf8")), start = model.loadWeights(DATA);
 const plain = record => Object.fromEntries(Object.entries(record).map(([name, x]) => [name, Array.from(x)]));

@@ -90,6 +90,11 @@ def rounded(values, decimals: int) -> list:
     return np.round(np.asarray(values, dtype=float), decimals).tolist()
 
 
+def cut(text: str) -> str:
+    """The text up to the last word that ends within CHARACTERS."""
+    return text if len(text) <= CHARACTERS else text[:CHARACTERS].rsplit(" ", 1)[0] + " …"
+
+
 def run_record(folder: Path) -> dict:
     """A run's evaluations at STEPS (the others are left out), from its folder. Lists have one entry per step:
     delta is log pi_theta - log pi_ref of each evaluated answer, in nats; qualityLog10 belongs to forget
@@ -116,13 +121,13 @@ def run_record(folder: Path) -> dict:
             "probability": {name: rounded([m[name]["probability"] for m in metrics], 4)
                             for name in QUESTIONS},
             "W": rounded([line["mean_W"] for line in log], 5) if "mean_W" in log[0] else None,
-            "answers": {name: [[one[name][i]["generation"][:CHARACTERS] for i in places] for one in rows]
+            "answers": {name: [[cut(one[name][i]["generation"]) for i in places] for one in rows]
                         for name, places in QUESTIONS.items()}}
 
 
 def wording(task) -> list:
-    """The words that answers share whatever their fact is. A fact's words stand in an answer and its paraphrase,
-    and in neither the question nor a false answer; a word is wording if that is so for few of its answers."""
+    """The words that answers share whatever their fact is. A fact's words stand in an answer and in its
+    paraphrase, and in neither the question nor a false answer. A word that is rarely so is wording."""
     answers, facts, names = Counter(), Counter(), set()
     for row in [row for name in QUESTIONS for row in task.evaluated[name]]:
         answer, false = set(words(row["answer"])), set().union(*map(words, row["perturbed_answer"]))

@@ -4,7 +4,7 @@
  * Colours and lines are those of the study's pictures: red ga, black npo; solid with RT, dotted without. */
 "use strict";
 
-const COLORS = {ga: "#d62728", npo: "#000"}, GREEN = "#2ca02c", BLUE = "#1f77b4", GREY = "#8c8c8c";
+const COLORS = {ga: "#d62728", npo: "#000000"}, GREEN = "#2ca02c", BLUE = "#1f77b4", GREY = "#8c8c8c";
 const WITH_RT = "", WITHOUT_RT = "2 5";  // stroke-dasharray
 const PASSES = Math.log10(0.05);
 const element = id => document.getElementById(id);
@@ -12,12 +12,14 @@ const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&quot;");
 const weightOf = (delta, beta) => 2 * Math.exp(logSigmoid(beta * delta));
 
-window.addEventListener("error", event => { element("message").textContent = `This page failed: ${event.message}`; });
+const fail = ({message}) => { element("message").textContent = `This page failed: ${message}`; };
+
+window.addEventListener("error", fail);
 
 /** Two or three digits, as a text. */
 function short(x) {
   if (x === 0) return "0";
-  return Math.abs(x) < 1e-3 ? x.toExponential(0).replace("-", "−") : String(+x.toPrecision(2)).replace("-", "−");
+  return (Math.abs(x) < 1e-3 ? x.toExponential(0) : String(+x.toPrecision(2))).replace("-", "−");
 }
 
 // ------------------------------------------------------------------------------------------------- charts
@@ -27,26 +29,28 @@ function position({range, scale = x => x}, from, to) {
   return x => from + (to - from) * Math.min(Math.max((scale(x) - low) / (high - low), 0), 1);
 }
 
-/** An SVG chart as a text. x and y are {range: [low, high], ticks: [[value, text], ..], label, scale}; draw(X, Y)
- * returns the marks, where X and Y turn numbers into pixels. */
+/** An SVG chart as a text. x and y are {range: [low, high], ticks: [[value, text], ..], label, scale};
+ * draw(X, Y) returns the marks, where X and Y turn numbers into pixels. */
 function chart({title, x, y, height = 290}, draw) {
-  const width = 480, left = 62, right = width - 16, top = 36, bottom = height - 52;
+  const width = 480, left = 62, right = width - 22, top = 36, bottom = height - 52;
   const X = position(x, left, right), Y = position(y, bottom, top);
-  const text = (at, name, words, anchor) => `<text class="${name}" ${at} text-anchor="${anchor}">${words}</text>`;
+  const text = (x, y, kind, words, anchor) => (
+    `<text class="${kind}" x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`);
   const ticks = [
-    ...x.ticks.map(([value, words]) => text(`x="${X(value)}" y="${bottom + 19}"`, "tick", words, "middle")),
-    ...y.ticks.map(([value, words]) => `<line x1="${left}" x2="${right}" y1="${Y(value)}" y2="${Y(value)}" stroke="#ddd"/>`
-      + text(`x="${left - 6}" y="${Y(value) + 5}"`, "tick", words, "end"))];
+    ...x.ticks.map(([value, words]) => text(X(value), bottom + 19, "tick", words, "middle")),
+    ...y.ticks.map(([value, words]) => `<path d="M${left} ${Y(value)}H${right}" stroke="#ddd"/>`
+      + text(left - 6, Y(value) + 5, "tick", words, "end"))];
   return `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${escaped(title)}">${ticks.join("")}`
     + `<path d="M${left} ${top}V${bottom}H${right}" fill="none" stroke="#444"/>${draw(X, Y)}`
-    + text(`x="4" y="20"`, "title", title, "start")
-    + text(`x="${(left + right) / 2}" y="${height - 10}"`, "label", x.label, "middle") + "</svg>";
+    + text(4, 20, "title", title, "start")
+    + text((left + right) / 2, height - 10, "label", x.label, "middle") + "</svg>";
 }
 
 /** A line through points [[x, y], ..]. */
 function line(X, Y, points, {color = "#000", dash = "", width = 2.5} = {}) {
   const path = points.map(([x, y]) => `${X(x).toFixed(1)},${Y(y).toFixed(1)}`).join(" ");
-  return `<polyline points="${path}" fill="none" stroke="${color}" stroke-width="${width}" stroke-dasharray="${dash}"/>`;
+  return `<polyline points="${path}" fill="none" stroke="${color}" stroke-width="${width}" `
+    + `stroke-dasharray="${dash}"/>`;
 }
 
 function dot(X, Y, [x, y], {color = "#000", radius = 6} = {}) {
@@ -54,8 +58,8 @@ function dot(X, Y, [x, y], {color = "#000", radius = 6} = {}) {
 }
 
 function note(X, Y, [x, y], words, {color = "#000", anchor = "start", dx = 8, dy = 5} = {}) {
-  return `<text x="${X(x) + dx}" y="${Y(y) + dy}" fill="${color}" text-anchor="${anchor}" paint-order="stroke" `
-    + `stroke="#fff" stroke-width="4">${words}</text>`;
+  return `<text class="note" x="${X(x) + dx}" y="${Y(y) + dy}" fill="${color}" text-anchor="${anchor}">`
+    + `${words}</text>`;
 }
 
 function band(X, Y, [x0, x1], [y0, y1], opacity) {
@@ -70,7 +74,7 @@ const ticksAt = values => values.map(value => [value, String(value).replace("-",
 function slider(parent, label, values, start, onChange, className = "") {
   const box = document.createElement("label");
   box.className = className;
-  box.innerHTML = `${label} <output></output><input type="range" min="0" max="${values.length - 1}" step="1">`;
+  box.innerHTML = `${label} <output></output><input type="range" max="${values.length - 1}">`;
   const [output, input] = box.children;
   const show = () => { output.textContent = String(values[input.value]).replace("-", "−"); };
   input.addEventListener("input", () => { show(); onChange(values[input.value]); });
@@ -110,29 +114,33 @@ function drawWeight(beta) {
   const marks = [[1 / 2, Math.log(3) / beta], [0.01, Math.log(199) / beta]];  // [W, u = -Delta]
   const curve = Array.from({length: 121}, (_, i) => [-20 + 0.2 * i, weightOf(-20 + 0.2 * i, beta)]);
   const first = chart({
-    title: "W = 2σ(βΔ): how hard npo still pushes", x: {range: [-20, 4], ticks: ticksAt([-20, -15, -10, -5, 0]),
-      label: "Δ, nats: forgotten on the left"}, y: {range: [0, 2], ticks: ticksAt([0, 0.5, 1, 1.5, 2])}},
+    title: "W = 2σ(βΔ): how hard npo still pushes", y: {range: [0, 2], ticks: ticksAt([0, 0.5, 1, 1.5, 2])},
+    x: {range: [-20, 4], ticks: ticksAt([-20, -15, -10, -5, 0]), label: "Δ, nats: forgotten on the left"}},
   (X, Y) => line(X, Y, [[-20, 1], [4, 1]], {color: COLORS.ga, dash: WITHOUT_RT})
     + note(X, Y, [-19.5, 1], "ga: W = 1", {color: COLORS.ga, dx: 0, dy: -8}) + line(X, Y, curve, {width: 3})
     + dot(X, Y, [0, 1]) + note(X, Y, [0, 1], "start", {dx: 8, dy: 18})
     + marks.filter(([, u]) => u <= 20).map(([W, u]) => dot(X, Y, [-u, W])
       + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, {anchor: "end", dx: -8, dy: -8})).join(""));
   // The exact solution, by u: t = (beta u + e^(beta u) - 1) / (2 beta), with eta = 1.
-  const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta), us = Array.from({length: 400}, (_, i) => 0.1 * (i + 1));
-  const npo = us.map(u => [timeOf(u), u]).filter(([t, u]) => t <= 1000 && u <= 20);
+  const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta);
+  const us = Array.from({length: 200}, (_, i) => 0.1 * (i + 1)), inside = ([t]) => t <= 1000;
+  const npo = us.map(u => [timeOf(u), u]).filter(inside);
   const second = chart({
     title: "u = −Δ: nats that one answer has lost", y: {range: [0, 20], ticks: ticksAt([0, 5, 10, 15, 20])},
-    x: {range: [0.1, 1000], scale: Math.log, ticks: ticksAt([0.1, 1, 10, 100, 1000]), label: "ηt: time × learning rate"}},
-  (X, Y) => line(X, Y, us.filter(u => u <= 20).map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
-    + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14}) + line(X, Y, npo, {width: 3})
-    + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: -12, dy: -2})
-    + marks.filter(([, u]) => u <= 20 && timeOf(u) <= 1000).map(([W, u]) => dot(X, Y, [timeOf(u), u])
-      + note(X, Y, [timeOf(u), u], `W = ${W}`, {dx: 10, dy: 18})).join(""));
+    x: {range: [0.1, 1000], scale: Math.log, ticks: ticksAt([0.1, 1, 10, 100, 1000]),
+        label: "ηt: time × learning rate"}},
+  (X, Y) => line(X, Y, us.map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
+    + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14})
+    + line(X, Y, npo, {width: 3}) + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: 0, dy: 22})
+    + marks.map(([W, u]) => [timeOf(u), u, W]).filter(inside).map(([t, u, W]) => dot(X, Y, [t, u])
+      + note(X, Y, [t, u], `W = ${W}`, t > 100 ? {anchor: "end", dx: -8, dy: -10} : {dx: 10, dy: 18}))
+      .join(""));
   element("weight-charts").innerHTML = first + second;
 }
 
 // --------------------------------------------------------------------------------------------- 2. Section 4
-const METHODS = ["ga", "ga+rt", "npo", "npo+rt"], LAST_STEP = 2000, STEPS_PER_FRAME = 2;
+const LABELS = {ga: 34, "ga+rt": 16, npo: -8, "npo+rt": -10};  // pixels below the end of each path
+const METHODS = Object.keys(LABELS), LAST_STEP = 2000, STEPS_PER_FRAME = 2;
 const section4 = {alpha: 1, beta: 1, lr: 0.005, retainWeight: 1, running: false};
 
 function setUpSection4() {
@@ -177,7 +185,8 @@ function walk() {
     for (const name of METHODS) {
       const [loss, rt] = name.split("+"), {beta, lr, retainWeight} = section4;
       for (let i = 0; i < STEPS_PER_FRAME; i++) {
-        descend(section4.instance, section4.paths[name].theta, {loss, beta, lr, retainWeight: rt ? retainWeight : 0});
+        descend(section4.instance, section4.paths[name].theta, {
+          loss, beta, lr, retainWeight: rt ? retainWeight : 0});
       }
     }
     section4.step += STEPS_PER_FRAME;
@@ -193,12 +202,13 @@ function drawSection4() {
   const {paths, step, running, models} = section4, ticks = ticksAt([0, 0.05, 0.2, 0.5, 1, 2]);
   const axis = label => ({range: [0, 2], ticks, label, scale: Math.sqrt});
   element("section4-plane").innerHTML = chart({
-    title: "up: distance on retain points, nats", x: axis("distance on forget points, nats"), y: axis(""), height: 420},
+    title: "up: distance on retain points, nats", height: 420,
+    x: axis("distance on forget points, nats"), y: axis("")},
   (X, Y) => METHODS.map(name => {
     const [loss, rt] = name.split("+"), look = {color: COLORS[loss], dash: rt ? WITH_RT : WITHOUT_RT};
     const inside = paths[name].points.filter(point => Math.max(...point) <= 2), end = inside.at(-1);
     return line(X, Y, inside, look) + dot(X, Y, end, look)
-      + (step ? note(X, Y, end, name, {color: COLORS[loss], dy: loss === "npo" ? 16 : -4}) : "");
+      + (step ? note(X, Y, end, name, {color: COLORS[loss], dy: LABELS[name]}) : "");
   }).join("") + note(X, Y, paths.ga.points[0], "start", {anchor: "end", dx: -10, dy: -6})
     + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`
     + note(X, Y, [0, 0], "retrained model", {color: "#1a7a1a", dx: 16, dy: -8}));
@@ -206,13 +216,14 @@ function drawSection4() {
     const [forget, retain] = paths[name].points.at(-1);
     return `${name}: forget ${short(forget)}, retain ${short(retain)}`;
   });
-  element("section4-text").innerHTML = `Step ${step} of ${LAST_STEP}. Distances, nats:<br>${ends.join("<br>")}<br>`
-    + (critical ? `Critical weight of this instance: at least ${short(critical)}. Below it, ga+rt runs away for ever, `
-      + "however slowly." : "Critical weight of this instance: infinite (above a million). No retain weight of any "
-      + "use keeps ga+rt from running away in the end.");
+  element("section4-text").innerHTML = [
+    `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, "Critical weight of this instance: " + (critical
+      ? `at least ${short(critical)}. Below it, ga+rt runs away for ever, however slowly.`
+      : "above a million, if it is finite. No usable retain weight keeps ga+rt from running away in the end."),
+  ].join("<br>");
   const place = critical && Math.log(critical / WEIGHTS[0]) / Math.log(WEIGHTS.at(-1) / WEIGHTS[0]);
-  section4.weight.box.querySelector(".mark").innerHTML = !critical ? "critical weight: infinite"
-    : place > 1 ? `critical weight: ${short(critical)} →` : `<span style="left:${100 * place}%">▲</span>`;
+  section4.weight.box.querySelector(".mark").innerHTML = !critical ? "critical weight: above 10⁶"
+    : place > 1 ? `critical weight: at least ${short(critical)} →` : `<span style="left:${100 * place}%">▲</span>`;
   section4.button.textContent = running ? "Pause" : step >= LAST_STEP ? "Again" : "Start";
 }
 
@@ -224,27 +235,29 @@ const runs = {steps: DATA.runs[0].steps, predicted: {}, page: 0, timer: null};
 // One question per run, with the answer of docs/lecture.md.
 const SAME = "What will the utility of this run be at the end, beside that of the start (0.80)?";
 const PREDICTIONS = {
-  ga: ["Gradient ascent lowers the forget answers. What becomes of the retain answers, which its loss does not mention?",
+  ga: ["ga makes the forget answers less likely. What becomes of the retain answers, which are not in its loss?",
     ["They stay", "They fall a little and come back", "They are destroyed as well"], 2,
-    "All answers share the same weights of the network, and the push never fades: W is 1. At step 26 the utility is 0."],
+    "All answers share the weights of the network, and W stays 1. At step 26 the utility is 0."],
   npo: ["npo's push fades as answers are forgotten. Is the utility saved?",
     ["Yes, because W falls to 0", "About half of it", "No"], 2,
-    "W depends on the forget answers alone. When it is gone, steps at the full learning rate have already destroyed "
-    + "the retain answers, and nothing brings them back. Look at forget quality all the same: a model without any "
-    + "utility comes close to passing the test or passes it, because the test compares only the ratio R."],
+    "W depends on the forget answers alone. When it is gone, steps at the full learning rate have already "
+    + "destroyed the retain answers, and nothing brings them back. Look at forget quality all the same: this "
+    + "collapsed model passes the test at step 26, because the test compares only the ratio R."],
   "npo+rt": ["RT trains on retain rows. Will W still go to 0?",
     ["Yes, sooner than without RT", "It stays near 1", "It falls, and stays a little above 0"], 2,
-    "W falls as before, until RT is the stronger force. Then the retain answers come back. RT teaches how answers are "
-    + "worded, which makes forget answers a little likelier too, so W ends near 0.01, where both forces balance."],
+    "W falls as before, until RT is the stronger force. Then the retain answers come back. RT teaches how "
+    + "answers are worded, which makes forget answers a little likelier too. So W ends near 0.01, where the "
+    + "two forces balance."],
   "npo@2": [SAME, ["Near 0", "About three quarters", "All of it"], 1,
-    "A larger β makes W fade sooner: W is 1/2 after 0.55 nats. Momentum moves the model on for a while. It stops before "
-    + "the collapse, but many facts of the retain answers are lost."],
+    "A larger β makes W fade sooner: W is 1/2 after 0.55 nats. Momentum moves the model on for a while. It stops "
+    + "before the collapse, but many facts of the retain answers are lost."],
   "npo@4": [SAME, ["Near 0", "About half", "More than three quarters"], 2,
-    "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, and many facts are not."],
-  "npo+rt@2": ["Twice the β halves the depth. How does depth at β = 2 compare with β = 0.5?",
+    "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, but many of their "
+    + "facts are not."],
+  "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
     ["The same", "About a quarter as many nats", "Four times as many"], 1,
-    "RT balances the push at about the same W. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β, so four times the β means about a "
-    + "quarter of the depth."],
+    "RT balances the push at about the same W. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β. So four times the β means "
+    + "about a quarter of the depth."],
   "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
     ["Yes, easily", "No, it forgets too little"], 1,
     "Its answers keep most of their probability beside what the retrained model lacks, 6.9 nats per answer."],
@@ -289,7 +302,8 @@ function readAddress() {
 }
 
 function moveByKey(event) {
-  if (/INPUT|SELECT|BUTTON/.test(event.target.tagName) || event.ctrlKey || event.altKey || event.metaKey) return;
+  const {ctrlKey, altKey, metaKey, target} = event;
+  if (/INPUT|SELECT|BUTTON/.test(target.tagName) || ctrlKey || altKey || metaKey) return;
   const move = {ArrowLeft: -1, ArrowRight: 1}[event.key];
   if (move) goTo(runs.steps.indexOf(state.step) + move);
   if (event.key === " ") playOrPause();
@@ -319,6 +333,7 @@ function drawRuns() {
   const hash = `#run=${state.run}&with=${state.with}&step=${state.step}` + (state.predict ? "&predict=1" : "");
   if (location.hash !== hash && runs.drawn) location.replace(hash);
   runs.drawn = true;
+  const at = runs.steps.indexOf(state.step);
   runs.slider.value = state.step;
   runs.play.textContent = runs.timer ? "Pause" : "Play";
   runs.predict.setAttribute("aria-pressed", Boolean(state.predict));
@@ -326,7 +341,7 @@ function drawRuns() {
     const name = state[side];
     runs[side].select.value = name;
     if (hidden(name)) ask(runs[side].body, name);
-    else runs[side].body.innerHTML = drawnRun(RUNS[name], runs.steps.indexOf(state.step), runs.predicted[name]);
+    else runs[side].body.innerHTML = drawnRun(RUNS[name], at, runs.predicted[name]);
   }
   drawAnswers();
 }
@@ -352,23 +367,26 @@ function drawnRun(run, at, choice) {
 }
 
 function drawnDots(run, at) {
-  const W = delta => run.loss === "npo" ? weightOf(delta, run.beta) : 1, low = -40, forget = run.delta.forget[at];
-  const curve = Array.from({length: 177}, (_, i) => low + 0.25 * i), further = forget.filter(x => x < low).length;
-  const averageW = mean(forget.map(W));
+  const ga = run.loss === "ga", low = ga ? -480 : -40;  // ga goes further than the others' axis
+  const W = delta => ga ? 1 : weightOf(delta, run.beta), forget = run.delta.forget[at];
+  const curve = Array.from({length: 177}, (_, i) => low + (4 - low) * i / 176);
+  const averageW = mean(forget.map(W)), further = forget.filter(x => x < low).length;
   const jitter = i => -0.4 - 0.26 * (i * 0.618 % 1);  // retained answers lie in a strip of their own
   return chart({
-    title: run.loss === "ga" ? "W = 1 for every answer" : `W of each forget answer: mean ${short(averageW)}`,
-    x: {range: [low, 4], ticks: ticksAt([-40, -30, -20, -10, 0]), label: "Δ, nats gained since the start"},
-    y: {range: [-0.75, 2], ticks: [[0, "0"], [0.5, "0.5"], [1, "1"], [2, "2"]]}},
+    title: ga ? "W = 1 for every answer" : `W of each forget answer: mean ${short(averageW)}`,
+    x: {range: [low, 4], ticks: ticksAt([4, 3, 2, 1, 0].map(i => low * i / 4)), label: "Δ, nats since the start"},
+    y: {range: [-0.75, 2], ticks: ticksAt([0, 0.5, 1, 2])}},
   (X, Y) => line(X, Y, curve.map(x => [x, W(x)]), {color: GREY, width: 1.5})
-    + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: "#8c8c8c80", radius: 3.5})).join("")
-    + forget.map(x => dot(X, Y, [x, W(x)], {color: `${run.loss === "ga" ? COLORS.ga : "#000000"}50`, radius: 5})).join("")
+    + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: `${GREY}80`, radius: 3.5})).join("")
+    + forget.map(x => dot(X, Y, [x, W(x)], {color: `${COLORS[run.loss]}50`, radius: 5})).join("")
     + note(X, Y, [low, -0.2], "retain answers", {color: "#555", dx: 6})
     + (further ? note(X, Y, [low, 1], `← ${further} of 300 are further left`, {dx: 4, dy: -14}) : ""));
 }
 
 const QUALITY = {range: [-35, 0], scale: x => -Math.sqrt(-x), label: "",
-                 ticks: [[0, "1"], [PASSES, "0.05"], [-4, "10⁻⁴"], [-10, "10⁻¹⁰"], [-20, "10⁻²⁰"], [-30, "10⁻³⁰"]]};
+                 ticks: [[0, "1"], [PASSES, "0.05"], [-4, "10⁻⁴"], [-10, "10⁻¹⁰"], [-20, "10⁻²⁰"],
+                         [-30, "10⁻³⁰"]]};
+const SHARE = {range: [0, 1], ticks: ticksAt([0, 0.5, 1])};
 const STEPS = {range: [0, 125], ticks: ticksAt([0, 25, 50, 75, 100, 125]), label: "step"};
 
 /** A quantity over the steps, with the point of evaluation `at`. */
@@ -388,20 +406,20 @@ function drawnQuality(run, at) {
 
 function drawnUtility(run, at) {
   const [low, high] = DATA.judge.utility.toSorted();
-  return overSteps(run, at, run.utility, `Utility: ${run.utility[at].toFixed(2)}`,
-    {range: [0, 1], ticks: ticksAt([0, 0.5, 1]), label: ""}, (X, Y) => band(X, Y, [0, 125], [low - 0.005, high + 0.005], 0.5)
-      + note(X, Y, [124, high], "retrained models", {color: "#1a7a1a", anchor: "end", dx: 0, dy: -8}));
+  return overSteps(run, at, run.utility, `Utility: ${run.utility[at].toFixed(2)}`, SHARE, (X, Y) => (
+    band(X, Y, [0, 125], [low - 0.005, high + 0.005], 0.5)
+      + note(X, Y, [124, high], "retrained models", {color: "#1a7a1a", anchor: "end", dx: 0, dy: -8})));
 }
 
 /** The cumulative curves of log R that the test compares. */
 function drawnRatios(run, at) {
   const own = run.logR[at], judge = DATA.judge.logR, {rows, at: place, p} = ksTest(own, judge);
-  const steps = values => [...values].sort((a, b) => a - b).flatMap((x, i) => [[x, i / 300], [x, (i + 1) / 300]]);
-  const below = values => values.filter(x => x <= place).length / 300;
+  const n = own.length, below = values => values.filter(x => x <= place).length / n;
+  const steps = values => values.toSorted((a, b) => a - b).flatMap((x, i) => [[x, i / n], [x, (i + 1) / n]]);
   return chart({
-    title: `Largest gap: ${rows} of 300 rows, p = ${short(p)}`,
-    x: {range: [-2.5, 2.5], ticks: ticksAt([-2, -1, 0, 1, 2]), label: "log R: right of 0, truth beats falsehood"},
-    y: {range: [0, 1], ticks: ticksAt([0, 0.5, 1])}},
+    title: `Largest gap: ${rows} of ${n} rows, p = ${short(p)}`,
+    x: {range: [-2.5, 2.5], ticks: ticksAt([-2, -1, 0, 1, 2]), label: "log R: above 0, truth beats falsehood"},
+    y: SHARE},
   (X, Y) => line(X, Y, steps(judge), {color: GREEN, width: 4})
     + line(X, Y, steps(own), {color: COLORS[run.loss], dash: run.retainWeight ? WITH_RT : WITHOUT_RT})
     + line(X, Y, [[place, below(own)], [place, below(judge)]], {width: 5, color: BLUE})
@@ -413,10 +431,10 @@ function drawnRatios(run, at) {
 function marked(answer, {question, answer: truth}) {
   const plain = word => word.toLowerCase().replace(/'s\b|[^\p{L}\p{N}]/gu, "");
   const words = answer.split(/\s+/).filter(Boolean);
-  const right = new Set([...`${question} ${truth}`.split(/\s+/).map(plain), ...DATA.judge.wording]);
+  const right = new Set([...`${question} ${truth}`.split(/\s+/).map(plain), ...DATA.judge.wording, ""]);
   return words.map((word, i) => {
-    const runTogether = /\p{Ll}\p{Lu}|[.,?!]\p{L}/u.test(word), repeated = plain(word) === plain(words[i - 1] ?? "");
-    const kind = runTogether || repeated ? "garbled" : right.has(plain(word)) ? "" : "wrong";
+    const repeated = i > 0 && plain(word) === plain(words[i - 1]);
+    const kind = repeated || /\p{Ll}\p{Lu}|[.,?!]\p{L}/u.test(word) ? "garbled" : right.has(plain(word)) ? "" : "wrong";
     return kind ? `<span class="${kind}">${escaped(word)}</span>` : escaped(word);
   }).join(" ") || "(nothing)";
 }
@@ -444,8 +462,8 @@ function liveWorker() {
   const BATCH = 8, WARMUP = 5, NEW_TOKENS = 20;
   let start, weights, adam, rows, referenceLogps, measured, questions;
   const probability = part => {
-    const texts = part.slice(0, measured), logps = answerLogps(weights, texts);
-    return logps.reduce((sum, logp, b) => sum + Math.exp(logp / (texts[b].ids.length - texts[b].start)), 0) / measured;
+    const texts = part.slice(0, measured), tokens = texts.map(({ids, start}) => ids.length - start);
+    return mean(answerLogps(weights, texts).map((logp, b) => Math.exp(logp / tokens[b])));
   };
   const batchOf = (part, step) => Array.from({length: BATCH}, (_, i) => (BATCH * step + i) * 7 % part.length);
 
@@ -465,7 +483,8 @@ function liveWorker() {
       Object.assign(report, {step, ...unlearnStep(weights, batch, objective, adam, {lr: rate})});
       report.seconds = (performance.now() - began) / 1000;
     }
-    report.probability = Object.fromEntries(Object.entries(rows).map(([name, part]) => [name, probability(part)]));
+    report.probability = {};
+    for (const name in rows) report.probability[name] = probability(rows[name]);
     if (report.step % 4 === 0) {
       report.answers = questions.map(({ids, start: end}) => generate(weights, ids.slice(0, end), NEW_TOKENS));
     }
@@ -473,18 +492,18 @@ function liveWorker() {
   };
 }
 
-/** A worker with the functions of model.js and unlearn.js. A page from file:// may not load a worker from a file,
- * so their text is handed over: every function that a script of this page declared. */
+/** A worker with the functions of model.js and unlearn.js. A page from file:// may not load a worker from a
+ * file, so their text is handed over: every function that a script of this page declared. */
 function makeWorker() {
   const declared = Object.values(Object.getOwnPropertyDescriptors(window)).map(({value}) => value)
     .filter(value => typeof value === "function").map(String)
     .filter(text => text.startsWith("function ") && !text.includes("[native code]"));
-  const text = ["\"use strict\"; const OBJECTIVES = globalThis;", ...declared, "liveWorker();"].join("\n");
+  const text = [`"use strict"; const OBJECTIVES = globalThis, mean = ${mean};`, ...declared, "liveWorker();"].join("\n");
   return new Worker(URL.createObjectURL(new Blob([text], {type: "text/javascript"})));
 }
 
-const live = {method: "npo+rt", beta: 0.5, lr: 0.001, retainWeight: 1, running: false, busy: true, reports: [],
-              answers: []};
+const live = {method: "npo+rt", beta: 0.5, lr: 0.001, retainWeight: 1, running: false, busy: true,
+              reports: [], answers: []};
 const LIVE_LINES = {forget: [COLORS.ga, "6 4"], retain: [GREEN, ""], unseen: [BLUE, "2 4"]};
 
 function setUpLive() {
@@ -502,12 +521,11 @@ function setUpLive() {
   live.questions = ["forget", "retain"].flatMap(kind => DATA.judge.questions[kind].map(question => (
     {...question, kind, ...DATA.rows[kind].find(row => row.question === question.question)}))
     .filter(({ids}) => ids).slice(0, 3));
-  const weights = loadWeights(DATA);
   live.worker = makeWorker();
   live.worker.onmessage = ({data}) => receive(data);
-  live.worker.onerror = ({message}) => { element("message").textContent = `The worker failed: ${message}`; };
-  live.worker.postMessage({setUp: {weights, config: DATA.config, rows: DATA.rows, measured: DATA.live.measured,
-                                   questions: live.questions}});
+  live.worker.onerror = fail;
+  live.worker.postMessage({setUp: {weights: loadWeights(DATA), config: DATA.config, rows: DATA.rows,
+                                   measured: DATA.live.measured, questions: live.questions}});
   drawLive();
 }
 
@@ -530,7 +548,8 @@ function receive(report) {
   drawLive();
 }
 
-/** Under the address #selftest the page takes 20 steps by itself, and writes the last report into its title. */
+/** Under the address #selftest the page takes 20 steps by itself, and writes the last report into its title.
+ */
 function selfTest({step, probability}) {
   live.running = step < 20;
   const seconds = mean(live.reports.slice(1).map(report => report.seconds));
@@ -545,15 +564,17 @@ function drawLive() {
   const {reports, running} = live, last = reports.at(-1), steps = Math.max(20, last?.step ?? 0);
   live.button.textContent = running ? "Pause" : "Start";
   if (!last) { element("live-text").textContent = "The model is being read."; return; }
-  const parts = last.parts && `Loss ${last.loss.toFixed(2)} = forget ${last.parts.forget.toFixed(2)} + retain weight × `
-    + `${last.parts.retain.toFixed(2)} (nats). Mean W ${short(last.parts.meanWeight)}. ${last.seconds.toFixed(1)} s `
-    + `per step${last.seconds > 2 ? ", slower than the 2 s that this page was made for" : ""}.`;
-  element("live-text").textContent = `Step ${last.step}. ${parts ?? "Choose a method and press Start."}`;
+  const {loss, parts, seconds} = last, words = parts ? `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} `
+    + `+ retain weight × ${parts.retain.toFixed(2)} (nats). Mean W ${short(parts.meanWeight)}. `
+    + `${seconds.toFixed(1)} s per step${seconds > 2 ? ", slower than the 2 s that this page was made for" : ""}.`
+    : "Choose a method and press Start.";
+  element("live-text").textContent = `Step ${last.step}. ${words}`;
   const x = {range: [0, steps], ticks: ticksAt([0, steps / 2, steps]), label: "step"};
   element("live-probability").innerHTML = chart({
-    title: "Probability per token; thin lines: retrained model", x, y: {range: [0, 1], ticks: ticksAt([0, 0.5, 1])}},
+    title: "Probability per token; thin lines: retrained model", x, y: SHARE},
   (X, Y) => Object.entries(LIVE_LINES).map(([name, [color, dash]], i) => {
-    const points = reports.map(({step, probability}) => [step, probability[name]]), level = DATA.live.probability.retrained;
+    const points = reports.map(({step, probability}) => [step, probability[name]]);
+    const level = DATA.live.probability.retrained;
     return line(X, Y, [[0, level[name]], [steps, level[name]]], {color, dash, width: 1})
       + line(X, Y, points, {color, dash, width: 3.5}) + dot(X, Y, points.at(-1), {color})
       + note(X, Y, [0, 0.3 - 0.09 * i], `${name} ${points.at(-1)[1].toFixed(2)}`, {color});
@@ -561,7 +582,7 @@ function drawLive() {
   const weights = reports.slice(1).map(({step, parts: {meanWeight}}) => [step, Math.max(meanWeight, 1e-6)]);
   element("live-weight").innerHTML = chart({
     title: "Mean W of the step's forget rows", x,
-    y: {range: [1e-4, 2], scale: Math.log, ticks: [[1, "1"], [0.1, "0.1"], [0.01, "0.01"], [0.001, "0.001"]]}},
+    y: {range: [1e-4, 2], scale: Math.log, ticks: ticksAt([1, 0.1, 0.01, 0.001])}},
   (X, Y) => line(X, Y, weights, {width: 3}) + weights.slice(-1).map(point => dot(X, Y, point)).join(""));
   element("live-answers").innerHTML = live.questions.map((question, i) => card(question.kind, question, [
     ["retrained", question.retrained], ["this model", textOf(live.answers[i] ?? [])]])).join("");
