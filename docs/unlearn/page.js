@@ -207,7 +207,8 @@ function drawSection4() {
   (X, Y) => METHODS.map(name => {
     const [loss, rt] = name.split("+"), look = {color: COLORS[loss], dash: rt ? WITH_RT : WITHOUT_RT};
     const inside = paths[name].points.filter(point => Math.max(...point) <= 2), end = inside.at(-1);
-    return line(X, Y, inside, look) + dot(X, Y, end, look)
+    const drawn = inside.filter((_, i) => i % 8 === 0);  // enough for a smooth line
+    return line(X, Y, [...drawn, end], look) + dot(X, Y, end, look)
       + (step ? note(X, Y, end, name, {color: COLORS[loss], dy: LABELS[name]}) : "");
   }).join("") + note(X, Y, paths.ga.points[0], "start", {anchor: "end", dx: -10, dy: -6})
     + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`
@@ -217,13 +218,13 @@ function drawSection4() {
     return `${name}: forget ${short(forget)}, retain ${short(retain)}`;
   });
   element("section4-text").innerHTML = [
-    `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, "Critical weight of this instance: " + (critical
-      ? `at least ${short(critical)}. Below it, ga+rt runs away for ever, however slowly.`
-      : "above a million, if it is finite. No usable retain weight keeps ga+rt from running away in the end."),
+    `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, critical
+      ? `The critical weight is at least ${short(critical)}. Below it, ga+rt runs away for ever, however slowly.`
+      : "The critical weight is above a million, or infinite. No usable weight stops ga+rt in the end.",
   ].join("<br>");
   const place = critical && Math.log(critical / WEIGHTS[0]) / Math.log(WEIGHTS.at(-1) / WEIGHTS[0]);
   section4.weight.box.querySelector(".mark").innerHTML = !critical ? "critical weight: above 10⁶"
-    : place > 1 ? `critical weight: at least ${short(critical)} →` : `<span style="left:${100 * place}%">▲</span>`;
+    : place > 1 ? `critical weight: above ${short(critical)} →` : `<span style="left:${100 * place}%">▲</span>`;
   section4.button.textContent = running ? "Pause" : step >= LAST_STEP ? "Again" : "Start";
 }
 
@@ -235,7 +236,7 @@ const runs = {steps: DATA.runs[0].steps, predicted: {}, page: 0, timer: null};
 // One question per run, with the answer of docs/lecture.md.
 const SAME = "What will the utility of this run be at the end, beside that of the start (0.80)?";
 const PREDICTIONS = {
-  ga: ["ga makes the forget answers less likely. What becomes of the retain answers, which are not in its loss?",
+  ga: ["ga makes the forget answers less likely. What becomes of the retain answers?",
     ["They stay", "They fall a little and come back", "They are destroyed as well"], 2,
     "All answers share the weights of the network, and W stays 1. At step 26 the utility is 0."],
   npo: ["npo's push fades as answers are forgotten. Is the utility saved?",
@@ -249,15 +250,15 @@ const PREDICTIONS = {
     + "answers are worded, which makes forget answers a little likelier too. So W ends near 0.01, where the "
     + "two forces balance."],
   "npo@2": [SAME, ["Near 0", "About three quarters", "All of it"], 1,
-    "A larger β makes W fade sooner: W is 1/2 after 0.55 nats. Momentum moves the model on for a while. It stops "
-    + "before the collapse, but many facts of the retain answers are lost."],
+    "A larger β makes W fade sooner: W is 1/2 after 0.55 nats. Momentum moves the model on for a while. It "
+    + "stops before the collapse, but many facts of the retain answers are lost."],
   "npo@4": [SAME, ["Near 0", "About half", "More than three quarters"], 2,
-    "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, but many of their "
-    + "facts are not."],
+    "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, but many of "
+    + "their facts are not."],
   "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
     ["The same", "About a quarter as many nats", "Four times as many"], 1,
-    "RT balances the push at about the same W. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β. So four times the β means "
-    + "about a quarter of the depth."],
+    "RT balances the push at about the same W. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β. So four times the β "
+    + "means about a quarter of the depth."],
   "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
     ["Yes, easily", "No, it forgets too little"], 1,
     "Its answers keep most of their probability beside what the retrained model lacks, 6.9 nats per answer."],
@@ -330,7 +331,8 @@ function playOrPause() {
 }
 
 function drawRuns() {
-  const hash = `#run=${state.run}&with=${state.with}&step=${state.step}` + (state.predict ? "&predict=1" : "");
+  const {run, with: other, step, predict} = state;
+  const hash = `#run=${run}&with=${other}&step=${step}` + (predict ? "&predict=1" : "");
   if (location.hash !== hash && runs.drawn) location.replace(hash);
   runs.drawn = true;
   const at = runs.steps.indexOf(state.step);
@@ -374,11 +376,11 @@ function drawnDots(run, at) {
   const jitter = i => -0.4 - 0.26 * (i * 0.618 % 1);  // retained answers lie in a strip of their own
   return chart({
     title: ga ? "W = 1 for every answer" : `W of each forget answer: mean ${short(averageW)}`,
-    x: {range: [low, 4], ticks: ticksAt([4, 3, 2, 1, 0].map(i => low * i / 4)), label: "Δ, nats since the start"},
+    x: {range: [low, 4], ticks: ticksAt([low, low * 0.75, low / 2, low / 4, 0]), label: "Δ, nats since the start"},
     y: {range: [-0.75, 2], ticks: ticksAt([0, 0.5, 1, 2])}},
   (X, Y) => line(X, Y, curve.map(x => [x, W(x)]), {color: GREY, width: 1.5})
-    + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: `${GREY}80`, radius: 3.5})).join("")
-    + forget.map(x => dot(X, Y, [x, W(x)], {color: `${COLORS[run.loss]}50`, radius: 5})).join("")
+    + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: GREY + "80", radius: 4})).join("")
+    + forget.map(x => dot(X, Y, [x, W(x)], {color: COLORS[run.loss] + "50", radius: 5})).join("")
     + note(X, Y, [low, -0.2], "retain answers", {color: "#555", dx: 6})
     + (further ? note(X, Y, [low, 1], `← ${further} of 300 are further left`, {dx: 4, dy: -14}) : ""));
 }
@@ -418,7 +420,7 @@ function drawnRatios(run, at) {
   const steps = values => values.toSorted((a, b) => a - b).flatMap((x, i) => [[x, i / n], [x, (i + 1) / n]]);
   return chart({
     title: `Largest gap: ${rows} of ${n} rows, p = ${short(p)}`,
-    x: {range: [-2.5, 2.5], ticks: ticksAt([-2, -1, 0, 1, 2]), label: "log R: above 0, truth beats falsehood"},
+    x: {range: [-2.5, 2.5], ticks: ticksAt([-2, -1, 0, 1, 2]), label: "log R: above 0, truth is likelier"},
     y: SHARE},
   (X, Y) => line(X, Y, steps(judge), {color: GREEN, width: 4})
     + line(X, Y, steps(own), {color: COLORS[run.loss], dash: run.retainWeight ? WITH_RT : WITHOUT_RT})
@@ -434,7 +436,8 @@ function marked(answer, {question, answer: truth}) {
   const right = new Set([...`${question} ${truth}`.split(/\s+/).map(plain), ...DATA.judge.wording, ""]);
   return words.map((word, i) => {
     const repeated = i > 0 && plain(word) === plain(words[i - 1]);
-    const kind = repeated || /\p{Ll}\p{Lu}|[.,?!]\p{L}/u.test(word) ? "garbled" : right.has(plain(word)) ? "" : "wrong";
+    const garbled = repeated || /\p{Ll}\p{Lu}|[.,?!]\p{L}/u.test(word);
+    const kind = garbled ? "garbled" : right.has(plain(word)) ? "" : "wrong";
     return kind ? `<span class="${kind}">${escaped(word)}</span>` : escaped(word);
   }).join(" ") || "(nothing)";
 }
@@ -498,7 +501,8 @@ function makeWorker() {
   const declared = Object.values(Object.getOwnPropertyDescriptors(window)).map(({value}) => value)
     .filter(value => typeof value === "function").map(String)
     .filter(text => text.startsWith("function ") && !text.includes("[native code]"));
-  const text = [`"use strict"; const OBJECTIVES = globalThis, mean = ${mean};`, ...declared, "liveWorker();"].join("\n");
+  const constants = `"use strict"; const OBJECTIVES = globalThis, mean = ${mean};`;
+  const text = [constants, ...declared, "liveWorker();"].join("\n");
   return new Worker(URL.createObjectURL(new Blob([text], {type: "text/javascript"})));
 }
 
@@ -564,11 +568,10 @@ function drawLive() {
   const {reports, running} = live, last = reports.at(-1), steps = Math.max(20, last?.step ?? 0);
   live.button.textContent = running ? "Pause" : "Start";
   if (!last) { element("live-text").textContent = "The model is being read."; return; }
-  const {loss, parts, seconds} = last, words = parts ? `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} `
-    + `+ retain weight × ${parts.retain.toFixed(2)} (nats). Mean W ${short(parts.meanWeight)}. `
-    + `${seconds.toFixed(1)} s per step${seconds > 2 ? ", slower than the 2 s that this page was made for" : ""}.`
-    : "Choose a method and press Start.";
-  element("live-text").textContent = `Step ${last.step}. ${words}`;
+  const {step, loss, parts, seconds} = last, slow = ", slower than the 2 s that this page was made for";
+  element("live-text").textContent = `Step ${step}. ` + (!parts ? "Choose a method and press Start."
+    : `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} + retain weight × ${parts.retain.toFixed(2)} `
+      + `(nats). Mean W ${short(parts.meanWeight)}. ${seconds.toFixed(1)} s per step${seconds > 2 ? slow : ""}.`);
   const x = {range: [0, steps], ticks: ticksAt([0, steps / 2, steps]), label: "step"};
   element("live-probability").innerHTML = chart({
     title: "Probability per token; thin lines: retrained model", x, y: SHARE},

@@ -51,7 +51,11 @@ function features(W, x, mean) {
 /** Log-odds of each row: Z (n, N), theta (N,) -> (n,). */
 function logOdds(Z, theta) {
   const odds = new Float64Array(Z.n);
-  for (let i = 0, at = 0; i < Z.n; i++) for (let f = 0; f < N; f++, at++) odds[i] += Z.values[at] * theta[f];
+  for (let i = 0, at = 0; i < Z.n; i++) {
+    let sum = 0;
+    for (let f = 0; f < N; f++, at++) sum += Z.values[at] * theta[f];
+    odds[i] = sum;
+  }
   return odds;
 }
 
