@@ -23,4 +23,6 @@ output.secondsPerStep = (Date.now() - begin) / 1000 / input.steps.length;
 output.trained = plain(trained);
 const instance = section4.makeInstance(input.instance);
 output.paths = input.methods.map(method => section4.pathOf(instance, method));
+output.tests = input.samples.map(([x, y]) => ksTest(x, y));
+output.runs = DATA.runs.map(run => run.logR.map(values => ksTest(values, DATA.judge.logR)));
 fs.writeFileSync(process.argv[3], JSON.stringify(output));

@@ -219,12 +219,12 @@ function drawSection4() {
   });
   element("section4-text").innerHTML = [
     `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, critical
-      ? `The critical weight is at least ${short(critical)}. Below it, ga+rt runs away for ever, however slowly.`
+      ? `The critical weight is at least ${short(critical)}. Below it, ga+rt runs away, however slowly.`
       : "The critical weight is above a million, or infinite. No usable weight stops ga+rt in the end.",
   ].join("<br>");
   const place = critical && Math.log(critical / WEIGHTS[0]) / Math.log(WEIGHTS.at(-1) / WEIGHTS[0]);
   section4.weight.box.querySelector(".mark").innerHTML = !critical ? "critical weight: above 10⁶"
-    : place > 1 ? `critical weight: above ${short(critical)} →` : `<span style="left:${100 * place}%">▲</span>`;
+    : place > 1 ? `critical weight: above ${short(critical)}` : `<span style="left:${100 * place}%">▲</span>`;
   section4.button.textContent = running ? "Pause" : step >= LAST_STEP ? "Again" : "Start";
 }
 
@@ -376,7 +376,7 @@ function drawnDots(run, at) {
   const jitter = i => -0.4 - 0.26 * (i * 0.618 % 1);  // retained answers lie in a strip of their own
   return chart({
     title: ga ? "W = 1 for every answer" : `W of each forget answer: mean ${short(averageW)}`,
-    x: {range: [low, 4], ticks: ticksAt([low, low * 0.75, low / 2, low / 4, 0]), label: "Δ, nats since the start"},
+    x: {range: [low, 4], ticks: ticksAt([low, 3 * low / 4, low / 2, low / 4, 0]), label: "Δ, in nats"},
     y: {range: [-0.75, 2], ticks: ticksAt([0, 0.5, 1, 2])}},
   (X, Y) => line(X, Y, curve.map(x => [x, W(x)]), {color: GREY, width: 1.5})
     + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: GREY + "80", radius: 4})).join("")
@@ -568,10 +568,11 @@ function drawLive() {
   const {reports, running} = live, last = reports.at(-1), steps = Math.max(20, last?.step ?? 0);
   live.button.textContent = running ? "Pause" : "Start";
   if (!last) { element("live-text").textContent = "The model is being read."; return; }
-  const {step, loss, parts, seconds} = last, slow = ", slower than the 2 s that this page was made for";
+  const {step, loss, parts, seconds} = last, slow = seconds > 2 ? ", slower than this page was made for" : "";
   element("live-text").textContent = `Step ${step}. ` + (!parts ? "Choose a method and press Start."
-    : `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} + retain weight × ${parts.retain.toFixed(2)} `
-      + `(nats). Mean W ${short(parts.meanWeight)}. ${seconds.toFixed(1)} s per step${seconds > 2 ? slow : ""}.`);
+    : `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} + retain weight × `
+      + `${parts.retain.toFixed(2)}, in nats. Mean W ${short(parts.meanWeight)}. `
+      + `A step took ${seconds.toFixed(1)} s${slow}.`);
   const x = {range: [0, steps], ticks: ticksAt([0, steps / 2, steps]), label: "step"};
   element("live-probability").innerHTML = chart({
     title: "Probability per token; thin lines: retrained model", x, y: SHARE},
