@@ -138,8 +138,8 @@ class Firefox:
         return result
 
     def resize(self, width: int):
-        # A window cannot be narrower than about 500 pixels, so the page is shown in a frame of that width.
-        self.call("WebDriver:SetWindowRect", width=max(width, 500), height=900)
+        # Firefox makes its window no narrower than about 500 pixels.
+        self.call("WebDriver:SetWindowRect", width=width, height=900)
 
     def open(self, address: str):
         self.call("WebDriver:Navigate", url="about:blank")

@@ -88,7 +88,8 @@ def page(rows, stream, start, instance, samples, tmp_path_factory) -> dict:
         lr = LR * (step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup))
         steps.append({"forget": [short["forget"][i.row] for i in items],
                       "retain": [short["retain"][i.partner] for i in items], "lr": lr})
-    content = {"texts": texts, "samples": samples, "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
+    content = {"texts": texts, "samples": samples,
+               "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
                "instance": {
                    "alpha": 1,
                    **{name: values.tolist() for name, values in instance["drawn"]._asdict().items()},
@@ -195,8 +196,8 @@ def made_up_run(folder, rng) -> dict:
         rows = {name: [{"answer_nll": nlls[0], "answer_tokens": 9, "paraphrased_nll": nlls[1],
                         "paraphrased_tokens": 8, "perturbed_nll": nlls[2:].tolist(),
                         "perturbed_tokens": [7, 8, 9, 10, 11], "rouge_l_recall": 0.5,
-                        "generation": f"{name} {i} {step}"} for i, nlls in enumerate(rng.uniform(1, 90, (300, 7)))]
-                for name in names}
+                        "generation": f"{name} {i} {step}"}
+                       for i, nlls in enumerate(rng.uniform(1, 90, (300, 7)))] for name in names}
         scores = {**metrics.compute_metrics(rows, judge), "model_utility": rng.random()}
         evaluations[step] = {"metrics": scores, "rows": rows}
     (folder / "eval").mkdir()
@@ -204,7 +205,8 @@ def made_up_run(folder, rng) -> dict:
         (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(evaluation))
     settings = {"loss": "npo", "beta": 2.0, "retain_weight": 1.0}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
-    (folder / "log.jsonl").write_text("".join(json.dumps({"step": k, "mean_W": k / 7}) + "\n" for k in range(5)))
+    lines = [json.dumps({"step": k, "mean_W": k / 7}) for k in range(5)]
+    (folder / "log.jsonl").write_text("\n".join(lines))
     return evaluations
 
 

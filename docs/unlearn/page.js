@@ -219,7 +219,7 @@ function drawSection4() {
   });
   element("section4-text").innerHTML = [
     `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, critical
-      ? `The critical weight is at least ${short(critical)}. Below it, ga+rt runs away, however slowly.`
+      ? `The critical weight is at least ${short(critical)} (▲). Below it, ga+rt runs away, however slowly.`
       : "The critical weight is above a million, or infinite. No usable weight stops ga+rt in the end.",
   ].join("<br>");
   const place = critical && Math.log(critical / WEIGHTS[0]) / Math.log(WEIGHTS.at(-1) / WEIGHTS[0]);
@@ -243,7 +243,7 @@ const PREDICTIONS = {
     ["Yes, because W falls to 0", "About half of it", "No"], 2,
     "W depends on the forget answers alone. When it is gone, steps at the full learning rate have already "
     + "destroyed the retain answers, and nothing brings them back. Look at forget quality all the same: this "
-    + "collapsed model passes the test at step 26, because the test compares only the ratio R."],
+    + "broken model passes the test at step 26, because the test compares only the ratio R."],
   "npo+rt": ["RT trains on retain rows. Will W still go to 0?",
     ["Yes, sooner than without RT", "It stays near 1", "It falls, and stays a little above 0"], 2,
     "W falls as before, until RT is the stronger force. Then the retain answers come back. RT teaches how "
@@ -363,8 +363,8 @@ function ask(body, name) {
 /** The pictures of a run at evaluation `at`. */
 function drawnRun(run, at, choice) {
   const [, choices, right, explanation] = PREDICTIONS[run.name] ?? [];
-  const told = choice === undefined ? "" : `<div class="predict"><p><b>${choice === right ? "Yes" : "No"}:
-    ${choices[right]}.</b> ${explanation}</p></div>`;
+  const told = choice === undefined ? "" : `<div class="predict"><p>${choice === right ? "You were right." : "Not so."}
+    The answer is: <b>${choices[right]}.</b> ${explanation}</p></div>`;
   return told + drawnDots(run, at) + drawnQuality(run, at) + drawnUtility(run, at) + drawnRatios(run, at);
 }
 
