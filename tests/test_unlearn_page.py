@@ -205,8 +205,6 @@ def made_up_run(folder, rng) -> dict:
         (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(evaluation))
     settings = {"loss": "npo", "beta": 2.0, "retain_weight": 1.0}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
-    lines = [json.dumps({"step": k, "mean_W": k / 7}) for k in range(5)]
-    (folder / "log.jsonl").write_text("\n".join(lines))
     return evaluations
 
 
@@ -215,7 +213,6 @@ def test_a_runs_record_holds_the_numbers_of_its_folder(tmp_path):
     make_data.write_data({"runs": [make_data.run_record(tmp_path)]}, tmp_path / "data.js")
     [run] = make_data.read_data(tmp_path / "data.js")["runs"]
     assert (run["name"], run["steps"], run["beta"]) == ("npo+rt@2", [0, 4], 2)
-    assert run["W"] == pytest.approx([k / 7 for k in range(5)], abs=1e-5)
     for at, step in enumerate(run["steps"]):
         rows, scores = evaluations[step]["rows"], evaluations[step]["metrics"]
         for name, shown in make_data.QUESTIONS.items():

@@ -98,9 +98,8 @@ def cut(text: str) -> str:
 def run_record(folder: Path) -> dict:
     """A run's evaluations at STEPS (the others are left out), from its folder. Lists have one entry per step:
     delta is log pi_theta - log pi_ref of each evaluated answer, in nats; qualityLog10 belongs to forget
-    quality, and gapRows is the largest gap in rows. W has one entry per training step, and is null for ga."""
+    quality, and gapRows is the largest gap in rows."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["settings"]
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     files = {step: folder / "eval" / f"step_{step:06d}.json" for step in STEPS}
     evaluations = {step: json.loads(file.read_text(encoding="utf-8"))
                    for step, file in files.items() if file.exists()}
@@ -120,7 +119,6 @@ def run_record(folder: Path) -> dict:
             "utility": rounded([m["model_utility"] for m in metrics], 4),
             "probability": {name: rounded([m[name]["probability"] for m in metrics], 4)
                             for name in QUESTIONS},
-            "W": rounded([line["mean_W"] for line in log], 5) if "mean_W" in log[0] else None,
             "answers": {name: [[cut(one[name][i]["generation"]) for i in places] for one in rows]
                         for name, places in QUESTIONS.items()}}
 
@@ -146,8 +144,6 @@ def judge_record(model, tokenizer, task) -> dict:
     shown = {name: [task.evaluated[name][i] for i in places] for name, places in QUESTIONS.items()}
     return {"logR": rounded(ratios[0], 4), "qualityAmong": round(agreement(*ratios)["ks_p"], 4),
             "utility": rounded([log["metrics"]["model_utility"] for log in logs], 4),
-            "probability": {name: rounded([log["metrics"][name]["probability"] for log in logs], 4)
-                            for name in QUESTIONS},
             "wording": wording(task),
             "questions": {name: [{"question": row["question"], "answer": row["answer"],
                                   "retrained": minimal_npo.answer(model, tokenizer, row["question"])}

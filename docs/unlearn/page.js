@@ -256,12 +256,12 @@ const PREDICTIONS = {
     "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, but many of "
     + "their facts are not."],
   "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
-    ["The same", "About a quarter as many nats", "Four times as many"], 1,
-    "RT balances the push at about the same W. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β. So four times the β "
-    + "means about a quarter of the depth."],
+    ["The same", "Fewer", "More"], 1,
+    "The run ends where RT balances the push. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β, so a larger β stops after "
+    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7, so this run forgets too little."],
   "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
     ["Yes, easily", "No, it forgets too little"], 1,
-    "Its answers keep most of their probability beside what the retrained model lacks, 6.9 nats per answer."],
+    "W fades before the answers have lost what the retrained model lacks, about 7 nats per answer."],
 };
 
 function setUpRuns() {
@@ -408,7 +408,10 @@ function drawnQuality(run, at) {
 
 function drawnUtility(run, at) {
   const [low, high] = DATA.judge.utility.toSorted();
-  return overSteps(run, at, run.utility, `Utility: ${run.utility[at].toFixed(2)}`, SHARE, (X, Y) => (
+  const [now, forget, retain] = [run.utility, run.probability.forget, run.probability.retain].map(
+    values => values[at].toFixed(2));
+  const title = `Utility ${now}; probability: forget ${forget}, retain ${retain}`;
+  return overSteps(run, at, run.utility, title, SHARE, (X, Y) => (
     band(X, Y, [0, 125], [low - 0.005, high + 0.005], 0.5)
       + note(X, Y, [124, high], "retrained models", {color: "#1a7a1a", anchor: "end", dx: 0, dy: -8})));
 }
