@@ -139,7 +139,7 @@ function drawWeight(beta) {
 }
 
 // --------------------------------------------------------------------------------------------- 2. Section 4
-const LABELS = {ga: 34, "ga+rt": 16, npo: -8, "npo+rt": -10};  // pixels below the end of each path
+const LABELS = {ga: 34, "ga+rt": 16, npo: -8, "npo+rt": 22};  // pixels below the end of each path
 const METHODS = Object.keys(LABELS), LAST_STEP = 2000, STEPS_PER_FRAME = 2;
 const section4 = {alpha: 1, beta: 1, lr: 0.005, retainWeight: 1, running: false};
 
@@ -207,12 +207,11 @@ function drawSection4() {
   (X, Y) => METHODS.map(name => {
     const [loss, rt] = name.split("+"), look = {color: COLORS[loss], dash: rt ? WITH_RT : WITHOUT_RT};
     const inside = paths[name].points.filter(point => Math.max(...point) <= 2), end = inside.at(-1);
-    const drawn = inside.filter((_, i) => i % 8 === 0);  // enough for a smooth line
+    const drawn = inside.filter((_, i) => i < 100 || i % 8 === 0);  // paths begin fast
     return line(X, Y, [...drawn, end], look) + dot(X, Y, end, look)
       + (step ? note(X, Y, end, name, {color: COLORS[loss], dy: LABELS[name]}) : "");
   }).join("") + note(X, Y, paths.ga.points[0], "start", {anchor: "end", dx: -10, dy: -6})
-    + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`
-    + note(X, Y, [0, 0], "retrained model", {color: "#1a7a1a", dx: 16, dy: -8}));
+    + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`);
   const critical = models.criticalAtLeast, ends = METHODS.map(name => {
     const [forget, retain] = paths[name].points.at(-1);
     return `${name}: forget ${short(forget)}, retain ${short(retain)}`;
@@ -258,7 +257,7 @@ const PREDICTIONS = {
   "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
     ["The same", "Fewer", "More"], 1,
     "The run ends where RT balances the push. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β, so a larger β stops after "
-    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7, so this run forgets too little."],
+    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7. This run forgets too little."],
   "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
     ["Yes, easily", "No, it forgets too little"], 1,
     "W fades before the answers have lost what the retrained model lacks, about 7 nats per answer."],
@@ -363,8 +362,9 @@ function ask(body, name) {
 /** The pictures of a run at evaluation `at`. */
 function drawnRun(run, at, choice) {
   const [, choices, right, explanation] = PREDICTIONS[run.name] ?? [];
-  const told = choice === undefined ? "" : `<div class="predict"><p>${choice === right ? "You were right." : "Not so."}
-    The answer is: <b>${choices[right]}.</b> ${explanation}</p></div>`;
+  const verdict = choice === right ? "You were right." : "Not so.";
+  const told = choice === undefined ? "" : `<div class="predict"><p>${verdict} The answer is:
+    <b>${choices[right]}.</b> ${explanation}</p></div>`;
   return told + drawnDots(run, at) + drawnQuality(run, at) + drawnUtility(run, at) + drawnRatios(run, at);
 }
 
