@@ -257,7 +257,7 @@ const PREDICTIONS = {
   "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
     ["The same", "Fewer", "More"], 1,
     "The run ends where RT balances the push. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β, so a larger β stops after "
-    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7. This run forgets too little."],
+    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7, so 4 are too few."],
   "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
     ["Yes, easily", "No, it forgets too little"], 1,
     "W fades before the answers have lost what the retrained model lacks, about 7 nats per answer."],
