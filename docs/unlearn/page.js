@@ -131,7 +131,7 @@ function drawWeight(beta) {
         label: "ηt: time × learning rate"}},
   (X, Y) => line(X, Y, us.map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
     + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14})
-    + line(X, Y, npo, {width: 3}) + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: 0, dy: 22})
+    + line(X, Y, npo, {width: 3}) + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: 0, dy: 30})
     + marks.map(([W, u]) => [timeOf(u), u, W]).filter(inside).map(([t, u, W]) => dot(X, Y, [t, u])
       + note(X, Y, [t, u], `W = ${W}`, t > 100 ? {anchor: "end", dx: -8, dy: -10} : {dx: 10, dy: 18}))
       .join(""));
