@@ -4,19 +4,25 @@ import copy
 import json
 import shutil
 import subprocess
+import sys
 from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from transformers import AutoModelForCausalLM
 
 import losses
+import metrics
 import minimal_npo
 import synthetic
 from conftest import ROOT
 from data.prompts import Encoded
 from data.synthetic_instances import fresh_instance
+
+sys.path.insert(0, str(ROOT / "docs" / "unlearn"))
+import make_data
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -28,14 +34,22 @@ PATH_STEPS = 60
 Item = namedtuple("Item", "row partner")
 
 
+@pytest.fixture(scope="module")
 def data() -> dict:
-    text = (ROOT / "docs" / "unlearn" / "data.js").read_text(encoding="utf-8")
-    return json.loads(text[text.index("const DATA = ") + 13:text.rindex(";\nif")])
+    return make_data.read_data(ROOT / "docs" / "unlearn" / "data.js")
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict:
-    return data()["rows"]
+def rows(data) -> dict:
+    return data["rows"]
+
+
+@pytest.fixture(scope="module")
+def samples() -> list:
+    """Pairs of samples of one size: near and far, small and large, with ties, and twice the same."""
+    rng = np.random.default_rng(0)
+    pairs = [rng.normal(0, 1, (2, n)) + [[0], [shift]] for n in (5, 40, 300) for shift in (0, 0.3, 3)]
+    return [pair.tolist() for pair in (*pairs, rng.integers(0, 9, (2, 300)), np.ones((2, 20)))]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +76,7 @@ def instance() -> dict:
 
 
 @pytest.fixture(scope="module")
-def page(rows, stream, start, instance, tmp_path_factory) -> dict:
+def page(rows, stream, start, instance, samples, tmp_path_factory) -> dict:
     folder, ids = tmp_path_factory.mktemp("page"), ("ids", "start")
     texts = [{"ids": row["ids"], "places": list(range(len(row["ids"])))} for row in rows["forget"][:6]]
     short = {name: [{key: row[key] for key in ids} for row in part] for name, part in rows.items()}
@@ -74,7 +88,8 @@ def page(rows, stream, start, instance, tmp_path_factory) -> dict:
         lr = LR * (step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup))
         steps.append({"forget": [short["forget"][i.row] for i in items],
                       "retain": [short["retain"][i.partner] for i in items], "lr": lr})
-    content = {"texts": texts, "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
+    content = {"texts": texts, "samples": samples,
+               "prompts": [row["ids"][:row["start"]] for row in rows["forget"][:6]],
                "instance": {
                    "alpha": 1,
                    **{name: values.tolist() for name, values in instance["drawn"]._asdict().items()},
@@ -151,3 +166,62 @@ def test_section_4s_paths_equal_synthetic_py(page, instance):
     for path, (forget, retain) in zip(page["paths"], paths, strict=True):
         assert path["forgetDistance"] == pytest.approx(forget, rel=1e-6)
         assert path["retainDistance"] == pytest.approx(retain, rel=1e-6)
+
+
+def test_the_kolmogorov_smirnov_test_equals_scipys(page, samples):
+    for (x, y), result in zip(samples, page["tests"], strict=True):
+        expected = ks_2samp(x, y)
+        assert result["rows"] == round(expected.statistic * len(x))
+        assert result["p"] == pytest.approx(expected.pvalue, rel=1e-9)
+        if result["rows"]:
+            gap = abs(np.mean(np.array(x) <= result["at"]) - np.mean(np.array(y) <= result["at"]))
+            assert gap == pytest.approx(expected.statistic)
+
+
+def test_the_pages_runs_have_the_gap_and_the_p_of_their_records(page, data):
+    judge = json.loads(make_data.LOGS[0].read_text(encoding="utf-8"))["rows"]["forget"]
+    assert data["judge"]["logR"] == pytest.approx(metrics.log_truth_ratios(judge), abs=5e-5)
+    assert {"ga", "npo", "npo+rt"} <= {run["name"] for run in data["runs"]}
+    for run, tests in zip(data["runs"], page["runs"], strict=True):
+        assert [test["rows"] for test in tests] == run["gapRows"]
+        for test, decades in zip(tests, run["qualityLog10"], strict=True):
+            assert np.log10(test["p"]) == pytest.approx(decades, abs=6e-4)
+
+
+def made_up_run(folder, rng) -> dict:
+    """A run folder of `train_npo.py` with random rows, evaluated at steps 0, 4 and 5 (which is not shown)."""
+    judge = json.loads(make_data.LOGS[0].read_text(encoding="utf-8"))["rows"]["forget"]
+    evaluations, names = {}, ("forget", "retain")
+    for step in (0, 4, 5):
+        rows = {name: [{"answer_nll": nlls[0], "answer_tokens": 9, "paraphrased_nll": nlls[1],
+                        "paraphrased_tokens": 8, "perturbed_nll": nlls[2:].tolist(),
+                        "perturbed_tokens": [7, 8, 9, 10, 11], "rouge_l_recall": 0.5,
+                        "generation": f"{name} {i} {step}"}
+                       for i, nlls in enumerate(rng.uniform(1, 90, (300, 7)))] for name in names}
+        scores = {**metrics.compute_metrics(rows, judge), "model_utility": rng.random()}
+        evaluations[step] = {"metrics": scores, "rows": rows}
+    (folder / "eval").mkdir()
+    for step, evaluation in evaluations.items():
+        (folder / "eval" / f"step_{step:06d}.json").write_text(json.dumps(evaluation))
+    settings = {"loss": "npo", "beta": 2.0, "retain_weight": 1.0}
+    (folder / "config.json").write_text(json.dumps({"settings": settings}))
+    return evaluations
+
+
+def test_a_runs_record_holds_the_numbers_of_its_folder(tmp_path):
+    evaluations = made_up_run(tmp_path, np.random.default_rng(0))
+    make_data.write_data({"runs": [make_data.run_record(tmp_path)]}, tmp_path / "data.js")
+    [run] = make_data.read_data(tmp_path / "data.js")["runs"]
+    assert (run["name"], run["steps"], run["beta"]) == ("npo+rt@2", [0, 4], 2)
+    for at, step in enumerate(run["steps"]):
+        rows, scores = evaluations[step]["rows"], evaluations[step]["metrics"]
+        for name, shown in make_data.QUESTIONS.items():
+            expected = [first["answer_nll"] - row["answer_nll"]
+                        for first, row in zip(evaluations[0]["rows"][name], rows[name], strict=True)]
+            assert run["delta"][name][at] == pytest.approx(expected, abs=0.0051)
+            assert run["answers"][name][at] == [rows[name][i]["generation"] for i in shown]
+            assert run["probability"][name][at] == pytest.approx(scores[name]["probability"], abs=1e-4)
+        assert run["logR"][at] == pytest.approx(metrics.log_truth_ratios(rows["forget"]), abs=5e-5)
+        assert run["qualityLog10"][at] == pytest.approx(scores["forget_quality_log10"], abs=6e-4)
+        assert run["gapRows"][at] == round(300 * scores["ks_statistic"])
+        assert run["utility"][at] == pytest.approx(scores["model_utility"], abs=1e-4)

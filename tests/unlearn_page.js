@@ -1,8 +1,8 @@
-// Reads the page's functions under node: `node unlearn_page.js INPUT.json OUTPUT.json`, see test_unlearn_page.py.
+// Calls the page's functions: `node unlearn_page.js INPUT.json OUTPUT.json`, see test_unlearn_page.py.
 "use strict";
 const fs = require("fs"), page = "../docs/unlearn/";
-const DATA = require(page + "data.js"), model = require(page + "model.js"), unlearn = require(page + "unlearn.js");
-const section4 = require(page + "section4.js");
+const [DATA, model, unlearn, section4, {ksTest}] = ["data", "model", "unlearn", "section4", "kstest"].map(
+  name => require(`${page}${name}.js`));
 
 const input = JSON.parse(fs.readFileSync(process.argv[2], "utf8")), start = model.loadWeights(DATA);
 const plain = record => Object.fromEntries(Object.entries(record).map(([name, x]) => [name, Array.from(x)]));
@@ -23,4 +23,6 @@ output.secondsPerStep = (Date.now() - begin) / 1000 / input.steps.length;
 output.trained = plain(trained);
 const instance = section4.makeInstance(input.instance);
 output.paths = input.methods.map(method => section4.pathOf(instance, method));
+output.tests = input.samples.map(([x, y]) => ksTest(x, y));
+output.runs = DATA.runs.map(run => run.logR.map(values => ksTest(values, DATA.judge.logR)));
 fs.writeFileSync(process.argv[3], JSON.stringify(output));

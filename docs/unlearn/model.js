@@ -1,13 +1,12 @@
 /* A small Llama, forward and backward, by hand: plain JavaScript with Float32Array, no library, no DOM.
  *
- * A batch's texts lie one after the other in one matrix of T rows, a row per token. Only attention looks at more
- * than one row, so only it needs to know where a text begins. Every matrix product of the model is one function,
- * `multiply`. Every layer is a function, and its backward pass is the function below it.
+ * A batch's texts lie one after the other in one matrix of T rows, a row per token. Only attention looks at
+ * more than one row, so only it needs to know where a text begins. Every matrix product of the model is one
+ * function, `multiply`. Every layer is a function, and its backward pass is the function below it.
  *
- * Shapes, row-major: T tokens, H hidden size (192), A heads of D numbers (6 of 32), F width of the MLP (512),
- * V vocabulary (2,048), P places at which the next token is predicted. A weight is (out, in), as in PyTorch.
- * Sums run in float64 and are stored in float32.
- */
+ * Shapes, row-major: T tokens, H hidden size (192), A heads of D numbers (6 of 32), F width of the MLP
+ * (512), V vocabulary (2,048), P places at which the next token is predicted. A weight is (out, in), as in
+ * PyTorch. Sums run in float64 and are stored in float32. / */
 "use strict";
 
 const OBJECTIVES = typeof module === "object" ? require("./unlearn.js") : globalThis;
@@ -21,7 +20,8 @@ function halfToNumber(bits) {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
-/** data.js -> {transformers' parameter name: Float32Array}, values of float16. `config` is a hidden property. */
+/** data.js -> {transformers' parameter name: Float32Array}, values of float16. `config` is a hidden property.
+ */
 function loadWeights(data) {
   const text = atob(data.weights.base64), weights = {};
   let at = 0;
@@ -47,7 +47,8 @@ function copyWeights(weights) {
 }
 
 // -------------------------------------------------------------------------------------- matrix products
-/** A B^T: A (m, k), B (n, k) -> (m, n). Four rows of each at a time, so that a number read is used four times. */
+/** A B^T: A (m, k), B (n, k) -> (m, n). Four rows of each at a time, so that a number read is used four
+ * times. */
 function multiply(A, B, m, n, k) {
   const C = new Float32Array(m * n);
   const whole = m - m % 4, wide = n - n % 4;
@@ -162,7 +163,8 @@ function rmsNormBackward(dy, x, g, gradient, eps) {
 /** Rotary positions: turns the pairs (d, d + D/2) of every head of x (T, H) by an angle that grows with the
  * token's position. sign = 1 turns, sign = -1 turns back, which is also the backward pass. */
 function rotate(x, positions, config, sign) {
-  const {head_dim: D, rope_theta: base} = config, H = x.length / positions.length, y = new Float32Array(x.length);
+  const {head_dim: D, rope_theta: base} = config, H = x.length / positions.length;
+  const y = new Float32Array(x.length);
   for (let d = 0; d < D / 2; d++) {
     const frequency = base ** (-2 * d / D);
     positions.forEach((position, t) => {
@@ -176,10 +178,10 @@ function rotate(x, positions, config, sign) {
   return y;
 }
 
-/** Causal attention within each text: q (T, H), k and v (S, H) -> {y (T, H), probs}. A text has `length` queries,
- * from row `at`, and `past` keys before its first query, so its keys are the rows 0 ... past + length of k from
- * row `at`; past > 0 only where one text is generated. probs holds a Float32Array (length, past + length) per
- * text and head. */
+/** Causal attention within each text: q (T, H), k and v (S, H) -> {y (T, H), probs}. A text has `length`
+ * queries, from row `at`, and `past` keys before its first query, so its keys are the rows 0 ... past +
+ * length of k from row `at`; past > 0 only where one text is generated. probs holds a Float32Array (length,
+ * past + length) per text and head. */
 function attention(q, k, v, texts, config) {
   const {num_attention_heads: A, head_dim: D} = config, H = A * D, scale = 1 / Math.sqrt(D);
   const y = new Float32Array(q.length), probs = [];
@@ -301,7 +303,8 @@ function takeRows(x, places, H) {
   return embedding(x, places, H);
 }
 
-/** Texts' ids, one after the other -> {logits (P, V) at `places`, kept}. The head is the embedding, transposed. */
+/** Texts' ids, one after the other -> {logits (P, V) at `places`, kept}. The head is the embedding,
+ * transposed. */
 function run(weights, ids, positions, texts, places, caches) {
   const {config} = weights, H = config.hidden_size, E = weights["model.embed_tokens.weight"];
   let x = embedding(E, ids, H);
@@ -334,17 +337,20 @@ function runBackward(dlogits, weights, gradients, kept) {
 /** ids of one text (T,) and places (P,) -> logits (P, V) of the token that follows each place. */
 function forward(weights, ids, places) {
   ids = Array.from(ids);
-  return run(weights, ids, [...ids.keys()], [{at: 0, length: ids.length, past: 0}], Array.from(places)).logits;
+  const text = {at: 0, length: ids.length, past: 0};
+  return run(weights, ids, [...ids.keys()], [text], Array.from(places)).logits;
 }
 
-/** Greedy continuation of `ids` by at most newTokens ids; the end-of-sequence token ends it and is included. */
+/** Greedy continuation of `ids` by at most newTokens ids; the end-of-sequence token ends it and is included.
+ */
 function generate(weights, ids, newTokens) {
   const {config} = weights, V = config.vocab_size, answer = [];
   const caches = Array.from({length: config.num_hidden_layers}, () => ({k: [], v: []}));
   let next = Array.from(ids), past = 0;
   while (answer.length < newTokens && answer.at(-1) !== config.eos_token_id) {
     const positions = next.map((_, i) => past + i);
-    const {logits} = run(weights, next, positions, [{at: 0, length: next.length, past}], [next.length - 1], caches);
+    const texts = [{at: 0, length: next.length, past}];
+    const {logits} = run(weights, next, positions, texts, [next.length - 1], caches);
     past += next.length;
     let best = 0;
     for (let i = 1; i < V; i++) if (logits[i] > logits[best]) best = i;
@@ -409,7 +415,8 @@ function logpsBackward(slopes, weights, gradients, read) {
  * objective {loss: "ga" | "npo", beta, retainWeight}. NPO is a mean over rows, ga and RT over answer tokens.
  * -> {loss, parts: {forget, retain, meanWeight}, gradients: {name: Float32Array}}. meanWeight is W's mean. */
 function lossAndGradients(weights, batch, {loss, beta, retainWeight = 0}) {
-  const {nllLoss, gaLoss, npoLoss, npoWeight} = OBJECTIVES, total = values => values.reduce((a, b) => a + b, 0);
+  const {nllLoss, gaLoss, npoLoss, npoWeight} = OBJECTIVES;
+  const total = values => values.reduce((a, b) => a + b, 0);
   const gradients = {}, parts = {forget: 0, retain: 0, meanWeight: 1};
   for (const name in weights) gradients[name] = new Float32Array(weights[name].length);
   if (batch.forget?.length) {

@@ -1,7 +1,8 @@
-/* Section 4 of the paper: a logistic model on random features, unlearned by full-batch gradient descent. It takes
- * the steps of `synthetic.py`, in float64.
+/* Section 4 of the paper: a logistic model on random features, unlearned by full-batch gradient descent. It
+ * takes the steps of `synthetic.py`, in float64.
  *
- * Shapes, row-major: D inputs (16), N features (128), n rows. Labels are 0 or 1. theta (N,) gives log-odds. */
+ * Shapes, row-major: D inputs (16), N features (128), n rows. Labels are 0 or 1. theta (N,) gives log-odds.
+ */
 "use strict";
 
 const D = 16, N = 128, ROWS = {x_retain: 1000, x_forget: 200, x_retain_test: 1000, x_forget_test: 1000};
@@ -50,7 +51,11 @@ function features(W, x, mean) {
 /** Log-odds of each row: Z (n, N), theta (N,) -> (n,). */
 function logOdds(Z, theta) {
   const odds = new Float64Array(Z.n);
-  for (let i = 0, at = 0; i < Z.n; i++) for (let f = 0; f < N; f++, at++) odds[i] += Z.values[at] * theta[f];
+  for (let i = 0, at = 0; i < Z.n; i++) {
+    let sum = 0;
+    for (let f = 0; f < N; f++, at++) sum += Z.values[at] * theta[f];
+    odds[i] = sum;
+  }
   return odds;
 }
 
@@ -72,9 +77,11 @@ function train(sets, steps) {
   return theta;
 }
 
-/** A seed, or a record {W, x_retain, y_retain, x_forget, y_forget, x_retain_test, x_forget_test} with, if they are
- * known, reference and retrained (N,). alpha is the mean of the forget cluster, -alpha the retain cluster's. ->
- * {forget, retain: {Z, y}, tests: [{Z, odds}] of forget and retain, reference, retrained}. */
+/** A seed, or a record {W, x_retain, y_retain, x_forget, y_forget, x_retain_test, x_forget_test} with, if
+ * they are known, reference and retrained (N,). alpha is the mean of the forget cluster, -alpha the retain
+ * cluster's. -> {forget, retain: {Z, y}, tests: [{Z, odds}] of forget and retain, reference, retrained,
+ * referenceOdds}: the odds (rows,) are the retrained model's on the test points, and the reference's on the
+ * forget points. */
 function makeInstance(seedOrRecord, {alpha = seedOrRecord.alpha ?? 1, trainSteps = TRAIN_STEPS} = {}) {
   const record = typeof seedOrRecord === "number" ? draw(seedOrRecord) : seedOrRecord;
   const part = (name, mean) => features(record.W, record[name], mean);
@@ -85,7 +92,7 @@ function makeInstance(seedOrRecord, {alpha = seedOrRecord.alpha ?? 1, trainSteps
   const retrained = Float64Array.from(record.retrained ?? train(sets.slice(0, 1), trainSteps));
   const tests = [part("x_forget_test", alpha), part("x_retain_test", -alpha)].map(
     Z => ({Z, odds: logOdds(Z, retrained)}));
-  return {forget, retain, tests, reference, retrained};
+  return {forget, retain, tests, reference, retrained, referenceOdds: logOdds(forget.Z, reference)};
 }
 
 /** Mean KL(pi_retr || pi_theta) in nats on a test set. */
@@ -94,19 +101,21 @@ function distance({Z, odds}, theta) {
   let total = 0;
   logOdds(Z, theta).forEach((policy, i) => {
     const p = sigmoid(odds[i]);
-    total += p * (logSigmoid(odds[i]) - logSigmoid(policy)) + (1 - p) * (logSigmoid(-odds[i]) - logSigmoid(-policy));
+    total += p * (logSigmoid(odds[i]) - logSigmoid(policy))
+      + (1 - p) * (logSigmoid(-odds[i]) - logSigmoid(-policy));
   });
   return total / Z.n;
 }
 
-/** One step of gradient descent on L_forget + retainWeight RT, in place: theta (N,). loss is "ga" or "npo". */
+/** One step of gradient descent on L_forget + retainWeight RT, in place: theta (N,). loss is "ga" or "npo".
+ */
 function descend(instance, theta, {loss, beta, lr, retainWeight = 0}) {
-  const {forget, retain, reference} = instance, before = logOdds(forget.Z, reference);
+  const {forget, retain, referenceOdds: before} = instance;
   const logp = (odds, label) => {
     const margin = label ? odds : -odds;
     return Math.min(margin, 0) - Math.log1p(Math.exp(-Math.abs(margin)));
   };
-  const odds = logOdds(forget.Z, theta), kept = logOdds(retain.Z, theta);
+  const odds = logOdds(forget.Z, theta), kept = retainWeight ? logOdds(retain.Z, theta) : [];
   const push = odds.map((x, i) => {
     const y = forget.y[i], slope = y - sigmoid(x);  // of log pi_theta(y|x) by the log-odds
     const W = loss === "npo" ? 2 * sigmoid(beta * (logp(x, y) - logp(before[i], y))) : 1;
@@ -128,4 +137,4 @@ function pathOf(instance, {loss, beta = 1, lr, retainWeight = 0, steps}) {
   }
 }
 
-if (typeof module === "object") module.exports = {makeInstance, pathOf, descend, distance};
+if (typeof module === "object") module.exports = {draw, makeInstance, pathOf, descend, distance};

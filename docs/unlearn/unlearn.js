@@ -1,5 +1,5 @@
-/* The objectives of the paper, AdamW, and one step of unlearning. As `losses.py`: arrays in, arrays out, the sums
- * of an answer's log-probabilities in nats. The caller takes the mean. Shapes: B answers. */
+/* The objectives of the paper, AdamW, and one step of unlearning. As `losses.py`: arrays in, arrays out, the
+ * sums of an answer's log-probabilities in nats. The caller takes the mean. Shapes: B answers. */
 "use strict";
 
 /** log sigmoid(x), without overflow. */
@@ -28,7 +28,8 @@ function npoWeight(policyLogps, referenceLogps, beta) {
 }
 
 /** One AdamW update in place, betas 0.9 and 0.999, eps 1e-8, as torch's. weights and gradients {name:
- * Float32Array}; state is {} at first, and holds the moments and the number of updates. Norms do not decay. */
+ * Float32Array}; state is {} at first, and holds the moments and the number of updates. Norms do not decay.
+ */
 function adamwStep(weights, gradients, state, {lr, weightDecay = 0}) {
   const BETA1 = 0.9, BETA2 = 0.999, EPS = 1e-8;
   state.step = (state.step ?? 0) + 1;
