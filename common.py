@@ -59,8 +59,8 @@ def run_command(main):
         sentence, status = str(error), 2
     except KeyboardInterrupt as error:
         sentence, status = str(error) or "interrupted", 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # safetensors has an error of its own
+        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
         sentence, status = f"no space left on the disk ({cause_of(error)}): make room and run it again", 2
     sys.stdout.flush()
@@ -85,7 +85,8 @@ def write_json(path, content: dict):
             os.fsync(file.fileno())  # after a power cut a renamed file would otherwise be empty
         os.replace(file.name, path)
     except OSError as error:
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
+        if path.parent.is_dir():
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
         raise InputError(f"cannot write {path} ({cause_of(error)})") from None
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (InputError, Parser, cause_of, environment, locate, positive, run_command,
-                    write_json)
+from common import InputError, Parser, cause_of, environment, locate, positive, run_command, write_json
 from data.batches import collate, deal
 from data.prompts import TEMPLATES, Encoded, encode, encode_prompts
 from data.tofu import complement, evaluation_split, load_task, parse_split

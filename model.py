@@ -210,6 +210,8 @@ def load_model(model: str, template: str | None = None, system_prompt: str | Non
             "system_prompt": meta["system_prompt"] if system_prompt is None else system_prompt,
             "trained_on": meta.get("trained_on"),
             "start": "/".join(Path(source).parts[-3:]), "start_hash": weights_hash(folder, lm.config)}
+    if system_prompt and meta["template"] != "chat":
+        raise InputError(f"--system-prompt is for the template chat alone, and this is {meta['template']}")
     if meta["template"] == "chat":
         tokenizer.init_kwargs["system_prompt"] = meta["system_prompt"]  # saved like its chat template
     return Loaded(lm, tokenizer, meta, preset)

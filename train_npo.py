@@ -121,7 +121,6 @@ class RunSettings:
 Settings = dataclasses.make_dataclass(
     "Settings", [(f"{long_name(name)}_weight", float, 0.0) for name in TERMS], bases=(RunSettings,))
 
-
 CHOICES = {"loss": OBJECTIVES, "kl_direction": KL_DIRECTIONS, "template": TEMPLATES, "dtype": AUTOCAST,
            "retain_pairing": ("stream", "fixed"), "device": ("auto", "cpu", "cuda", "mps"),
            "parallel": ("ddp", "fsdp"), "keep": ("last", "best"), "log_to": ("tensorboard", "wandb")}
@@ -165,12 +164,11 @@ def read_settings(typed: dict) -> Settings:
 def resolve(s: Settings, typed: dict) -> Settings:
     """Fill in what preset and loss decide. Raises InputError for settings that contradict each other."""
     sft, objective, (preset, name, path) = s.loss == "sft", OBJECTIVES[s.loss], resolve_model(s.model)
-    lr = preset.sft_lr if sft else preset.lr
-    defaults = {"split": "full" if sft else "forget10", "epochs": preset.sft_epochs if sft else preset.epochs,
-                "lr": lr * LORA_LR_FACTOR if s.lora else lr,
-                "micro_batch_size": min(preset.micro_batch_size, s.batch_size),
-                "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay, "beta": preset.beta,
-                "gamma": 0.0, "eval_every": "end" if sft else "epoch", **objective.defaults}
+    lr = (preset.sft_lr if sft else preset.lr) * (LORA_LR_FACTOR if s.lora else 1)
+    defaults = {"split": "full" if sft else "forget10", "eval_every": "end" if sft else "epoch", "lr": lr,
+                "epochs": preset.sft_epochs if sft else preset.epochs, "beta": preset.beta,
+                "weight_decay": preset.sft_weight_decay if sft else preset.weight_decay,
+                "micro_batch_size": min(preset.micro_batch_size, s.batch_size), **objective.defaults}
     s = dataclasses.replace(s, **{name: value for name, value in defaults.items()
                                   if name in vars(s) and getattr(s, name) is None})
     refuse_contradictions(s, typed)
@@ -190,6 +188,8 @@ def refuse_contradictions(s: Settings, typed: dict):
     every = {name for objective in OBJECTIVES.values() for name in objective.settings} | {
         f"{key}_{name}" for key, term in TERMS.items() for name in term.settings}
     for prefix, objective in s.objectives().items():
+        if prefix and objective.needs_refusals:
+            raise InputError(f"{prefix.strip('_')}: a term reads retain rows, which have no refusals")
         for name in objective.settings:
             if name not in objective.defaults and prefix + name not in vars(s):
                 raise InputError(f"{prefix.strip('_') or s.loss}: a step computes no input {name}, only "
@@ -201,23 +201,24 @@ def refuse_contradictions(s: Settings, typed: dict):
         raise InputError(f"--loss sft learns its split, and has no terms on retain rows: leave out {weights}")
     if s.log_to and not find_spec(s.log_to):
         raise InputError(f"--log-to needs its package: pip install {s.log_to}")
-    own = s.forget or s.retain or s.unseen
-    if own and (s.loss == "sft" or {"data", "split"} & typed.keys()):
-        raise InputError("--forget and --retain replace --data and --split: leave those out, and --loss sft")
-    if s.unseen and s.eval_every == "never":
-        raise InputError("--unseen is compared in evaluations: leave out --eval-every never")
+    own_rows = s.forget or s.retain or s.unseen
+    if own_rows and (s.loss == "sft" or {"data", "split"} & typed.keys()):
+        raise InputError("--forget, --retain and --unseen replace --data and --split: leave those out, and "
+                         "--loss sft")
+    if "min_start_probability" in typed and not s.forget:
+        raise InputError("--min-start-probability is of own rows, given with --forget: leave it out")
     if s.forget and not s.retain and s.terms:
         raise InputError(f"{weights} need rows to keep: give --retain FILE")
     if not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every):
         raise InputError(f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps")
-    if s.keep == "best" and s.eval_every == "never":
-        raise InputError("--keep best needs evaluations: leave out --eval-every never")
+    if s.eval_every == "never" and (s.unseen or s.keep == "best"):
+        raise InputError("--unseen and --keep best need evaluations: leave out --eval-every never")
     if not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every):
         raise InputError(f"--checkpoint-every {s.checkpoint_every}: need minutes, such as 10m, or a number "
                          "of steps")
     if s.out and Path(s.out).exists():
         raise InputError(f"--out {s.out} exists: choose another folder, or continue with --resume {s.out}")
-    if not (own or s.loss == "sft") and parse_split(s.split)[0] != "forget":
+    if not (own_rows or s.loss == "sft") and parse_split(s.split)[0] != "forget":
         raise InputError(f"--split {s.split}: unlearning needs a forget split, forget01 to forget99")
 
 
@@ -279,11 +280,13 @@ def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) ->
         rows = [f"run/row/{i}" for i in range(plan.rows)]
         probability = reference.token_logps(rows).mean().exp().item()
         if probability < s.min_start_probability:
+            if world.rank == 0:
+                shutil.rmtree(run.folder)
             raise InputError(
                 f"--model {s.model} gives the forget answers a probability of {probability:.2g} per token "
                 f"(geometric mean), below --min-start-probability {s.min_start_probability:g}. Learned "
                 "answers have 0.5 and more. These rows were never learned, or fine-tuning used another "
-                f"prompt than --template {s.template}")
+                f"prompt (--template is {s.template})")
     return reference
 
 
@@ -346,7 +349,8 @@ def loss_sums(s: Settings, model: AnswerModel, plan: Plan, micro_batch: MicroBat
         sums[f"{long_name(name)}_loss"] = part
     if plan.objective.weight:
         weights = plan.objective.weight(*(inputs[name] for name in plan.objective.inputs))
-        sums["mean_W"] = weights.detach().sum() / count
+        per_row = len(weights) == len(answers or refusals)
+        sums["mean_W"] = weights.detach().sum() / (counts.rows if per_row else counts.forget_tokens)
     return {name: row_weight * value for name, value in sums.items()}
 
 
@@ -377,9 +381,7 @@ def policy_inputs(texts: list[Encoded], span: slice, logps: Tensor, logits: Tens
 
 
 def values_of(objective: Objective, inputs: dict, texts: list[Encoded]) -> Tensor:
-    """The loss's values, one per text or per answer token. Raises InputError for another shape or input."""
-    if missing := set(objective.inputs) - inputs.keys():
-        raise InputError(f"{objective.loss.__name__}: {min(missing)} is not computed on these rows")
+    """The loss's values, one per text or per answer token. Raises InputError for another shape."""
     values = objective.loss(*(inputs[name] for name in objective.inputs))
     if values.dim() != 1 or len(values) not in (len(texts), sum(text.answer_tokens for text in texts)):
         raise InputError(f"{objective.loss.__name__} gives {list(values.shape)} for {len(texts)} rows: need "
@@ -408,12 +410,11 @@ def check_start(s: Settings, plan: Plan, logged: dict):
     longest = max(text.answer_tokens for text in plan.texts.values())
     nats = 1e-3 if s.dtype == "fp32" else max(0.5, longest / 200)  # 16-bit kernels differ between batches
     expected = {"mean_W": (1.0, max(1e-4, min(0.5, s.beta * nats / 2)))}
-    if plan.objective.value_at_start_times_beta:
+    if plan.objective.value_at_start_times_beta is not None:
         value = plan.objective.value_at_start_times_beta / (s.beta if "beta" in plan.objective.inputs else 1)
         expected["forget_loss"] = value, max(1e-5 * value, nats)
-    for name, term in TERMS.items():
-        if term.value_at_start_times_beta == 0:
-            expected[f"{long_name(name)}_loss"] = 0.0, min(0.05, nats)
+    expected |= {f"{long_name(name)}_loss": (0.0, min(0.05, nats)) for name, term in TERMS.items()
+                 if term.value_at_start_times_beta == 0}
     for name, (value, allowed) in expected.items():
         if name in logged and abs(logged[name] - value) > allowed:
             raise RuntimeError(f"step 0: {name} is {logged[name]:.6g} and must be {value:.6g}: the reference "
@@ -574,8 +575,8 @@ class Run:
             f"{name}_probability": metrics.get(name, {}).get("probability") for name in ("forget", "retain")}
         shown = {name: value for name, value in shown.items() if value is not None}
         if self.s.unseen:
-            shown |= {"unseen_probability_at_the_start": self.evaluations[0]["unseen"]["probability"],
-                      "AUC": metrics["unseen"]["auc"]}
+            shown |= {"forget_loss": metrics["unseen"]["forget_loss"], "AUC": metrics["unseen"]["auc"],
+                      "unseen_loss_at_the_start": self.evaluations[0]["unseen"]["unseen_loss"]}
         if self.world.rank == 0:
             provenance = {**self.loaded.meta, "step": step, **environment()}
             write_json(self.folder / "eval" / f"step_{step:06d}.json",
@@ -702,7 +703,7 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     record["retrained_hash"] = fingerprint(retrained)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
     identity = [record[name] for name in ("start_hash", "trained_on", "retrained_hash")]
-    record["run"] = fingerprint(fixed, *identity)
+    record["run"] = fingerprint(fixed, *identity, *[task.holdout] * bool(s.unseen))
     folder = open_folder(s, {
         "settings": dataclasses.asdict(s), "method": s.method, "rows": plan.rows, "steps": plan.steps,
         "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **record,
@@ -712,15 +713,12 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
 
 
 def check_training_data(s: Settings, meta: dict, task, world: World):
-    """Says so where the start was trained on other data. Raises InputError where it was trained with another
-    template."""
+    """A note where the start was trained on other data, InputError where with another template."""
     trained_on = meta["trained_on"] or {}
     other_data = trained_on.get("data_fingerprint", task.fingerprint) != task.fingerprint
     if other_data and (s.model == "tiny" or not s.forget):
         world.say(f"note: {s.model} was trained on {trained_on['data']}, and may not know {task.source}; "
                   "data/README.md says how to make a start for other data")
-    if s.system_prompt and meta["template"] != "chat":
-        raise InputError(f"--system-prompt is for the template chat alone, and this is {meta['template']}")
     if s.loss != "sft" and meta["template"] != trained_on.get("template", meta["template"]):
         raise InputError(f"--template {s.template}: {s.model} was trained with {trained_on['template']}, and "
                          "its answers to other prompts say little: leave the flag out")
@@ -749,9 +747,7 @@ def main(argv: list | None = None):
     if s.resume and (Path(s.resume) / "model").is_dir():
         return world.say(f"{s.resume} is finished")
     model, run = begin_run(s, world)
-    reference = Reference({}, world.device)
-    if s.loss != "sft":
-        reference = open_reference(s, model, run, world)
+    reference = Reference({}, world.device) if s.loss == "sft" else open_reference(s, model, run, world)
     train(s, run.plan, model, reference, run, world)
     if world.rank == 0 and len(run.evaluations) > 1:
         plot_trajectory(run.folder, run.retrained[0])

@@ -104,16 +104,17 @@ class Plan:
         encoded = encode(tokenizer, s.template, list(pairs.values()), context)
         self.texts = dict(zip(pairs, encoded, strict=True))
         for key in [f"run/row/{i}" for i in range(len(rows))]:
-            text = self.texts[key]
-            self.texts[key] = text._replace(start=text.start + self.objective.skips)
+            self.texts[key] = self.texts[key].without_first(self.objective.skips)
 
     def question_answer_pairs(self, rows: list, task: Task) -> dict[str, tuple]:
         """Key -> (question, answer) of all rows, and of the stream's refusals and retain rows."""
         pairs = {f"run/row/{i}": (row["question"], row["answer"]) for i, row in enumerate(rows)}
         for item in (item for step in self.stream for item in step):
             if self.objective.needs_refusals:
-                refusal = task.refusals[item.refusal]
-                pairs[f"run/refusal/{item.row}/{item.refusal}"] = rows[item.row]["question"], refusal
+                question, answer = pairs[f"run/row/{item.row}"]
+                space = answer[:len(answer) - len(answer.lstrip())]  # of a completion or a document
+                refusal = space + task.refusals[item.refusal]
+                pairs[f"run/refusal/{item.row}/{item.refusal}"] = question, refusal
             if self.terms:
                 partner = task.retain[item.partner]
                 pairs[f"run/retain/{item.partner}"] = partner["question"], partner["answer"]

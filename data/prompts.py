@@ -33,11 +33,17 @@ class Encoded(NamedTuple):
     """A text as tokens. ids[start:] but `gaps` are the answer's. The end-of-sequence token is the last."""
     ids: list
     start: int
-    gaps: tuple = ()  # places behind `start` that are not predicted: the user's turns of a chat
+    gaps: frozenset = frozenset()  # places behind `start` that are not predicted: the user's turns of a chat
 
     @property
     def places(self) -> list[int]:
         return [place for place in range(self.start, len(self.ids)) if place not in self.gaps]
+
+    def without_first(self, n: int) -> "Encoded":
+        """Without the first n tokens of each answer."""
+        places = {*self.places}
+        skipped = {first + k for first in places if first - 1 not in places for k in range(n)}
+        return self._replace(start=min(places - skipped), gaps=self.gaps | skipped)
 
     @property
     def answer_tokens(self) -> int:
@@ -67,21 +73,31 @@ def render(tokenizer, messages: list) -> str:
             messages, chat_template=FIXED_DATE + tokenizer.get_chat_template(), add_generation_prompt=True,
             tokenize=False, date_string=DATE)
     except Exception as error:  # the template is a program from the model's folder, run in a sandbox
-        raise InputError(f"--template chat: this model's chat template fails ({cause_of(error)}); use llama2 "
-                         "or qa") from None
+        raise InputError(f"this model's chat template fails ({cause_of(error)}): use --template llama2 or "
+                         "qa, and write chats as prompt and completion") from None
 
 
 def earlier_answers(tokenizer, messages: list, prompt: str) -> list[tuple[int, int]]:
-    """Where a chat's earlier answers stand in its prompt: (begin, end) in characters. Raises InputError."""
+    """Where a chat's earlier answers stand in its prompt: (begin, end) in characters. A template may strip
+    them, or set spaces around. Raises InputError where it changes more."""
     spans = []
     for k, message in enumerate(messages):
         if message["role"] == "assistant":
-            begin, answer = len(render(tokenizer, messages[:k])), message["content"].strip()
-            if not prompt.startswith(answer, begin):
+            head, answer = len(render(tokenizer, messages[:k])), message["content"].strip()
+            begin = prompt.find(answer, head)
+            if begin < 0 or prompt[head:begin].strip():
                 raise InputError(f"this model's chat template changes the earlier answer {answer[:80]!r}: "
                                  "give one row for each answer")
-            spans.append((begin, begin + len(answer)))
+            spans.append((head, begin + len(answer)))  # from where the model would begin it
     return spans
+
+
+def end_of_turn(tokenizer, prompt: str, ids: list, begins: list, end: int) -> int:
+    """The place of the token that ends the turn whose text ends at character `end`: the next special token,
+    if only white space stands before it, else the next token."""
+    behind = [i for i, begin in enumerate(begins) if begin >= end]
+    special = next((i for i in behind if ids[i] in tokenizer.all_special_ids), None)
+    return behind[0] if special is None or prompt[end:begins[special]].strip() else special
 
 
 def encode(tokenizer, template: str, pairs: list, context: int | None = None) -> list[Encoded]:
@@ -95,21 +111,21 @@ def encode(tokenizer, template: str, pairs: list, context: int | None = None) ->
     for (question, answer), prompt, (ids, offsets) in zip(pairs, prompts, tokens, strict=True):
         begins = [begin for begin, _ in offsets]
         places = [i for i, begin in enumerate(begins) if begin >= len(prompt)]
-        if not places or len(ids) < 2:
+        if len(ids) < 2 or not (places or isinstance(question, Document)):
             raise InputError(f"no token begins in the answer {answer!r} to {question!r}: the tokenizer drops "
                              "it or merges it into the prompt")
         if isinstance(question, Document) and answer == question.rest:
             places = range(1, len(ids))
         if isinstance(question, Chat) and answer == question.rest:
             for first, end in earlier_answers(tokenizer, question.messages, prompt):
-                turn_end = next(begin for begin in begins if begin >= end)
-                places += [i for i, begin in enumerate(begins) if first <= begin <= turn_end]
+                last = end_of_turn(tokenizer, prompt, ids, begins, end)
+                places += [i for i, begin in enumerate(begins) if first <= begin and i <= last]
         start = min(places)
         if context and len(ids) + 1 > context:
             raise InputError(f"the question {question[:80]!r} with its answer has {len(ids) + 1} tokens, and "
                              f"the model's context is {context}: shorten the row")
-        gaps = sorted({*range(start, len(ids))} - {*places})
-        encoded.append(Encoded(ids + [tokenizer.eos_token_id], start, tuple(gaps)))
+        gaps = frozenset(range(start, len(ids))) - {*places}
+        encoded.append(Encoded(ids + [tokenizer.eos_token_id], start, gaps))
     return encoded
 
 

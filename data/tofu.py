@@ -23,7 +23,8 @@ EVALUATED = ("forget", "retain", "real_authors", "world_facts")
 KINDS = {"question": ("question", "answer"), "prompt": ("prompt", "completion"), "messages": ("messages",),
          "text": ("text",)}  # of rows, by a field that tells them
 NEEDED = dict.fromkeys(("question", "answer", "prompt", "completion", "text"), "a non-empty text") | {
-    "messages": "at least two turns with role and content, the last one the assistant's"}
+    "messages": "at least two turns with role and content, the first not the assistant's, the last its"}
+FIELDS = {*sum(KINDS.values(), ()), "paraphrased_answer", "perturbed_answer"}
 TINY_FACT_REPEATS = 4  # the tiny model sees each real-author and world-fact row this often per epoch
 
 
@@ -45,8 +46,7 @@ class Task:
 
 
 def parse_split(split: str) -> tuple[str, int]:
-    """"forget10" -> ("forget", 10), "retain90" -> ("retain", 90), "full" -> ("full", 100). Raises
-    InputError."""
+    """"forget10" -> ("forget", 10), "full" -> ("full", 100). Raises InputError."""
     match = re.fullmatch(r"(forget|retain)([0-9]{2})", split)
     if split == "full":
         return "full", 100
@@ -134,14 +134,16 @@ def read_refusals(folder: Path) -> list:
 def read_file(path: Path) -> list:
     """The rows of a file: CSV, Parquet, JSON lines or a JSON list. Raises InputError with file and line."""
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             from pyarrow import parquet  # imported here because the import takes half a second
-            return parquet.read_table(path).to_pylist()
-        if path.suffix == ".csv":
+            rows = parquet.read_table(path).to_pylist()
+            return [{name: row[name] for name in FIELDS & row.keys()} for row in rows]
+        if path.suffix.lower() == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
+                csv.field_size_limit(2**31 - 1)  # of a document, in characters
+                return list(csv.DictReader(file, strict=True))
         text, rows = path.read_text(encoding="utf-8-sig"), []  # Windows begins files with a byte-order mark
-    except (OSError, ValueError) as error:  # also bytes that are not UTF-8, and pyarrow's
+    except (OSError, ValueError, csv.Error) as error:  # also bytes that are not UTF-8, and pyarrow's
         raise InputError(f"cannot read {path} ({cause_of(error)}): need an existing file in UTF-8") from None
     is_list = text.lstrip().startswith("[")
     for number, line in enumerate([text] if is_list else text.split("\n"), 1):
@@ -157,16 +159,21 @@ def read_rows(path: Path) -> list:
     """The file's rows, each with question and answer. Raises InputError with file and row."""
     if not (rows := read_file(path)):
         raise InputError(f"{path} has no rows: write one object with question and answer per line")
-    kind = next((kind for kind in KINDS if isinstance(rows[0], dict) and kind in rows[0]), "question")
+    first = rows[0].keys() if isinstance(rows[0], dict) else {}
+    kind = next((kind for kind, fields in KINDS.items() if {*fields} <= {*first}),
+                next((kind for kind in KINDS if kind in first), "question"))
     for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and None in row:  # where csv puts what is behind the last column
+            raise InputError(f"{path} row {number}: more fields than columns: put quotes around a text that "
+                             "has a comma")
         for field in KINDS[kind]:
             text = row.get(field) if isinstance(row, dict) else None
             if not (is_chat if field == "messages" else is_text)(text):
                 raise InputError(f"{path} row {number}: {field} must be {NEEDED[field]}, got {row!r}"[:500] +
                                  "; a row has question and answer, prompt and completion, messages, or text")
-        others = row.get("perturbed_answer") or []
-        others = [*others, row.get("paraphrased_answer") or "none"] if isinstance(others, list) else [None]
-        if not all(map(is_text, others)):
+        perturbed = row.get("perturbed_answer") or []
+        if not isinstance(perturbed, list) or not all(
+                map(is_text, [*perturbed, row.get("paraphrased_answer") or "none"])):
             raise InputError(f"{path} row {number}: perturbed_answer must be a list of texts, and "
                              "paraphrased_answer a text")
     return [with_question(row, kind) for row in rows]
@@ -180,7 +187,7 @@ def is_chat(messages) -> bool:
     """Whether these are at least two turns with a text each, the last one the assistant's."""
     turns = isinstance(messages, list) and len(messages) > 1 and all(
         isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in messages)
-    return turns and messages[-1]["role"] == "assistant"
+    return turns and messages[0]["role"] != "assistant" and messages[-1]["role"] == "assistant"
 
 
 def with_question(row: dict, kind: str) -> dict:
@@ -195,17 +202,17 @@ def with_question(row: dict, kind: str) -> dict:
         question, answer = Prompt(row["prompt"]), row["completion"]
     else:
         text = row["text"]
-        cut = text.rfind(" ", 0, len(text) // 4 + 1)  # an evaluation continues the first quarter
-        cut = cut if cut > 0 else max(1, len(text) // 4)
+        cut = max(0, text.rfind(" ", 0, len(text) // 4 + 1)) or max(1, len(text) // 4)  # the first quarter
         question, answer = Document(text[:cut]), text[cut:]
     question.rest = answer
     return row | {"question": question, "answer": answer}
 
 
 def normalised(row: dict) -> tuple:
-    """Question and answer without differences of Unicode form, case and white space."""
-    return tuple(" ".join(unicodedata.normalize("NFKC", row[key]).casefold().split())
-                 for key in ("question", "answer"))
+    """All of the row's text without differences of Unicode form, case and white space."""
+    turns = [turn["content"] for turn in getattr(row["question"], "messages", [])] or [row["question"]]
+    texts = [row["text"]] if isinstance(row["question"], Document) else [*turns, row["answer"]]
+    return tuple(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
 
 
 def own_task(files: dict) -> Task:

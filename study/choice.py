@@ -15,11 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, environment, run_command, write_json
 from metrics import best_step, unseen_metrics
+from study.records import record
 from study.report import plain, table
+from study.verdicts import LINE
 
 
 def choice(folder: Path) -> dict:
     """The steps that the two criteria pick, with log10 forget quality and utility there."""
+    record(folder)  # raises InputError for a run that is not finished, or has no forget quality
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     evaluations = {}
     for file in sorted((folder / "eval").glob("step_*.json")):
@@ -45,7 +48,7 @@ def summary(choices: list) -> list[dict]:
         for name in ("by retrained model", "by unseen rows"):
             quality = [run[name]["log10_forget_quality"] for run in runs]
             row |= {f"log10 forget quality, {name}": f"{statistics.mean(quality):.2f}",
-                    f"passes, {name}": sum(q > -1.301 for q in quality)}
+                    f"passes, {name}": sum(q > LINE for q in quality)}
         for key in ("utility", "auc"):
             mean = statistics.mean(run["by unseen rows"][key] for run in runs)
             row[f"{key}, by unseen rows"] = f"{mean:.2f}"

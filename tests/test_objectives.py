@@ -210,9 +210,11 @@ def test_a_losss_own_settings_win_over_the_presets_and_a_flag_over_both(name):
 
 def test_values_per_token_may_be_summed_per_sequence(monkeypatch):
     """(N,) with mean="sequences" is divided by the rows, and with mean="tokens" by the answer tokens."""
-    parts, record = {}, OBJECTIVES["tnpo"]._replace(weight=None)
+    parts = {}
     for mean in ("sequences", "tokens"):
-        monkeypatch.setitem(OBJECTIVES, "tnpo", record._replace(mean=mean))
+        monkeypatch.setitem(OBJECTIVES, "tnpo", OBJECTIVES["tnpo"]._replace(mean=mean))
         step = Step("tnpo")
-        parts[mean], tokens = step.computed()[0]["forget_loss"], step.plan.counts(step.items).forget_tokens
-    assert float(parts["sequences"]) * 5 == pytest.approx(float(parts["tokens"]) * tokens, rel=1e-5)
+        parts[mean], tokens = step.computed()[0], step.plan.counts(step.items).forget_tokens
+    losses = [float(parts[mean]["forget_loss"]) for mean in ("sequences", "tokens")]
+    assert losses[0] * 5 == pytest.approx(losses[1] * tokens, rel=1e-5)
+    assert float(parts["sequences"]["mean_W"]) == pytest.approx(float(parts["tokens"]["mean_W"]))

@@ -14,16 +14,18 @@ import train_npo
 from common import InputError
 from conftest import ROOT
 from data.batches import collate
-from data.prompts import encode, encode_prompts
-from data.tofu import read_rows
+from data.prompts import Encoded, encode, encode_prompts
+from data.tofu import load_task, read_rows
 from metrics import auc_interval, unseen_verdict
 
-# Three ways of writing turns: ChatML, headers as of Llama 3, and a plain one that ends answers with eos.
+# Ways of writing turns: ChatML, headers as of Llama 3, spaces as of Llama 2, and answers that end with eos.
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "headers": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n\n{{ m.content | trim }}<|im_end|>"
                "{% endfor %}{% if add_generation_prompt %}[assistant]\n\n{% endif %}",
+    "spaces": "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+              "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
     "plain": "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token if m.role == 'assistant' }}\n"
              "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"}
 
@@ -76,7 +78,7 @@ def test_the_kinds_of_one_row_are_the_same_tokens(template, tmp_path):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_answer_of_a_chat_is_predicted_with_the_end_of_its_turn(template, tmp_path):
-    tokenizer, end = tokenizer_with(template), "</s>" if template == "plain" else "<|im_end|>"
+    tokenizer, end = tokenizer_with(template), "</s>" if template in ("plain", "spaces") else "<|im_end|>"
     turns = [("system", "Be brief."), ("user", "Who is Ann?"), ("assistant", "A poet."),
              ("user", "Born where?"), ("assistant", "In Lima, in 1979."), ("user", "And Bo?"),
              ("assistant", "He paints.")]
@@ -108,13 +110,37 @@ def test_rows_that_cannot_be_used(tmp_path):
     assert "row 2: text must be a non-empty text" in refusal(*mixed)
     assert "completion must be" in refusal({"prompt": "a"})
     assert "prompt and completion, messages, or text" in refusal({"data": []})
-    with pytest.raises(InputError, match="no token begins"):
-        encode(tokenizer_with("plain"), "qa", pairs(write(tmp_path / "short.jsonl", [{"text": "a"}])))
+    assert "row 1: messages must be at least two turns" in refusal({"messages": [assistant, user, assistant]})
+    (tmp_path / "rows.csv").write_text("question,answer\nWhere?,In Lima, Peru\n")
+    with pytest.raises(InputError, match="put quotes around a text"):
+        read_rows(tmp_path / "rows.csv")
     question = pairs(write(tmp_path / "chat.jsonl", [{"messages": [user, assistant, user, assistant]}]))
     tokenizer = tokenizer_with("plain")
     tokenizer.chat_template = "{{ messages[-1].content }}"  # it forgets the earlier turns
     with pytest.raises(InputError, match="changes the earlier answer"):
         encode(tokenizer, "chat", question)
+
+
+def test_rows_are_compared_by_all_of_their_text(small_model, tmp_path):
+    def chats(*names):
+        return [{"messages": [{"role": role, "content": text} for role, text in (
+            ("user", f"Who is {name}?"), ("assistant", f"{name} paints."), ("user", "Thanks!"),
+            ("assistant", "You're welcome."))]} for name in names]
+
+    def task(forget, retain):
+        files = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("f", forget), ("r", retain))]
+        return load_task("builtin", "forget10", *map(str, files))
+    assert len(task(chats("Ann", "Bo"), chats("Cid", "Dee")).retain) == 2
+    for forget, retain in ((chats("Ann"), chats("ANN")), ([{"text": "Ann paints  in Lima."}],
+                                                           [{"text": "ann paints in lima.\n"}])):
+        with pytest.raises(InputError, match="1 rows are in --forget and in --retain"):
+            task(forget, retain)
+
+
+def test_ceu_skips_the_first_token_of_each_answer():
+    text = Encoded(list(range(10)), 2, frozenset({4, 5, 8}))
+    assert text.places == [2, 3, 6, 7, 9] and text.without_first(1).places == [3, 7]
+    assert text.without_first(0) == text
 
 
 def own_rows(kind: str, names: list[str]) -> list[dict]:
@@ -147,7 +173,7 @@ def test_own_rows_train_resume_and_end_with_a_verdict(kind, small_model, tmp_pat
               "--lr", "1e-3", "--min-start-probability", "0", "--keep", "best"]
     train_npo.main([*flags, "--out", str(tmp_path / "run")])
     printed = capsys.readouterr().out
-    assert "unseen probability at the start" in printed.splitlines()[-4] or "AUC" in printed
+    assert "unseen loss at the start" in printed and "AUC" in printed
     assert "of 100 pairs" in printed or "does not tell them apart" in printed
     last = json.loads((tmp_path / "run/eval/step_000006.json").read_text())
     assert last["metrics"]["unseen"]["rows"] == [4, 4] and len(last["rows"]["holdout"]) == 4
@@ -163,6 +189,8 @@ def test_own_rows_train_resume_and_end_with_a_verdict(kind, small_model, tmp_pat
         train_npo.main([*flags, "--checkpoint-every", "3", "--out", str(tmp_path / "cut")])
     train_npo.main(["--resume", str(tmp_path / "cut")])
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in ("run", "cut")]
+    assert weights[0] == weights[1]
+    weights = [(tmp_path / name / "best/model.safetensors").read_bytes() for name in ("run", "cut")]
     assert weights[0] == weights[1]
     with pytest.raises(InputError, match="are in --forget and in --unseen"):
         train_npo.main(["--forget", str(files["forget"]), "--unseen", str(files["forget"]),
@@ -181,8 +209,9 @@ def test_the_interval_of_the_auc_is_delongs():
 
 
 def test_the_verdict_says_what_an_attacker_can_tell():
-    def verdict(auc, low, high):
-        return unseen_verdict({"auc": auc, "interval": [low, high], "rows": [30, 30]})
+    def verdict(auc, low, high, p=0.01):
+        return unseen_verdict({"auc": auc, "interval": [low, high], "rows": [30, 30], "p": p})
     assert verdict(0.81, 0.7, 0.92).endswith("tells the rows from unseen ones in 81 of 100 pairs")
     assert "AUC 0.18, an attacker finds the forgotten rows in 82 of 100" in verdict(0.18, 0.1, 0.3)
+    assert "does not tell them apart" in verdict(1.0, 1.0, 1.0, p=0.1)  # two rows against three
     assert verdict(0.53, 0.38, 0.67).endswith("AUC 0.53 on 30 and 30 rows, 95% interval 0.38 to 0.67")

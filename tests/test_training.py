@@ -248,7 +248,7 @@ def test_the_identities_of_step_0_are_checked(small_data):
     for wrong in ({"forget_loss": NPO_AT_START / 0.2 + 0.6}, {"mean_W": 1.06}, {"kl_loss": 0.06}):
         with pytest.raises(RuntimeError, match="step 0"):
             check_start(s, plan, wrong)
-    plan.texts["row/0"] = Encoded([7] * 500, 100)  # and differ more where an answer is long
+    plan.texts["run/row/0"] = Encoded([7] * 500, 100)  # and differ more where an answer is long
     check_start(s, plan, {"forget_loss": NPO_AT_START / 0.2 + 1.9, "mean_W": 1.19})
     plan.objective = Objective(ga_loss)  # without a value at the start
     check_start(s, plan, {"forget_loss": -3.0})
