@@ -50,7 +50,8 @@ from evaluate_tofu import Prepared, evaluate, prepare, read_retain_logs
 from losses import COMPUTED, KL_DIRECTIONS, OBJECTIVES, TERMS, Objective, long_name, token_logps
 from metrics import best_step, compute_metrics, plot_trajectory, unseen_verdict
 from model import (AUTOCAST, LORA_LR_FACTOR, AnswerModel, Loaded, World, add_adapters, autocast, check_head,
-                   full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard)
+                   full_tensor, gathered, join_world, load_model, resolve_model, save_model, shard,
+                   weights_hash)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # checkpoints say so of one process
 
@@ -65,13 +66,14 @@ class RunSettings:
     beta: float | None = None  # inverse temperature of the loss (default: the loss's own, else the preset's)
     beta2: float | None = None  # satimp's exponent of 1 - p
     gamma: float | None = None  # simnpo's margin, nats (default 0)
-    split: str | None = None  # forget01 to forget99; for sft full or retainNN (default: forget10; sft: full)
+    split: str | None = None  # forget01 to forget99, or rows such as forget10_0to100; sft: full or retainNN
     data: str = "builtin"  # builtin, a folder with TOFU's files, or a Hub id such as locuslab/TOFU
     forget: str | None = None  # own rows to unlearn: JSON, CSV or Parquet; docs/own_data_and_models.md
     retain: str | None = None  # own rows to keep; may be left out where no term reads them
     unseen: str | None = None  # own rows like the forget rows that the model never saw: the run's target
     min_start_probability: float = 0.02  # of own forget rows per token, else the run stops at step 0; 0: off
     model: str = "tiny"  # preset, folder, Hub id, or PRESET=PATH
+    reference: str | None = None  # folder of an older model as pi_ref (default: the run's own start)
     template: str | None = None  # prompt template: llama2, qa or chat (default: the model's)
     system_prompt: str | None = None  # for the template chat
     retain_log: list[str] | None = None  # logs of models retrained without the forget rows; the first judges
@@ -177,7 +179,7 @@ def resolve(s: Settings, typed: dict) -> Settings:
     if sft and name == "tiny" and path:  # a folder whose record says tiny learns the facts too
         s.model = f"tiny={path}"
     if s.model == "tiny" and s.data == "builtin" and not sft and not s.retain_log:
-        logs = locate("data/tiny/").glob(f"retrained_{s.split}*.json")
+        logs = locate("data/tiny/").glob(f"retrained_{evaluation_split(s.split)}*.json")
         s.retain_log = [f"data/tiny/{log.name}" for log in sorted(logs)]
     return s
 
@@ -202,6 +204,8 @@ def refuse_contradictions(s: Settings, typed: dict):
     if s.log_to and not find_spec(s.log_to):
         raise InputError(f"--log-to needs its package: pip install {s.log_to}")
     own_rows = s.forget or s.retain or s.unseen
+    if s.reference and (s.loss == "sft" or not Path(s.reference).is_dir()):
+        raise InputError(f"--reference {s.reference}: need a model's folder, and a --loss that unlearns")
     if own_rows and (s.loss == "sft" or {"data", "split"} & typed.keys()):
         raise InputError("--forget, --retain and --unseen replace --data and --split: leave those out, and "
                          "--loss sft")
@@ -269,8 +273,9 @@ def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) ->
     texts = {key: text for key, text in plan.texts.items() if kinds[key.split("/")[1]]}
     texts |= run.prepared.compared() if s.eval_every != "never" else {}
     if not file.exists():
-        with gathered(model), autocast(s.dtype, world.device):
-            tensors = reference_pass(s, model, texts, plan.pad, world)
+        older = load_reference(s, run.loaded, world) if s.reference else model
+        with gathered(older), autocast(s.dtype, world.device):
+            tensors = reference_pass(s, older, texts, plan.pad, world)
         if world.rank == 0:
             save_file(tensors, aside := file.with_name(".reference.partial"))
             os.replace(aside, file)
@@ -288,6 +293,17 @@ def open_reference(s: Settings, model: AnswerModel, run: "Run", world: World) ->
                 "answers have 0.5 and more. These rows were never learned, or fine-tuning used another "
                 f"prompt (--template is {s.template})")
     return reference
+
+
+def load_reference(s: Settings, loaded: Loaded, world: World) -> AnswerModel:
+    """The model of --reference. Raises InputError where its tokens are not the policy's."""
+    older = load_model(s.reference)
+    if older.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        raise InputError(f"--reference {s.reference} has another tokenizer than --model {s.model}")
+    model = AnswerModel(older.lm)
+    if world.sharded:
+        shard(model, AUTOCAST[s.dtype], world)
+    return model.to(world.device)
 
 
 @torch.no_grad()
@@ -491,7 +507,7 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
             raise InputError(f"step {step + 1}: loss {logged['loss']:g}, gradient norm {grad_norm:g}; "
                              f"see {run.folder / 'checkpoints'}, and try a smaller --lr than {s.lr:g}")
-        if step == 0 and s.loss != "sft":
+        if step == 0 and s.loss != "sft" and not s.reference:
             check_start(s, plan, logged)
         scaler.step(optimizer)
         scaler.update()
@@ -703,7 +719,11 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     record["retrained_hash"] = fingerprint(retrained)
     fixed = {name: value for name, value in dataclasses.asdict(s).items() if name not in CHANGEABLE}
     identity = [record[name] for name in ("start_hash", "trained_on", "retrained_hash")]
-    record["run"] = fingerprint(fixed, *identity, *[task.holdout] * bool(s.unseen))
+    if s.unseen:
+        identity.append(task.holdout)
+    if s.reference:
+        identity.append(weights_hash(Path(s.reference), None))
+    record["run"] = fingerprint(fixed, *identity)
     folder = open_folder(s, {
         "settings": dataclasses.asdict(s), "method": s.method, "rows": plan.rows, "steps": plan.steps,
         "warmup_steps": plan.warmup_steps, "world_size": world.size, "device": str(world.device), **record,

@@ -25,6 +25,7 @@ KINDS = {"question": ("question", "answer"), "prompt": ("prompt", "completion"),
 NEEDED = dict.fromkeys(("question", "answer", "prompt", "completion", "text"), "a non-empty text") | {
     "messages": "at least two turns with role and content, the first not the assistant's, the last its"}
 FIELDS = {*sum(KINDS.values(), ()), "paraphrased_answer", "perturbed_answer"}
+PART = re.compile("forget[0-9]{2}_([0-9]+)to([0-9]+)")  # rows of a forget split, the end left out
 TINY_FACT_REPEATS = 4  # the tiny model sees each real-author and world-fact row this often per epoch
 
 
@@ -46,12 +47,14 @@ class Task:
 
 
 def parse_split(split: str) -> tuple[str, int]:
-    """"forget10" -> ("forget", 10), "full" -> ("full", 100). Raises InputError."""
-    match = re.fullmatch(r"(forget|retain)([0-9]{2})", split)
+    """"forget10" and its part "forget10_0to100" -> ("forget", 10), "full" -> ("full", 100). Raises
+    InputError."""
+    match = re.fullmatch(r"(forget|retain)([0-9]{2})", split.partition("_")[0])
     if split == "full":
         return "full", 100
-    if not match or match[2] == "00":
-        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99")
+    if not match or match[2] == "00" or "_" in split and not PART.fullmatch(split):
+        raise InputError(f"unknown split {split!r}: need full, forgetNN or retainNN with NN from 01 to 99, "
+                         "or a part such as forget10_0to100")
     return match[1], int(match[2])
 
 
@@ -65,16 +68,22 @@ def evaluation_split(split: str) -> str:
     """The forget split on which a model is judged: "retain95" -> "forget05", "full" -> "forget10"."""
     if split == "full":
         return "forget10"
-    return complement(split) if split.startswith("retain") else split
+    return complement(split) if split.startswith("retain") else split.partition("_")[0]
 
 
 def slice_rows(rows: list, split: str) -> list:
-    """The split's rows, a slice of `rows`. A forget and a retain split have at least one row each."""
+    """The split's rows, a slice of `rows`. A forget and a retain split have at least one row each. Raises
+    InputError for a part without rows."""
     kind, percent = parse_split(split)
     if kind == "full":
         return rows
     n_forget = round(len(rows) * (percent if kind == "forget" else 100 - percent) / 100)
     n_forget = min(max(n_forget, 1), len(rows) - 1)
+    if part := PART.fullmatch(split):
+        first, end = map(int, part.groups())
+        if not first < end <= n_forget:
+            raise InputError(f"--split {split}: forget{percent:02d} has {n_forget} rows, counted from 0")
+        return rows[-n_forget:][first:end]
     return rows[-n_forget:] if kind == "forget" else rows[:-n_forget]
 
 
