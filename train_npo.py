@@ -199,13 +199,12 @@ def refuse_contradictions(s: Settings, typed: dict):
     if unused := (every - used) & typed.keys():
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
     weights = " and ".join(f"--{long_name(name)}-weight" for name in TERMS)
-    if s.loss == "sft" and s.terms:
-        raise InputError(f"--loss sft learns its split, and has no terms on retain rows: leave out {weights}")
+    if s.loss == "sft" and (s.terms or s.reference):
+        raise InputError("--loss sft learns its split, and has neither terms on retain rows nor a reference: "
+                         f"leave out {weights} and --reference")
     if s.log_to and not find_spec(s.log_to):
         raise InputError(f"--log-to needs its package: pip install {s.log_to}")
     own_rows = s.forget or s.retain or s.unseen
-    if s.reference and (s.loss == "sft" or not Path(s.reference).is_dir()):
-        raise InputError(f"--reference {s.reference}: need a model's folder, and a --loss that unlearns")
     if own_rows and (s.loss == "sft" or {"data", "split"} & typed.keys()):
         raise InputError("--forget, --retain and --unseen replace --data and --split: leave those out, and "
                          "--loss sft")
@@ -721,6 +720,8 @@ def begin_run(s: Settings, world: World) -> tuple[AnswerModel, Run]:
     identity = [record[name] for name in ("start_hash", "trained_on", "retrained_hash")]
     if s.unseen:
         identity.append(task.holdout)
+    if s.reference and not Path(s.reference).is_dir():
+        raise InputError(f"--reference {s.reference} is no model's folder")
     if s.reference:
         identity.append(weights_hash(Path(s.reference), None))
     record["run"] = fingerprint(fixed, *identity)

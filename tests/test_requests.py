@@ -59,7 +59,7 @@ def test_a_kept_reference_sees_what_was_forgotten_before(unlearn, small_model):
     assert log(kept)[0]["kl_loss"] > 1e-3
     identities = [json.loads((run / "config.json").read_text())["run"] for run in (renewed, kept)]
     assert identities[0] != identities[1]
-    with pytest.raises(InputError, match="need a model's folder"):
+    with pytest.raises(InputError, match="is no model's folder"):
         unlearn("none", "--reference", "nowhere")
     with pytest.raises(InputError, match="leave out --reference"):
         train_npo.main(["--resume", str(kept), "--reference", str(first)])
