@@ -191,7 +191,7 @@ class Objective(NamedTuple):
     the preset's value, and a flag wins over both."""
     loss: Callable[..., Tensor]  # one value per sequence (B,) or per answer token (N,), never their mean
     mean: str = "sequences"  # the sum over the global batch is divided by its sequences, or by answer tokens
-    value_at_start_times_beta: float | None = None  # checked at step 0; times 1 for a loss without beta
+    value_at_start_times_beta: float | None = None  # checked at step 0: the loss is this / beta, or this
     weight: Callable[..., Tensor] | None = None  # W, with the same parameters as the loss; 1 at the start
     skips: int = 0  # tokens at an answer's beginning that the loss leaves out (Plan moves the answer's start)
 

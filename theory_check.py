@@ -402,7 +402,7 @@ def retain_weight(seed: int) -> dict:
                   and math.isfinite(critical) == (name == "finite"))
         numbers[name] = {"critical_weight": critical, "weights": weights,
                          **{f"{loss}_growth": values for loss, values in growth.items()}}
-    return verdict("Critical retain weight: ga+rt runs away below it and rests above it; npo+rt never runs away",
+    return verdict("Critical retain weight: ga+rt runs away below it, rests above it; npo+rt never runs away",
                    bool(holds), **numbers)
 
 

@@ -101,7 +101,7 @@ class RunSettings:
 
     @property
     def terms(self) -> dict[str, float]:
-        """Name -> weight of the terms on retain rows that this run has."""
+        """Name -> weight of the run's terms on retain rows. The weights are fields of Settings, below."""
         weights = {name: getattr(self, f"{long_name(name)}_weight") for name in TERMS}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
@@ -113,10 +113,10 @@ class RunSettings:
         """The objective and the terms of this run, each with the prefix of its settings' names."""
         return {"": OBJECTIVES[self.loss]} | {f"{name}_": TERMS[name] for name in self.terms}
 
-    def values(self, objective: Objective, prefix: str = "") -> dict:
-        """The objective's settings by parameter name. One without a flag has the loss's own default."""
-        return {name: vars(self).get(prefix + name, objective.defaults.get(name))
-                for name in objective.settings}
+    def settings_of(self, objective: Objective, prefix: str = "") -> dict:
+        """The objective's settings by parameter name. One that is not given has the loss's own default."""
+        given = {name: vars(self).get(prefix + name) for name in objective.settings}
+        return objective.defaults | {name: value for name, value in given.items() if value is not None}
 
 
 # Each term has a weight: --retain-weight, --kl-weight and so on.
@@ -187,7 +187,7 @@ def resolve(s: Settings, typed: dict) -> Settings:
 def refuse_contradictions(s: Settings, typed: dict):
     """Raises InputError for settings that exclude each other or have no effect. `typed` are the user's."""
     used = {prefix + name for prefix, objective in s.objectives().items() for name in objective.settings}
-    every = {name for objective in OBJECTIVES.values() for name in objective.settings} | {
+    every = {name for objective in (*OBJECTIVES.values(), *TERMS.values()) for name in objective.settings} | {
         f"{key}_{name}" for key, term in TERMS.items() for name in term.settings}
     for prefix, objective in s.objectives().items():
         if prefix and objective.needs_refusals:
@@ -200,8 +200,8 @@ def refuse_contradictions(s: Settings, typed: dict):
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect on {s.method}: leave it out")
     weights = " and ".join(f"--{long_name(name)}-weight" for name in TERMS)
     if s.loss == "sft" and (s.terms or s.reference):
-        raise InputError("--loss sft learns its split, and has neither terms on retain rows nor a reference: "
-                         f"leave out {weights} and --reference")
+        raise InputError("--loss sft learns its split. It has no terms on retain rows and no reference: "
+                         f"leave out {weights}, and --reference")
     if s.log_to and not find_spec(s.log_to):
         raise InputError(f"--log-to needs its package: pip install {s.log_to}")
     own_rows = s.forget or s.retain or s.unseen
@@ -339,26 +339,28 @@ def loss_sums(s: Settings, model: AnswerModel, plan: Plan, micro_batch: MicroBat
     """A micro-batch's part of the global batch's loss, of the loss's parts and of W. Each is a sum over rows
     or tokens, divided by the whole batch's count, so they add up over micro-batches and processes."""
     micro_batch, row_weight = fill_empty(micro_batch, plan)
-    answers, refusals, retain = plan.read_by_policy(micro_batch)
+    answers, retain, refusals = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
     batches = [collate(texts, plan.pad, reference.device) for texts in (answers + retain, refusals) if texts]
     targets = torch.cat([batch.targets for batch in batches])
     states, logits = model(batches)  # where answer tokens are predicted: (N, H) and (N, V)
-    predicted = token_logps(logits, targets), logits, states, targets
+    logps = token_logps(logits, targets)
+    predicted = {"logps": logps, "logits": logits, "states": states, "targets": targets}
     forget, kept, refused = spans(answers, retain, refusals)
 
-    inputs = policy_inputs(answers, forget, *predicted) | reference.inputs(
-        plan.objective, micro_batch.rows, micro_batch.refusals) | {"kl_baseline": kl_baseline}
+    inputs = policy_inputs(answers, forget, **predicted) | reference.inputs(
+        plan.objective, micro_batch.rows, micro_batch.refusals)
+    inputs["kl_baseline"] = kl_baseline  # 0 but for kto
     if refusals:
-        inputs["policy_chosen_logps"] = policy_inputs(refusals, refused, *predicted)["policy_logps"]
-    inputs |= s.values(plan.objective)
+        inputs["policy_chosen_logps"] = policy_inputs(refusals, refused, **predicted)["policy_logps"]
+    inputs |= s.settings_of(plan.objective)
     values = values_of(plan.objective, inputs, answers or refusals)
     count = counts.forget_tokens if plan.objective.mean == "tokens" else counts.rows
     sums = {"loss": s.forget_weight * values.sum() / count, "forget_loss": values.sum() / count}
     for name, weight in s.terms.items():
         term = TERMS[name]
-        inputs_kept = policy_inputs(retain, kept, *predicted) | reference.inputs(term, micro_batch.retain)
-        part = values_of(term, inputs_kept | s.values(term, f"{name}_"), retain).sum()
+        inputs_kept = policy_inputs(retain, kept, **predicted) | reference.inputs(term, micro_batch.retain)
+        part = values_of(term, inputs_kept | s.settings_of(term, f"{name}_"), retain).sum()
         part = part / (counts.retain_tokens if term.mean == "tokens" else counts.rows)
         sums["loss"] = sums["loss"] + weight * part
         sums[f"{long_name(name)}_loss"] = part
@@ -748,7 +750,9 @@ def check_training_data(s: Settings, meta: dict, task, world: World):
 def describe(s: Settings, model: AnswerModel, plan: Plan, record: dict, source: str, folder: Path,
              world: World):
     """Print what is about to run."""
-    numbers = {"lr": s.lr, "weight_decay": s.weight_decay, **s.values(plan.objective)}
+    numbers = {"lr": s.lr, "weight_decay": s.weight_decay}
+    for prefix, objective in s.objectives().items():
+        numbers |= {prefix + name: value for name, value in s.settings_of(objective, prefix).items()}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     answer_tokens = sum(plan.texts[f"run/row/{i}"].answer_tokens for i in range(plan.rows)) / plan.rows
     longest = max(len(text.ids) for text in plan.texts.values())

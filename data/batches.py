@@ -29,11 +29,11 @@ class Item(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Keys of the texts that a process runs at once, such as "run/row/3", "run/refusal/3/17", "run/retain/5".
+    """Keys of the texts that a process runs at once, such as "run/row/3", "run/retain/5", "run/refusal/3/17".
     rows and refusals belong to each other by position; the retain texts are other items' partners."""
     rows: list
-    refusals: list
     retain: list
+    refusals: list
 
 
 class Counts(NamedTuple):
@@ -103,8 +103,9 @@ class Plan:
         pairs = self.question_answer_pairs(rows, task)
         encoded = encode(tokenizer, s.template, list(pairs.values()), context)
         self.texts = dict(zip(pairs, encoded, strict=True))
-        for key in [f"run/row/{i}" for i in range(len(rows))]:
-            self.texts[key] = self.texts[key].without_first(self.objective.skips)
+        if self.objective.skips:
+            for key in [f"run/row/{i}" for i in range(len(rows))]:
+                self.texts[key] = self.texts[key].without_first(self.objective.skips)
 
     def question_answer_pairs(self, rows: list, task: Task) -> dict[str, tuple]:
         """Key -> (question, answer) of all rows, and of the stream's refusals and retain rows."""
@@ -124,11 +125,11 @@ class Plan:
         """The texts of these items that the objective and the terms use."""
         refusals = [f"run/refusal/{i.row}/{i.refusal}" for i in items if self.objective.needs_refusals]
         retain = [f"run/retain/{i.partner}" for i in items if self.terms]
-        return MicroBatch([f"run/row/{i.row}" for i in items], refusals, retain)
+        return MicroBatch([f"run/row/{i.row}" for i in items], retain, refusals)
 
     def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
-        """[answers, refusals, retain answers] that the policy reads; empty where the loss needs none."""
-        reads = self.objective.needs_answers, "policy_chosen_logps" in self.objective.inputs, bool(self.terms)
+        """[answers, retain answers, refusals] that the policy reads; empty where the loss needs none."""
+        reads = self.objective.needs_answers, bool(self.terms), "policy_chosen_logps" in self.objective.inputs
         return [[self.texts[key] for key in keys] if read else []
                 for keys, read in zip(micro_batch, reads, strict=True)]
 
@@ -145,7 +146,8 @@ class Plan:
         return batches[::-1]
 
     def counts(self, items: list[Item]) -> Counts:
-        answers, refusals, retain = groups = self.read_by_policy(self.micro_batch_of(items))
+        groups = self.read_by_policy(self.micro_batch_of(items))
+        answers, retain, refusals = groups
         return Counts(rows=len(items), forget_tokens=sum(text.answer_tokens for text in answers or refusals),
                       retain_tokens=sum(text.answer_tokens for text in retain),
                       tokens=sum(len(text.ids) for group in groups for text in group))

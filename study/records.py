@@ -112,7 +112,8 @@ def record(folder: Path) -> dict:
     curves = {key: [values.get(key) for values in metrics] for key in CURVES}
     needed = ("model_utility",) if settings["loss"] == "sft" else ("model_utility", "forget_quality_log10")
     if len(evaluations) < len(needed) or None in sum((curves[key] for key in needed), []):
-        raise InputError(f"{folder}: need evaluations of TOFU's sets, of an unlearning run with --retain-log")
+        raise InputError(f"{folder}: need evaluations of TOFU's sets; of an unlearning run at least two, "
+                         "with --retain-log")
     curves |= {f"forget_{key}": [values["forget"].get(key) for values in metrics] for key in FORGET_CURVES}
     split, rows = evaluation_split(settings["split"]), [evaluation["rows"] for evaluation in evaluations]
     steps = [evaluation["provenance"].get("step", 0) for evaluation in evaluations]  # 0: evaluate_tofu.py's

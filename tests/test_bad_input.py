@@ -30,7 +30,7 @@ TRAIN = [
     ("--beta 0", "must be positive"), ("--beta nan", "must be positive"), ("--lr -1", "must be positive"),
     ("--lr inf", "must be positive"), ("--batch-size 0", "must be positive"),
     ("--epochs 0", "must be positive"), ("--retain-weight -1", "not negative"),
-    ("--loss sft --kl-weight 1", "has no terms on retain rows"), ("--checkpoint-every soon", "need minutes"),
+    ("--loss sft --kl-weight 1", "no terms on retain rows"), ("--checkpoint-every soon", "need minutes"),
     ("--eval-every 0", "need epoch, end, never"), ("--loss ga --beta 0.2", "--beta has no effect on ga"),
     ("--loss ceu --beta 1", "--beta has no effect"), ("--gamma 0.1", "--gamma has no effect on npo"),
     ("--beta2 1", "--beta2 has no effect on npo"),

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from common import InputError
 from data.batches import Plan
 from data.tofu import load_task
-from losses import OBJECTIVES, Objective
+from losses import OBJECTIVES, TERMS, Objective, long_name
 from model import ALONE, AnswerModel, load_model
-from train_npo import Reference, Settings, kto_baseline, loss_sums, parse, reference_pass
+from train_npo import (Reference, Settings, kto_baseline, loss_sums, parse, reference_pass,
+                       refuse_contradictions)
 
 BETA, BETA2, GAMMA = 0.2, 0.6, 0.3
 WEIGHTS = {"forget_loss": 0.7, "retain_loss": 1.3, "kl_loss": 0.4}
@@ -203,9 +204,27 @@ def test_a_parameter_that_nothing_sets_is_refused(monkeypatch):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_losss_own_settings_win_over_the_presets_and_a_flag_over_both(name):
     settings = {"beta": load_tiny("tiny").preset.beta} | OBJECTIVES[name].defaults
+    s = parse(["--loss", name])
+    assert s.settings_of(OBJECTIVES[name]) == {key: settings[key] for key in OBJECTIVES[name].settings}
     for setting in OBJECTIVES[name].settings:
-        assert getattr(parse(["--loss", name]), setting) == settings[setting]
-        assert getattr(parse(["--loss", name, f"--{setting}", "0.7"]), setting) == 0.7
+        if setting in vars(s):  # it has a flag
+            given = parse(["--loss", name, f"--{setting.replace('_', '-')}", "0.7"])
+            assert given.settings_of(OBJECTIVES[name])[setting] == 0.7
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_terms_settings_have_its_name_before_them(name, monkeypatch):
+    """Without a flag the loss's own default; a flag of the bare name has no effect, and is refused."""
+    def slack_loss(policy_logps, slack=0.25):
+        return policy_logps - slack
+    monkeypatch.setitem(TERMS, name, Objective(slack_loss, mean="tokens"))
+    s = parse([f"--{long_name(name)}-weight", "1"])
+    assert s.settings_of(TERMS[name], f"{name}_") == {"slack": 0.25}
+    s = dataclasses.replace(s)
+    setattr(s, f"{name}_slack", 0.5)
+    assert s.settings_of(TERMS[name], f"{name}_") == {"slack": 0.5}
+    with pytest.raises(InputError, match="--slack has no effect"):
+        refuse_contradictions(s, {"slack": 0.5})
 
 
 def test_values_per_token_may_be_summed_per_sequence(monkeypatch):

@@ -143,12 +143,13 @@ def test_a_plan_holds_the_texts_that_its_steps_use(small_data):
     assert ceu.ids == npo.ids and ceu.start == npo.start + 1  # CE-U leaves out an answer's first token
 
 
-@pytest.mark.parametrize("loss, read", (("dpo", (0, 1, 2)), ("idk", (1, 2)), ("kto", (0, 2))))
+@pytest.mark.parametrize("loss, read", (("dpo", ("rows", "refusals", "retain")), ("idk", ("refusals", "retain")),
+                                        ("kto", ("rows", "retain"))))
 def test_counts_are_of_the_texts_that_the_policy_reads(small_data, loss, read):
-    """Of [answers, refusals, retain answers]. KTO's refusals are read without gradient, for its z."""
+    """KTO's refusals are read without gradient, for its z."""
     plan = plan_of(small_data, f"--loss {loss} --retain-weight 1")
     counts, keys = plan.counts(plan.stream[0]), plan.micro_batch_of(plan.stream[0])
-    texts = [[plan.texts[key] for key in keys[group]] for group in read]
+    texts = [[plan.texts[key] for key in getattr(keys, group)] for group in read]
     assert counts.rows == 8 and counts.tokens == sum(len(text.ids) for group in texts for text in group)
     assert counts.forget_tokens == sum(text.answer_tokens for text in texts[0])
     assert counts.retain_tokens == sum(text.answer_tokens for text in texts[-1])
