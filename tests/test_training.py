@@ -143,8 +143,8 @@ def test_a_plan_holds_the_texts_that_its_steps_use(small_data):
     assert ceu.ids == npo.ids and ceu.start == npo.start + 1  # CE-U leaves out an answer's first token
 
 
-@pytest.mark.parametrize("loss, read", (("dpo", ("rows", "refusals", "retain")), ("idk", ("refusals", "retain")),
-                                        ("kto", ("rows", "retain"))))
+@pytest.mark.parametrize("loss, read", (("dpo", ("rows", "refusals", "retain")),
+                                        ("idk", ("refusals", "retain")), ("kto", ("rows", "retain"))))
 def test_counts_are_of_the_texts_that_the_policy_reads(small_data, loss, read):
     """KTO's refusals are read without gradient, for its z."""
     plan = plan_of(small_data, f"--loss {loss} --retain-weight 1")
