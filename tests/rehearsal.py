@@ -2,174 +2,332 @@
 
     python tests/rehearsal.py --gpus 2 --loss npo --retain-weight 1 --dtype bf16 --parallel fsdp
 
-It takes the flags of train_npo.py, and those below. The model is a preset (default: llama2-7b) or a folder with
-a config.json; no weights and no rows are needed. It prints the peak of each phase beside plan_memory.py's
-figure, what is alive at the peak, and every line at which the host waits for the GPU. A mistake ends with
-status 1. A fake tensor has a shape, a type and a device, and no numbers. Faked are:
+It takes the flags of train_npo.py, and those below. --model is a preset (default: llama2-7b) or a folder with a
+config.json; no weights and no rows are needed. It prints the peak of each phase beside plan_memory.py's figure,
+what is alive at the peak, and where the host waits for the GPU. A mistake ends with status 1. A fake tensor has
+a shape, a type and a device, but no numbers. What is faked:
 
-    the GPU        torch is told that CUDA is there; streams and events do nothing; attention is one of the two
-                   kernels that a GPU would choose (flash, memory-efficient)
-    the others     the first of --gpus processes runs. Collectives return at once, and what the others would
-                   send is what this process has
-    the weights    from_pretrained makes the config's model without reading a file
-    the numbers    every number that the host reads is 0 and every condition true. So the check of the start
-                   and the metrics of an evaluation, which are arithmetic on the host, are left out
-    the files      reference.safetensors, checkpoints and the finished model are made and not written
-    the rows       all have --tokens-per-row tokens, a share of 2/3 in the answer; the tokenizer is tiny's
+    GPU        torch believes that CUDA is there; attention is the kernel that a GPU would choose
+    processes  the first of --gpus runs. Collectives return at once. It makes the reference pass and the
+               evaluations alone, in batches of the size that each process has
+    weights    those of a Llama of the model's shape; the tokenizer is tiny's
+    numbers    the host reads 0 from each and True from each condition; the check of the start is left out
+    files      reference.safetensors, checkpoints and the finished model are not written
+    rows       each has --tokens-per-row tokens, two thirds of them in the answer
+    answers    of each generation the first token and the last three are computed
 
-No rehearsal sees the CUDA context, gaps in the allocator's blocks, the libraries' work space, or speed.
+No rehearsal sees the CUDA context, gaps between the allocator's blocks, the libraries' work space, or speed.
 """
 
-import fake_gpu  # before torch  # isort: skip
 import contextlib
+import ctypes
 import json
-import re
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+import traceback
+import weakref
+from collections import Counter
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
-sys.path.insert(0, str(fake_gpu.ROOT))
+KNOWN_TORCH = "2.13."  # what is replaced below differs between versions
+# `import torch` asks once for CUDA's hooks, so a library that has some must be loaded before it. Without it, a
+# CPU build of torch neither indexes a fake cuda tensor nor runs its backward pass.
+HOOKS = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/FakeGuardImpl.h>
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CUDA>) }
+namespace at {
+struct FakeHooks : CUDAHooksInterface {
+  FakeHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 8; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+};
+C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", FakeHooks)
+}
+"""
+ROOT, TORCH = Path(__file__).resolve().parent.parent, Path(find_spec("torch").origin).parent
+LIBRARY = ROOT / "tests" / "__pycache__" / f"rehearsal-{version('torch')}.so"
+if not version("torch").startswith(KNOWN_TORCH):
+    sys.exit(f"a rehearsal needs torch {KNOWN_TORCH}x, and this is torch {version('torch')}")
+if not shutil.which("g++"):
+    sys.exit("a rehearsal needs the compiler g++, and this machine has none")
+if not LIBRARY.exists():
+    aside = LIBRARY.with_suffix(f".{os.getpid()}")
+    LIBRARY.parent.mkdir(exist_ok=True)
+    subprocess.run(["g++", "-x", "c++", "-", "-o", aside, "-shared", "-fPIC", "-std=c++20", f"-I{TORCH}/include",
+                    f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10", f"-Wl,--no-as-needed,-rpath,{TORCH}/lib"],
+                   input=HOOKS, text=True, check=True)
+    aside.rename(LIBRARY)
+ctypes.CDLL(str(LIBRARY))
+sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.distributed as dist
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
-import evaluate_tofu
 import model
 import train_npo
-from common import ROOT, Parser, positive, run_command
-from plan_memory import ANSWER_SHARE, GB, SHAPES, memory, read_shape
+from common import Parser, positive, run_command
+from plan_memory import ANSWER_SHARE, GB, memory, read_shape
 
-PHASES = {"begin_run": "loading", "open_reference": "reference", "train": "training", "save_model": "saving"}
-FRAME = 12  # tokens of a row that are neither a word of the question nor one of the answer
-
-
-def write_rows(folder: Path, rows: int, evaluated: int, gpus: int, tokens: int):
-    """TOFU's files, with `rows` rows in forget10, and `evaluated` rows per process in evaluations."""
-    answer = max(1, round(ANSWER_SHARE * tokens) - 1)
-    row = {"question": "the" + " the" * (tokens - answer - FRAME - 1), "answer": "the" + " the" * (answer - 1)}
-    row |= {"paraphrased_answer": row["answer"], "perturbed_answer": [row["answer"]]}
-    for name, count in {"full": 10 * rows, "forget10_perturbed": (evaluated - 3) * gpus, "retain_perturbed": gpus,
-                        "real_authors_perturbed": gpus, "world_facts_perturbed": gpus}.items():
-        (folder / f"{name}.json").write_text(json.dumps([row] * count))
+aten, data = torch.ops.aten, torch._C.TensorBase.data
+TOKENS = 4  # that are computed of a generation
+PHASES = {"open_reference": "reference", "train": "training", "evaluate": "evaluation", "save_model": "saving"}
 
 
-def write_model(folder: Path, shape: tuple, layers: int | None):
-    """config.json of a Llama of this shape, and tiny's tokenizer."""
-    V, H, F, depth, K, tied = shape
-    size = 128 if H >= 4096 else 64
-    transformers.LlamaConfig(
-        vocab_size=V, hidden_size=H, intermediate_size=F, num_hidden_layers=layers or depth,
-        num_attention_heads=H // size, num_key_value_heads=K // size, tie_word_embeddings=tied,
-        max_position_embeddings=4096).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(ROOT / "data/tiny/start").save_pretrained(folder)
+class Watch(TorchDispatchMode):
+    """Sees each operation on fake tensors: the bytes alive on the GPU, and where the host waits for the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.peaks, self.waits = "loading", Counter(), Counter()  # waits: (phase, line) -> count
+        self.now, self.lines, self.at_peak, self.alive = 0, Counter(), {}, {}  # alive: storage -> (bytes, line)
+        self.row_ends = False  # whether the next search for unended rows finds one less
+
+    def in_phase(self, function, name: str):
+        def call(*args, **kwargs):
+            before, self.phase = self.phase, name
+            result = function(*args, **kwargs)
+            self.phase = before
+            return result
+        return call
+
+    def line(self) -> str:
+        """file:line of the innermost frame in the project; the threads of a backward pass have none."""
+        frame = sys._getframe(2)
+        while frame:
+            name = frame.f_code.co_filename.removeprefix(f"{ROOT}/")
+            if not name.startswith(("/", "<", "tests/")):
+                return f"{name}:{frame.f_lineno}"
+            frame = frame.f_back
+        return "backward pass"
+
+    def count(self, storage):
+        """A storage that is new or was resized, in the 512-byte blocks of torch's allocator."""
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key not in self.alive:
+            weakref.finalize(storage, self.forget, key)
+        before, line = self.alive.get(key) or (0, self.line())
+        self.alive[key], self.now = (size, line), self.now + size - before
+        self.lines[line] += size - before
+        if self.now > max(self.peaks.values(), default=0):
+            self.at_peak = dict(self.lines)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.now)
+
+    def forget(self, key):
+        size, line = self.alive.pop(key)
+        self.now, self.lines[line] = self.now - size, self.lines[line] - size
+
+    def read(self, tensor):
+        """What item() and tolist() return."""
+        if tensor.device.type == "cuda":
+            self.waits[self.phase, self.line()] += 1
+        value = True if tensor.dtype == torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+        for size in reversed(tensor.shape):
+            value = [value] * size
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(not issubclass(kind, FakeTensor) and kind is not torch.nn.Parameter for kind in types):
+            return NotImplemented  # a DTensor takes itself apart first
+        if func is aten._local_scalar_dense.default and args[0].constant is None:
+            return self.read(args[0].reshape(()))
+        if func is aten.nonzero.default:
+            self.waits[self.phase, self.line()] += 1
+            rows, self.row_ends = args[0].numel() - self.row_ends, False
+            return args[0].new_empty((rows, args[0].dim()), dtype=torch.long)
+        if func in (aten.index.Tensor, aten.index_put_.default) and args[0].device.type == "cpu":
+            if any(index is not None and index.device.type == "cuda" for index in args[1]):
+                raise RuntimeError("index on cuda of a tensor on cpu")  # fake tensors let it pass
+        output = func(*args, **kwargs)
+        if func in (aten._to_copy.default, aten.copy_.default):
+            source, to = args[func is aten.copy_.default].device.type, output.device.type
+            free = kwargs.get("non_blocking") or args[2:3] == (True,)  # as far as the tensor goes to the GPU
+            if source != to and not (free and to == "cuda"):
+                self.waits[self.phase, self.line()] += 1
+        for x in tree_leaves(output):
+            x = getattr(x, "_local_tensor", x)
+            if isinstance(x, FakeTensor) and x.device.type == "cuda":
+                if x.untyped_storage()._cdata not in self.alive:
+                    self.count(x.untyped_storage())
+        return output
 
 
-def others_too(reference_pass, s, policy, texts: dict, *more) -> dict:
-    """What the other processes would send: the same as this process has, for the other texts."""
-    tensors = reference_pass(s, policy, texts, *more)
-    kept = {re.match(r"[a-z]+/\D+", name)[0]: tensor for name, tensor in tensors.items() if "/" in name}
-    for key, text in texts.items():
-        for kind in ("logps", "states"):
-            if (tensor := kept.get(re.match(r"\D+", f"{kind}/{key}")[0])) is not None:
-                other = tensor.new_zeros(text.answer_tokens, *tensor.shape[1:])
-                tensors.setdefault(f"{kind}/{key}", other)
-    return tensors
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """The kernels of a GPU, with their memory. On fake tensors torch would take the plain formula."""
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if query.dtype != torch.float32 and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if attn_mask is not None:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        attn_mask = bias.expand(*query.shape[:3], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
 
 
-def replacements(watch, new_tokens: int | None) -> list[tuple]:
-    """(module or class, name, what stands there during the rehearsal)"""
-    auto, files = transformers.AutoModelForCausalLM, {}
+def replacements_in_torch(watch: Watch, gpus: int) -> list[tuple]:
+    """(module or class, name, what stands there during a rehearsal)."""
+    infer, resize = ShardingPropagator._propagate_tensor_meta_non_cached, torch.UntypedStorage.resize_
+    reduce, init, mesh = dist.all_reduce, dist.init_process_group, model.init_device_mesh
 
-    def from_config(source, config, **_):
-        return auto.from_config(config), {"missing_keys": [], "unexpected_keys": []}
+    def set_data(tensor, value):  # torch alone would leave a fake tensor on its old device
+        data.__set__(tensor, value)
+        if isinstance(value, FakeTensor):
+            tensor.fake_device = value.fake_device
 
-    def in_phase(function, name, *args, **kwargs):
-        before, watch.phase = watch.phase, name
-        try:
-            return function(*args, **kwargs)
-        finally:
-            watch.phase = before
+    def unseen(function):  # DTensor infers shapes with tensors of its own; a mesh has real numbers
+        def call(*args, **kwargs):
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+        return call
 
-    def mesh(*args):  # its numbers, which process is where, are real
-        with _disable_current_modes():
-            return make_mesh(*args)
+    def all_reduce(tensor, *args, **kwargs):
+        if tensor.device.type != "cuda":
+            raise RuntimeError("nccl takes no tensor on the CPU")  # the fake backend would
+        return reduce(tensor, *args, **kwargs)
 
-    def evaluation(policy, prepared, tokenizer, batch_size, longest, *more):
-        first, watch.row_ends = watch.peaks["evaluation"] == 0, watch.peaks["evaluation"] == 0
-        return in_phase(evaluate, "evaluation", policy, prepared, tokenizer, batch_size,
-                        3 if first else new_tokens or longest, *more)
+    answers = {"device_count": gpus, "set_device": None, "current_device": 0, "is_initialized": True,
+               "is_bf16_supported": True, "synchronize": None, "stream": contextlib.nullcontext(),
+               "current_stream": MagicMock()}
+    return [*((torch.cuda, name, MagicMock(return_value=answer)) for name, answer in answers.items()),
+            (torch.cuda, "Stream", MagicMock), (torch.cuda, "Event", MagicMock),
+            (sys.modules["torch.cuda.amp.common"], "amp_definitely_not_available", lambda: False),
+            (FakeTensor, "data", property(data.__get__, set_data)),
+            (FakeTensor, "tolist", lambda tensor: watch.read(tensor)),
+            (torch.utils, "swap_tensors", set_data),  # Module.to; it refuses tensors with weak references
+            (torch.UntypedStorage, "resize_",
+             lambda storage, size: (resize(storage, size), watch.count(storage))),
+            (ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen(infer)),
+            (model, "init_device_mesh", unseen(mesh)), (dist, "all_reduce", all_reduce),
+            (dist, "init_process_group",
+             lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=gpus)),
+            (torch.nn.functional, "scaled_dot_product_attention", attention),
+            (transformers.masking_utils, "is_tracing", lambda *_: False)]  # true of every fake tensor
 
-    make_mesh, evaluate = model.init_device_mesh, train_npo.evaluate
-    phases = [(train_npo, name, partial(in_phase, getattr(train_npo, name), phase))
-              for name, phase in PHASES.items()]
-    return [*phases, (auto, "from_pretrained", from_config), (model, "init_device_mesh", mesh),
-            (transformers.masking_utils, "is_tracing", lambda *_: False),  # true of any fake tensor
-            (train_npo, "reference_pass", partial(others_too, train_npo.reference_pass)),
-            (train_npo, "save_file", lambda tensors, path: files.update(tensors) or Path(path).touch()),
-            (train_npo, "load_file", lambda path: files),
-            (train_npo, "evaluate", evaluation), (evaluate_tofu, "row_result", lambda *_: {}),
-            (train_npo, "compute_metrics", lambda *_: {"forget_quality": None, "model_utility": None}),
-            (train_npo, "depth_note", lambda *_: ""), (train_npo, "plot_trajectory", lambda *_: None),
-            (train_npo, "check_start", lambda *_: None), (train_npo.dcp, "save", lambda *_, **__: None),
+
+def replacements(watch: Watch, shape: tuple, skipped: int) -> list[tuple]:
+    """The same for our own code and its files. A generation skips this many tokens."""
+    files, pad, next_logits = {}, torch.nn.functional.pad, model.AnswerModel.next_logits
+    reference_pass, evaluate = train_npo.reference_pass, train_npo.evaluate
+
+    def read_model(*_):
+        V, H, F, layers, K, tied = shape
+        head = min(K, 128 if H >= 4096 else 64)
+        config = transformers.LlamaConfig(
+            vocab_size=V, hidden_size=H, intermediate_size=F, num_hidden_layers=layers, head_dim=head,
+            num_attention_heads=H // head, num_key_value_heads=K // head, tie_word_embeddings=tied,
+            max_position_embeddings=4096, pad_token_id=None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data/tiny/start")
+        return transformers.LlamaForCausalLM(config).eval(), tokenizer
+
+    def next_logits_near_the_end(policy, cache, attention_mask, **inputs):
+        if cache is not None:
+            attention_mask = pad(attention_mask, (0, skipped), value=1)
+        if cache is not None and cache.get_seq_length() < skipped:
+            for layer in cache.layers:
+                layer.keys, layer.values = (pad(x, (0, 0, 0, skipped)) for x in (layer.keys, layer.values))
+        return next_logits(policy, cache=cache, attention_mask=attention_mask, **inputs)
+
+    def evaluate_alone(policy, prepared, tokenizer, batch_size, max_new_tokens, reference, world):
+        watch.row_ends = not watch.peaks["evaluation"]  # once in the first evaluation
+        alone = world._replace(size=1)
+        return evaluate(policy, prepared, tokenizer, batch_size, TOKENS, reference, alone)
+
+    replaced = {"evaluate": evaluate_alone, "check_start": lambda *_: None,
+                "reference_pass": lambda *args: reference_pass(*args[:-1], args[-1]._replace(size=1)),
+                "save_file": lambda tensors, path: files.update(tensors) or Path(path).touch(),
+                "load_file": lambda path: files}
+    for name, phase in PHASES.items():
+        replaced[name] = watch.in_phase(replaced.get(name) or getattr(train_npo, name), phase)
+    return [*((train_npo, *place) for place in replaced.items()), (model, "read_model", read_model),
+            (model.AnswerModel, "next_logits", next_logits_near_the_end),
+            (train_npo.dcp, "save", lambda *_, **__: None), (model.World, "wait", lambda world: None),
             (model.World, "collect", lambda world, value: [value] * world.size),
-            (model.World, "wait", lambda world: None),
             (transformers.PreTrainedModel, "save_pretrained", lambda *_, **__: None)]
 
 
-def rehearse(flags: list[str], gpus: int = 1, layers: int | None = None, tokens: int = 128,
-             new_tokens: int | None = None) -> tuple[fake_gpu.Watch, dict, int]:
-    """train_npo.py with these flags: (what was seen, the planner's bytes by part, steps). Raises what the run
-    raises. `layers` and `new_tokens` (of a generation) shorten it."""
-    fake_gpu.fake_cuda(gpus)
-    watch = fake_gpu.Watch()
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        typed = dict(zip(flags, flags[1:], strict=False))
-        start = typed.get("--model", "llama2-7b")
-        preset = model.resolve_model(start)[0]
-        if start in SHAPES:
-            write_model(folder / "start", SHAPES[start], layers)
-            start = f"{start}={folder / 'start'}"
-        evaluated = preset.eval_batch_size
-        rows = max(2 * int(typed.get("--batch-size", 32)), evaluated * gpus)
-        write_rows(folder, rows, evaluated, gpus, tokens)
-        sft = typed.get("--loss") == "sft"
-        defaults = {"--data": name, "--template": "qa", "--epochs": "1", "--checkpoint-every": "1",
-                    "--split": "retain10" if sft else "forget10", "--out": f"{name}/run", "--device": "cuda"}
-        words = [word for flag, value in defaults.items() if flag not in typed for word in (flag, value)]
-        words += [*flags, "--model", start]
-        s = train_npo.parse(words)
-        for place in replacements(watch, new_tokens):
+def write_rows(folder: str, rows: int, tokens: int, evaluated: int):
+    """TOFU's files, with `rows` rows in forget10 and `evaluated` rows in an evaluation."""
+    answer = max(2, round(ANSWER_SHARE * tokens)) - 1  # one is the end of sequence
+    question = max(1, tokens - answer - 12)  # and eleven are the template's
+    row = {"question": "the" + " the" * (question - 1), "answer": "the" + " the" * (answer - 1)}
+    row |= {"paraphrased_answer": row["answer"], "perturbed_answer": [row["answer"]]}
+    for name, count in {"full": 10 * rows, "forget10_perturbed": evaluated - 3, "retain_perturbed": 1,
+                        "real_authors_perturbed": 1, "world_facts_perturbed": 1}.items():
+        Path(folder, f"{name}.json").write_text(json.dumps([row] * count))
+
+
+def rehearse(flags: list[str], gpus: int = 1, tokens: int = 128, layers: int | None = None) -> tuple:
+    """train_npo.py with these flags: (Watch, the planner's bytes by part, steps). Raises what the run raises."""
+    typed, watch = dict(zip(flags, [*flags[1:], ""], strict=True)), Watch()
+    start = typed.get("--model", "llama2-7b")
+    preset, known, path = model.resolve_model(start)
+    shape = read_shape(start)
+    shape = (*shape[:3], layers or shape[3], *shape[4:])
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        rows = max(2 * int(typed.get("--batch-size", 32)), preset.eval_batch_size)
+        write_rows(folder, rows, tokens, preset.eval_batch_size)
+        defaults = {"--data": folder, "--template": "qa", "--epochs": "1", "--checkpoint-every": "1",
+                    "--split": "retain10" if typed.get("--loss") == "sft" else "forget10",
+                    "--device": "cuda", "--out": f"{folder}/run"}
+        flags = [*(word for flag in defaults.keys() - typed.keys() for word in (flag, defaults[flag])), *flags,
+                 "--model", start if path or not known else f"{start}={folder}"]
+        s = train_npo.parse(flags)
+        for place in (*replacements_in_torch(watch, gpus),
+                      *replacements(watch, shape, preset.max_new_tokens - TOKENS)):
             stack.enter_context(patch.object(*place))
         with FakeTensorMode(), watch:
-            train_npo.main(words)
-        steps = len((folder / "run" / "log.jsonl").read_text().splitlines())
-        return watch, memory(s, read_shape(start), gpus, tokens), steps
+            train_npo.main(flags)
+        steps = len(Path(folder, "run", "log.jsonl").read_text().splitlines())
+    return watch, memory(s, shape, gpus, tokens), steps
 
 
 def main(argv: list | None = None):
     parser, begin = Parser(__doc__), time.perf_counter()
     parser.add_argument("--gpus", type=positive(int), default=1)
     parser.add_argument("--tokens-per-row", type=positive(int), default=128)
-    parser.add_argument("--layers", type=positive(int), help="of the model (default: all)")
+    parser.add_argument("--layers", type=positive(int), help="default: all of the model")
     args, flags = parser.parse_known_args(argv)
-    watch, planned, steps = rehearse(flags, args.gpus, args.layers, args.tokens_per_row)
-    print(f"\n{time.perf_counter() - begin:.0f} s. GB on the first of {args.gpus} GPUs:")
-    for phase, peak in watch.peaks.items():
+    try:
+        watch, planned, steps = rehearse(flags, args.gpus, args.tokens_per_row, args.layers)
+    except (RuntimeError, TypeError, IndexError, AttributeError):
+        traceback.print_exc()
+        sys.exit("a mistake was found, see above")
+    print(f"\n{time.perf_counter() - begin:.0f} s. GB on each of {args.gpus} GPUs, rehearsed on fake tensors:")
+    for phase, peak in (*watch.peaks.items(), ("peak", max(watch.peaks.values()))):
         print(f"  {phase:12}{peak / GB:8.2f}")
-    print(f"  peak        {max(watch.peaks.values()) / GB:8.2f}   plan_memory.py{planned['peak'] / GB:8.2f}")
-    print("\nPlanned: " + ", ".join(f"{part} {size / GB:.2f}" for part, size in planned.items() if size))
-    print("\nAlive at the peak, GB by the line that made it:")
-    for line, size in sorted(watch.at_peak.items(), key=lambda item: -item[1])[:12]:
-        print(f"  {size / GB:8.2f}  {line}")
-    print(f"\nWaits of the host for the GPU ({steps} steps):")
-    for (phase, line, what), count in sorted(watch.waits.items()):
-        print(f"  {count:6}  {phase:12}{line}: {what}")
+    print(f"  plan_memory {planned['peak'] / GB:8.2f}  =  " + " + ".join(
+        f"{size / GB:.2f} {part}" for part, size in planned.items() if size and part != "peak"))
+    print("Alive at the peak, by the line that made it:")
+    for line, size in sorted(watch.at_peak.items(), key=lambda item: -item[1])[:10]:
+        print(f"  {line:20}{size / GB:8.2f}")
+    print(f"Waits of the host for the GPU, in {steps} steps:")
+    for (phase, line), count in sorted(watch.waits.items()):
+        print(f"  {phase:12}{line:24}{count:6}")
 
 
 if __name__ == "__main__":
