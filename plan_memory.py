@@ -1,22 +1,28 @@
-"""How much GPU memory a run of train_npo.py takes, from formulas: no model is loaded and no data is read.
+"""How much memory and disk a run of train_npo.py takes, from formulas: no model is loaded, no data is read.
 
     python plan_memory.py --model llama2-7b --loss npo --retain-weight 1 --gpus 2 --gpu-memory 80G
 
-It takes the flags of train_npo.py, and those below. Where the run does not fit, changes are tried one on top
-of the other: --parallel fsdp, --activation-checkpointing, smaller micro-batches. --lora comes last. Layers
-are counted as Llama's. The peak is between forward and backward pass of a micro-batch, or in an evaluation.
+It takes the flags of train_npo.py, and those below. Where the run does not fit, it looks for the cheapest change
+with which it fits: smaller micro-batches, --activation-checkpointing, bf16 with FSDP, and --lora last. It prints
+the command. Layers are counted as Llama's.
+
+The figures were compared with tests/rehearsal.py, which runs the real code on fake tensors (docs/scale.md has
+the table). No GPU has confirmed them. A rehearsal sees neither the CUDA context, nor gaps between the
+allocator's blocks, nor the libraries' work space. USABLE allows for these three.
 """
 
+import shlex
 from dataclasses import replace
 
 from common import ROOT, InputError, Parser, positive, run_command
+from evaluate_tofu import CHUNK
 from losses import OBJECTIVES
-from model import Preset, resolve_model
+from model import PRESETS, Preset, resolve_model
 from train_npo import Settings, parse
 
 ANSWER_SHARE = 2 / 3  # of a row's tokens, in TOFU
-REFUSAL_SHARE = 1 / 3  # tokens of a refusal with its question, as a share of a row's tokens
-USABLE = 0.92  # of a GPU's memory; CUDA, gaps in the allocator and communication take the rest
+REFUSAL_TOKENS = 12  # of the longest refusals
+USABLE = 0.92  # of a GPU's memory; see above
 GB = 1e9
 # Sizes of vocabulary V, hidden states H, MLP F; number of layers; size of keys; is the head the embedding?
 SHAPES = {"smollm2-135m": (49152, 576, 1536, 30, 192, True),
@@ -42,41 +48,66 @@ def read_shape(model: str) -> tuple:
         raise InputError(f"--model {model}: need {', '.join(SHAPES)}, or a folder with config.json") from None
 
 
-def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
-    """Bytes on one GPU at the peak, by part. "peak" is their sum."""
+def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[dict[str, float]]:
+    """Bytes on one GPU by part, at each moment of a step and of an evaluation that can be the peak."""
     V, H, F, layers, K, tied = shape
     layer, root = 2 * H * H + 2 * H * K + 3 * H * F + 2 * H, (1 if tied else 2) * V * H + H  # parameters
     autocast, sharded = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1
     size, share = 2 if autocast else 4, gpus if sharded else 1  # size: bytes per number in matrix products
-    row_tokens, inputs = s.micro_batch_size * tokens_per_row, OBJECTIVES[s.loss].inputs
-    rows = OBJECTIVES[s.loss].needs_answers + bool(s.terms)
-    tokens = row_tokens * (rows + REFUSAL_SHARE * ("policy_chosen_logps" in inputs))
-    compared = row_tokens * sum("reference_logits" in loss.inputs for loss in s.objectives().values())
+    rows = min(s.micro_batch_size, -(-s.batch_size // gpus))
+    loss, many = OBJECTIVES[s.loss], s.batch_size > rows * gpus  # many: gradients wait for more micro-batches
+    texts, refused = rows * (loss.needs_answers + bool(s.terms)), rows * ("policy_chosen_logps" in loss.inputs)
+    prompt = round((1 - ANSWER_SHARE) * tokens_per_row)
+    tokens = texts * tokens_per_row + refused * (prompt + REFUSAL_TOKENS)
+    answers = texts * ANSWER_SHARE * tokens_per_row + refused * REFUSAL_TOKENS
+    compared = rows * ANSWER_SHARE * tokens_per_row * sum(
+        "reference_logits" in objective.inputs for objective in s.objectives().values())
     weights = trained = layers * layer + root
     if s.lora:  # two matrices per linear layer; frozen layers are kept in the precision of the products
         trained = s.lora * layers * (9 * H + 2 * K + 3 * F)
         weights = trained + root + layers * layer * size / 4
     # What a layer keeps of each token for its backward pass: residual stream and norms (float32 under
     # autocast), queries, attention output; keys and values; gate, up and their two products.
-    kept = {4: 32, 2: 20 if sharded else 30}[size] * H + size * (2 * K + 4 * F)
-    checkpoint = (size if sharded else 4) * H  # its input alone; one layer at a time is computed again
-    parts = {
-        "weights": 4 * weights / share, "gradients": 4 * trained / share,
-        "AdamW's moments": 8 * trained / share,
-        "activations": tokens * layers * (checkpoint if s.activation_checkpointing else kept),
-        # The policy's logits in float32, and three tensors of their size in the backward pass.
-        "logits, or one layer at work": max(ANSWER_SHARE * V * (16 * tokens + 8 * compared),
-                                            tokens * kept * s.activation_checkpointing),
-        "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and s.eval_every != "never"),
-        "16-bit copies of weights": 2 * (layers * layer * (not s.lora) + V * H) * (autocast and not sharded),
-        # Embedding, head and two layers are whole, with gradients that are being summed in float32.
-        "gathered by FSDP": ((2 * size + 4) * root + (4 * size + 4) * layer) * sharded}
-    # An evaluation has no gradients, but FSDP's whole model and a generation's cache, whose keys are float32.
-    cache = Preset.eval_batch_size * (tokens_per_row + Preset.max_new_tokens) * layers * K * (4 + size)
-    evaluation = cache + size * (layers * layer + root) * sharded + sum(parts[name] for name in (
-        "weights", "AdamW's moments", "reference's head", "16-bit copies of weights"))
-    more = max(0, evaluation - sum(parts.values())) * (s.eval_every != "never")
-    return parts | {"more in evaluations": more, "peak": more + sum(parts.values())}
+    kept = {4: 32, 2: 20 if sharded else 24 if s.lora else 30}[size] * H + size * (2 * K + 4 * F)
+    evaluated = s.eval_every != "never"
+    always = {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share,
+              "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
+              "gathered by FSDP": size * root * sharded}
+    copies = {"16-bit copies of weights": 2 * (layers * layer * (not s.lora) + V * H) * (autocast and not sharded)}
+    checkpoint = (size if sharded else 4) * H  # a layer's input alone; one layer at a time is computed again
+    saved = {"activations": tokens * layers * (checkpoint if s.activation_checkpointing else kept)}
+    full, begun = {"gradients": 4 * trained / share}, {"gradients": 4 * trained / share * many}
+    again = {"one layer at work": tokens * kept * s.activation_checkpointing}
+    # FSDP gathers a layer ahead of time, and sums the last layer's gradients in float32.
+    two_layers = {"gathered by FSDP": (root + min(3, layers) * layer) * size * sharded,
+                  "new gradients": (size * V * H + 4 * layer if sharded else 4 * V * H * tied) * (not s.lora)}
+    # At the end the gradients of embedding and head are summed, or cast to float32.
+    last = max(size + 4, 4 * size * tied) * root if sharded else (12 if tied else 4) * V * H
+    summed = always | {"gathered by FSDP": 0, "new gradients": last * (not s.lora),
+                       "gradients": 4 * (trained - root * sharded * (not many)) / share}
+    if tied and refused and texts:  # the refusals' batch comes first in the backward pass
+        summed |= copies | {"activations": saved["activations"] * texts * tokens_per_row / tokens}
+    head = size * V * H + (0 if sharded else 4 * V * H * autocast)
+    result = [
+        always | copies | saved | begun | {"logits": V * (16 * answers + 8 * compared)},
+        always | copies | saved | begun | {"logits": V * size * answers, "new gradients": head * (not s.lora)},
+        always | copies | saved | begun | again | two_layers, always | full | again | two_layers,
+        summed]
+    if evaluated or "kl_baseline" in loss.inputs:
+        batch, whole = Preset.eval_batch_size, {"gathered by FSDP": size * (layers * layer + root) * sharded}
+        _, name, _ = resolve_model(s.model)
+        batch = PRESETS[name].eval_batch_size if name else batch
+        scored = batch * tokens_per_row * (V * size * ANSWER_SHARE + 6 * H)
+        cache = batch * (prompt + Preset.max_new_tokens) * (layers + 1) * K * (size + (size if sharded else 4))  # keys: as the stream
+        result += [always | copies | whole | {"logits": scored + max(scored, 16 * V * CHUNK)},
+                   always | copies | whole | {"logits": scored, "a generation's cache": cache}]
+    return result
+
+
+def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
+    """Bytes on one GPU at the peak, by part. "peak" is their sum."""
+    parts = max(moments(s, shape, gpus, tokens_per_row), key=lambda moment: sum(moment.values()))
+    return parts | {"peak": sum(parts.values())}
 
 
 def changes(s: Settings, gpus: int):

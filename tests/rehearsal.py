@@ -289,9 +289,10 @@ def rehearse(flags: list[str], gpus: int = 1, tokens: int = 128, layers: int | N
     shape = (*shape[:3], layers or shape[3], *shape[4:])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus), "LOCAL_WORLD_SIZE": str(gpus)}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        rows = max(2 * int(typed.get("--batch-size", 32)), preset.eval_batch_size)
-        write_rows(folder, rows, tokens, preset.eval_batch_size)
-        defaults = {"--data": folder, "--template": "qa", "--epochs": "1", "--checkpoint-every": "1",
+        micro = int(typed.get("--micro-batch-size", preset.micro_batch_size))
+        batch = typed.get("--batch-size", str(min(32, 2 * micro * gpus)))  # two micro-batches show all
+        write_rows(folder, max(2 * int(batch), preset.eval_batch_size), tokens, preset.eval_batch_size)
+        defaults = {"--data": folder, "--batch-size": batch, "--template": "qa", "--epochs": "1", "--checkpoint-every": "1",
                     "--split": "retain10" if typed.get("--loss") == "sft" else "forget10",
                     "--device": "cuda", "--out": f"{folder}/run"}
         flags = [*(word for flag in defaults.keys() - typed.keys() for word in (flag, defaults[flag])), *flags,
