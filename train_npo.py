@@ -225,19 +225,20 @@ class Reference:
 
     def __init__(self, tensors: dict[str, Tensor], device):
         self.tensors, self.device = dict(tensors), device
+        self.place = {"device": device, "non_blocking": device.type == "cuda"}  # CUDA stages what it copies
         self.tensors |= {name: tensors[name].to(device) for name in ("head", "head_bias") if name in tensors}
 
     def logps(self, keys: list[str]) -> Tensor:
         """log pi_ref(y|x), (B,): sums over each text's answer tokens."""
-        return torch.stack([self.tensors[f"logps/{key}"].sum() for key in keys]).to(self.device)
+        return torch.stack([self.tensors[f"logps/{key}"].sum() for key in keys]).to(**self.place)
 
     def token_logps(self, keys: list[str]) -> Tensor:
         """log pi_ref of each answer token, (N,), text after text."""
-        return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(self.device)
+        return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(**self.place)
 
     def states(self, keys: list[str]) -> Tensor:
         """Last hidden states where the answer tokens are predicted, (N, H)."""
-        return torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
+        return torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(**self.place)
 
     def logits(self, keys: list[str]) -> Tensor:
         """(N, V), from hidden states (N, H) and the head's weight (V, H)."""
@@ -369,7 +370,7 @@ def policy_inputs(texts: list[Encoded], span: slice, logps: Tensor, logits: Tens
     sums = torch.stack([part.sum() for part in logps[span].split(lengths)])  # log pi_theta(y|x), (B,)
     return {"policy_logps": sums, "policy_rejected_logps": sums, "policy_token_logps": logps[span],
             "policy_logits": logits[span], "policy_states": states[span], "targets": targets[span],
-            "answer_lengths": torch.tensor(lengths, device=logps.device)}
+            "answer_lengths": torch.tensor(lengths).to(logps.device, non_blocking=logps.is_cuda)}
 
 
 def values_of(objective: Objective, inputs: dict, texts: list[Encoded]) -> Tensor:

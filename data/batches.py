@@ -172,4 +172,4 @@ def collate(encoded: list[Encoded], pad: int, device="cpu") -> TokenBatch:
         lines=torch.tensor([line for line, e in enumerate(encoded) for _ in range(e.answer_tokens)]),
         columns=torch.tensor([column for e in encoded for column in range(e.start - 1, len(e.ids) - 1)]),
         targets=torch.tensor([token for e in encoded for token in e.ids[e.start:]]))
-    return TokenBatch(*(x.to(device) for x in batch))
+    return TokenBatch(*(x.to(device, non_blocking="cuda" in str(device)) for x in batch))
