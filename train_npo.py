@@ -477,12 +477,13 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
             for p in parameters:  # not DDP, whose order of adding changes when a run is resumed
                 if p.grad is not None:
                     world.sum(p.grad)
-        numbers = world.sum(torch.stack([*totals.values()])).tolist()
-        logged = dict(zip(totals, numbers, strict=True))
-
+        requests = to_device(run.requests(step + 1), world.device)
+        sums = world.sum(torch.stack([*totals.values(), *requests]))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)
-        grad_norm = full_tensor(norm).item()
+        # The host waits for the GPU here, and nowhere else in a step.
+        *numbers, stop, due, grad_norm = torch.stack([*sums, full_tensor(norm)]).tolist()
+        logged = dict(zip(totals, numbers, strict=True))
         overflow = overflowed(scaler, grad_norm)  # the scaler skips the update, and the batch comes again
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
             raise InputError(f"step {step + 1}: loss {logged['loss']:g}, gradient norm {grad_norm:g}; "
@@ -499,7 +500,7 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
         run.log(step, optimizer.param_groups[0]["lr"], logged, grad_norm, tokens_per_s)
         if step in run.evaluation_steps or step == plan.steps:
             check_finite(s, plan, model, step, world)
-        run.after_step(step, model, reference, optimizer, scaler)
+        run.after_step(step, model, reference, optimizer, scaler, stop, due)
 
 
 def overflowed(scaler, grad_norm: float) -> bool:
@@ -526,9 +527,8 @@ class Run:
         self.stopped = True
         signal.signal(number, signal.default_int_handler)  # a second signal ends the process at once
 
-    def after_step(self, step: int, model: AnswerModel, reference: Reference, optimizer, scaler):
+    def after_step(self, step: int, model: AnswerModel, reference: Reference, optimizer, scaler, stop, due):
         """Evaluate and save where it is due. Raises KeyboardInterrupt after a signal, once all is saved."""
-        stop, due = self.requests(step)
         if step in self.evaluation_steps:
             self.evaluate(step, model, reference)
         if step == self.plan.steps:
@@ -539,13 +539,12 @@ class Run:
             raise KeyboardInterrupt(f"saved after step {step}/{self.plan.steps}: --resume {self.folder} "
                                     "continues")
 
-    def requests(self, step: int) -> tuple[bool, bool]:
-        """(Whether a signal asked to stop, whether a checkpoint is due) for any process, told to all."""
+    def requests(self, step: int) -> Tensor:
+        """[Whether a signal asked to stop, whether a checkpoint is due]; summed over processes in a step."""
         every, minutes = self.s.checkpoint_every, (time.monotonic() - self.saved_at) / 60
         number = int(every.removesuffix("m"))
         due = minutes > number if every.endswith("m") else step % number == 0
-        requests = torch.tensor([self.stopped, due], dtype=torch.int32, device=self.world.device)
-        return tuple(count > 0 for count in self.world.sum(requests).tolist())
+        return torch.tensor([self.stopped, due], dtype=torch.float32)
 
     def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):
         if self.world.rank > 0:
