@@ -477,7 +477,7 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
             for p in parameters:  # not DDP, whose order of adding changes when a run is resumed
                 if p.grad is not None:
                     world.sum(p.grad)
-        requests = to_device(run.requests(step + 1), world.device)
+        requests = run.requests(step + 1).to(**reference.place)
         sums = world.sum(torch.stack([*totals.values(), *requests]))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)

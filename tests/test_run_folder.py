@@ -116,11 +116,16 @@ def test_checkpoints_come_by_steps_or_minutes(every, elapsed, due_after):
     assert train_npo.Run.requests(run, 1)[0] and not any(stop for stop, _ in requests.values())
 
 
-def test_a_signal_or_a_clock_of_one_process_is_obeyed_by_all():
-    s = parse(["--checkpoint-every", "5", "--eval-every", "never"])
-    for of_others, expected in (([0, 0], (False, False)), ([1, 0], (True, False)), ([0, 2], (False, True))):
-        world = Namespace(device="cpu", sum=torch.tensor(of_others, dtype=torch.int32).add)
-        assert train_npo.Run.requests(Namespace(s=s, stopped=False, world=world, saved_at=0), 1) == expected
+def test_a_signal_of_another_process_stops_and_its_clock_saves(run, monkeypatch):
+    def with_another(request):
+        def add_up(world, x):  # loss, forget_loss, W, stop, due
+            return x + torch.tensor([0.0, 0, 0, *request]) if x.shape == (5,) else x
+        return add_up
+    monkeypatch.setattr(ALONE.__class__, "sum", with_another([0, 1]))
+    assert len([*(run(out="saved") / "checkpoints").glob("step_*")]) == 2
+    monkeypatch.setattr(ALONE.__class__, "sum", with_another([1, 0]))
+    with pytest.raises(KeyboardInterrupt, match="saved after step 1/5"):
+        run(out="stopped")
 
 
 @pytest.mark.parametrize("every", ("0", "0m", "m", "1.5m", "-1", "10s", "1h"))
