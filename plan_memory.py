@@ -85,8 +85,11 @@ def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[d
     last = max(size + 4, 4 * size * tied) * root if sharded else (12 if tied else 4) * V * H
     summed = always | {"gathered by FSDP": 0, "new gradients": last * (not s.lora),
                        "gradients": 4 * (trained - root * sharded * (not many)) / share}
-    if tied and refused and texts:  # the refusals' batch comes first in the backward pass
-        summed |= copies | {"activations": saved["activations"] * texts * tokens_per_row / tokens}
+    if refused and texts:  # the refusals come first in the backward pass; their gradients wait for the answers
+        waiting = layers * layer * (not s.lora) * (not sharded)
+        summed |= begun | {"activations": saved["activations"] * texts * tokens_per_row / tokens,
+                           "16-bit copies of weights": 2 * waiting * autocast,
+                           "new gradients": summed["new gradients"] + size * waiting}
     head = size * V * H + (0 if sharded else 4 * V * H * autocast)
     result = [
         always | copies | saved | begun | {"logits": V * (16 * answers + 8 * compared)},

@@ -291,7 +291,8 @@ def rehearse(flags: list[str], gpus: int = 1, tokens: int = 128, layers: int | N
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         micro = int(typed.get("--micro-batch-size", preset.micro_batch_size))
         batch = typed.get("--batch-size", str(min(32, 2 * micro * gpus)))  # two micro-batches show all
-        write_rows(folder, max(2 * int(batch), preset.eval_batch_size), tokens, preset.eval_batch_size)
+        evaluated = 4 if typed.get("--eval-every") == "never" else preset.eval_batch_size
+        write_rows(folder, max(2 * int(batch), evaluated), tokens, evaluated)
         defaults = {"--data": folder, "--batch-size": batch, "--template": "qa", "--epochs": "1", "--checkpoint-every": "1",
                     "--split": "retain10" if typed.get("--loss") == "sft" else "forget10",
                     "--device": "cuda", "--out": f"{folder}/run"}
