@@ -88,6 +88,7 @@ from common import Parser, positive, run_command
 from plan_memory import ANSWER_SHARE, GB, memory, read_shape
 
 aten, data = torch.ops.aten, torch._C.TensorBase.data
+plain_attention = torch.nn.functional.scaled_dot_product_attention
 TOKENS = 4  # that are computed of a generation
 PHASES = {"open_reference": "reference", "train": "training", "evaluate": "evaluation", "save_model": "saving"}
 
@@ -157,6 +158,8 @@ class Watch(TorchDispatchMode):
         if func in (aten.index.Tensor, aten.index_put_.default) and args[0].device.type == "cpu":
             if any(index is not None and index.device.type == "cuda" for index in args[1]):
                 raise RuntimeError("index on cuda of a tensor on cpu")  # fake tensors let it pass
+        if func in (aten.cat.default, aten.stack.default) and len({x.device.type for x in args[0]}) > 1:
+            raise RuntimeError("tensors on cpu and cuda in one cat")  # numbers alone on the CPU would pass
         output = func(*args, **kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
             source, to = args[func is aten.copy_.default].device.type, output.device.type
@@ -176,11 +179,11 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     """The kernels of a GPU, with their memory. On fake tensors torch would take the plain formula."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     if query.dtype != torch.float32 and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+    if enable_gqa:  # shared keys are known to the flash kernel alone
+        return plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         attn_mask = bias.expand(*query.shape[:3], key.shape[2])

@@ -1,8 +1,10 @@
-"""The run on fake GPUs: every loss and term, and mistakes that it must find. rehearsal.py says what is faked.
+"""Every loss, term and parallel mode runs on fake GPUs, and planted mistakes are found.
 
-A rehearsal must load its library before torch, so each test starts one process, which imports this file and
-calls a function below it.
+A rehearsal must be imported before torch. So each test starts a process, which calls a function of this file.
 """
+
+if __name__ == "__main__":
+    import rehearsal  # before torch, which the imports below load
 
 import contextlib
 import importlib
@@ -12,56 +14,108 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
+from unittest.mock import patch
 
 import pytest
 
 from conftest import ROOT
 from losses import OBJECTIVES, TERMS, long_name
 
-SMALL = ["--model", "smollm2-135m", "--batch-size", "8"]
-MODES = {"ddp": (1, ["--dtype", "bf16"]), "fsdp": (2, ["--dtype", "fp16", "--parallel", "fsdp"])}
-# What is patched: module or class, function, a piece of its source, what stands there instead, and flags.
-MISTAKES = {
-    "the reference's log-probabilities on the CPU":
-        ("train_npo.Reference", "logps", ".to(**self.place)", "", "--loss npo"),
-    "the lengths of the answers on the CPU":
-        ("train_npo", "policy_inputs", ".to(logps.device, non_blocking=logps.is_cuda)", "", "--loss simnpo"),
-    "the texts of a generation on the CPU":
-        ("evaluate_tofu", "generate", "max_new_tokens), end, device=device)", "max_new_tokens), end)",
-         "--loss ga"),
-    "the rows of a generation on the CPU":
-        ("evaluate_tofu", "generate", "torch.arange(len(prompts), device=device)",
-         "torch.arange(len(prompts), device='cpu')", "--loss ga"),
-    "a process's requests on the CPU":
-        ("train_npo", "train", ".to(**reference.place)", "", "--loss ga"),
-    "a tensor on the CPU in a collective":
-        ("train_npo", "train", "world.sum(torch.stack(", "world.sum(torch.stack(", "--loss ga")}
+SMALL = "--model llama2-7b --batch-size 4 --micro-batch-size 2 --eval-every"
+MODES = {"ddp": (1, "--dtype bf16"), "fsdp": (2, "--dtype fp16 --parallel fsdp")}
+OTHERS = ("--loss npo --retain-weight 1 --dtype bf16 --lora 8", "--loss kto --activation-checkpointing")
+# Where a mistake is planted, the source that is replaced, the flags with which it must be found.
+MISTAKES = (
+    ("train_npo.Reference.logps", ".to(**self.place)", "", "--loss npo"),
+    ("train_npo.policy_inputs", ".to(logps.device, non_blocking=logps.is_cuda)", "", "--loss simnpo"),
+    ("train_npo.train", ".to(**reference.place)", "", "--loss ga"),
+    ("evaluate_tofu.generate", "end, device=device)\n", "end)\n", "--loss ga --eval-every end"),
+    ("evaluate_tofu.generate", "torch.arange(len(prompts), device=device)", "torch.arange(len(prompts))",
+     "--loss ga --eval-every end"),
+    ("model.World.sum", "dist.all_reduce(x)", "dist.all_reduce(x.cpu())", "--loss ga"))
 
 
-def planted(place: str, name: str, before: str, after: str):
-    """A patch of a function: `before` is replaced by `after` in its source."""
-    from unittest.mock import patch
-    module, _, kind = place.partition(".")
+@contextlib.contextmanager
+def planted(place: str, before: str, after: str):
+    """`before` is replaced by `after` in the source of the function at `place`."""
+    module, *names, name = place.split(".")
     module = importlib.import_module(module)
-    holder = getattr(module, kind) if kind else module
-    source = textwrap.dedent(inspect.getsource(getattr(holder, name)))
-    assert before in source, (name, before)
-    made = {}
+    holder = getattr(module, *names) if names else module
+    source, made = textwrap.dedent(inspect.getsource(getattr(holder, name))), {}
+    assert before in source, (place, before)
     exec(compile(source.replace(before, after), module.__file__, "exec"), vars(module), made)
-    return patch.object(holder, name, made[name])
+    with patch.object(holder, name, made[name]):
+        yield
 
 
-def rehearse_all(mode: str):
-    """Prints seconds and waits by loss, of every loss with a term each in turn."""
-    import rehearsal
+def rehearsed(gpus: int, flags: str) -> dict:
+    """What a rehearsal with two layers shows."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        watch, planned, steps = rehearsal.rehearse(flags.split(), gpus, 40, 2)
+    return {"peak": max(watch.peaks.values()), "planned": planned["peak"], "steps": steps,
+            "waits": [[*place, count] for place, count in watch.waits.items()]}
+
+
+def every_loss(mode: str) -> dict:
     gpus, flags = MODES[mode]
+    terms, results = [f"--{long_name(name)}-weight 1" for name in TERMS], {}
     for number, loss in enumerate(OBJECTIVES):
-        begin = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            watch, _, steps = rehearsal.rehearse([*SMALL, *flags, "--loss", loss], gpus, 40, 2)
-        print(loss, time.perf_counter()-begin, steps)
+        term = terms[number % len(terms)] if loss != "sft" else ""
+        evaluations = "end" if loss == "npo" else "never"
+        results[f"{loss} {term}"] = rehearsed(gpus, f"{SMALL} {evaluations} {flags} --loss {loss} {term}")
+    return results
+
+
+def every_mistake() -> list:
+    found = []
+    for number, (*where, flags) in enumerate(MISTAKES):
+        try:
+            with planted(*where):
+                found.append(rehearsed(2, f"{SMALL} never {flags}"))
+        except RuntimeError as error:
+            found.append(str(error))
+            import torch.distributed as dist
+            dist.destroy_process_group()
+    return found
+
+
+def others() -> list:
+    return [rehearsed(2, f"{SMALL} never {flags}") for flags in OTHERS]
+
+
+@pytest.fixture
+def in_process():
+    """in_process("every_loss", "ddp"): what this file's function returns in a process of its own."""
+    def call(*words: str):
+        done = subprocess.run([sys.executable, __file__, *words], cwd=ROOT, capture_output=True, text=True)
+        if "a rehearsal needs" in done.stderr:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+    return call
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_loss_and_term_makes_no_mistake_and_waits_once_a_step(in_process, mode):
+    results = in_process("every_loss", mode)
+    assert {name.split()[0] for name in results} == {*OBJECTIVES}
+    for name, result in results.items():
+        waits = {}
+        for phase, line, count in result["waits"]:
+            if phase == "training":
+                file = line.split(":")[0]
+                waits[file] = waits.get(file, 0) + count
+        assert waits["train_npo.py"] <= result["steps"] + 1, name  # the last step also checks the logits
+
+
+def test_planted_mistakes_are_found(in_process):
+    for mistake, error in zip(MISTAKES, in_process("every_mistake"), strict=True):
+        assert isinstance(error, str) and ("cpu" in error or "CPU" in error), (mistake, error)
+
+
+def test_adapters_and_recomputation_make_no_mistake(in_process):
+    assert len(in_process("others")) == len(OTHERS)
 
 
 if __name__ == "__main__":
-    rehearse_all("ddp")
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
