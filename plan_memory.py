@@ -69,11 +69,15 @@ def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[d
     # What a layer keeps of each token for its backward pass: residual stream and norms (float32 under
     # autocast), queries, attention output; keys and values; gate, up and their two products.
     kept = {4: 32, 2: 20 if sharded else 24 if s.lora else 30}[size] * H + size * (2 * K + 4 * F)
+    if not autocast and K < H:  # in float32, keys that heads share are copied, and attention is written out
+        kept += 4 * (H // (128 if H >= 4096 else 64) * tokens_per_row + 2 * (H - K))
     evaluated = s.eval_every != "never"
     always = {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share,
               "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
               "gathered by FSDP": size * root * sharded}
-    copies = {"16-bit copies of weights": 2 * (layers * layer * (not s.lora) + V * H) * (autocast and not sharded)}
+    def copies(count):
+        return {"16-bit copies of weights": 2 * (count * layer * (not s.lora) + V * H) * autocast * (not sharded)}
+
     checkpoint = (size if sharded else 4) * H  # a layer's input alone; one layer at a time is computed again
     saved = {"activations": tokens * layers * (checkpoint if s.activation_checkpointing else kept)}
     full, begun = {"gradients": 4 * trained / share}, {"gradients": 4 * trained / share * many}
@@ -86,24 +90,25 @@ def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[d
     summed = always | {"gathered by FSDP": 0, "new gradients": last * (not s.lora),
                        "gradients": 4 * (trained - root * sharded * (not many)) / share}
     if refused and texts:  # the refusals come first in the backward pass; their gradients wait for the answers
-        waiting = layers * layer * (not s.lora) * (not sharded)
-        summed |= begun | {"activations": saved["activations"] * texts * tokens_per_row / tokens,
-                           "16-bit copies of weights": 2 * waiting * autocast,
+        waiting = layers * layer * (not s.lora)
+        summed |= begun | {"gathered by FSDP": always["gathered by FSDP"], "activations": saved["activations"] * texts * tokens_per_row / tokens,
+                           "16-bit copies of weights": 2 * waiting * autocast * (not sharded),
                            "new gradients": summed["new gradients"] + size * waiting}
     head = size * V * H + (0 if sharded else 4 * V * H * autocast)
+    backward = copies(1 if s.activation_checkpointing else layers)
     result = [
-        always | copies | saved | begun | {"logits": V * (16 * answers + 8 * compared)},
-        always | copies | saved | begun | {"logits": V * size * answers, "new gradients": head * (not s.lora)},
-        always | copies | saved | begun | again | two_layers, always | full | again | two_layers,
-        summed]
+        always | copies(layers) | saved | begun | {"logits": 8 * V * (answers + (answers + compared) * (compared > 0))},
+        always | backward | saved | begun | {"logits": V * (16 * answers + 8 * compared)},
+        always | backward | saved | begun | {"logits": V * size * answers, "new gradients": head * (not s.lora)},
+        always | backward | saved | begun | again | two_layers, always | full | again | two_layers, summed]
     if evaluated or "kl_baseline" in loss.inputs:
         batch, whole = Preset.eval_batch_size, {"gathered by FSDP": size * (layers * layer + root) * sharded}
         _, name, _ = resolve_model(s.model)
         batch = PRESETS[name].eval_batch_size if name else batch
         scored = batch * tokens_per_row * (V * size * ANSWER_SHARE + 6 * H)
         cache = batch * (prompt + Preset.max_new_tokens) * (layers + 1) * K * (size + (size if sharded else 4))  # keys: as the stream
-        result += [always | copies | whole | {"logits": scored + max(scored, 16 * V * CHUNK)},
-                   always | copies | whole | {"logits": scored, "a generation's cache": cache}]
+        result += [always | copies(layers) | whole | {"logits": scored + max(scored, 16 * V * CHUNK)},
+                   always | copies(layers) | whole | {"logits": scored, "a generation's cache": cache}]
     return result
 
 
