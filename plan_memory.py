@@ -2,13 +2,12 @@
 
     python plan_memory.py --model llama2-7b --loss npo --retain-weight 1 --gpus 2 --gpu-memory 80G
 
-It takes the flags of train_npo.py, and those below. Where the run does not fit, it looks for the cheapest change
-with which it fits: smaller micro-batches, --activation-checkpointing, bf16 with FSDP, and --lora last. It prints
-the command. Layers are counted as Llama's.
+It takes the flags of train_npo.py, and those below. Where the run does not fit, it tries smaller micro-batches,
+then --activation-checkpointing, then both with bf16 and FSDP, and last with --lora, and prints the command.
 
-The figures were compared with tests/rehearsal.py, which runs the real code on fake tensors (docs/scale.md has
-the table). No GPU has confirmed them. A rehearsal sees neither the CUDA context, nor gaps between the
-allocator's blocks, nor the libraries' work space. USABLE allows for these three.
+Layers are counted as Llama's. The figures were compared with tests/rehearsal.py, which runs the real code on fake
+tensors (table in docs/scale.md); no GPU has confirmed them. Neither sees the CUDA context, gaps between the
+allocator's blocks and the libraries' work space. For these three, 8% of a GPU are left free (USABLE).
 """
 
 import shlex
@@ -17,12 +16,12 @@ from dataclasses import replace
 from common import ROOT, InputError, Parser, positive, run_command
 from evaluate_tofu import CHUNK
 from losses import OBJECTIVES
-from model import PRESETS, Preset, resolve_model
+from model import resolve_model
 from train_npo import Settings, parse
 
 ANSWER_SHARE = 2 / 3  # of a row's tokens, in TOFU
-REFUSAL_TOKENS = 12  # of the longest refusals
-USABLE = 0.92  # of a GPU's memory; see above
+REFUSAL_TOKENS = 12  # of a refusal's answer
+USABLE = 0.92  # of a GPU's memory
 GB = 1e9
 # Sizes of vocabulary V, hidden states H, MLP F; number of layers; size of keys; is the head the embedding?
 SHAPES = {"smollm2-135m": (49152, 576, 1536, 30, 192, True),
@@ -49,86 +48,99 @@ def read_shape(model: str) -> tuple:
 
 
 def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[dict[str, float]]:
-    """Bytes on one GPU by part, at each moment of a step and of an evaluation that can be the peak."""
+    """Bytes on one GPU by part, at each moment that can be the peak."""
     V, H, F, layers, K, tied = shape
     layer, root = 2 * H * H + 2 * H * K + 3 * H * F + 2 * H, (1 if tied else 2) * V * H + H  # parameters
-    autocast, sharded = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1
+    autocast, sharded, full = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1, not s.lora
     size, share = 2 if autocast else 4, gpus if sharded else 1  # size: bytes per number in matrix products
     rows = min(s.micro_batch_size, -(-s.batch_size // gpus))
-    loss, many = OBJECTIVES[s.loss], s.batch_size > rows * gpus  # many: gradients wait for more micro-batches
+    loss, many = OBJECTIVES[s.loss], s.batch_size > rows * gpus  # many: gradients wait for a next micro-batch
     texts, refused = rows * (loss.needs_answers + bool(s.terms)), rows * ("policy_chosen_logps" in loss.inputs)
-    prompt = round((1 - ANSWER_SHARE) * tokens_per_row)
+    prompt, answer = (1 - ANSWER_SHARE) * tokens_per_row, ANSWER_SHARE * tokens_per_row
     tokens = texts * tokens_per_row + refused * (prompt + REFUSAL_TOKENS)
-    answers = texts * ANSWER_SHARE * tokens_per_row + refused * REFUSAL_TOKENS
-    compared = rows * ANSWER_SHARE * tokens_per_row * sum(
-        "reference_logits" in objective.inputs for objective in s.objectives().values())
-    weights = trained = layers * layer + root
-    if s.lora:  # two matrices per linear layer; frozen layers are kept in the precision of the products
-        trained = s.lora * layers * (9 * H + 2 * K + 3 * F)
-        weights = trained + root + layers * layer * size / 4
+    answers = texts * answer + refused * REFUSAL_TOKENS
+    compared = rows * answer * sum("reference_logits" in term.inputs for term in s.objectives().values())
+    # Two matrices of adapters per linear layer; frozen layers are kept in the precision of the products.
+    trained = layers * layer + root if full else s.lora * layers * (9 * H + 2 * K + 3 * F)
+    weights = trained if full else trained + root + layers * layer * size / 4
     # What a layer keeps of each token for its backward pass: residual stream and norms (float32 under
     # autocast), queries, attention output; keys and values; gate, up and their two products.
-    kept = {4: 32, 2: 20 if sharded else 24 if s.lora else 30}[size] * H + size * (2 * K + 4 * F)
-    if not autocast and K < H:  # in float32, keys that heads share are copied, and attention is written out
+    kept = (32 if not autocast else 20 if sharded else 30 if full else 24) * H + size * (2 * K + 4 * F)
+    if not autocast and K < H:  # a GPU has no float32 kernel for shared keys: attention is written out
         kept += 4 * (H // (128 if H >= 4096 else 64) * tokens_per_row + 2 * (H - K))
+    stored = (size if sharded else 4) * H if s.activation_checkpointing else kept  # then a layer's input alone
     evaluated = s.eval_every != "never"
-    always = {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share,
-              "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
-              "gathered by FSDP": size * root * sharded}
-    def copies(count):
-        return {"16-bit copies of weights": 2 * (count * layer * (not s.lora) + V * H) * autocast * (not sharded)}
 
-    checkpoint = (size if sharded else 4) * H  # a layer's input alone; one layer at a time is computed again
-    saved = {"activations": tokens * layers * (checkpoint if s.activation_checkpointing else kept)}
-    full, begun = {"gradients": 4 * trained / share}, {"gradients": 4 * trained / share * many}
-    again = {"one layer at work": tokens * kept * s.activation_checkpointing}
-    # FSDP gathers a layer ahead of time, and sums the last layer's gradients in float32.
-    two_layers = {"gathered by FSDP": (root + min(3, layers) * layer) * size * sharded,
-                  "new gradients": (size * V * H + 4 * layer if sharded else 4 * V * H * tied) * (not s.lora)}
-    # At the end the gradients of embedding and head are summed, or cast to float32.
+    def at(activations=0.0, gathered=0.0, copied=0.0, gradients=0.0, new=0.0, **others) -> dict[str, float]:
+        cast = 2 * (copied * layer * full + V * H) * (autocast and not sharded and copied > 0)
+        return {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share, "gradients": gradients,
+                "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
+                "activations": activations, "gathered by FSDP": size * gathered * sharded,
+                "16-bit copies of weights": cast, "gradients being added": new * full, **others}
+
+    begun, done, saved = 4 * trained / share * many, 4 * trained / share, tokens * layers * stored
+    again = tokens * kept * s.activation_checkpointing  # one layer is computed again at a time
+    copied = 1 if s.activation_checkpointing else layers  # of layers whose 16-bit copies outlive the forward pass
+    ahead = root + min(3, layers) * layer  # FSDP gathers layers ahead of time
+    in_layers = size * V * H + 4 * layer if sharded else 4 * V * H * tied
+    # At the end the gradients of embedding and head are added, or cast to float32.
     last = max(size + 4, 4 * size * tied) * root if sharded else (12 if tied else 4) * V * H
-    summed = always | {"gathered by FSDP": 0, "new gradients": last * (not s.lora),
-                       "gradients": 4 * (trained - root * sharded * (not many)) / share}
-    if refused and texts:  # the refusals come first in the backward pass; their gradients wait for the answers
-        waiting = layers * layer * (not s.lora)
-        summed |= begun | {"gathered by FSDP": always["gathered by FSDP"], "activations": saved["activations"] * texts * tokens_per_row / tokens,
-                           "16-bit copies of weights": 2 * waiting * autocast * (not sharded),
-                           "new gradients": summed["new gradients"] + size * waiting}
-    head = size * V * H + (0 if sharded else 4 * V * H * autocast)
-    backward = copies(1 if s.activation_checkpointing else layers)
+    forward = 8 * V * (answers + (answers + compared) * (compared > 0))
     result = [
-        always | copies(layers) | saved | begun | {"logits": 8 * V * (answers + (answers + compared) * (compared > 0))},
-        always | backward | saved | begun | {"logits": V * (16 * answers + 8 * compared)},
-        always | backward | saved | begun | {"logits": V * size * answers, "new gradients": head * (not s.lora)},
-        always | backward | saved | begun | again | two_layers, always | full | again | two_layers, summed]
+        at(saved, root, layers, begun, logits=forward),
+        at(saved, root, copied, begun, logits=V * (16 * answers + 8 * compared)),
+        at(saved, root, copied, begun, size * V * H + 4 * V * H * (autocast and not sharded),
+           logits=V * size * answers),
+        at(saved + again, ahead, copied, begun, in_layers), at(again, ahead, 0, done, in_layers),
+        at(0, 0, 0, done - 4 * root / share * (sharded and not many), last)]
+    if refused and texts:  # the refusals come first in the backward pass; their gradients wait for the answers'
+        result.append(at(texts * tokens_per_row * layers * stored, root, copied, begun,
+                         last + size * layers * layer))
     if evaluated or "kl_baseline" in loss.inputs:
-        batch, whole = Preset.eval_batch_size, {"gathered by FSDP": size * (layers * layer + root) * sharded}
-        _, name, _ = resolve_model(s.model)
-        batch = PRESETS[name].eval_batch_size if name else batch
-        scored = batch * tokens_per_row * (V * size * ANSWER_SHARE + 6 * H)
-        cache = batch * (prompt + Preset.max_new_tokens) * (layers + 1) * K * (size + (size if sharded else 4))  # keys: as the stream
-        result += [always | copies(layers) | whole | {"logits": scored + max(scored, 16 * V * CHUNK)},
-                   always | copies(layers) | whole | {"logits": scored, "a generation's cache": cache}]
+        preset, *_ = resolve_model(s.model)
+        scored = preset.eval_batch_size * (V * size * answer + 6 * H * tokens_per_row)
+        cache = preset.eval_batch_size * (prompt + preset.max_new_tokens) * (layers + 1) * K
+        result += [at(0, layers * layer + root, layers, logits=scored + max(scored, 16 * V * CHUNK)),
+                   at(0, layers * layer + root, layers, logits=scored,  # without FSDP the keys are float32
+                      cache=cache * (size + (size if sharded else 4)))]
     return result
 
 
 def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
-    """Bytes on one GPU at the peak, by part. "peak" is their sum."""
+    """Bytes on one GPU at the peak, by part. "peak" is their sum. Also "host", of each process, and "disk"."""
     parts = max(moments(s, shape, gpus, tokens_per_row), key=lambda moment: sum(moment.values()))
-    return parts | {"peak": sum(parts.values())}
+    full = moments(replace(s, parallel="ddp"), shape, gpus, tokens_per_row)[0]
+    V, H, F, layers, K, tied = shape
+    model = 4 * (layers * (2 * H * H + 2 * H * K + 3 * H * F + 2 * H) + (1 if tied else 2) * V * H + H)
+    checkpoint = full["AdamW's moments"] * 1.5  # weights and moments
+    disk = 3 * checkpoint + model * (1 + (s.keep == "best")) + parts["reference's head"]
+    return parts | {"peak": sum(parts.values()), "host": model, "disk": disk}
 
 
 def changes(s: Settings, gpus: int):
     """Changes of the settings to try, in the order of this file's first lines. The first one is none."""
-    sharded = [{"parallel": "fsdp"}] if gpus > 1 and not s.lora else []
-    adapters = {"lora": s.lora or 8, "parallel": "ddp"}
-    less = [{"activation_checkpointing": True},
-            *({"micro_batch_size": m} for m in (16, 8, 4, 2, 1) if m < s.micro_batch_size)]
-    for additions in ([{}, *sharded, *less], [adapters, {"dtype": "bf16"}, *less]):
-        change = {}
-        for addition in additions:
-            change |= addition
-            yield {name: value for name, value in change.items() if value != getattr(s, name)}
+    smaller = [{"micro_batch_size": m} for m in (16, 8, 4, 2, 1) if m < s.micro_batch_size]
+    again = {"activation_checkpointing": True}
+    less = [{}, *smaller, again, *(again | change for change in smaller)]
+    short = {"dtype": "bf16"} if s.dtype == "fp32" else {}
+    bases = [{}, *[short | {"parallel": "fsdp"}] * (gpus > 1 and not s.lora),
+             short | {"lora": s.lora or 8, "parallel": "ddp"}]
+    for change in (base | more for base in bases for more in less):
+        yield {name: value for name, value in change.items() if value != getattr(s, name)}
+
+
+def command(flags: list[str], change: dict, gpus: int) -> str:
+    """The command that runs train_npo.py with these flags and the change."""
+    words, typed = [], iter(flags)
+    for word in typed:
+        if word.startswith("--") and word[2:].replace("-", "_") in change:
+            next(typed)  # its value
+        else:
+            words.append(word)
+    for name, value in change.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    start = f"torchrun --nproc_per_node={gpus}" if gpus > 1 else "python"
+    return f"{start} train_npo.py {shlex.join(words)}"
 
 
 def main(argv: list | None = None):
@@ -147,11 +159,15 @@ def main(argv: list | None = None):
                   for name, value in change.items())
     print(f"{s.method}, {s.model}, {s.dtype}, micro-batches of {s.micro_batch_size} rows, "
           f"{args.tokens_per_row} tokens each\n\n{'GB on each GPU':32}as typed{'  with' * bool(add)}{add}")
-    for part in (part for part in typed if typed[part] or changed[part]):
-        print(f"{part:32}{typed[part] / GB:8.2f}" + f"{changed[part] / GB:8.2f}" * bool(add))
+    for part in dict.fromkeys([*typed, *changed]):
+        if typed.get(part) or changed.get(part):
+            print(f"{part:32}{typed.get(part, 0) / GB:8.2f}" + f"{changed.get(part, 0) / GB:8.2f}" * bool(add))
+    fits = changed["peak"] <= room
     verdict = f"does not fit as typed. Add{add}" if add else "fits"
     print(f"\nOn {args.gpus} x {args.gpu_memory / GB:g} GB ({USABLE:.0%} of it usable) this run " + (
-        verdict if changed["peak"] <= room else "does not fit with any change: take more or larger GPUs"))
+        verdict if fits else "does not fit with any change: take more or larger GPUs"))
+    if fits:
+        print(command(flags, change, args.gpus))
 
 
 if __name__ == "__main__":
