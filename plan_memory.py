@@ -3,11 +3,11 @@
     python plan_memory.py --model llama2-7b --loss npo --retain-weight 1 --gpus 2 --gpu-memory 80G
 
 It takes the flags of train_npo.py, and those below. Where the run does not fit, it tries smaller micro-batches,
-then --activation-checkpointing, then both with bf16 and FSDP, and last with --lora, and prints the command.
+--activation-checkpointing, bf16 with FSDP, and last --lora. It prints the command. Layers count as Llama's.
 
-Layers are counted as Llama's. The figures were compared with tests/rehearsal.py, which runs the real code on fake
-tensors (table in docs/scale.md); no GPU has confirmed them. Neither sees the CUDA context, gaps between the
-allocator's blocks and the libraries' work space. For these three, 8% of a GPU are left free (USABLE).
+The figures were compared with tests/rehearsal.py, which runs the real code on fake tensors (docs/scale.md has the
+table). No GPU has confirmed them. Neither sees the CUDA context, gaps between the allocator's blocks, or the
+libraries' work space: 8% of a GPU are left free for these three.
 """
 
 import shlex
@@ -21,7 +21,7 @@ from train_npo import Settings, parse
 
 ANSWER_SHARE = 2 / 3  # of a row's tokens, in TOFU
 REFUSAL_TOKENS = 12  # of a refusal's answer
-USABLE = 0.92  # of a GPU's memory
+USABLE = 0.92  # of a GPU's memory, see above
 GB = 1e9
 # Sizes of vocabulary V, hidden states H, MLP F; number of layers; size of keys; is the head the embedding?
 SHAPES = {"smollm2-135m": (49152, 576, 1536, 30, 192, True),
@@ -47,40 +47,47 @@ def read_shape(model: str) -> tuple:
         raise InputError(f"--model {model}: need {', '.join(SHAPES)}, or a folder with config.json") from None
 
 
+def parameters(s: Settings, shape: tuple) -> tuple[int, int, int, int]:
+    """Numbers of parameters: of a layer, of embedding and head, of the model, and of what is trained."""
+    V, H, F, layers, K, tied = shape
+    layer, root = 2 * H * H + 2 * H * K + 3 * H * F + 2 * H, (1 if tied else 2) * V * H + H
+    weights = layers * layer + root  # and two matrices of adapters per linear layer
+    return layer, root, weights, s.lora * layers * (9 * H + 2 * K + 3 * F) or weights
+
+
 def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[dict[str, float]]:
     """Bytes on one GPU by part, at each moment that can be the peak."""
-    V, H, F, layers, K, tied = shape
-    layer, root = 2 * H * H + 2 * H * K + 3 * H * F + 2 * H, (1 if tied else 2) * V * H + H  # parameters
+    (V, H, F, layers, K, tied), (layer, root, _, trained) = shape, parameters(s, shape)
     autocast, sharded, full = s.dtype != "fp32", s.parallel == "fsdp" and gpus > 1, not s.lora
     size, share = 2 if autocast else 4, gpus if sharded else 1  # size: bytes per number in matrix products
     rows = min(s.micro_batch_size, -(-s.batch_size // gpus))
     loss, many = OBJECTIVES[s.loss], s.batch_size > rows * gpus  # many: gradients wait for a next micro-batch
-    texts, refused = rows * (loss.needs_answers + bool(s.terms)), rows * ("policy_chosen_logps" in loss.inputs)
+    texts = rows * (loss.needs_answers + bool(s.terms))
+    refused = rows * ("policy_chosen_logps" in loss.inputs)
     prompt, answer = (1 - ANSWER_SHARE) * tokens_per_row, ANSWER_SHARE * tokens_per_row
     tokens = texts * tokens_per_row + refused * (prompt + REFUSAL_TOKENS)
     answers = texts * answer + refused * REFUSAL_TOKENS
     compared = rows * answer * sum("reference_logits" in term.inputs for term in s.objectives().values())
-    # Two matrices of adapters per linear layer; frozen layers are kept in the precision of the products.
-    trained = layers * layer + root if full else s.lora * layers * (9 * H + 2 * K + 3 * F)
+    # Frozen layers are kept in the precision of the products.
     weights = trained if full else trained + root + layers * layer * size / 4
     # What a layer keeps of each token for its backward pass: residual stream and norms (float32 under
     # autocast), queries, attention output; keys and values; gate, up and their two products.
     kept = (32 if not autocast else 20 if sharded else 30 if full else 24) * H + size * (2 * K + 4 * F)
     if not autocast and K < H:  # a GPU has no float32 kernel for shared keys: attention is written out
         kept += 4 * (H // (128 if H >= 4096 else 64) * tokens_per_row + 2 * (H - K))
-    stored = (size if sharded else 4) * H if s.activation_checkpointing else kept  # then a layer's input alone
+    stored = (size if sharded else 4) * H if s.activation_checkpointing else kept  # of each layer
     evaluated = s.eval_every != "never"
 
     def at(activations=0.0, gathered=0.0, copied=0.0, gradients=0.0, new=0.0, **others) -> dict[str, float]:
         cast = 2 * (copied * layer * full + V * H) * (autocast and not sharded and copied > 0)
-        return {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share, "gradients": gradients,
-                "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
+        return {"weights": 4 * weights / share, "AdamW's moments": 8 * trained / share,
+                "gradients": gradients, "reference's head": 4 * V * H * (compared > 0 or s.loss != "sft" and evaluated),
                 "activations": activations, "gathered by FSDP": size * gathered * sharded,
                 "16-bit copies of weights": cast, "gradients being added": new * full, **others}
 
     begun, done, saved = 4 * trained / share * many, 4 * trained / share, tokens * layers * stored
     again = tokens * kept * s.activation_checkpointing  # one layer is computed again at a time
-    copied = 1 if s.activation_checkpointing else layers  # of layers whose 16-bit copies outlive the forward pass
+    copied = 1 if s.activation_checkpointing else layers  # 16-bit copies in the backward pass
     ahead = root + min(3, layers) * layer  # FSDP gathers layers ahead of time
     in_layers = size * V * H + 4 * layer if sharded else 4 * V * H * tied
     # At the end the gradients of embedding and head are added, or cast to float32.
@@ -93,7 +100,7 @@ def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[d
            logits=V * size * answers),
         at(saved + again, ahead, copied, begun, in_layers), at(again, ahead, 0, done, in_layers),
         at(0, 0, 0, done - 4 * root / share * (sharded and not many), last)]
-    if refused and texts:  # the refusals come first in the backward pass; their gradients wait for the answers'
+    if refused and texts:  # the refusals' gradients, the first of the backward pass, wait for the others
         result.append(at(texts * tokens_per_row * layers * stored, root, copied, begun,
                          last + size * layers * layer))
     if evaluated or "kl_baseline" in loss.inputs:
@@ -107,40 +114,19 @@ def moments(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> list[d
 
 
 def memory(s: Settings, shape: tuple, gpus: int, tokens_per_row: int) -> dict[str, float]:
-    """Bytes on one GPU at the peak, by part. "peak" is their sum. Also "host", of each process, and "disk"."""
+    """Bytes on one GPU at the peak, by part. "peak" is their sum."""
     parts = max(moments(s, shape, gpus, tokens_per_row), key=lambda moment: sum(moment.values()))
-    full = moments(replace(s, parallel="ddp"), shape, gpus, tokens_per_row)[0]
-    V, H, F, layers, K, tied = shape
-    model = 4 * (layers * (2 * H * H + 2 * H * K + 3 * H * F + 2 * H) + (1 if tied else 2) * V * H + H)
-    checkpoint = full["AdamW's moments"] * 1.5  # weights and moments
-    disk = 3 * checkpoint + model * (1 + (s.keep == "best")) + parts["reference's head"]
-    return parts | {"peak": sum(parts.values()), "host": model, "disk": disk}
+    return parts | {"peak": sum(parts.values())}
 
 
 def changes(s: Settings, gpus: int):
     """Changes of the settings to try, in the order of this file's first lines. The first one is none."""
     smaller = [{"micro_batch_size": m} for m in (16, 8, 4, 2, 1) if m < s.micro_batch_size]
-    again = {"activation_checkpointing": True}
-    less = [{}, *smaller, again, *(again | change for change in smaller)]
-    short = {"dtype": "bf16"} if s.dtype == "fp32" else {}
-    bases = [{}, *[short | {"parallel": "fsdp"}] * (gpus > 1 and not s.lora),
-             short | {"lora": s.lora or 8, "parallel": "ddp"}]
-    for change in (base | more for base in bases for more in less):
-        yield {name: value for name, value in change.items() if value != getattr(s, name)}
-
-
-def command(flags: list[str], change: dict, gpus: int) -> str:
-    """The command that runs train_npo.py with these flags and the change."""
-    words, typed = [], iter(flags)
-    for word in typed:
-        if word.startswith("--") and word[2:].replace("-", "_") in change:
-            next(typed)  # its value
-        else:
-            words.append(word)
-    for name, value in change.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    start = f"torchrun --nproc_per_node={gpus}" if gpus > 1 else "python"
-    return f"{start} train_npo.py {shlex.join(words)}"
+    again, short = {"activation_checkpointing": True}, {"dtype": "bf16"} if s.dtype == "fp32" else {}
+    for base in ({}, short | {"parallel": "fsdp"}, short | {"lora": s.lora or 8, "parallel": "ddp"}):
+        if "fsdp" not in base.values() or gpus > 1 and not s.lora:
+            for change in ({}, *smaller, again, *(again | fewer for fewer in smaller)):
+                yield {name: value for name, value in (base | change).items() if value != getattr(s, name)}
 
 
 def main(argv: list | None = None):
@@ -153,21 +139,23 @@ def main(argv: list | None = None):
     s = parse(flags)
     work, room = (read_shape(s.model), args.gpus, args.tokens_per_row), USABLE * args.gpu_memory
     plans = [(change, memory(replace(s, **change), *work)) for change in changes(s, args.gpus)]
-    typed = plans[0][1]
-    change, changed = next((plan for plan in plans if plan[1]["peak"] <= room), plans[-1])
-    add = "".join(f" --{name.replace('_', '-')}" + f" {value}" * (value is not True)
-                  for name, value in change.items())
+    (_, typed), (change, changed) = plans[0], next((plan for plan in plans if plan[1]["peak"] <= room), plans[-1])
+    add = [word for name, value in change.items()
+           for word in (f"--{name.replace('_', '-')}", str(value)) if word != "True"]
     print(f"{s.method}, {s.model}, {s.dtype}, micro-batches of {s.micro_batch_size} rows, "
-          f"{args.tokens_per_row} tokens each\n\n{'GB on each GPU':32}as typed{'  with' * bool(add)}{add}")
+          f"{args.tokens_per_row} tokens each\n\n{'GB on each GPU':32}as typed  {shlex.join(add)}")
     for part in dict.fromkeys([*typed, *changed]):
-        if typed.get(part) or changed.get(part):
-            print(f"{part:32}{typed.get(part, 0) / GB:8.2f}" + f"{changed.get(part, 0) / GB:8.2f}" * bool(add))
-    fits = changed["peak"] <= room
-    verdict = f"does not fit as typed. Add{add}" if add else "fits"
-    print(f"\nOn {args.gpus} x {args.gpu_memory / GB:g} GB ({USABLE:.0%} of it usable) this run " + (
-        verdict if fits else "does not fit with any change: take more or larger GPUs"))
-    if fits:
-        print(command(flags, change, args.gpus))
+        sizes = [parts.get(part, 0) / GB for parts in (typed, changed)][:1 + bool(add)]
+        if any(sizes):
+            print(f"{part:32}" + "".join(f"{size:8.2f}" for size in sizes))
+    *_, weights, trained = parameters(replace(s, **change), work[0])
+    print(f"\nThe machine's own memory: {4 * weights / GB:.0f} GB for each process, while it loads and saves. Disk: "
+          f"{(36 * trained + 4 * weights * (1 + (s.keep == 'best'))) / GB:.0f} GB for checkpoints and model.")
+    if changed["peak"] > room:
+        return print("The run does not fit with any change: take more or larger GPUs")
+    print(f"{'With the flags above' if add else 'As typed'} the run fits {args.gpus} x {args.gpu_memory / GB:g} GB:")
+    start = "python" if args.gpus == 1 else f"torchrun --nproc_per_node={args.gpus}"
+    print(start, "train_npo.py", shlex.join([*flags, *add]))
 
 
 if __name__ == "__main__":
