@@ -68,7 +68,7 @@ def every_loss(mode: str) -> dict:
 
 def every_mistake() -> list:
     found = []
-    for number, (*where, flags) in enumerate(MISTAKES):
+    for *where, flags in MISTAKES:
         try:
             with planted(*where):
                 found.append(rehearsed(2, f"{SMALL} never {flags}"))
