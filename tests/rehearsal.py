@@ -2,10 +2,10 @@
 
     python tests/rehearsal.py --gpus 2 --loss npo --retain-weight 1 --dtype bf16 --parallel fsdp
 
-It takes the flags of train_npo.py, and those below; --model is a preset (default: llama2-7b) or a folder with
-config.json. It prints the peak of each phase beside plan_memory.py's figure, what is alive at the peak, and
-where the host waits for the GPU. A mistake ends with status 1. A fake tensor has a shape, a type and a device,
-but no numbers. What is faked:
+It takes the flags of train_npo.py, and those below. --model is a preset (llama2-7b if left out) or a folder
+with config.json. It prints the peak of each phase beside plan_memory.py's figure, what is alive at the peak, and
+where the host waits for the GPU. A mistake ends with status 1. A fake tensor has a shape, type and device, and
+no numbers. What is faked:
 
     GPU        torch believes that CUDA is there; attention is the kernel that a GPU would choose
     processes  the first of --gpus runs. Collectives return at once. It makes the reference pass and the
@@ -36,8 +36,8 @@ from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 KNOWN_TORCH = "2.13."  # what is replaced below differs between versions
-# `import torch` asks once for CUDA's hooks, so a library that has some is loaded before it. A CPU build of torch
-# needs it to index a fake cuda tensor and for the backward pass.
+# `import torch` asks once for CUDA's hooks, so a library that has some is loaded before it. A CPU build
+# of torch needs it to index a fake cuda tensor and for the backward pass.
 HOOKS = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
