@@ -233,19 +233,20 @@ class Reference:
 
     def __init__(self, tensors: dict[str, Tensor], device):
         self.tensors, self.device = dict(tensors), device
+        self.place = {"device": device, "non_blocking": device.type == "cuda"}  # CUDA stages what it copies
         self.tensors |= {name: tensors[name].to(device) for name in ("head", "head_bias") if name in tensors}
 
     def logps(self, keys: list[str]) -> Tensor:
         """log pi_ref(y|x), (B,): sums over each text's answer tokens."""
-        return torch.stack([self.tensors[f"logps/{key}"].sum() for key in keys]).to(self.device)
+        return torch.stack([self.tensors[f"logps/{key}"].sum() for key in keys]).to(**self.place)
 
     def token_logps(self, keys: list[str]) -> Tensor:
         """log pi_ref of each answer token, (N,), text after text."""
-        return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(self.device)
+        return torch.cat([self.tensors[f"logps/{key}"] for key in keys]).to(**self.place)
 
     def states(self, keys: list[str]) -> Tensor:
         """Last hidden states where the answer tokens are predicted, (N, H)."""
-        return torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(self.device)
+        return torch.cat([self.tensors[f"states/{key}"] for key in keys]).to(**self.place)
 
     def logits(self, keys: list[str]) -> Tensor:
         """(N, V), from hidden states (N, H) and the head's weight (V, H)."""
@@ -394,7 +395,7 @@ def policy_inputs(texts: list[Encoded], span: slice, logps: Tensor, logits: Tens
     sums = torch.stack([part.sum() for part in logps[span].split(lengths)])  # log pi_theta(y|x), (B,)
     return {"policy_logps": sums, "policy_rejected_logps": sums, "policy_token_logps": logps[span],
             "policy_logits": logits[span], "policy_states": states[span], "targets": targets[span],
-            "answer_lengths": torch.tensor(lengths, device=logps.device)}
+            "answer_lengths": torch.tensor(lengths).to(logps.device, non_blocking=logps.is_cuda)}
 
 
 def values_of(objective: Objective, inputs: dict, texts: list[Encoded]) -> Tensor:
@@ -498,12 +499,11 @@ def train(s: Settings, plan: Plan, model: AnswerModel, reference: Reference, run
             for p in parameters:  # not DDP, whose order of adding changes when a run is resumed
                 if p.grad is not None:
                     world.sum(p.grad)
-        numbers = world.sum(torch.stack([*totals.values()])).tolist()
-        logged = dict(zip(totals, numbers, strict=True))
-
+        sums = world.sum(torch.stack([*totals.values()]))
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.max_grad_norm or math.inf)
-        grad_norm = full_tensor(norm).item()
+        *numbers, grad_norm = torch.stack([*sums, full_tensor(norm)]).tolist()  # the host waits for the GPU
+        logged = dict(zip(totals, numbers, strict=True))
         overflow = overflowed(scaler, grad_norm)  # the scaler skips the update, and the batch comes again
         if not math.isfinite(logged["loss"]) or not (math.isfinite(grad_norm) or overflow):
             raise InputError(f"step {step + 1}: loss {logged['loss']:g}, gradient norm {grad_norm:g}; "
@@ -565,7 +565,8 @@ class Run:
         every, minutes = self.s.checkpoint_every, (time.monotonic() - self.saved_at) / 60
         number = int(every.removesuffix("m"))
         due = minutes > number if every.endswith("m") else step % number == 0
-        requests = torch.tensor([self.stopped, due], dtype=torch.int32, device=self.world.device)
+        requests = torch.tensor([self.stopped, due], dtype=torch.int32)
+        requests = requests.to(self.world.device, non_blocking="cuda" in str(self.world.device))
         return tuple(count > 0 for count in self.world.sum(requests).tolist())
 
     def log(self, step: int, lr: float, parts: dict, grad_norm: float, tokens_per_s: float):

@@ -175,4 +175,4 @@ def collate(encoded: list[Encoded], pad: int, device="cpu") -> TokenBatch:
         lines=torch.tensor([line for line, e in enumerate(encoded) for _ in range(e.answer_tokens)]),
         columns=torch.tensor([place - 1 for e in encoded for place in e.places]),
         targets=torch.tensor([e.ids[place] for e in encoded for place in e.places]))
-    return TokenBatch(*(x.to(device) for x in batch))
+    return TokenBatch(*(x.to(device, non_blocking="cuda" in str(device)) for x in batch))

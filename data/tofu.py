@@ -105,7 +105,9 @@ def load_task(data: str, split: str, forget_file: str | None = None, retain_file
                  "real_authors": sets["real_authors_perturbed"], "world_facts": sets["world_facts_perturbed"]}
     forget = slice_rows(full, split) if split.startswith("forget") else []
     retain = slice_rows(full, complement(split) if forget else split)
-    if {row["question"] for row in evaluated["retain"]} & {row["question"] for row in perturbed}:
+    kept, forgotten, measured = ({row["question"] for row in rows} for rows in (
+        slice_rows(full, complement(judged)), perturbed, evaluated["retain"]))
+    if measured & forgotten - kept:
         raise InputError(f"{data}: retain_perturbed.json has questions of forget10_perturbed.json")
     source = Path(data).resolve().name if Path(data).is_dir() else data  # records keep no path of a machine
     return Task(source, forget, retain, evaluated, refusals, sets.get(HOLDOUT, []),

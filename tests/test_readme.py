@@ -25,7 +25,7 @@ def parse(script: Path, flags: list[str]):
         make = getattr(module, parser[1])
         return make().parse_args(flags) if parser[1] == "build_parser" else make(flags)
     defined = {*re.findall(r'"(--[a-z-]+)"', source)}  # its main makes the parser
-    if "from train_npo import" in source:  # plan_memory.py passes flags on
+    if re.search("^(from|import) train_npo", source, re.M):  # these pass flags on
         defined |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)}
     assert {flag for flag in flags if flag.startswith("--")} <= defined, (script, flags)
 
