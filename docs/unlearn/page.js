@@ -120,7 +120,8 @@ function drawWeight(beta) {
     + note(X, Y, [-19.5, 1], "ga: W = 1", {color: COLORS.ga, dx: 0, dy: -8}) + line(X, Y, curve, {width: 3})
     + dot(X, Y, [0, 1]) + note(X, Y, [0, 1], "start", {dx: 8, dy: 18})
     + marks.filter(([, u]) => u <= 20).map(([W, u]) => dot(X, Y, [-u, W])
-      + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, {anchor: "end", dx: -8, dy: -8})).join(""));
+      + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, u > 12
+        ? {dx: -8, dy: -20} : {anchor: "end", dx: -8, dy: -8})).join(""));
   // The exact solution, by u: t = (beta u + e^(beta u) - 1) / (2 beta), with eta = 1.
   const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta);
   let end = 0;  // beta u at t = 1000
@@ -133,9 +134,12 @@ function drawWeight(beta) {
         label: "ηt: time × learning rate"}},
   (X, Y) => line(X, Y, us.map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
     + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14})
-    + line(X, Y, npo, {width: 3}) + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: 0, dy: 30})
+    + line(X, Y, npo, {width: 3})
+    + (last < 20 ? note(X, Y, [1000, last], "npo", {anchor: "end", dx: 0, dy: -14})
+      : note(X, Y, npo[150], "npo", {dx: 18}))
     + marks.filter(([, u]) => u <= last).map(([W, u]) => dot(X, Y, [timeOf(u), u])
-      + note(X, Y, [timeOf(u), u], `W = ${W}`, {anchor: "end", dx: -8, dy: -10})).join(""));
+      + note(X, Y, [timeOf(u), u], `W = ${W}`, timeOf(u) < 1
+        ? {anchor: "middle", dx: 0, dy: -14} : {anchor: "end", dx: -8, dy: -10})).join(""));
   element("weight-charts").innerHTML = first + second;
 }
 
@@ -211,13 +215,16 @@ function drawSection4() {
     x: axis("distance on forget points, nats"), y: axis("")},
   (X, Y) => METHODS.map(name => {
     const [loss, rt] = name.split("+"), look = {color: COLORS[loss], dash: rt ? WITH_RT : WITHOUT_RT};
-    const {points} = paths[name], end = points.at(-1), [right, up] = end.map(x => x > BORDER);
-    const leaves = points.findIndex(point => Math.max(...point) > BORDER) + 1 || points.length;
-    const drawn = points.filter((_, i) => i < leaves && (i < 100 || i + 1 === leaves || i % 8 === 0));
-    const beyond = right && up ? ` ↗ ${end.map(short).join(", ")}` : right ? ` → ${short(end[0])}`
-      : up ? ` ↑ ${short(end[1])}` : "";
-    return line(X, Y, drawn, look) + dot(X, Y, end, look) + (step ? note(X, Y, end, name + beyond, {
-      color: COLORS[loss], dy: LABELS[name], ...(end[0] > 0.8 ? {anchor: "end", dx: -8} : {})}) : "");
+    const {points} = paths[name], first = points.findIndex(point => Math.max(...point) > BORDER);
+    const last = first < 0 ? points.length - 1 : first;  // beyond the border a path is not drawn
+    const drawn = points.filter((_, i) => i < last && (i < 100 || i % 8 === 0));  // paths begin fast
+    return line(X, Y, [...drawn, points[last]], look) + dot(X, Y, points.at(-1), look);
+  }).join("") + METHODS.map(name => {
+    const end = paths[name].points.at(-1), [right, up] = end.map(x => x > BORDER);
+    const arrow = ["", "↑", "→", "↗"][2 * right + up], far = end.filter(x => x > BORDER).map(short);
+    const look = {color: COLORS[name.split("+")[0]], dy: LABELS[name]};
+    if (end[0] > 0.8) Object.assign(look, {anchor: "end", dx: right && up ? -40 : -8});
+    return step ? note(X, Y, end, `${name} ${arrow} ${far.join(", ")}`, look) : "";
   }).join("") + note(X, Y, paths.ga.points[0], "start", {anchor: "end", dx: -10, dy: -6})
     + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`);
   element("section4-text").innerHTML = [`Step ${step} of ${LAST_STEP}. Distances, nats:`,
@@ -249,10 +256,8 @@ const PREDICTIONS = Object.fromEntries(Array.from(element("questions").children,
 
 function setUpRuns() {
   const controls = element("runs-controls");
-  runs.slider = slider(element("runs-step"), "step", runs.steps, 0, step => {
-    state.step = step;
-    drawRuns();
-  }, "wide");
+  const {steps} = runs;
+  runs.slider = slider(element("runs-step"), "step", steps, 0, step => goTo(steps.indexOf(step)), "wide");
   runs.play = button(controls, "Play", playOrPause);
   button(controls, "Other questions", () => { runs.page ^= 1; drawRuns(); });
   runs.predict = button(controls, "Predict first", () => {
