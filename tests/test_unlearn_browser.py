@@ -19,11 +19,14 @@ from conftest import ROOT
 
 PAGE = (ROOT / "docs" / "unlearn" / "index.html").as_uri()
 WIDTHS, SECONDS = (1280, 390), 120
-# Loaded files that are not part of the page, its visible error, and whether it can be scrolled sideways.
+# Loaded files that are not part of the page, its visible error, its address, whether section 3 is at
+# the top of the window, and whether the page can be scrolled sideways.
 CHECK = """({
     requests: performance.getEntriesByType("resource").map(entry => entry.name)
         .filter(name => !/^(file|data|blob):/.test(name)),
     message: document.getElementById("message").textContent,
+    hash: location.hash,
+    atRuns: Math.abs(document.getElementById("runs").getBoundingClientRect().top) < 2,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth})"""
 
 
@@ -168,9 +171,10 @@ def test_the_page_unlearns_in_a_browser(kind, programs, tmp_path):
     try:
         for width in WIDTHS:
             browser.resize(width)
-            browser.open(f"{PAGE}#run=npo&with=npo%2Brt&step=26")
+            browser.open(f"{PAGE}#run=npo&with=npo%2Brt&step=27")
             checked = browser.evaluate(CHECK)
-            assert checked == {"requests": [], "message": "", "overflow": 0}, width
+            assert checked == {"requests": [], "message": "", "overflow": 0, "atRuns": True,
+                               "hash": "#run=npo&with=npo+rt&step=26"}, width
             if pictures:
                 file = Path(pictures) / f"{kind.__name__.lower()}_{width}.png"
                 file.write_bytes(base64.b64decode(browser.picture()))

@@ -120,43 +120,50 @@ function drawWeight(beta) {
     + note(X, Y, [-19.5, 1], "ga: W = 1", {color: COLORS.ga, dx: 0, dy: -8}) + line(X, Y, curve, {width: 3})
     + dot(X, Y, [0, 1]) + note(X, Y, [0, 1], "start", {dx: 8, dy: 18})
     + marks.filter(([, u]) => u <= 20).map(([W, u]) => dot(X, Y, [-u, W])
-      + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, {anchor: "end", dx: -8, dy: -8})).join(""));
+      + note(X, Y, [-u, W], `${W} after ${short(u)} nats`, u > 12
+        ? {dx: -8, dy: -20} : {anchor: "end", dx: -8, dy: -8})).join(""));
   // The exact solution, by u: t = (beta u + e^(beta u) - 1) / (2 beta), with eta = 1.
   const timeOf = u => (beta * u + Math.expm1(beta * u)) / (2 * beta);
-  const us = Array.from({length: 200}, (_, i) => 0.1 * (i + 1)), inside = ([t]) => t <= 1000;
-  const npo = us.map(u => [timeOf(u), u]).filter(inside);
+  let end = 0;  // beta u at t = 1000
+  for (let i = 0; i < 50; i++) end = Math.log1p(2000 * beta - end);
+  const us = Array.from({length: 201}, (_, i) => 0.1 * i), last = Math.min(20, end / beta);
+  const npo = us.map(u => [timeOf(u * last / 20), u * last / 20]);
   const second = chart({
     title: "u = −Δ: nats that one answer has lost", y: {range: [0, 20], ticks: ticksAt([0, 5, 10, 15, 20])},
     x: {range: [0.1, 1000], scale: Math.log, ticks: ticksAt([0.1, 1, 10, 100, 1000]),
         label: "ηt: time × learning rate"}},
   (X, Y) => line(X, Y, us.map(u => [u, u]), {color: COLORS.ga, dash: WITHOUT_RT})
     + note(X, Y, [17, 17], "ga: u = ηt", {color: COLORS.ga, anchor: "end", dx: -14})
-    + line(X, Y, npo, {width: 3}) + note(X, Y, npo.at(-1), "npo", {anchor: "end", dx: 0, dy: 30})
-    + marks.map(([W, u]) => [timeOf(u), u, W]).filter(inside).map(([t, u, W]) => dot(X, Y, [t, u])
-      + note(X, Y, [t, u], `W = ${W}`, t > 100 ? {anchor: "end", dx: -8, dy: -10} : {dx: 10, dy: 18}))
-      .join(""));
+    + line(X, Y, npo, {width: 3})
+    + (last < 20 ? note(X, Y, [1000, last], "npo", {anchor: "end", dx: 0, dy: -14})
+      : note(X, Y, npo[150], "npo", {dx: 18}))
+    + marks.filter(([, u]) => u <= last).map(([W, u]) => dot(X, Y, [timeOf(u), u])
+      + note(X, Y, [timeOf(u), u], `W = ${W}`, timeOf(u) < 1
+        ? {anchor: "middle", dx: 0, dy: -14} : {anchor: "end", dx: -8, dy: -10})).join(""));
   element("weight-charts").innerHTML = first + second;
 }
 
 // --------------------------------------------------------------------------------------------- 2. Section 4
 const LABELS = {ga: 34, "ga+rt": 16, npo: -8, "npo+rt": 22};  // pixels below the end of each path
-const METHODS = Object.keys(LABELS), LAST_STEP = 2000, STEPS_PER_FRAME = 2;
-const section4 = {alpha: 1, beta: 1, lr: 0.005, retainWeight: 1, running: false};
+const METHODS = Object.keys(LABELS), LAST_STEP = 2000, BORDER = 2;
+const section4 = {alpha: 0.25, beta: 1, lr: 0.005, retainWeight: 1};
 
 function setUpSection4() {
   const controls = element("section4-controls"), draws = draw(DATA.section4.seed);
   const restart = name => value => { section4[name] = value; resetSection4(draws); };
   const alphas = DATA.section4.instances.map(({alpha}) => alpha);
-  slider(controls, "α, half the distance of the clusters' means", alphas, 1, restart("alpha"));
+  slider(controls, "α, half the clusters' distance", alphas, section4.alpha, restart("alpha"));
   slider(controls, "β", [0.1, 0.2, 0.5, 1, 2, 5, 10], 1, restart("beta"));
   slider(controls, "learning rate", [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02], 0.005, restart("lr"));
   section4.weight = slider(controls, "retain weight", WEIGHTS, 1, restart("retainWeight"));
   section4.weight.box.insertAdjacentHTML("beforeend", `<div class="mark"></div>`);
-  section4.button = button(controls, "Start", () => {
+  const go = (running, skip) => {
     if (section4.step >= LAST_STEP) resetSection4(draws);
-    section4.running = !section4.running;
-    requestAnimationFrame(walk);
-  });
+    if (!section4.running) requestAnimationFrame(walk);
+    Object.assign(section4, {running, skip});
+  };
+  section4.button = button(controls, "Start", () => go(!section4.running, false));
+  button(controls, "Skip to the end", () => go(true, true));
   resetSection4(draws);
 }
 
@@ -182,14 +189,15 @@ function measure() {
 /** One frame: some steps of gradient descent for each method, then the distances. */
 function walk() {
   if (section4.running && section4.step < LAST_STEP) {
+    const steps = section4.skip ? Math.min(2 + 2 * (section4.step >> 5), LAST_STEP - section4.step) : 2;
     for (const name of METHODS) {
       const [loss, rt] = name.split("+"), {beta, lr, retainWeight} = section4;
-      for (let i = 0; i < STEPS_PER_FRAME; i++) {
+      for (let i = 0; i < steps; i++) {
         descend(section4.instance, section4.paths[name].theta, {
           loss, beta, lr, retainWeight: rt ? retainWeight : 0});
       }
     }
-    section4.step += STEPS_PER_FRAME;
+    section4.step += steps;
     measure();
     requestAnimationFrame(walk);
   } else {
@@ -199,31 +207,40 @@ function walk() {
 }
 
 function drawSection4() {
-  const {paths, step, running, models} = section4, ticks = ticksAt([0, 0.05, 0.2, 0.5, 1, 2]);
-  const axis = label => ({range: [0, 2], ticks, label, scale: Math.sqrt});
+  const {paths, step, running, alpha, lr, retainWeight} = section4;
+  const ticks = ticksAt([0, 0.05, 0.2, 0.5, 1, BORDER]);
+  const axis = label => ({range: [0, BORDER], ticks, label, scale: Math.sqrt});
   element("section4-plane").innerHTML = chart({
     title: "up: distance on retain points, nats", height: 420,
     x: axis("distance on forget points, nats"), y: axis("")},
   (X, Y) => METHODS.map(name => {
     const [loss, rt] = name.split("+"), look = {color: COLORS[loss], dash: rt ? WITH_RT : WITHOUT_RT};
-    const inside = paths[name].points.filter(point => Math.max(...point) <= 2), end = inside.at(-1);
-    const drawn = inside.filter((_, i) => i < 100 || i % 8 === 0);  // paths begin fast
-    return line(X, Y, [...drawn, end], look) + dot(X, Y, end, look)
-      + (step ? note(X, Y, end, name, {color: COLORS[loss], dy: LABELS[name]}) : "");
+    const {points} = paths[name], first = points.findIndex(point => Math.max(...point) > BORDER);
+    const last = first < 0 ? points.length - 1 : first;  // beyond the border a path is not drawn
+    const drawn = points.filter((_, i) => i < last && (i < 100 || i % 8 === 0));  // paths begin fast
+    return line(X, Y, [...drawn, points[last]], look) + dot(X, Y, points.at(-1), look);
+  }).join("") + METHODS.map(name => {
+    const end = paths[name].points.at(-1), [right, up] = end.map(x => x > BORDER);
+    const arrow = ["", "↑", "→", "↗"][2 * right + up], far = end.filter(x => x > BORDER).map(short);
+    const look = {color: COLORS[name.split("+")[0]], dy: LABELS[name]};
+    if (end[0] > 0.8) Object.assign(look, {anchor: "end", dx: right && up ? -40 : -8});
+    return step ? note(X, Y, end, `${name} ${arrow} ${far.join(", ")}`, look) : "";
   }).join("") + note(X, Y, paths.ga.points[0], "start", {anchor: "end", dx: -10, dy: -6})
     + `<text x="${X(0)}" y="${Y(0) + 8}" font-size="26" text-anchor="middle" fill="${GREEN}">★</text>`);
-  const critical = models.criticalAtLeast, ends = METHODS.map(name => {
-    const [forget, retain] = paths[name].points.at(-1);
-    return `${name}: forget ${short(forget)}, retain ${short(retain)}`;
-  });
-  element("section4-text").innerHTML = [
-    `Step ${step} of ${LAST_STEP}. Distances, nats:`, ...ends, critical
-      ? `The critical weight is at least ${short(critical)} (▲). Below it, ga+rt runs away, however slowly.`
-      : "The critical weight is above a million, or infinite. No usable weight stops ga+rt in the end.",
-  ].join("<br>");
+  element("section4-text").innerHTML = [`Step ${step} of ${LAST_STEP}. Distances, nats:`,
+    ...METHODS.map(name => {
+      const [forget, retain] = paths[name].points.at(-1).map(short);
+      return `${name}: forget ${forget}, retain ${retain}`;
+    })].join("<br>");
+  element("look-zero").hidden = alpha > 0;
+  element("look-apart").hidden = alpha === 0;
+  element("look-jump").hidden = lr * retainWeight <= 0.2;
+  const critical = section4.models.criticalAtLeast;
   const place = critical && Math.log(critical / WEIGHTS[0]) / Math.log(WEIGHTS.at(-1) / WEIGHTS[0]);
-  section4.weight.box.querySelector(".mark").innerHTML = !critical ? "critical weight: above 10⁶"
-    : place > 1 ? `critical weight: above ${short(critical)}` : `<span style="left:${100 * place}%">▲</span>`;
+  element("look-critical").children[1].textContent = !critical ? "above a million, or infinite"
+    : `at least ${short(critical)}${place > 1 ? ", beyond this slider" : " (▲)"}`;
+  section4.weight.box.querySelector(".mark").innerHTML = critical && place <= 1
+    ? `<span style="left:${100 * place}%">▲&nbsp;${short(critical)}</span>` : "";
   section4.button.textContent = running ? "Pause" : step >= LAST_STEP ? "Again" : "Start";
 }
 
@@ -232,40 +249,15 @@ const RUNS = Object.fromEntries(DATA.runs.map(run => [run.name, run]));
 const state = {run: "npo", with: "npo+rt", step: 24, predict: 0};  // what the address says
 const runs = {steps: DATA.runs[0].steps, predicted: {}, page: 0, timer: null};
 
-// One question per run, with the answer of docs/lecture.md.
-const SAME = "What will the utility of this run be at the end, beside that of the start (0.80)?";
-const PREDICTIONS = {
-  ga: ["ga makes the forget answers less likely. What becomes of the retain answers?",
-    ["They stay", "They fall a little and come back", "They are destroyed as well"], 2,
-    "All answers share the weights of the network, and W stays 1. At step 26 the utility is 0."],
-  npo: ["npo's push fades as answers are forgotten. Is the utility saved?",
-    ["Yes, because W falls to 0", "About half of it", "No"], 2,
-    "W depends on the forget answers alone. When it is gone, steps at the full learning rate have already "
-    + "destroyed the retain answers, and nothing brings them back. Look at forget quality all the same: this "
-    + "broken model passes the test at step 26, because the test compares only the ratio R."],
-  "npo+rt": ["RT trains on retain rows. Will W still go to 0?",
-    ["Yes, sooner than without RT", "It stays near 1", "It falls, and stays a little above 0"], 2,
-    "W falls as before, until RT is the stronger force. Then the retain answers come back. RT teaches how "
-    + "answers are worded, which makes forget answers a little likelier too. So W ends near 0.01, where the "
-    + "two forces balance."],
-  "npo@2": [SAME, ["Near 0", "About three quarters", "All of it"], 1,
-    "A larger β makes W fade sooner: W is 1/2 after 0.55 nats. Momentum moves the model on for a while. It "
-    + "stops before the collapse, but many facts of the retain answers are lost."],
-  "npo@4": [SAME, ["Near 0", "About half", "More than three quarters"], 2,
-    "W is 1/2 after 0.27 nats, so the run stops early. The wording of retain answers is kept, but many of "
-    + "their facts are not."],
-  "npo+rt@2": ["How many nats do the forget answers lose at the end, compared with β = 0.5?",
-    ["The same", "Fewer", "More"], 1,
-    "The run ends where RT balances the push. W = 2σ(βΔ) gives −Δ = ln(2/W − 1)/β, so a larger β stops after "
-    + "fewer nats: about 4 here, and 12 at β = 0.5. The retrained model lacks 7, so 4 are too few."],
-  "npo+rt@4": ["At β = 4 answers lose few nats. Will this run pass the test of forgetting?",
-    ["Yes, easily", "No, it forgets too little"], 1,
-    "W fades before the answers have lost what the retrained model lacks, about 7 nats per answer."],
-};
+const PREDICTIONS = Object.fromEntries(Array.from(element("questions").children, ({dataset, children}) => [
+  dataset.run, {question: children[0].innerHTML, right: Number(dataset.right),
+                choices: Array.from(children[1].children, ({textContent}) => textContent.trim()),
+                explanation: children[2].innerHTML}]));
 
 function setUpRuns() {
   const controls = element("runs-controls");
-  runs.slider = slider(controls, "step", runs.steps, 0, step => { state.step = step; drawRuns(); }, "wide");
+  const {steps} = runs;
+  runs.slider = slider(element("runs-step"), "step", steps, 0, step => goTo(steps.indexOf(step)), "wide");
   runs.play = button(controls, "Play", playOrPause);
   button(controls, "Other questions", () => { runs.page ^= 1; drawRuns(); });
   runs.predict = button(controls, "Predict first", () => {
@@ -274,31 +266,35 @@ function setUpRuns() {
     drawRuns();
   });
   for (const side of ["run", "with"]) {
-    const box = element(side === "run" ? "run-0" : "run-1"), select = document.createElement("select");
+    const column = element(side === "run" ? "run-0" : "run-1"), select = document.createElement("select");
     select.innerHTML = DATA.runs.map(({name}) => `<option value="${name}">${nameOf(name)}</option>`).join("");
     select.setAttribute("aria-label", "run");
     select.addEventListener("change", () => { state[side] = select.value; drawRuns(); });
-    runs[side] = {select, body: document.createElement("div")};
-    box.append(select, runs[side].body);
+    runs[side] = {select, box: document.createElement("div"), charts: document.createElement("div")};
+    runs[side].box.className = "predict";
+    column.append(select, runs[side].box, runs[side].charts);
   }
   document.addEventListener("keydown", moveByKey);
-  window.addEventListener("hashchange", () => { readAddress(); drawRuns(); });
-  readAddress();
-  drawRuns();
+  window.addEventListener("hashchange", openAddress);
+  openAddress();
 }
 
 function nameOf(name) {
   return name === "ga" ? "ga: gradient ascent" : `${name.split("@")[0]}, β ${RUNS[name].beta}`;
 }
 
-/** The state from the address, such as #run=npo&with=npo+rt&step=25. The nearest evaluated step is shown. */
-function readAddress() {
+/** Shows the address, such as #run=npo&with=npo+rt&step=25, at its nearest evaluated step. The page changes
+ * the address by itself too, and only an address from outside scrolls the page. */
+function openAddress() {
+  const scroll = location.hash !== runs.hash && location.hash.includes("run=");
   for (const part of location.hash.slice(1).split("&")) {
     const [key, value = ""] = part.split("=").map(decodeURIComponent);
     if (key === "run" || key === "with") state[key] = value in RUNS ? value : state[key];
     if (key === "step" || key === "predict") state[key] = Number(value) || 0;
   }
   state.step = runs.steps.reduce((a, b) => Math.abs(b - state.step) < Math.abs(a - state.step) ? b : a);
+  drawRuns();
+  if (scroll) element("runs").scrollIntoView();
 }
 
 function moveByKey(event) {
@@ -332,40 +328,47 @@ function playOrPause() {
 function drawRuns() {
   const {run, with: other, step, predict} = state;
   const hash = `#run=${run}&with=${other}&step=${step}` + (predict ? "&predict=1" : "");
-  if (location.hash !== hash && runs.drawn) location.replace(hash);
-  runs.drawn = true;
+  if (location.hash !== hash && (runs.hash || location.hash.includes("run="))) location.replace(hash);
+  runs.hash = hash;
   const at = runs.steps.indexOf(state.step);
   runs.slider.value = state.step;
   runs.play.textContent = runs.timer ? "Pause" : "Play";
   runs.predict.setAttribute("aria-pressed", Boolean(state.predict));
+  element("runs-lesson").hidden = Boolean(predict);
   for (const side of ["run", "with"]) {
-    const name = state[side];
-    runs[side].select.value = name;
-    if (hidden(name)) ask(runs[side].body, name);
-    else runs[side].body.innerHTML = drawnRun(RUNS[name], at, runs.predicted[name]);
+    const name = state[side], {select, box, charts} = runs[side], choice = runs.predicted[name];
+    select.value = name;
+    box.hidden = !predict;
+    if (hidden(name)) ask(box, name);
+    else if (predict) box.innerHTML = verdict(RUNS[name], at, choice);
+    charts.innerHTML = hidden(name) ? "" : drawnRun(RUNS[name], at);
   }
   drawAnswers();
 }
 
-const hidden = name => state.predict && runs.predicted[name] === undefined && name in PREDICTIONS;
+const hidden = name => state.predict && runs.predicted[name] === undefined;
 
 /** The question of a run; its pictures come when a choice is made. */
-function ask(body, name) {
-  const [question, choices] = PREDICTIONS[name];
-  body.innerHTML = `<div class="predict"><p><b>Before you look.</b> ${question}</p></div>`;
-  choices.forEach((words, choice) => button(body.firstChild, words, () => {
+function ask(box, name) {
+  const {question, choices} = PREDICTIONS[name];
+  box.innerHTML = `<p><b>Before you look.</b> ${question}</p>`;
+  choices.forEach((words, choice) => button(box, words, () => {
     runs.predicted[name] = choice;
     drawRuns();
   }));
 }
 
+/** What is told after a choice, about evaluation `at`. */
+function verdict(run, at, choice) {
+  const {choices, right, explanation} = PREDICTIONS[run.name], now = {
+    STEP: run.steps[at], UTILITY: run.utility[at].toFixed(2), QUALITY: short(10 ** run.qualityLog10[at])};
+  return `<p>${choice === right ? "You were right." : "Not so."} The answer is: <b>${choices[right]}.</b> `
+    + explanation.replace(/STEP|UTILITY|QUALITY/g, word => now[word]) + "</p>";
+}
+
 /** The pictures of a run at evaluation `at`. */
-function drawnRun(run, at, choice) {
-  const [, choices, right, explanation] = PREDICTIONS[run.name] ?? [];
-  const verdict = choice === right ? "You were right." : "Not so.";
-  const told = choice === undefined ? "" : `<div class="predict"><p>${verdict} The answer is:
-    <b>${choices[right]}.</b> ${explanation}</p></div>`;
-  return told + drawnDots(run, at) + drawnQuality(run, at) + drawnUtility(run, at) + drawnRatios(run, at);
+function drawnRun(run, at) {
+  return [drawnDots, drawnQuality, drawnUtility, drawnRatios].map(drawn => drawn(run, at)).join("");
 }
 
 function drawnDots(run, at) {
@@ -382,26 +385,28 @@ function drawnDots(run, at) {
     + run.delta.retain[at].map((x, i) => dot(X, Y, [x, jitter(i)], {color: GREY + "80", radius: 4})).join("")
     + forget.map(x => dot(X, Y, [x, W(x)], {color: COLORS[run.loss] + "50", radius: 5})).join("")
     + note(X, Y, [low, -0.2], "retain answers", {color: "#555", dx: 6})
-    + (further ? note(X, Y, [low, 1], `← ${further} of 300 are further left`, {dx: 4, dy: -14}) : ""));
+    + (further ? note(X, Y, [low, 1.3], `← ${further} forget answers are further left`, {dx: 4}) : ""));
 }
 
-const QUALITY = {range: [-35, 0], scale: x => -Math.sqrt(-x), label: "",
+const QUALITY = {range: [-35, 0], scale: x => -Math.sqrt(-x), note: " (vertical axis stretched near 1)",
                  ticks: [[0, "1"], [PASSES, "0.05"], [-4, "10⁻⁴"], [-10, "10⁻¹⁰"], [-20, "10⁻²⁰"],
                          [-30, "10⁻³⁰"]]};
 const SHARE = {range: [0, 1], ticks: ticksAt([0, 0.5, 1])};
-const STEPS = {range: [0, 125], ticks: ticksAt([0, 25, 50, 75, 100, 125]), label: "step"};
+const STEPS = {range: [0, 125], ticks: ticksAt([0, 25, 50, 75, 100, 125])};
 
 /** A quantity over the steps, with the point of evaluation `at`. */
 function overSteps(run, at, values, title, y, marks) {
   const points = run.steps.map((step, i) => [step, values[i]]);
   const look = {color: COLORS[run.loss], dash: run.retainWeight ? WITH_RT : WITHOUT_RT};
-  return chart({title, x: STEPS, y, height: 240}, (X, Y) => marks(X, Y) + line(X, Y, points, look)
+  const x = {...STEPS, label: `step${y.note ?? ""}`};
+  return chart({title, x, y, height: 240}, (X, Y) => marks(X, Y) + line(X, Y, points, look)
     + dot(X, Y, points[at], {color: look.color, radius: 9}));
 }
 
 function drawnQuality(run, at) {
   const now = run.qualityLog10[at], among = Math.log10(DATA.judge.qualityAmong);
-  const title = `Forget quality: p = ${short(10 ** now)}, ${now > PASSES ? "passes" : "does not pass"}`;
+  const title = `Forget quality: p = ${short(10 ** now)}, ${now > PASSES ? "passes" : "fails"} `
+    + `(utility ${run.utility[at].toFixed(2)})`;
   return overSteps(run, at, run.qualityLog10, title, QUALITY, (X, Y) => band(X, Y, [0, 125], [PASSES, 0], 0.2)
     + band(X, Y, [0, 125], [among, 0], 0.35));
 }
@@ -515,10 +520,10 @@ const LIVE_LINES = {forget: [COLORS.ga, "6 4"], retain: [GREEN, ""], unseen: [BL
 
 function setUpLive() {
   const controls = element("live-controls"), set = name => value => { live[name] = value; };
-  buttons(controls, ["ga", "npo", "npo+rt"], live.method, set("method"));
-  slider(controls, "β", [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 4], 0.5, set("beta"));
+  buttons(controls, ["ga", "npo", "npo+rt"], live.method, method => { live.method = method; drawLive(); });
+  live.betas = slider(controls, "β", [0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 4], 0.5, set("beta"));
   slider(controls, "learning rate", [0.0002, 0.0005, 0.001, 0.002], 0.001, set("lr"));
-  slider(controls, "retain weight", [0.1, 0.2, 0.5, 1, 2, 5], 1, set("retainWeight"));
+  live.weights = slider(controls, "retain weight", [0.1, 0.2, 0.5, 1, 2, 5], 1, set("retainWeight"));
   live.button = button(controls, "Start", () => { live.running = !live.running; nextStep(); drawLive(); });
   button(controls, "Step", () => { live.running = false; nextStep(); });
   button(controls, "Reset", () => {
@@ -539,7 +544,7 @@ function setUpLive() {
 function nextStep() {
   if (live.busy) return;
   const [loss, rt] = live.method.split("+"), {beta, lr, retainWeight} = live;
-  live.busy = true;
+  Object.assign(live, {busy: true, stepped: live.method});
   live.worker.postMessage({step: live.reports.at(-1).step + 1, lr,
                            objective: {loss, beta, retainWeight: rt ? retainWeight : 0}});
 }
@@ -555,8 +560,7 @@ function receive(report) {
   drawLive();
 }
 
-/** Under the address #selftest the page takes 20 steps by itself, and writes the last report into its title.
- */
+/** Under the address #selftest the page takes 20 steps, and writes the last report into its title. */
 function selfTest({step, probability}) {
   live.running = step < 20;
   const seconds = mean(live.reports.slice(1).map(report => report.seconds));
@@ -564,33 +568,40 @@ function selfTest({step, probability}) {
 }
 
 function textOf(ids) {
-  return ids.map(id => DATA.vocabulary[id]).join("").trim();
+  return ids.map(id => DATA.vocabulary[id]).join("").trim()
+    .replace(/^(?=.{81})(.{60,80}) .+|^(.{80}).+/su, "$1$2 …");
 }
 
 function drawLive() {
-  const {reports, running} = live, last = reports.at(-1), steps = Math.max(20, last?.step ?? 0);
+  const {reports, running, method, stepped} = live, last = reports.at(-1);
   live.button.textContent = running ? "Pause" : "Start";
+  live.betas.input.disabled = method === "ga";
+  live.weights.input.disabled = method !== "npo+rt";
   if (!last) { element("live-text").textContent = "The model is being read."; return; }
-  const {step, loss, parts, seconds} = last, slow = seconds > 2 ? ", slower than this page was made for" : "";
+  const {step, parts, seconds} = last, slow = seconds > 2 ? ", slower than this page was made for" : "";
+  const fixed = x => x.toFixed(2).replace("-", "−");
   element("live-text").textContent = `Step ${step}. ` + (!parts ? "Choose a method and press Start."
-    : `Loss ${loss.toFixed(2)} = forget ${parts.forget.toFixed(2)} + retain weight × `
-      + `${parts.retain.toFixed(2)}, in nats. Mean W ${short(parts.meanWeight)}. `
-      + `A step took ${seconds.toFixed(1)} s${slow}.`);
-  const x = {range: [0, steps], ticks: ticksAt([0, steps / 2, steps]), label: "step"};
+    : (method === stepped ? "" : `Now ${method}, from step ${step}. `)
+      + (stepped === "npo+rt" ? `Loss ${fixed(last.loss)} = forget ${fixed(parts.forget)} + retain weight × `
+      + `${fixed(parts.retain)}, in nats.` : `Loss ${fixed(last.loss)} nats.`)
+      + ` Mean W ${short(parts.meanWeight)}. A step took ${seconds.toFixed(1)} s${slow}.`);
+  const end = 20 * Math.max(1, Math.ceil(step / 20));
+  const x = {range: [0, end], ticks: ticksAt([0, end / 2, end]), label: "step"};
   element("live-probability").innerHTML = chart({
-    title: "Probability per token; thin lines: retrained model", x, y: SHARE},
+    title: "Probability per token; thin lines: retrained model", x, y: {...SHARE, range: [0, 1.2]}},
   (X, Y) => Object.entries(LIVE_LINES).map(([name, [color, dash]], i) => {
     const points = reports.map(({step, probability}) => [step, probability[name]]);
     const level = DATA.live.probability.retrained;
-    return line(X, Y, [[0, level[name]], [steps, level[name]]], {color, dash, width: 1})
+    return line(X, Y, [[0, level[name]], [end, level[name]]], {color, dash, width: 1})
       + line(X, Y, points, {color, dash, width: 3.5}) + dot(X, Y, points.at(-1), {color})
-      + note(X, Y, [0, 0.3 - 0.09 * i], `${name} ${points.at(-1)[1].toFixed(2)}`, {color});
+      + note(X, Y, [i * end / 3, 1.1], `${name} ${points.at(-1)[1].toFixed(2)}`, {color});
   }).join(""));
-  const weights = reports.slice(1).map(({step, parts: {meanWeight}}) => [step, Math.max(meanWeight, 1e-6)]);
+  // A report has W before its step. At the start W is 1.
+  const weights = [[0, 1], ...reports.slice(2).map(({step, parts}) => [step - 1, parts.meanWeight])];
   element("live-weight").innerHTML = chart({
-    title: "Mean W of the step's forget rows", x,
-    y: {range: [1e-4, 2], scale: Math.log, ticks: ticksAt([1, 0.1, 0.01, 0.001])}},
-  (X, Y) => line(X, Y, weights, {width: 3}) + weights.slice(-1).map(point => dot(X, Y, point)).join(""));
+    title: "Mean W of the step's forget rows", x, y: {range: [1e-6, 2], scale: Math.log,
+      ticks: [[1, "1"], [0.01, "0.01"], [1e-4, "10⁻⁴"], [1e-6, "10⁻⁶"]]}},
+  (X, Y) => line(X, Y, weights, {width: 3}) + dot(X, Y, weights.at(-1)));
   element("live-answers").innerHTML = live.questions.map((question, i) => card(question.kind, question, [
     ["retrained", question.retrained], ["this model", textOf(live.answers[i] ?? [])]])).join("");
 }
