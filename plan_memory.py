@@ -39,11 +39,15 @@ def read_shape(model: str) -> tuple:
     try:
         config = AutoConfig.from_pretrained(path or ROOT / preset.finetuned, local_files_only=True)
         hidden, heads = config.hidden_size, config.num_attention_heads
-        keys = hidden // heads * getattr(config, "num_key_value_heads", heads)
+        if any(getattr(config, name, 0) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+            raise ValueError("experts")
+        size = getattr(config, "head_dim", None) or hidden // heads
+        keys = size * getattr(config, "num_key_value_heads", heads)
         return (config.vocab_size, hidden, getattr(config, "intermediate_size", 4 * hidden),
                 config.num_hidden_layers, keys, config.tie_word_embeddings)
     except (OSError, ValueError, AttributeError):
-        raise InputError(f"--model {model}: need {', '.join(SHAPES)}, or a folder with config.json") from None
+        raise InputError(f"--model {model}: need {', '.join(SHAPES)}, or a folder with the config.json of a "
+                         "model without experts, whose layers are like Llama's") from None
 
 
 def parameters(s: Settings, shape: tuple) -> tuple[int, int, int, int]:

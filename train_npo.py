@@ -233,7 +233,7 @@ class Reference:
 
     def __init__(self, tensors: dict[str, Tensor], device):
         self.tensors, self.device = dict(tensors), device
-        self.place = {"device": device, "non_blocking": device.type == "cuda"}  # CUDA stages what it copies
+        self.place = {"device": device, "non_blocking": "cuda" in str(device)}  # CUDA stages what it copies
         self.tensors |= {name: tensors[name].to(device) for name in ("head", "head_bias") if name in tensors}
 
     def logps(self, keys: list[str]) -> Tensor:
@@ -340,7 +340,7 @@ def loss_sums(s: Settings, model: AnswerModel, plan: Plan, micro_batch: MicroBat
     """A micro-batch's part of the global batch's loss, of the loss's parts and of W. Each is a sum over rows
     or tokens, divided by the whole batch's count, so they add up over micro-batches and processes."""
     micro_batch, row_weight = fill_empty(micro_batch, plan)
-    answers, retain, refusals = plan.read_by_policy(micro_batch)
+    answers, refusals, retain = plan.read_by_policy(micro_batch)
     # Refusals are short, so they are padded apart from the answers.
     batches = [collate(texts, plan.pad, reference.device) for texts in (answers + retain, refusals) if texts]
     targets = torch.cat([batch.targets for batch in batches])

@@ -29,11 +29,11 @@ class Item(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Keys of the texts that a process runs at once, such as "run/row/3", "run/retain/5", "run/refusal/3/17".
+    """Keys of the texts that a process runs at once, such as "run/row/3", "run/refusal/3/17", "run/retain/5".
     rows and refusals belong to each other by position; the retain texts are other items' partners."""
     rows: list
-    retain: list
     refusals: list
+    retain: list
 
 
 class Counts(NamedTuple):
@@ -125,11 +125,11 @@ class Plan:
         """The texts of these items that the objective and the terms use."""
         refusals = [f"run/refusal/{i.row}/{i.refusal}" for i in items if self.objective.needs_refusals]
         retain = [f"run/retain/{i.partner}" for i in items if self.terms]
-        return MicroBatch([f"run/row/{i.row}" for i in items], retain, refusals)
+        return MicroBatch([f"run/row/{i.row}" for i in items], refusals, retain)
 
     def read_by_policy(self, micro_batch: MicroBatch) -> list[list[Encoded]]:
-        """[answers, retain answers, refusals] that the policy reads; empty where the loss needs none."""
-        reads = self.objective.needs_answers, bool(self.terms), "policy_chosen_logps" in self.objective.inputs
+        """[answers, refusals, retain answers] that the policy reads; empty where the loss needs none."""
+        reads = self.objective.needs_answers, "policy_chosen_logps" in self.objective.inputs, bool(self.terms)
         return [[self.texts[key] for key in keys] if read else []
                 for keys, read in zip(micro_batch, reads, strict=True)]
 
@@ -147,7 +147,7 @@ class Plan:
 
     def counts(self, items: list[Item]) -> Counts:
         groups = self.read_by_policy(self.micro_batch_of(items))
-        answers, retain, refusals = groups
+        answers, refusals, retain = groups
         return Counts(rows=len(items), forget_tokens=sum(text.answer_tokens for text in answers or refusals),
                       retain_tokens=sum(text.answer_tokens for text in retain),
                       tokens=sum(len(text.ids) for group in groups for text in group))

@@ -45,13 +45,9 @@ namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, FakeGuardImpl<DeviceType::CU
 namespace at {
 struct FakeHooks : CUDAHooksInterface {
   FakeHooks(CUDAHooksArgs) {}
-  void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 8; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
 };
 C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", FakeHooks)
 }
@@ -163,14 +159,12 @@ class Watch(TorchDispatchMode):
         output = func(*args, **kwargs)
         if func in (aten._to_copy.default, aten.copy_.default):
             source, to = args[func is aten.copy_.default].device.type, output.device.type
-            free = kwargs.get("non_blocking") or args[2:3] == (True,)  # as far as the tensor goes to the GPU
-            if source != to and not (free and to == "cuda"):
+            if source != to and not (to == "cuda" and (kwargs.get("non_blocking") or args[2:3] == (True,))):
                 self.waits[self.phase, self.line()] += 1
-        for x in tree_leaves(output):
-            x = getattr(x, "_local_tensor", x)
+        for x in (getattr(x, "_local_tensor", x) for x in tree_leaves(output)):
             if isinstance(x, FakeTensor) and x.device.type == "cuda":
-                if x.untyped_storage()._cdata not in self.alive:
-                    self.count(x.untyped_storage())
+                if (storage := x.untyped_storage())._cdata not in self.alive:
+                    self.count(storage)
         return output
 
 
@@ -212,21 +206,18 @@ def replacements_in_torch(watch: Watch, gpus: int) -> list[tuple]:
             raise RuntimeError("nccl takes no tensor on the CPU")  # the fake backend would
         return reduce(tensor, *args, **kwargs)
 
-    answers = {"device_count": gpus, "set_device": None, "current_device": 0, "is_initialized": True,
-               "is_bf16_supported": True, "synchronize": None, "stream": contextlib.nullcontext(),
-               "current_stream": MagicMock()}
+    answers = {"device_count": gpus, "set_device": None, "current_device": 0, "is_bf16_supported": True,
+               "stream": contextlib.nullcontext(), "current_stream": MagicMock()}
     return [*((torch.cuda, name, MagicMock(return_value=answer)) for name, answer in answers.items()),
             (torch.cuda, "Stream", MagicMock), (torch.cuda, "Event", MagicMock),
             (sys.modules["torch.cuda.amp.common"], "amp_definitely_not_available", lambda: False),
             (FakeTensor, "data", property(data.__get__, set_data)),
             (FakeTensor, "tolist", lambda tensor: watch.read(tensor)),
             (torch.utils, "swap_tensors", set_data),  # Module.to; it refuses tensors with weak references
-            (torch.UntypedStorage, "resize_",
-             lambda storage, size: (resize(storage, size), watch.count(storage))),
+            (torch.UntypedStorage, "resize_", lambda x, size: (resize(x, size), watch.count(x))),
             (ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen(infer)),
             (model, "init_device_mesh", unseen(mesh)), (dist, "all_reduce", all_reduce),
-            (dist, "init_process_group",
-             lambda *_, **__: init("fake", store=FakeStore(), rank=0, world_size=gpus)),
+            (dist, "init_process_group", lambda *_, **__: init("fake", None, None, gpus, 0, FakeStore())),
             (torch.nn.functional, "scaled_dot_product_attention", attention),
             (transformers.masking_utils, "is_tracing", lambda *_: False)]  # true of every fake tensor
 
@@ -254,10 +245,9 @@ def replacements(watch: Watch, shape: tuple, skipped: int) -> list[tuple]:
                 layer.keys, layer.values = (pad(x, (0, 0, 0, skipped)) for x in (layer.keys, layer.values))
         return next_logits(policy, cache=cache, attention_mask=attention_mask, **inputs)
 
-    def evaluate_alone(policy, prepared, tokenizer, batch_size, max_new_tokens, reference, world):
+    def evaluate_alone(policy, prepared, tokenizer, batch_size, _, reference, world):
         watch.row_ends = not watch.peaks["evaluation"]  # once in the first evaluation
-        alone = world._replace(size=1)
-        return evaluate(policy, prepared, tokenizer, batch_size, TOKENS, reference, alone)
+        return evaluate(policy, prepared, tokenizer, batch_size, TOKENS, reference, world._replace(size=1))
 
     replaced = {"evaluate": evaluate_alone, "check_start": lambda *_: None,
                 "reference_pass": lambda *args: reference_pass(*args[:-1], args[-1]._replace(size=1)),
@@ -267,7 +257,7 @@ def replacements(watch: Watch, shape: tuple, skipped: int) -> list[tuple]:
         replaced[name] = watch.in_phase(replaced.get(name) or getattr(train_npo, name), phase)
     return [*((train_npo, *place) for place in replaced.items()), (model, "read_model", read_model),
             (model.AnswerModel, "next_logits", next_logits_near_the_end),
-            (train_npo.dcp, "save", lambda *_, **__: None), (model.World, "wait", lambda world: None),
+            (train_npo.dcp, "save", lambda *_, **__: None),
             (model.World, "collect", lambda world, value: [value] * world.size),
             (transformers.PreTrainedModel, "save_pretrained", lambda *_, **__: None)]
 
@@ -313,9 +303,8 @@ def rehearse(flags: list[str], gpus: int = 1, tokens: int = 128, layers: int | N
 
 def main(argv: list | None = None):
     parser, begin = Parser(__doc__), time.perf_counter()
-    parser.add_argument("--gpus", type=positive(int), default=1)
-    parser.add_argument("--tokens-per-row", type=positive(int), default=128)
-    parser.add_argument("--layers", type=positive(int), help="default: all of the model")
+    for flag, default in {"--gpus": 1, "--tokens-per-row": 128, "--layers": None}.items():
+        parser.add_argument(flag, type=positive(int), default=default)
     args, flags = parser.parse_known_args(argv)
     watch, planned, steps = rehearse(flags, args.gpus, args.tokens_per_row, args.layers)
     print(f"\n{time.perf_counter() - begin:.0f} s. GB on each of {args.gpus} fake GPUs:")
@@ -323,12 +312,11 @@ def main(argv: list | None = None):
         print(f"  {phase:12}{peak / GB:8.2f}")
     print(f"  plan_memory {planned['peak'] / GB:8.2f}  =  " + " + ".join(
         f"{size / GB:.2f} {part}" for part, size in planned.items() if size and part != "peak"))
-    print("Alive at the peak, by the line that made it:")
-    for line, size in sorted(watch.at_peak.items(), key=lambda item: -item[1])[:10]:
-        print(f"  {line:20}{size / GB:8.2f}")
-    print(f"Waits of the host for the GPU, in {steps} steps:")
-    for (phase, line), count in sorted(watch.waits.items()):
-        print(f"  {phase:12}{line:24}{count:6}")
+    alive = sorted(watch.at_peak.items(), key=lambda item: -item[1])[:10]
+    print("Alive at the peak, by the line that made it:", *(
+        f"{line:24}{size / GB:8.2f}" for line, size in alive), sep="\n  ")
+    print(f"Waits of the host for the GPU, in {steps} steps:", *(
+        f"{phase:12}{line:24}{count:6}" for (phase, line), count in sorted(watch.waits.items())), sep="\n  ")
 
 
 if __name__ == "__main__":
