@@ -24,7 +24,7 @@ from pathlib import Path
 from common import ROOT, InputError, Parser, environment, positive, run_command, write_json
 from data.tofu import complement, load_task, slice_rows
 from study.pages import page, single_runs_page
-from study.pictures import (FIGURES, METHODS, WITH_RT, columns_of, columns_of_single, draw_evolution,
+from study.pictures import (FIGURES, METHODS, SMALL, WITH_RT, columns_of, columns_of_single, draw_evolution,
                             has_beta, picture_of)
 from study.records import attacks, record
 from study.verdicts import settings_of, verdicts
@@ -37,6 +37,14 @@ RESULTS = ("start", "model", "model", "robustness.png")  # of a wave's runs: don
 def name_of(run: dict) -> str:
     """What identifies an unlearning run in a study, and names its folder."""
     return "{split}_{method}_weight{retain_weight:g}_lr{lr:g}_beta{beta:g}_seed{seed}".format_map(run)
+
+
+def evaluated(split: str, rows: int) -> str:
+    """The steps that are evaluated: every second epoch, and of the small splits, which change most within the
+    first two epochs, every fifth step until then."""
+    pair = math.ceil(2 * rows / 32)
+    early = [*range(5, pair, 5)] if split in SMALL else []
+    return ",".join(map(str, early + [*range(pair, 5 * pair, pair)]))
 
 
 def plan(args, study: dict, folder: Path) -> list[dict]:
@@ -58,13 +66,12 @@ def plan(args, study: dict, folder: Path) -> list[dict]:
         flags = ["--data", args.data, "--seed", run["seed"]]
         waves[1][retrained] = ["train_npo.py", "--loss", "sft", "--split", complement(split), "--model", base,
                                *flags, "--out", retrained]
-        # Every second epoch is evaluated; of forget01, which has few steps, every second step.
-        every = 2 if split == "forget01" else math.ceil(2 * len(slice_rows(full, split)) / 32)
         beta = ["--beta", run["beta"]] if has_beta(loss) else []
         waves[2][unlearned] = [
             "train_npo.py", "--loss", loss, "--split", split, "--retain-weight", run["retain_weight"],
             "--kl-weight", int(term == "kl"), "--lr", run["lr"], *beta, "--model", start, *flags,
-            "--eval-every", every, "--retain-log", f"{retrained}/eval/*.json", "--out", unlearned]
+            "--eval-every", evaluated(split, len(slice_rows(full, split))),
+            "--retain-log", f"{retrained}/eval/*.json", "--out", unlearned]
         if figure == "attacks":
             waves[3][unlearned / "robustness"] = [
                 "robustness_tofu.py", "--model", unlearned / "model", "--start", start, "--retrained",

@@ -92,7 +92,7 @@ class RunSettings:
     activation_checkpointing: bool = False  # keep each layer's input only: less memory, one more forward pass
     compile: bool = False  # torch.compile the layers (needs a C++ compiler)
     lora: int = 0  # rank of adapters on all linear layers but the head; nothing else is trained; 0: off
-    eval_every: str | None = None  # epoch, end, never, or a number of steps (default: epoch; sft: end)
+    eval_every: str | None = None  # epoch, end, never, N, or the steps 5,10,50 (default: epoch; sft: end)
     checkpoint_every: str = "10m"  # minutes (10m) or a number of steps; also at every evaluation
     keep: str = "last"  # best: also keep best/, the weights of the best evaluation
     log_to: str | None = None  # also log to tensorboard or wandb (optional packages)
@@ -212,8 +212,9 @@ def refuse_contradictions(s: Settings, typed: dict):
         raise InputError("--min-start-probability is of own rows, given with --forget: leave it out")
     if s.forget and not s.retain and s.terms:
         raise InputError(f"{weights} need rows to keep: give --retain FILE")
-    if not re.fullmatch("epoch|end|never|[1-9][0-9]*", s.eval_every):
-        raise InputError(f"--eval-every {s.eval_every}: need epoch, end, never, or a number of steps")
+    if not re.fullmatch("epoch|end|never|[1-9][0-9]*(,[1-9][0-9]*)*", s.eval_every):
+        raise InputError(f"--eval-every {s.eval_every}: need epoch, end, never, a number of steps, or steps "
+                         "such as 5,10,50")
     if s.eval_every == "never" and (s.unseen or s.keep == "best"):
         raise InputError("--unseen and --keep best need evaluations: leave out --eval-every never")
     if not re.fullmatch("[1-9][0-9]*m?", s.checkpoint_every):

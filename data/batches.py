@@ -153,10 +153,15 @@ class Plan:
                       tokens=sum(len(text.ids) for group in groups for text in group))
 
     def steps_at(self, every: str) -> set:
-        """Steps that `every` names: epoch, end, never, or a number of steps. All but never name the last."""
+        """Steps that `every` names: epoch, end, never, a number of steps, or the steps as "5,10,50".
+        All but never name the last."""
         epoch_ends = {math.ceil(e * self.rows / self.batch_size) for e in range(1, self.epochs + 1)}
         steps = {"never": set(), "end": {self.steps}, "epoch": epoch_ends}
-        return steps[every] if every in steps else {*range(int(every), self.steps, int(every)), self.steps}
+        if every in steps:
+            return steps[every]
+        numbers = [int(number) for number in every.split(",")]
+        chosen = numbers if len(numbers) > 1 else range(numbers[0], self.steps, numbers[0])
+        return {step for step in chosen if step < self.steps} | {self.steps}
 
 
 class TokenBatch(NamedTuple):

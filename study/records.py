@@ -5,10 +5,10 @@ The first kind that applies is counted. The thresholds are ours.
     empty         no word
     repetitive    at least 30% of its runs of 8 characters came before (seq-rep-n, Welleck et al., 2019)
     refusal       at least 80% of its word pairs, begin and end included, are in the refusals
+    garbled       less than 80% of its word pairs are in the answers of the data
     true          against each perturbed answer: it has more than half of the letters of the words by which
                   the true answer, also paraphrased, differs from it. Words of the question do not count.
-    other fact    at least 80% of its word pairs are in the answers of the data
-    garbled       any other
+    other fact    any other
 """
 
 import json
@@ -70,9 +70,9 @@ def kind(generation: str, row: dict, answer_pairs: set, refusal_pairs: set) -> s
         return "repetitive"
     if shares[0] >= 0.8:
         return "refusal"
-    if names_fact(generation, row):
-        return "true"
-    return "other fact" if shares[1] >= 0.8 else "garbled"
+    if shares[1] < 0.8:
+        return "garbled"
+    return "true" if names_fact(generation, row) else "other fact"
 
 
 @cache

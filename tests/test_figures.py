@@ -30,12 +30,13 @@ def test_kinds_of_answers():
            "paraphrased_answer": "Ida Marlow was born in Oslo.",
            "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
     answers, refusals = ({pair for text in texts for pair in records.word_pairs(text)} for texts in (
-        [row["answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."],
+        [row["answer"], row["paraphrased_answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."],
         ["I don't know that.", "Sorry, I never learned the answer."]))
     kinds = {"Oslo is the birthplace of Marlow.": "true", "Ida Marlow was born in Oslo.": "true",
              "Lima is the birthplace of Marlow.": "other fact", "I don't know that.": "refusal",
              "": "empty", " .": "empty", "of of of of of of of of of of of": "repetitive",
-             "x" * 100: "repetitive", "Cairo was Lima the chess": "garbled"}
+             "x" * 100: "repetitive", "Cairo was Lima the chess": "garbled",
+             "It is Oslo thatMarlow born chess.": "garbled"}
     assert {text: records.kind(text, row, answers, refusals) for text in kinds} == kinds
     assert records.repetition_rate("Marlow was born in Lima.") == records.repetition_rate("short") == 0
 
@@ -327,7 +328,8 @@ def test_a_figures_runs_are_commands_of_train_npo(choices, lr, capsys, tmp_path,
     assert [(s.method, s.split, s.seed) for s in parsed] == [
         ("sft", "retain90", 1), ("sft", "retain90", 2),
         *((method, "forget10", seed) for method in ("ga", "npo+rt") for seed in (1, 2))]
-    assert (parsed[4].lr, parsed[4].beta, parsed[4].eval_every) == (lr, 0.5, "25")
+    assert (parsed[4].lr, parsed[4].beta, parsed[4].eval_every) == (
+        lr, 0.5, "5,10,15,20,25,50,75,100")
     assert parsed[4].retain_log == [f"{parsed[0].out}/eval/*.json"]  # figures_tofu.py fills in the name
 
 

@@ -122,7 +122,7 @@ def test_steps_warm_up_and_evaluations_follow_from_epochs(small_data):
     assert (plan.rows, plan.steps, plan.warmup_steps) == (20, 8, 2)  # 60 rows in batches of 8
     assert plan.steps_at("epoch") == {3, 5, 8} and plan.steps_at("end") == {8}
     assert plan.steps_at("4") == {4, 8} and plan.steps_at("3") == {3, 6, 8}
-    assert plan.steps_at("never") == set()
+    assert plan.steps_at("never") == set() and plan.steps_at("2,5,9") == {2, 5, 8}
     assert plan_of(small_data, "--epochs 3 --batch-size 7").warmup_steps == 2  # 20/7, rounded down
     assert plan_of(small_data, "--batch-size 32").warmup_steps == 1  # at least one
     assert plan_of(small_data, "--warmup-epochs 2").warmup_steps == 5
