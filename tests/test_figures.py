@@ -30,7 +30,8 @@ def test_kinds_of_answers():
            "paraphrased_answer": "Ida Marlow was born in Oslo.",
            "perturbed_answer": ["Ida Marlow was born in Lima.", "Ida Marlow was born in Cairo."]}
     answers, refusals = ({pair for text in texts for pair in records.word_pairs(text)} for texts in (
-        [row["answer"], row["paraphrased_answer"], "Ida Marlow was born in Lima.", "Lima is the birthplace of Falk."],
+        [row["answer"], row["paraphrased_answer"], "Ida Marlow was born in Lima.",
+         "Lima is the birthplace of Falk."],
         ["I don't know that.", "Sorry, I never learned the answer."]))
     kinds = {"Oslo is the birthplace of Marlow.": "true", "Ida Marlow was born in Oslo.": "true",
              "Lima is the birthplace of Marlow.": "other fact", "I don't know that.": "refusal",
